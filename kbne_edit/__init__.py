@@ -1,0 +1,33 @@
+"""kbne-edit: rewrite a language model's checkpoint so that it shows less social bias, and prove what was done.
+
+Legend of shapes, everywhere: Q questions, L layers, F intermediate size (neurons per layer), D hidden size,
+T positions, R rows of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> module. Loaded on first use, so that `import kbne_edit` and `--help` do not import torch.
+_PUBLIC = {
+    "Edit": "edit",
+    "KbneError": "errors",
+    "InputError": "errors",
+    "ProofError": "errors",
+    "attribute": "attribution",
+    "hooked": "hooks",
+}
+
+__all__ = sorted([*_PUBLIC, "__version__"])
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,130 @@
+"""The edit: "multiply these neurons by these factors in this model". It is all that passes from finding to applying."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import EditError
+from .families import SITES, Site
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Factors of feed-forward neurons.
+
+    site: "down" scales h_i, the input of the down-projection; "gate" scales gate_i, before the activation.
+    factors: {layer: {neuron: factor}}, neurons counted from 0 within their layer.
+    base: fingerprint of the checkpoint it was made for (`Checkpoint.fingerprint()`); None fits every model that has
+        these layers and neurons.
+    found: how it was found (recipe, thresholds, counts): free-form JSON that travels along.
+
+    Raises EditError on construction if the values are not of this form.
+    """
+
+    site: Site
+    factors: dict[int, dict[int, float]]
+    base: str | None = None
+    found: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES:
+            raise EditError(f"edit: site is {self.site!r}; it must be one of {', '.join(SITES)}")
+        clean: dict[int, dict[int, float]] = {}
+        for layer, neurons in sorted(self.factors.items()):
+            clean[_index(layer, "layer")] = {
+                _index(neuron, f"neuron of layer {layer}"): _factor(value, layer, neuron)
+                for neuron, value in sorted(neurons.items())
+            }
+        object.__setattr__(self, "factors", {layer: neurons for layer, neurons in clean.items() if neurons})
+
+    @property
+    def num_neurons(self) -> int:
+        return sum(map(len, self.factors.values()))
+
+    @property
+    def distinct_factors(self) -> list[float]:
+        return sorted({f for neurons in self.factors.values() for f in neurons.values()})
+
+    @property
+    def exact(self) -> bool:
+        """True if every factor is a power of two: then fold and hooks agree bit for bit (method, section 5)."""
+        return all(f != 0 and abs(math.frexp(f)[0]) == 0.5 for f in self.distinct_factors)
+
+    def check(self, layers: int, neurons: int, base: str | None = None) -> None:
+        """Raise EditError unless the edit fits a model of L layers and F neurons and does something to it."""
+        if all(f == 1 for f in self.distinct_factors):
+            what = "no neuron" if not self.factors else "only factors of 1"
+            raise EditError(
+                f"the edit has {what}, so it would change nothing: lower --tau or --beta, or pass another --factor"
+            )
+        if base and self.base and base != self.base:
+            raise EditError(
+                f"the edit was made for another model (fingerprint {self.base[:12]}…, this one is {base[:12]}…): "
+                "locate again on this model, or remove \"base\" from the edit if you mean it"
+            )
+        for layer, found in self.factors.items():
+            if layer >= layers:
+                raise EditError(f"the edit names layer {layer}; the model has {layers} layers (0 to {layers - 1})")
+            if max(found) >= neurons:
+                raise EditError(
+                    f"the edit names neuron {max(found)} of layer {layer}; the model has {neurons} neurons per layer "
+                    f"(0 to {neurons - 1})"
+                )
+
+    def to_dict(self) -> dict:
+        """JSON form. Keys are strings there; numbers are written so that they read back to the same value."""
+        factors = {str(layer): {str(n): f for n, f in neurons.items()} for layer, neurons in self.factors.items()}
+        return {"kbne_edit": VERSION, "site": self.site, "base": self.base, "found": self.found, "factors": factors}
+
+    @classmethod
+    def from_dict(cls, data: object, where: str = "edit") -> Edit:
+        """Inverse of `to_dict`. Raises EditError that names `where`."""
+        if not isinstance(data, dict) or data.get("kbne_edit") != VERSION:
+            raise EditError(f"{where}: not an edit of kbne-edit (expected \"kbne_edit\": {VERSION})")
+        if unknown := sorted(set(data) - {"kbne_edit", "site", "base", "found", "factors"}):
+            raise EditError(f"{where}: unknown key {', '.join(unknown)}")
+        base, found, factors = data.get("base"), data.get("found", {}), data.get("factors")
+        if not (base is None or isinstance(base, str)) or not isinstance(found, dict):
+            raise EditError(f"{where}: base must be a string or null, found an object")
+        if not isinstance(factors, dict) or not all(isinstance(n, dict) for n in factors.values()):
+            raise EditError(f"{where}: factors must be an object of objects, {{layer: {{neuron: factor}}}}")
+        try:
+            parsed = {int(layer): {int(n): f for n, f in neurons.items()} for layer, neurons in factors.items()}
+        except ValueError:
+            raise EditError(f"{where}: layers and neurons must be whole numbers") from None
+        try:
+            return cls(data.get("site"), parsed, base, found)
+        except EditError as error:
+            raise EditError(f"{where}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write canonical JSON: the same edit gives the same bytes."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Edit:
+        """Read an edit. Raises EditError."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise EditError(f"cannot read the edit {path}: {error.strerror}") from None
+        except (ValueError, RecursionError):
+            raise EditError(f"{path} is not JSON: an edit is a file that `kbne-edit locate` or `select` wrote") from None
+        return cls.from_dict(data, str(path))
+
+
+def _index(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise EditError(f"edit: {what} is {value!r}; it must be a whole number, 0 or more")
+    return value
+
+
+def _factor(value: object, layer: int, neuron: int) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 2.0**64:
+        raise EditError(f"edit: factor {value!r} of neuron {neuron} in layer {layer} is not a number of use")
+    return float(value)

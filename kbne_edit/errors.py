@@ -1,0 +1,68 @@
+"""The exception tree.
+
+    KbneError
+    ├── InputError            exit status 2: something given to the tool is wrong
+    │   ├── SourceError       --in cannot be turned into a local checkpoint
+    │   ├── CheckpointError   the files of a checkpoint are damaged or of a kind that cannot be edited
+    │   ├── FamilyError       an architecture that the tool does not know
+    │   ├── RecipeError       a recipe with faults (all of them in one message)
+    │   ├── EditError         an edit that is malformed or made for another model
+    │   ├── ScoresError       a scores file that is damaged or belongs to other settings
+    │   └── OutputError       the output cannot be written, or exists already
+    └── ProofError            exit status 1: a proof failed
+
+Each message is one sentence or two: what is wrong, where, and what to do.
+"""
+
+
+class KbneError(Exception):
+    """Base of all errors that kbne-edit raises on purpose."""
+
+    exit_code = 2
+
+
+class InputError(KbneError):
+    """Something given to the tool is wrong."""
+
+
+class SourceError(InputError):
+    """The model source cannot be turned into a local checkpoint directory."""
+
+
+class CheckpointError(InputError):
+    """The files of a checkpoint are damaged, incomplete, or of a kind that cannot be edited."""
+
+
+class FamilyError(InputError):
+    """The architecture is unknown or does not fit what its family promises."""
+
+
+class RecipeError(InputError):
+    """A recipe has faults; `faults` lists all of them."""
+
+    def __init__(self, where: str, faults: list[str]):
+        self.faults = faults
+        listed = "; ".join(faults)
+        super().__init__(f"{where}: {len(faults)} fault{'s' * (len(faults) != 1)}: {listed}")
+
+
+class EditError(InputError):
+    """An edit is malformed, changes nothing, or was made for another model."""
+
+
+class ScoresError(InputError):
+    """A scores file is damaged or belongs to another model, recipe or setting."""
+
+
+class OutputError(InputError):
+    """The output cannot be written, or exists already."""
+
+
+class ProofError(KbneError):
+    """A proof failed; `report` holds the figures."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, report: object = None):
+        self.report = report
+        super().__init__(message)

@@ -1,0 +1,89 @@
+"""Attribution against independent oracles: published scores, Captum, completeness."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from kbne_edit import attribute
+from kbne_edit.attribution import attributions
+from kbne_edit.errors import InputError
+from kbne_edit.families import decoder_layers
+from tiny import FAMILIES, tiny_model
+
+PROMPT, ANSWER = [5, 17, 40, 8, 22, 31], [11, 12]
+
+
+def test_published_scores(shared):
+    golden = shared / "golden"
+    model = AutoModelForCausalLM.from_pretrained(golden / "tiny-llama", dtype=torch.float32)
+    prompts = json.loads((golden / "prompts.json").read_text())
+    expected = load_file(golden / "scores.safetensors")
+    scores = attribute(
+        model, [p["input_ids"] for p in prompts], [[p["target_id"]] for p in prompts], site="gate",
+        quadrature="riemann-20",
+    )
+    for i, got in enumerate(scores):
+        want = expected[f"scores_{i}"]
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_captum(name):
+    """Captum scales h of one layer in the whole model's forward pass: no cache, no rows, one layer at a time."""
+    from captum.attr import IntegratedGradients
+
+    from kbne_edit.families import site_modules
+
+    model = tiny_model(name)
+    scores = attribute(model, [PROMPT], [ANSWER], quadrature="gauss-16")[0]
+    for layer, module in enumerate(site_modules(model, "down")):
+        seen = []
+        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach()))
+        with torch.no_grad():
+            model(torch.tensor([PROMPT]))
+        handle.remove()
+
+        def probability(h, module=module):
+            def put(_, args):
+                new = args[0].clone().reshape(len(h), len(PROMPT), -1)
+                new[:, -1] = h
+                return (new.reshape(args[0].shape), *args[1:])
+
+            handle = module.register_forward_pre_hook(put)
+            logits = model(torch.tensor([PROMPT] * len(h))).logits[:, -1]
+            handle.remove()
+            return logits.softmax(-1)[:, ANSWER].sum(-1)
+
+        h = seen[0].reshape(len(PROMPT), -1)[-1:]
+        want = IntegratedGradients(probability).attribute(h, n_steps=16, method="gausslegendre")[0]
+        assert (scores[layer] - want).abs().max() <= 1e-5 * scores.abs().max()
+
+
+def test_completeness_reaches_the_tolerance():
+    model = tiny_model("llama")
+    with torch.no_grad():  # a first layer that dominates the residual stream: the hard case
+        decoder_layers(model)[0].mlp.down_proj.weight.mul_(300)
+    (fixed,) = attributions(model, [PROMPT], [ANSWER], quadrature="gauss-4")
+    (refined,) = attributions(model, [PROMPT], [ANSWER], tolerance=1e-3)
+    (reference,) = attributions(model, [PROMPT], [ANSWER], quadrature="gauss-256")
+    assert fixed.residual.max() > 1e-2  # the case is hard indeed
+    assert refined.residual.max() <= 1e-3
+    assert refined.nodes[0] > refined.nodes[-1]
+    assert (refined.scores - reference.scores).abs().max() <= 5e-3 * reference.scores.abs().max()
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("llama").train()
+    before = [p.requires_grad for p in model.parameters()]
+    attribute(model, [PROMPT], [ANSWER])
+    assert model.training and [p.requires_grad for p in model.parameters()] == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("bad", ["gauss-0", "simpson", "riemann", "gauss-x"])
+def test_unknown_quadrature(bad):
+    with pytest.raises(InputError, match="quadrature"):
+        attribute(tiny_model("llama"), [PROMPT], [ANSWER], quadrature=bad)

@@ -1,0 +1,71 @@
+"""Tiny seeded models, one per family, made from their configuration class: nothing is downloaded."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_COMMON = dict(vocab_size=97, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+_LLAMA = _COMMON | dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, max_position_embeddings=64,
+)
+_GPT2 = _COMMON | dict(n_embd=32, n_inner=48, n_layer=3, n_head=4, n_positions=64)
+_NEOX = _COMMON | dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64
+)
+
+FAMILIES: dict[str, dict] = {
+    "llama": _LLAMA,
+    "llama-tied": _LLAMA | dict(tie_word_embeddings=True),
+    "llama-biased": _LLAMA | dict(mlp_bias=True, attention_bias=True),
+    "mistral": _LLAMA | dict(sliding_window=4),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _LLAMA | dict(sliding_window=8),
+    "gemma3_text": _LLAMA | dict(sliding_window=8),
+    "phi3": _LLAMA,
+    "gpt2": _GPT2,
+    "opt": _COMMON | dict(
+        hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=64, dropout=0.0,
+    ),
+    "gpt_neox": _NEOX,
+    "gptj": _GPT2 | dict(rotary_dim=8),
+    "falcon": _COMMON | dict(
+        hidden_size=32, ffn_hidden_size=48, num_hidden_layers=3, num_attention_heads=4, alibi=False,
+        new_decoder_architecture=False, max_position_embeddings=64,
+    ),
+    "olmo2": _LLAMA,
+    "starcoder2": _LLAMA | dict(use_bias=True),
+    "cohere": _LLAMA,
+    "glm": _LLAMA,
+    "glm4": _LLAMA,
+    "gpt_bigcode": _GPT2,
+    "gemma": _LLAMA,
+    "phi": _NEOX,
+    "granite": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo3": _LLAMA,
+    "cohere2": _LLAMA,
+    "nemotron": _LLAMA,
+    "gpt_neo": _COMMON | dict(
+        hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, attention_types=[[["global"], 3]],
+        max_position_embeddings=64,
+    ),
+}
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32):
+    """A seeded causal model of the family; weights wide enough that layers and biases matter."""
+    model_type, *_ = name.split("-")
+    config = AutoConfig.for_model(model_type, **FAMILIES[name])
+    torch.manual_seed(sum(map(ord, name)))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.to(dtype)
