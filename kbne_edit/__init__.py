@@ -18,6 +18,8 @@ _PUBLIC = {
     "ProofError": "errors",
     "attribute": "attribution",
     "hooked": "hooks",
+    "fold": "folding",
+    "revert": "folding",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

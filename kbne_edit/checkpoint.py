@@ -1,0 +1,382 @@
+"""Safetensors checkpoints on disk: index, headers, reading in chunks, atomic publishing. No torch, no model class.
+
+A checkpoint is read by offsets, never through a model class: tensors that a class does not know would be lost, tied
+ones doubled. Headers are checked in full before a byte is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from .errors import CheckpointError, OutputError
+
+CHUNK = 8 << 20  # bytes read at once: memory does not depend on the size of a tensor
+_MAX_HEADER = 100 << 20
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+MANIFEST, UNDO = "kbne_edit.json", "kbne_undo.safetensors"
+_INDEX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a shard. start, end: byte offsets in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file, its header checked. tensors are in file order; data starts at `data_start`."""
+
+    path: Path
+    tensors: tuple[TensorInfo, ...]
+    data_start: int
+    size: int
+
+    @classmethod
+    def open(cls, path: Path) -> Shard:
+        """Read and check the header. Raises CheckpointError."""
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                head = file.read(8)
+                length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+                if head.startswith(b"version "):
+                    raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+                if not 2 <= length <= min(size - 8, _MAX_HEADER):
+                    raise CheckpointError(f"{path} is not a safetensors file, or is truncated: download it again")
+                header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: damaged header ({_short(error)}): download it again") from None
+        return cls(path, _tensors(path, header, 8 + length, size), 8 + length, size)
+
+
+def _short(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands twice")
+    return result
+
+
+def _tensors(path: Path, header: object, data_start: int, size: int) -> tuple[TensorInfo, ...]:
+    """Check that the tensors fill the file without hole or overlap, as the format demands."""
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: damaged header (not an object): download it again")
+    found = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        except (TypeError, KeyError, ValueError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{path}: the header's entry for {name!r} is malformed: download it again")
+        if dtype not in _BITS:
+            raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r}")
+        count = 1
+        for n in shape:
+            count *= n
+        if end - start != (count * _BITS[dtype] + 7) // 8:
+            raise CheckpointError(f"{path}: {name} does not have the size that its shape demands: download it again")
+        found.append(TensorInfo(name, dtype, shape, data_start + start, data_start + end))
+    found.sort(key=lambda t: (t.start, t.end))
+    position = data_start
+    for tensor in found:
+        if tensor.start != position:
+            raise CheckpointError(f"{path}: tensors overlap or leave a hole at {tensor.name}: download it again")
+        position = tensor.end
+    if position != size:
+        state = "truncated" if position > size else "longer than its header says"
+        raise CheckpointError(f"{path} is {state} ({size} bytes, {position} expected): download it again")
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local checkpoint directory: config.json and its safetensors shards (or one file)."""
+
+    path: Path
+    config: dict
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Read config, index and every header. Raises CheckpointError that says what to do."""
+        path = Path(directory)
+        config = read_config(path)
+        single, indexes = path / "model.safetensors", sorted(path.glob(f"*{_INDEX}"))
+        if single.is_file():
+            return cls(path, config, (Shard.open(single),))
+        index = path / f"model{_INDEX}"
+        if index not in indexes:
+            raise CheckpointError(_no_weights(path))
+        return cls(path, config, _sharded(path, index))
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[Shard, TensorInfo]]:
+        return {tensor.name: (shard, tensor) for shard in self.shards for tensor in shard.tensors}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, (_, tensor) in self.tensors.items()}
+
+    def fingerprint(self) -> str:
+        """Identity of the weights, whatever their sharding: SHA-256 over each tensor's name, dtype, shape and sample.
+
+        The sample is 4 KiB from the tensor's middle: enough to tell a fine-tuned model from its base in a few
+        milliseconds. It says "made for this model", not "undamaged": the manifest's full hashes say that.
+        """
+        digest = hashlib.sha256()
+        files = {shard.path: open(shard.path, "rb") for shard in self.shards}
+        try:
+            for name, (shard, tensor) in sorted(self.tensors.items()):
+                middle = (tensor.start + tensor.end) // 2
+                files[shard.path].seek(max(tensor.start, middle - 2048))
+                digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+                digest.update(files[shard.path].read(min(4096, tensor.end - tensor.start)))
+        finally:
+            for file in files.values():
+                file.close()
+        return digest.hexdigest()
+
+    def other_files(self) -> tuple[list[str], list[str]]:
+        """(files to carry over, weight files to leave out), as sorted paths relative to the directory.
+
+        Left out: the same weights in other formats. A loader could prefer them, and they are not edited.
+        """
+        shards = {shard.path.name for shard in self.shards}
+        carry, leave = [], []
+        for root, folders, names in os.walk(self.path):
+            folders[:] = sorted(f for f in folders if f not in (".git", ".cache", "__pycache__"))
+            for name in sorted(names):
+                relative = (Path(root) / name).relative_to(self.path).as_posix()
+                if relative in shards or relative in (MANIFEST, UNDO):
+                    continue
+                (leave if _is_weights(relative) else carry).append(relative)
+        return carry, leave
+
+
+def _is_weights(name: str) -> bool:
+    suffixes = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+    return name.endswith(suffixes) or name.endswith((".bin.index.json", "consolidated" + _INDEX))
+
+
+def read_config(path: Path) -> dict:
+    """config.json of a checkpoint that can be edited. Raises CheckpointError for everything else, with the way out."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file: give the directory that holds config.json and the weights")
+    if not any(path.iterdir()):
+        raise CheckpointError(f"{path} is empty: a checkpoint directory holds config.json and the weights")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} holds an adapter: merge it into its base model first (PEFT: merge_and_unload)")
+    if not (path / "config.json").is_file():
+        if list(path.glob("*.gguf")):
+            raise CheckpointError(f"{path} holds GGUF weights: use the unquantised transformers checkpoint instead")
+        if list(path.glob("*.pth")):
+            raise CheckpointError(
+                f"{path} holds Meta's own .pth files: convert them with transformers' convert_llama_weights_to_hf.py, "
+                "or take the '-hf' sibling from the Hub, e.g. --in meta-llama/Llama-2-7b-hf"
+            )
+        raise CheckpointError(f"{path} has no config.json: it does not hold a transformers checkpoint")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be read ({_short(error)})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / 'config.json'} is not a JSON object")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        raise CheckpointError(
+            f"{path / 'config.json'} has quantization_config ({method}): kbne-edit needs full-precision weights. "
+            "Edit the unquantised model and quantise the result"
+        )
+    return config
+
+
+def _no_weights(path: Path) -> str:
+    if any(path.glob("pytorch_model*.bin*")):
+        return f"{path} holds .bin weights only: they are converted on the way (resolve the source first)"
+    if any(path.glob("*.gguf")):
+        return f"{path} holds GGUF weights: use the unquantised transformers checkpoint instead"
+    if any(path.glob("*.pth")):
+        return (
+            f"{path} holds Meta's own .pth files and no transformers weights: convert them with transformers' "
+            "convert_llama_weights_to_hf.py, or take the '-hf' sibling from the Hub"
+        )
+    return f"{path} has no weights: neither model.safetensors nor model{_INDEX} is there"
+
+
+def _sharded(path: Path, index: Path) -> tuple[Shard, ...]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = list(dict.fromkeys(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} cannot be read as an index ({_short(error)})") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {str(name)[:80]!r}, which is not a safetensors file beside it")
+        if not (path / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is missing: download it again")
+    shards = tuple(Shard.open(path / name) for name in sorted(names))
+    held = {tensor.name: shard.path.name for shard in shards for tensor in shard.tensors}
+    total = sum(len(shard.tensors) for shard in shards)
+    if len(held) != total:
+        raise CheckpointError(f"{path}: a tensor stands in two shards: download it again")
+    if held != weight_map:
+        wrong = sorted(set(held.items()) ^ set(weight_map.items()))[0][0]
+        raise CheckpointError(f"{index} and the shards disagree about {wrong}: download them again")
+    return shards
+
+
+# -------------------------------------------------------------------------------------------------------- arithmetic
+
+_NUMPY = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+
+
+def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored values as float32 (F64: float64). raw: for BF16 an array of uint16, else of the dtype itself."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw if dtype == "F64" else raw.astype(np.float32)
+
+
+def from_float(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Round once, half to even, to the stored dtype. NaN stays NaN."""
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            return values.astype(_NUMPY[dtype])
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), (bits >> 16).astype(np.uint16) | 0x40, rounded)
+
+
+def storage(dtype: str, where: str) -> np.dtype:
+    """numpy's view of a stored dtype. Raises CheckpointError for dtypes that carry no plain weights."""
+    if dtype == "BF16":
+        return np.dtype("<u2")
+    if dtype not in _NUMPY:
+        raise CheckpointError(f"{where} is stored as {dtype}: kbne-edit edits BF16, F16, F32 and F64 weights")
+    return np.dtype(_NUMPY[dtype]).newbyteorder("<")
+
+
+def read_array(shard: Shard, tensor: TensorInfo) -> np.ndarray:
+    """A whole tensor in its storage dtype (BF16 as uint16)."""
+    with open(shard.path, "rb") as file:
+        file.seek(tensor.start)
+        return np.frombuffer(file.read(tensor.end - tensor.start), storage(tensor.dtype, tensor.name)).reshape(
+            tensor.shape
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- publishing
+
+
+@contextmanager
+def staged(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `out` that takes its name when the block ends well, and vanishes when it does not.
+
+    A sibling left by a killed run is recognised by its name and its free lock, and removed. Raises OutputError.
+    """
+    out = Path(out)
+    if not overwrite and (out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))):
+        raise OutputError(f"{out} exists: choose another --out, or pass --overwrite")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file: choose another --out")
+    part = out.absolute().parent / f".{out.name}.kbne-partial"
+    lock = None
+    try:
+        with _write_errors(out):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.mkdir(exist_ok=True)
+            lock = _lock(part, out)
+            for old in part.iterdir():
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        with _write_errors(out):
+            yield part
+            _sync_tree(part)
+            _swap(part, out)
+            _sync(out.absolute().parent)
+    except BaseException:
+        if lock is not None:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(part: Path, out: Path) -> int:
+    handle = os.open(part, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise OutputError(f"another run is writing to {out}: wait for it, or choose another --out") from None
+    return handle
+
+
+def _swap(part: Path, out: Path) -> None:
+    if not out.exists() or not any(out.iterdir()):
+        os.rename(part, out)
+        return
+    old = out.absolute().parent / f".{out.name}.kbne-old"
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(out, old)
+    os.rename(part, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _write_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        cure = {errno.ENOSPC: "free some space or choose another --out", errno.EDQUOT: "your quota is used up"}
+        advice = cure.get(error.errno, "check the path and its permissions")
+        raise OutputError(f"cannot write {out}: {error.strerror or error} ({advice})") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(path: Path) -> None:
+    for root, _, files in os.walk(path):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))

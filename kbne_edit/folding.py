@@ -1,0 +1,273 @@
+"""Fold an edit into a checkpoint, shard by shard, and take it out again (method, section 5).
+
+W_down (factor_i h_i) = (W_down with column i scaled by factor_i) h. Each stored weight becomes the float32 product,
+rounded once to its own dtype. Files stream through in chunks of whole rows, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from . import __version__
+from .checkpoint import CHUNK, MANIFEST, UNDO, Checkpoint, Shard, TensorInfo, from_float, staged, storage, to_float
+from .edit import Edit
+from .errors import CheckpointError, EditError, OutputError
+from .families import Slot, slots
+
+Progress = Callable[[int], None]  # called with the number of bytes done since the last call
+
+
+@dataclass(frozen=True)
+class Target:
+    """What happens to one tensor. index: neurons along `axis`, [k]; factors: float32 [k]."""
+
+    slot: Slot
+    index: np.ndarray
+    factors: np.ndarray
+
+
+def plan(checkpoint: Checkpoint, edit: Edit) -> dict[str, Target]:
+    """Which tensors change, and how: {tensor name: Target}. Raises EditError if the edit does not fit."""
+    found = slots(checkpoint.shapes, checkpoint.config, edit.site)
+    edit.check(len(found), min(slot.neurons for places in found.values() for slot in places), checkpoint.fingerprint())
+    targets = {}
+    for layer, factors in edit.factors.items():
+        index = np.fromiter(factors, np.int64)
+        values = np.fromiter(factors.values(), np.float32)
+        for slot in found[layer]:
+            storage(checkpoint.tensors[slot.tensor][1].dtype, slot.tensor)
+            targets[slot.tensor] = Target(slot, index, values)
+    return targets
+
+
+def fold(
+    source_dir: str | Path, edit: Edit, out_dir: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict:
+    """Write `source_dir` with `edit` folded in to `out_dir`, and return the manifest (also in kbne_edit.json).
+
+    Streaming: no model class, memory independent of the model's size. The output appears whole or not at all.
+    Raises CheckpointError, FamilyError, EditError, OutputError.
+    """
+    checkpoint = Checkpoint.open(source_dir)
+    forbid_overlap(checkpoint.path, Path(out_dir))
+    targets = plan(checkpoint, edit)
+    with staged(out_dir, overwrite) as part:
+        manifest = fold_into(checkpoint, edit, targets, part, progress)
+        write_manifest(part, manifest)
+    return manifest
+
+
+def forbid_overlap(source: Path, out: Path) -> None:
+    """Raise OutputError if writing `out` could touch `source`."""
+    a, b = source.resolve(), out.resolve()
+    if a == b:
+        raise OutputError(f"--out equals --in ({source}): the input is never changed, choose another --out")
+    if a in b.parents or b in a.parents:
+        raise OutputError(f"--out {out} and --in {source} lie within each other: choose another --out")
+
+
+def fold_into(
+    checkpoint: Checkpoint, edit: Edit, targets: dict[str, Target], part: Path, progress: Progress | None = None
+) -> dict:
+    """`fold` into an existing directory, without the manifest file."""
+    carry, leave = checkpoint.other_files()
+    files, undo = {}, {}
+    with ThreadPoolExecutor(2) as pool:
+        for shard in checkpoint.shards:
+            with open(part / shard.path.name, "wb") as out:
+                before, after = _rewrite(shard, targets, out, undo, pool, progress)
+            files[shard.path.name] = {"in": before, "out": after}
+        for name in carry:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            with open(part / name, "wb") as out:
+                digest, _ = _rewrite(Shard(checkpoint.path / name, (), 0, 0), {}, out, undo, pool, progress)
+            files[name] = {"in": digest, "out": digest}
+    _write_undo(part / UNDO, undo, checkpoint)
+    return {
+        "kbne_manifest": 1,
+        "tool": f"kbne-edit {__version__}",
+        "edit": {**edit.to_dict(), "base": checkpoint.fingerprint()},
+        "tensors": sorted(targets),
+        "files": dict(sorted(files.items())),
+        "undo": _hash(part / UNDO),
+        "left_out": leave,
+    }
+
+
+def write_manifest(directory: Path, manifest: dict) -> None:
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _chunks(path: Path, tensors: tuple[TensorInfo, ...], edited: dict) -> Iterator[tuple[TensorInfo | None, int, int]]:
+    """(tensor or None, start, end) in file order; chunks of an edited tensor hold whole rows."""
+    position, size = 0, os.path.getsize(path)
+    for tensor in (t for t in tensors if t.name in edited):
+        yield from ((None, a, min(a + CHUNK, tensor.start)) for a in range(position, tensor.start, CHUNK))
+        row = max((tensor.end - tensor.start) // max(tensor.shape[0], 1), 1)
+        step = max(CHUNK // row, 1) * row
+        yield from ((tensor, a, min(a + step, tensor.end)) for a in range(tensor.start, tensor.end, step))
+        position = tensor.end
+    yield from ((None, a, min(a + CHUNK, size)) for a in range(position, size, CHUNK))
+
+
+def _rewrite(
+    shard: Shard, targets: dict[str, Target], out: BinaryIO, undo: dict, pool: ThreadPoolExecutor, progress: Progress | None
+) -> tuple[str, str]:
+    """Copy one file with its targets scaled. Returns SHA-256 of what was read and of what was written.
+
+    Hashing is the slowest part, so both digests run beside the copying; up to the first edited byte they are one.
+    """
+    before, after, pending = hashlib.sha256(), None, []
+    with open(shard.path, "rb") as file:
+        for tensor, start, end in _chunks(shard.path, shard.tensors, targets):
+            old = file.read(end - start)
+            if len(old) != end - start:
+                raise CheckpointError(f"{shard.path} became shorter while it was read: start again")
+            new = old
+            for job in pending:
+                job.result()
+            if tensor is not None:
+                after = after or before.copy()
+                new = _scaled(old, tensor, start, targets[tensor.name], undo)
+            pending = [pool.submit(before.update, old)]
+            if after:
+                pending.append(pool.submit(after.update, new))
+            out.write(new)
+            if progress:
+                progress(len(new))
+    for job in pending:
+        job.result()
+    return before.hexdigest(), (after or before).hexdigest()
+
+
+def _scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: dict) -> bytes:
+    """Scale the target's neurons in a chunk of whole rows, and keep what was there in `undo`."""
+    kind = storage(tensor.dtype, tensor.name)
+    rows = np.frombuffer(raw, kind).reshape(-1, *tensor.shape[1:]).copy()
+    first = (start - tensor.start) // (kind.itemsize * max(int(np.prod(tensor.shape[1:])), 1))
+    if target.slot.axis == 1:
+        where, factors = (slice(None), target.index), target.factors[None, :]
+    else:
+        inside = (target.index >= first) & (target.index < first + len(rows))
+        where = (target.index[inside] - first,)
+        factors = target.factors[inside].reshape(-1, *[1] * (rows.ndim - 1))
+    old = rows[where]
+    undo.setdefault(tensor.name, []).append(old)
+    wide = to_float(old, tensor.dtype)
+    with np.errstate(over="ignore"):
+        new = from_float(wide * factors.astype(wide.dtype), tensor.dtype)
+    if not np.isfinite(to_float(new, tensor.dtype)[np.isfinite(wide)]).all():
+        raise EditError(f"a factor makes weights of {tensor.name} overflow {tensor.dtype}: pass a smaller --factor")
+    rows[where] = new
+    return rows.tobytes()
+
+
+def _write_undo(path: Path, undo: dict, checkpoint: Checkpoint) -> None:
+    """The edited columns (or rows) as they were, as a safetensors file: {tensor name: [D, k] or [k, D] or [k]}."""
+    header, blobs, position = {}, [], 0
+    for name, parts in sorted(undo.items()):
+        array = np.concatenate(parts)
+        header[name] = {
+            "dtype": checkpoint.tensors[name][1].dtype, "shape": list(array.shape),
+            "data_offsets": [position, position + array.nbytes],
+        }  # fmt: skip
+        blobs.append(array.tobytes())
+        position += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
+            file.read()
+        ).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ revert
+
+
+def read_manifest(directory: str | Path) -> dict | None:
+    """The manifest of a baked directory, or None. Raises CheckpointError if it is damaged."""
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        Edit.from_dict(manifest["edit"], str(path))
+        files = manifest["files"]
+        if not all({"in", "out"} <= set(hashes) for hashes in files.values()) or not isinstance(manifest["undo"], str):
+            raise ValueError("hashes are missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, EditError) as error:
+        raise CheckpointError(f"{path} is damaged ({str(error)[:100]})") from None
+    return manifest
+
+
+def revert(
+    baked_dir: str | Path, out_dir: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict:
+    """Write the base of a baked directory to `out_dir`, byte for byte, from that directory alone.
+
+    Every file's hash is compared with the manifest's hash of the base. Returns {"files": n, "left_out": [...]}.
+    Raises CheckpointError if the directory was changed since it was baked, OutputError.
+    """
+    checkpoint = Checkpoint.open(baked_dir)
+    manifest = read_manifest(baked_dir)
+    if manifest is None:
+        raise CheckpointError(f"{baked_dir} has no {MANIFEST}: only a directory that kbne-edit baked can be reverted")
+    forbid_overlap(checkpoint.path, Path(out_dir))
+    undo_path = checkpoint.path / UNDO
+    if not undo_path.is_file() or _hash(undo_path) != manifest["undo"]:
+        raise CheckpointError(f"{undo_path} is missing or was changed: the base cannot be restored from it")
+    edit = Edit.from_dict({**manifest["edit"], "base": None})
+    targets = plan(checkpoint, edit)
+    saved = Shard.open(undo_path)
+    carry, _ = checkpoint.other_files()
+    if extra := set(carry) - set(manifest["files"]):
+        raise CheckpointError(f"{baked_dir} has files that its manifest does not know: {', '.join(sorted(extra)[:3])}")
+    names = [shard.path.name for shard in checkpoint.shards] + carry
+    with staged(out_dir, overwrite) as part:
+        for name in names:
+            shard = next((s for s in checkpoint.shards if s.path.name == name), Shard(checkpoint.path / name, (), 0, 0))
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            digest = _restore(shard, targets, saved, part / name, progress)
+            if digest != manifest["files"][name]["in"]:
+                raise CheckpointError(f"{baked_dir}/{name} was changed after baking: it does not give the base back")
+        if missing := set(manifest["files"]) - set(names):
+            raise CheckpointError(f"{baked_dir} lacks {', '.join(sorted(missing)[:3])}, which the base had")
+    return {"files": len(names), "left_out": manifest.get("left_out", [])}
+
+
+def _restore(shard: Shard, targets: dict[str, Target], saved: Shard, out: Path, progress: Progress | None) -> str:
+    from .checkpoint import read_array
+
+    originals = {t.name: read_array(saved, t) for t in saved.tensors}
+    digest = hashlib.sha256()
+    with open(shard.path, "rb") as file, open(out, "wb") as sink:
+        for tensor, start, end in _chunks(shard.path, shard.tensors, targets):
+            data = file.read(end - start)
+            if tensor is not None:
+                target, kind = targets[tensor.name], storage(tensor.dtype, tensor.name)
+                rows = np.frombuffer(data, kind).reshape(-1, *tensor.shape[1:]).copy()
+                first = (start - tensor.start) // (kind.itemsize * max(int(np.prod(tensor.shape[1:])), 1))
+                if target.slot.axis == 1:
+                    rows[:, target.index] = originals[tensor.name][first : first + len(rows)]
+                else:
+                    inside = (target.index >= first) & (target.index < first + len(rows))
+                    rows[target.index[inside] - first] = originals[tensor.name][inside]
+                data = rows.tobytes()
+            digest.update(data)
+            sink.write(data)
+            if progress:
+                progress(len(data))
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""The contract that every family keeps: the folded checkpoint is the hooked model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from kbne_edit import Edit, fold, hooked, revert
+from kbne_edit.families import family_of, num_neurons, site_modules
+from tiny import FAMILIES, tiny_model
+
+IDS = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
+NEURONS = {0: (3, 47), 2: (0, 10, 11)}
+
+
+def _edit(factor, site="down"):
+    return Edit(site=site, factors={layer: {n: factor for n in neurons} for layer, neurons in NEURONS.items()})
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("site", ["down", "gate"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fold_equals_hooks(name, site, dtype, tmp_path):
+    model = tiny_model(name, dtype)
+    model.save_pretrained(tmp_path / "base")
+    if site == "gate" and family_of(model.config.to_dict()).gate is None:
+        pytest.skip("plain feed-forward: no gate")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype).eval()
+    fold(tmp_path / "base", _edit(2.0, site), tmp_path / "baked")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "baked", dtype=dtype).eval()
+    with hooked(base, _edit(2.0, site)):
+        reference = _logits(base)
+    assert torch.equal(_logits(baked), reference)
+    assert not torch.equal(reference, _logits(base))  # the edit does something, and the hooks are gone
+
+
+@pytest.mark.parametrize("factor", [3.5, 0.3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_factors_round_once(name, factor, tmp_path):
+    model = tiny_model(name, torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    manifest = fold(tmp_path / "base", _edit(factor), tmp_path / "baked")
+    before, after = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "baked/model.safetensors")
+    assert before.keys() == after.keys() and len(manifest["tensors"]) == len(NEURONS)
+    axis = 0 if isinstance(site_modules(model, "down")[0], Conv1D) else 1
+    for key, old in before.items():
+        expected = old.clone()
+        if key in manifest["tensors"]:
+            index = torch.tensor(NEURONS[min(NEURONS) if f".{min(NEURONS)}." in key else max(NEURONS)])
+            scaled = (old.index_select(axis, index).float() * factor).to(old.dtype)
+            expected.index_copy_(axis, index, scaled)
+        assert after[key].dtype == old.dtype and torch.equal(after[key], expected), key
+    assert num_neurons(model) == 48
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "llama-tied"])
+def test_second_process_and_revert(name, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    fold(tmp_path / "base", _edit(2.0), tmp_path / "baked")
+    code = (
+        "import sys, json, torch; from transformers import AutoModelForCausalLM as A;"
+        "m = A.from_pretrained(sys.argv[1], dtype=torch.float32).eval();"
+        f"print(json.dumps(m(torch.tensor({IDS.tolist()})).logits.tolist()))"
+    )
+    out = subprocess.run([sys.executable, "-c", code, tmp_path / "baked"], capture_output=True, text=True, check=True)
+    with hooked(model, _edit(2.0)):
+        assert torch.equal(torch.tensor(json.loads(out.stdout)), _logits(model))
+    revert(tmp_path / "baked", tmp_path / "again")
+    files = sorted(p.name for p in (tmp_path / "base").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "again").iterdir())
+    assert all((tmp_path / "base" / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "starcoder2", "gpt_neox", "gptj", "gpt2"])
+def test_ia3_of_peft(name):
+    """PEFT's IA3 on the down-projection scales the same vector: an independent hook."""
+    from peft import IA3Config, get_peft_model
+
+    model, edit = tiny_model(name), _edit(3.5)
+    target = family_of(model.config.to_dict()).down.rsplit(".", 1)[-1]
+    attention = ["attn.c_proj"] if name == "gpt2" else []
+    with hooked(model, edit):
+        ours = _logits(model)
+    modules = [rf".*\.mlp\.{target}"] if attention else [target]
+    config = IA3Config(
+        target_modules=modules[0] if attention else modules, feedforward_modules=modules[0] if attention else modules
+    )
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for layer, module in enumerate(site_modules(adapted.get_base_model(), "down")):
+            vector = module.ia3_l["default"].view(-1)
+            for neuron, factor in edit.factors.get(layer, {}).items():
+                vector[neuron] = factor
+    assert torch.equal(ours, _logits(adapted))
