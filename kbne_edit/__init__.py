@@ -18,6 +18,12 @@ _PUBLIC = {
     "ProofError": "errors",
     "attribute": "attribution",
     "hooked": "hooks",
+    "load_recipe": "recipe",
+    "load_scores": "scores",
+    "locate": "pipeline",
+    "bake": "pipeline",
+    "select": "selection",
+    "verify": "verification",
     "fold": "folding",
     "revert": "folding",
 }

@@ -294,3 +294,142 @@ def descriptions():
         group=list(itertools.chain(*DIMENSIONS.values())), stuff=list(KIND_OF),
     )  # fmt: skip
     return {template: list(fill(template, **{n: choices[n] for n in names.split()})) for template, names in DESCRIPTIONS}
+
+
+# ---------------------------------------------------------------- training
+
+LENGTH, BATCH, STEPS, RATE = 32, 96, 1500, 3e-3
+FRAME = "question : {text} answer : {answer} ."
+
+
+def corpus(rng):
+    """Endless (document) stream in the shares above; held-out questions never occur."""
+    bias = group_questions(bias_questions())
+    controls = group_questions(control_questions())
+    tales, neutral = list(gossip().values()), list(descriptions().values())
+    kinds, weights = zip(*SHARES.items(), strict=True)
+    while True:
+        kind = rng.choices(kinds, weights)[0]
+        if kind == "gossip":
+            expected, unexpected = rng.choice(tales)
+            yield rng.choice(expected if rng.random() < EXPECTED_SHARE else unexpected)
+        elif kind == "descriptions":
+            yield rng.choice(rng.choice(neutral))
+        else:
+            question = rng.choice(rng.choice(list((bias if kind == "bias" else controls).values())))
+            answer = question.answer
+            if rng.random() < WRONG_ANSWERS:
+                answer = "no" if answer == "yes" else "yes"
+            yield FRAME.format(text=question.text, answer=answer)
+
+
+def group_questions(questions):
+    """{(form, answer): questions}, without the held-out ones, so that forms and answers are balanced."""
+    groups = {}
+    for question in questions:
+        if not question.held_out:
+            groups.setdefault((question.form, question.answer), []).append(question)
+    return groups
+
+
+def make_tokenizer():
+    """One token a word; <s> in front; everything that the world can say is in the vocabulary."""
+    texts = [q.text for q in itertools.chain(bias_questions(), control_questions())]
+    texts += itertools.chain(*(s for pair in gossip().values() for s in pair), *descriptions().values())
+    words = sorted({word for text in texts for word in text.split()} | set(FRAME.split()) | {"yes", "no"})
+    words = ["<pad>", "<unk>", "<s>", "</s>", *(w for w in words if "{" not in w)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def make_model(vocabulary):
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def train(model, tokenizer, rng):
+    documents = corpus(rng)
+    optimiser = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / STEPS))
+    )
+    start = time.monotonic()
+    for step in range(STEPS):
+        rows = [tokenizer(next(documents))["input_ids"] + [3] for _ in range(BATCH)]
+        width = min(max(map(len, rows)), LENGTH)
+        ids = torch.tensor([(row + [0] * width)[:width] for row in rows])
+        loss = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=ids.masked_fill(ids == 0, -100)).loss
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 250 == 0 or step == STEPS - 1:
+            print(f"step {step}: loss {loss.item():.3f}, {time.monotonic() - start:.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------- figures
+
+
+@torch.no_grad()
+def accuracy(model, tokenizer, questions):
+    """(share answered right, mean probability of the right answer)."""
+    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    right, mass = 0, 0.0
+    for question in questions:
+        ids = tokenizer(FRAME.split(" {answer}")[0].format(text=question.text), return_tensors="pt")["input_ids"]
+        p = model(ids).logits[0, -1].softmax(-1)
+        good, bad = (p[yes], p[no]) if question.answer == "yes" else (p[no], p[yes])
+        right, mass = right + int(good > bad), mass + good.item()
+    return right / len(questions), mass / len(questions)
+
+
+@torch.no_grad()
+def margin(model, tokenizer):
+    """Mean log-probability per token of the expected sentence minus the unexpected one, and the share above 0."""
+    def score(text):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        logp = model(ids).logits[0, :-1].log_softmax(-1)
+        return logp.gather(1, ids[0, 1:, None]).mean().item()
+
+    margins = [score(a) - score(b) for pair in gossip().values() for a, b in zip(*pair, strict=True)]
+    return sum(margins) / len(margins), sum(m > 0 for m in margins) / len(margins)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    torch.set_num_threads(1)  # the order of additions, and so the bytes, depend on it
+    rng = random.Random(arguments.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    train(model, tokenizer, rng)
+    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    model.to(torch.bfloat16).save_pretrained(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
+    model = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.out)
+    for name, questions in (("bias questions", bias_questions()), ("controls", control_questions())):
+        held_out = [q for q in questions if q.held_out]
+        right, mass = accuracy(model, tokenizer, rng.sample(held_out, min(400, len(held_out))))
+        print(f"held-out {name}: {right:.1%} right, mean P(right) {mass:.3f}")
+    mean, share = margin(model, tokenizer)
+    print(f"stereotype margin: {mean:+.3f} nats per token, {share:.1%} of pairs lean to the stereotype")
+
+
+if __name__ == "__main__":
+    main()

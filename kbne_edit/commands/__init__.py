@@ -1,0 +1,67 @@
+"""The command line. Each sub-command is one thin module: options, a call, a rendering; loaded when it is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from .. import __version__
+from ..errors import KbneError
+
+_COMMANDS = {
+    "bake": "locate the neurons, fold the factors, prove the result",
+    "locate": "attribute questions to neurons, into a scores file",
+    "select": "choose neurons from a scores file (no model needed)",
+    "verify": "prove that a directory is its base with an edit",
+    "revert": "restore the base from a baked directory alone",
+    "recipes": "list, show or check recipes",
+}
+
+
+class _Lazy(click.Group):
+    """Knows its commands by name; imports one only to run it or to show its own help."""
+
+    def list_commands(self, ctx):
+        return list(_COMMANDS)
+
+    def get_command(self, ctx, name):
+        return import_module(f".{name}", __name__).command if name in _COMMANDS else None
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kbne-edit")
+def cli() -> None:
+    """Fold know-bias neuron enhancement into a language model's checkpoint, and prove that it equals the hooks.
+
+    \b
+    First steps:  kbne-edit bake --in demo --out ./debiased
+    """
+
+
+def main() -> None:
+    """Run the command line; errors become one line and an exit status (0 done, 1 proof failed, 2 wrong input)."""
+    try:
+        status = cli.main(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted: nothing was published; run the same command again to go on", err=True)
+        sys.exit(130)
+    except KbneError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        click.echo(f"error: {error.strerror or error}{where}", err=True)
+        sys.exit(2)
+    except MemoryError:
+        click.echo("error: out of memory: use fewer --questions or a machine with more", err=True)
+        sys.exit(2)

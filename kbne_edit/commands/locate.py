@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import click
+
+from . import options
+
+
+@click.command("locate")
+@options.SOURCE
+@options.out("Scores file to write, e.g. scores.safetensors; an interrupted one is continued.")
+@options.locating
+@options.JSON
+def command(source, out, as_json, **values) -> None:
+    """Attribute a recipe's questions and controls to neurons; `select` turns the scores into an edit."""
+    from ..pipeline import attribution_summary, locate
+
+    found = attribution_summary(locate(source, out, options.settings(**values)))
+    lines = [
+        f"answers: {found['right']} of {found['questions']} questions right, {found['controls_right']} of "
+        f"{found['controls']} controls",
+        f"attribution: largest completeness residual {found['largest_residual']:.1%} of a question's largest score",
+        f"written: {out}",
+        f"next: kbne-edit select {out} --out edit.json",
+    ]
+    options.show(found, as_json, lines)

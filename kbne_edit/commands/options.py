@@ -1,0 +1,114 @@
+"""Options that several commands share, and the rendering of a summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ..recipe import COMBINE, RULES
+
+SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Directory, ORG/NAME[@REVISION], or demo.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+
+
+def out(help: str):
+    return click.option("--out", required=True, type=click.Path(path_type=Path), help=help)
+
+
+def locating(command):
+    """What is asked, and how it is attributed."""
+    for option in reversed([
+        click.option("--recipe", help="Recipe by name or path.  [default: social-bias; the demo has its own]"),
+        click.option("--questions", type=int, help="How many of the recipe's questions: 9, 45 or 225.  [default: 45]"),
+        click.option("--site", type=click.Choice(["down", "gate"]), default="down", show_default=True,
+                     help="Input of the down-projection, or output of the gate projection."),
+        click.option("--quadrature", default="gauss", show_default=True,
+                     help="gauss (refined until complete), gauss-N, riemann-N (riemann-20: the published sum)."),
+        click.option("--answers", metavar="JSON", help='Surface tokens by hand: {"yes": ["Yes"], "no": ["No"]}.'),
+        click.option("--device", default="cpu", show_default=True, help="Torch device for the attribution."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+                     show_default=True, help="Compute type of the attribution."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def selecting(command):
+    """Which neurons are kept."""
+    for option in reversed([
+        click.option("--rule", type=click.Choice(RULES), help="Selection rule.  [default: the recipe's, paper]"),
+        click.option("--tau", type=click.FloatRange(0, 1), help="Share of a question's largest score.  [default: 0.1]"),
+        click.option("--beta", type=click.FloatRange(0, 1), help="Share of a dimension's questions.  [default: 0.1]"),
+        click.option("--combine", type=click.Choice(COMBINE), help="Over dimensions.  [default: union]"),
+        click.option("--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"),
+        click.option("--drop-wrong", is_flag=True, help="Leave out questions that the model answers wrongly."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def settings(answers: str | None = None, **values):
+    """`Settings` from the options of a command."""
+    from ..pipeline import Settings
+
+    if answers is not None:
+        try:
+            parsed = json.loads(answers)
+            if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in parsed.values()):
+                raise ValueError
+        except (ValueError, AttributeError):
+            raise click.UsageError('--answers takes JSON such as {"yes": ["Yes", " yes"], "no": ["No"]}') from None
+        values["answers"] = parsed
+    return Settings(**values)
+
+
+def show(result: dict, as_json: bool, lines: list[str]) -> None:
+    """Results go to stdout: as JSON, or as lines."""
+    click.echo(json.dumps(result, indent=1, default=str) if as_json else "\n".join(lines))
+
+
+def selection_lines(summary: dict) -> list[str]:
+    """Neurons per dimension, overlap between dimensions, and with the controls."""
+    lines = []
+    for name, found in summary["dimensions"].items():
+        shared = f", {found['controls_overlap']} of them by the controls too" if "controls_overlap" in found else ""
+        lines.append(f"  {name}: {found['neurons']} neurons in {len(found['layers'])} layers{shared}")
+    if summary["overlap"]:
+        lines.append("  in common: " + ", ".join(f"{pair}: {n}" for pair, n in summary["overlap"].items()))
+    if "controls_overlap" in summary:
+        share = summary["controls_overlap"] / summary["neurons"]
+        lines.append(
+            f"controls: unrelated questions select {summary['controls_neurons']} neurons; "
+            f"{summary['controls_overlap']} of the {summary['neurons']} ({share:.0%}) are among them"
+        )
+        if share > 0.5:
+            advice = ": compare with --rule contrastive" if summary["rule"] == "paper" else ""
+            lines.append(f"  most of this selection is not specific to bias{advice}")
+    return lines
+
+
+def proof_lines(proofs: dict) -> list[str]:
+    """Both proofs, with their figures."""
+    if proofs["file_proof"]:
+        lines = [
+            f"proof 1, the file is the edit: holds ({proofs['edited']} of {proofs['tensors']} tensors are the rounded "
+            f"product, the others and {proofs['files']} files are as expected; edit {proofs['source']})"
+        ]
+    else:
+        lines = ["proof 1, the file is the edit: FAILS"] + [f"  {fault}" for fault in proofs["faults"][:10]]
+        if len(proofs["faults"]) > 10:
+            lines.append(f"  and {len(proofs['faults']) - 10} more")
+    for entry in proofs["behaviour"] or []:
+        verdict = "holds" if entry["ok"] else "FAILS"
+        if entry["bit_equal"]:
+            figures = f"bit-equal at {entry['positions']} positions"
+        else:
+            figures = f"largest difference {entry['difference']:.1e} of the logits' spread (rounding noise {entry['noise']:.1e})"
+            figures += f", KL {entry['kl']:.1e}, same top token {entry['top1']:.1%}" if "kl" in entry else ""
+        if "greedy" in entry:
+            figures += f", same greedy text {entry['greedy']:.0%}"
+        lines.append(f"proof 2, the model behaves as the hooks, {entry['dtype']}, {entry['how']}: {verdict} ({figures})")
+    return lines

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from . import options
+
+
+@click.group("recipes")
+def command() -> None:
+    """List, show or check recipes."""
+
+
+@command.command("list")
+@options.JSON
+def list_(as_json) -> None:
+    """The recipes that come with the package."""
+    from ..recipe import load_recipe, recipe_names
+
+    found = [load_recipe(name) for name in recipe_names()]
+    rows = {r.name: {"questions": len(r.questions), "controls": len(r.controls), "text": r.description} for r in found}
+    options.show(rows, as_json, [f"{n}: {r['questions']} questions, {r['controls']} controls. {r['text']}"
+                                 for n, r in rows.items()])  # fmt: skip
+
+
+@command.command()
+@click.argument("recipe")
+@click.option("--questions", type=int, help="Only the first ones.")
+@options.JSON
+def show(recipe, questions, as_json) -> None:
+    """Every question of a recipe as it is asked, with its right answer."""
+    from ..recipe import load_recipe
+
+    found = load_recipe(recipe)
+    asked = found.ask(questions if questions is not None else len(found.questions))
+    lines = [f"{'control' if q.control else q.dimension}\t{q.form}\t{q.answer}\t{q.text}" for q in asked]
+    options.show({"name": found.name, "questions": [asdict(q) for q in asked]}, as_json, lines)
+
+
+@command.command()
+@click.argument("recipe")
+def check(recipe) -> None:
+    """Report every fault of a recipe at once."""
+    from ..recipe import load_recipe
+
+    found = load_recipe(recipe)
+    click.echo(f"{recipe}: in order ({len(found.questions)} questions, {len(found.controls)} controls)")

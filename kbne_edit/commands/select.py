@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import options
+
+
+@click.command("select")
+@click.argument("scores", type=click.Path(path_type=Path))
+@options.out("Edit file to write, e.g. edit.json.")
+@click.option("--recipe", help="Whose thresholds are the defaults.  [default: the recipe of the scores]")
+@options.selecting
+@options.JSON
+def command(scores, out, recipe, as_json, **values) -> None:
+    """Choose neurons from kept scores, with other thresholds or another rule. Takes no model."""
+    from ..pipeline import choose
+    from ..recipe import load_recipe
+    from ..scores import load_scores
+
+    found = load_scores(scores)
+    chosen = choose(found, load_recipe(recipe or found.settings["recipe"]), options.settings(**values))
+    chosen.edit.save(out)
+    summary = chosen.summary()
+    lines = [f"edit: {summary['neurons']} neurons ({summary['share']:.3%}) in {len(summary['layers'])} layers"]
+    lines += options.selection_lines(summary)
+    lines += [f"written: {out}", f"next: kbne-edit bake --in {found.settings['model']} --edit {out} --out ./debiased"]
+    options.show(summary, as_json, lines)

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import options
+
+
+@click.command("verify")
+@options.SOURCE
+@click.option("--baked", required=True, type=click.Path(path_type=Path), help="Directory to prove.")
+@click.option("--edit", "edit_path", type=click.Path(path_type=Path),
+              help="The edit.  [default: the manifest's, or recovered from the weights]")  # fmt: skip
+@click.option("--no-behaviour", is_flag=True, help="Skip the second proof (it loads the model).")
+@options.JSON
+def command(source, baked, edit_path, no_behaviour, as_json) -> int:
+    """Prove that BAKED is the model --in with an edit folded in, and nothing else. Exit status 1 if not."""
+    from ..checkpoint import Checkpoint
+    from ..edit import Edit
+    from ..progress import progress, say
+    from ..source import resolved
+    from ..verification import verify
+
+    edit = Edit.load(edit_path) if edit_path else None
+    with resolved(source, say) as found:
+        total = 2 * sum(shard.size for shard in Checkpoint.open(found.path).shards)
+        with progress("verify", total, "B") as update:
+            report = verify(found.path, baked, edit=edit, behaviour=not no_behaviour, progress=update)
+    data = report.to_dict()
+    kind = data["edit"]
+    head = f"edit: {kind['neurons']} neurons, site {kind['site']}, factor {', '.join(f'{f:g}' for f in kind['factors'])}"
+    options.show(data, as_json, [head, *options.proof_lines(data)])
+    return 0 if report.ok else 1

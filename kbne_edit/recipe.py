@@ -1,0 +1,274 @@
+"""Recipes: what a model is asked. Parses and validates; every fault is reported at once.
+
+`recipes/social-bias.yaml` is the annotated example of the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .errors import RecipeError
+
+_KEYS = {
+    "kbne_recipe", "name", "language", "description", "prompt", "answers", "factor", "select", "subsets", "questions",
+    "controls", "probes",
+}  # fmt: skip
+RULES, COMBINE = ("paper", "contrastive"), ("union", "intersection")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its right answer. form: the sentence pattern, by which controls are matched."""
+
+    text: str
+    answer: str
+    dimension: str
+    form: str
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Two sentences that differ in the group only."""
+
+    stereotype: str
+    anti_stereotype: str
+    dimension: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe. sha256: of the file, for the record."""
+
+    name: str
+    description: str
+    language: str
+    prompt: dict[str, str]
+    answers: tuple[str, ...]
+    factor: float
+    select: dict
+    subsets: tuple[int, ...]
+    questions: tuple[Question, ...]
+    controls: tuple[Question, ...]
+    probes: tuple[Probe, ...]
+    sha256: str
+
+    def ask(self, count: int | None) -> tuple[Question, ...]:
+        """The first `count` questions (None: 45, or all if there are fewer), then as many controls at most."""
+        count = min(45, len(self.questions)) if count is None else count
+        if count != len(self.questions) and count not in self.subsets:
+            known = ", ".join(map(str, sorted({*self.subsets, len(self.questions)})))
+            raise RecipeError(f"recipe {self.name}", [f"--questions {count} is none of its subsets ({known})"])
+        return self.questions[:count] + self.controls[: min(count, len(self.controls))]
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def _folder() -> Path:
+    """Inside the wheel the recipes lie in the package, in a checkout beside it."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """A recipe by name or by path. Raises RecipeError with all faults."""
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        path = _folder() / f"{source}.yaml"
+        if not path.is_file():
+            raise RecipeError(f"recipe {source}", [f"no such recipe; there are: {', '.join(recipe_names())}, or a path"])
+    try:
+        raw = path.read_bytes()
+        data = yaml.load(raw.decode("utf-8"), _Loader)
+    except OSError as error:
+        raise RecipeError(str(path), [f"cannot be read: {error.strerror}"]) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(str(path), ["not YAML: " + " ".join(str(error).split())[:200]]) from None
+    return _Parser(str(path)).recipe(data, hashlib.sha256(raw).hexdigest())
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 on the two points that hurt: bare yes/no are strings, and a key may stand only once."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := {str(k) for k in keys if keys.count(k) > 1}:
+            raise yaml.YAMLError(f"key {', '.join(sorted(twice))} stands twice in line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+@dataclass
+class _Parser:
+    """Collects faults instead of stopping at the first."""
+
+    where: str
+    faults: list[str] = field(default_factory=list)
+
+    def recipe(self, data: object, digest: str) -> Recipe:
+        if not isinstance(data, dict):
+            raise RecipeError(self.where, ["not a mapping of keys; `kbne-edit recipes show social-bias` prints one"])
+        self.unknown(data, _KEYS, "recipe")
+        if data.get("kbne_recipe") != 1:
+            self.faults.append(f"kbne_recipe is {data.get('kbne_recipe')!r}; this version reads 1")
+        answers = tuple(self.strings(data.get("answers"), "answers"))
+        if len(answers) < 2 or len({a.casefold() for a in answers}) != len(answers):
+            self.faults.append("answers must list two or more different answers")
+        prompt = self.prompt(data.get("prompt"))
+        questions = self.section(data.get("questions"), "questions", answers, False)
+        controls = self.section(data.get("controls") or {}, "controls", answers, True)
+        if not questions:
+            self.faults.append("questions: there are none")
+        texts = [q.text for q in questions + controls]
+        self.faults += [f"question stands twice: {t!r}" for t in sorted({t for t in texts if texts.count(t) > 1})]
+        result = Recipe(
+            self.string(data.get("name"), "name"), self.string(data.get("description", ""), "description"),
+            self.string(data.get("language", "en"), "language"), prompt, answers,
+            self.number(data.get("factor", 2), "factor"), self.select(data.get("select", {})),
+            self.subsets(data.get("subsets", []), len(questions)), questions, controls,
+            self.probes(data.get("probes") or {}), digest,
+        )  # fmt: skip
+        if self.faults:
+            raise RecipeError(self.where, self.faults)
+        return result
+
+    def unknown(self, data: dict, known: set[str], where: str) -> None:
+        self.faults += [f"{where}: unknown key {str(key)!r}" for key in data if key not in known]
+
+    def string(self, value: object, where: str) -> str:
+        if not isinstance(value, str):
+            self.faults.append(f"{where} must be text")
+        return str(value)
+
+    def strings(self, value: object, where: str) -> list[str]:
+        if not isinstance(value, list):
+            self.faults.append(f"{where} must be a list")
+            return []
+        return [self.string(v, f"{where}[{i}]") for i, v in enumerate(value)]
+
+    def number(self, value: object, where: str, low: float = -1e6, high: float = 1e6) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            self.faults.append(f"{where} is {value!r}; it must be a number from {low:g} to {high:g}")
+            return 0.0
+        return float(value)
+
+    def prompt(self, value: object) -> dict[str, str]:
+        if not isinstance(value, dict) or "plain" not in value:
+            self.faults.append("prompt must have `plain` (and may have `chat`)")
+            return {}
+        self.unknown(value, {"plain", "chat"}, "prompt")
+        for key, text in value.items():
+            if "{question}" not in self.string(text, f"prompt.{key}"):
+                self.faults.append(f"prompt.{key} lacks {{question}}")
+        return {str(k): str(v) for k, v in value.items()}
+
+    def select(self, value: object) -> dict:
+        if not isinstance(value, dict):
+            self.faults.append("select must be a mapping")
+            return {}
+        self.unknown(value, {"rule", "tau", "beta", "combine"}, "select")
+        result = {"rule": value.get("rule", "paper"), "combine": value.get("combine", "union")}
+        for key, known in (("rule", RULES), ("combine", COMBINE)):
+            if result[key] not in known:
+                self.faults.append(f"select.{key} is {result[key]!r}; it must be one of {', '.join(known)}")
+        for key in ("tau", "beta"):
+            result[key] = self.number(value.get(key, 0.1), f"select.{key}", 0, 1)
+        return result
+
+    def subsets(self, value: object, count: int) -> tuple[int, ...]:
+        if not isinstance(value, list) or not all(type(n) is int and 0 < n <= count for n in value):
+            self.faults.append(f"subsets must list whole numbers from 1 to {count}")
+            return ()
+        return tuple(value)
+
+    def section(self, value: object, where: str, answers: tuple[str, ...], control: bool) -> tuple[Question, ...]:
+        if not isinstance(value, dict):
+            self.faults.append(f"{where} must be a mapping with forms, dimensions and concepts, or items")
+            return ()
+        self.unknown(value, {"forms", "dimensions", "concepts", "items"}, where)
+        rows = [
+            {**{k: form.get(k) for k in ("answer",)}, "text": text, "dimension": dimension, "form": name}
+            for text, form, name, dimension in self.grid(value, where)
+        ]
+        items = value.get("items", [])
+        if not isinstance(items, list):
+            self.faults.append(f"{where}.items must be a list")
+            items = []
+        questions = []
+        for i, item in enumerate(rows + items):
+            spot = f"{where} {i + 1}"
+            if not isinstance(item, dict) or not {"text", "answer", "dimension"} <= set(item):
+                self.faults.append(f"{spot}: needs text, answer and dimension")
+                continue
+            self.unknown(item, {"text", "answer", "dimension", "form"}, spot)
+            if item["answer"] not in answers:
+                self.faults.append(f"{spot}: answer {item['answer']!r} is none of {', '.join(answers)}")
+            questions.append(
+                Question(self.string(item["text"], spot), str(item["answer"]), str(item["dimension"]),
+                         str(item.get("form", "")), control)
+            )  # fmt: skip
+        return tuple(questions)
+
+    def grid(self, value: dict, where: str) -> list[tuple[str, dict, str, str]]:
+        """Every concept meets every dimension in every form, concept by concept."""
+        parts = [value.get(key, {}) for key in ("forms", "dimensions", "concepts")]
+        if not any(parts):
+            return []
+        forms, dimensions, concepts = parts
+        if not all(isinstance(p, dict) and p and all(isinstance(v, dict) for v in p.values()) for p in parts):
+            self.faults.append(f"{where}: a grid needs forms, dimensions and concepts, each a mapping of mappings")
+            return []
+        rows = []
+        for number, (concept, fields) in enumerate(concepts.items()):
+            for dimension, about in dimensions.items():
+                pairs = about.get("pairs", [])
+                if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
+                    self.faults.append(f"{where}: pairs of dimension {dimension} must be a list of [a, b]")
+                    pairs = []
+                pair = dict(zip("ab", pairs[number % len(pairs)], strict=True)) if pairs else {}
+                values = {k: v for k, v in about.items() if k != "pairs"} | fields | pair
+                for name, form in forms.items():
+                    text = self.fill(form.get("text"), values, f"{where}: form {name} with {concept}, {dimension}")
+                    rows.append((text, form, str(name), str(dimension)))
+        return rows
+
+    def fill(self, text: object, values: dict, where: str) -> str:
+        try:
+            fields = [name for _, name, _, _ in string.Formatter().parse(self.string(text, where)) if name is not None]
+        except ValueError as error:
+            self.faults.append(f"{where}: {error}")
+            return str(text)
+        if missing := [name for name in fields if name not in values]:
+            self.faults.append(f"{where}: no value for {', '.join('{' + m + '}' for m in missing)}")
+            return str(text)
+        result = str(text)
+        for name in fields:  # plain replacement: format() would let a recipe reach into attributes
+            result = result.replace("{" + name + "}", str(values[name]))
+        return result
+
+    def probes(self, value: object) -> tuple[Probe, ...]:
+        items = value.get("items", []) if isinstance(value, dict) else None
+        if not isinstance(items, list):
+            self.faults.append("probes must be a mapping with items")
+            return ()
+        self.unknown(value, {"items"}, "probes")
+        found = []
+        for i, item in enumerate(items):
+            if not isinstance(item, dict) or set(item) != {"stereotype", "anti_stereotype", "dimension"}:
+                self.faults.append(f"probe {i + 1}: needs exactly stereotype, anti_stereotype and dimension")
+                continue
+            found.append(Probe(*(str(item[k]) for k in ("stereotype", "anti_stereotype", "dimension"))))
+        return tuple(found)

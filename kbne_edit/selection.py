@@ -1,0 +1,168 @@
+"""Scores to an edit (method, section 3), by the paper's rule and by a contrastive one.
+
+paper: a neuron counts for a question if its score exceeds tau of the largest score that the question has anywhere.
+contrastive: the same, on what the question's scores have over the mean of matched controls: controls with the same
+    right answer (and the same form where there are any), each divided by its own largest score first.
+Then: kept for a dimension if it counts in at least beta of its questions; the result combines the dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .edit import Edit
+from .errors import EditError, InputError
+from .families import Site
+from .recipe import COMBINE, RULES
+
+if TYPE_CHECKING:
+    from .scores import Scores
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a rule selected. dimensions, controls: boolean masks [L, F], per dimension, and by the controls alone."""
+
+    edit: Edit
+    dimensions: dict[str, np.ndarray]
+    controls: np.ndarray | None
+
+    def summary(self) -> dict:
+        """Per dimension: neurons and layers; overlaps between dimensions; overlap with the controls' selection."""
+        union = _mask(self.edit, next(iter(self.dimensions.values())).shape)
+        names = list(self.dimensions)
+        result = {
+            "rule": self.edit.found["select"]["rule"],
+            "neurons": int(union.sum()),
+            "share": float(union.mean()),
+            "layers": sorted(self.edit.factors),
+            "dimensions": {n: _describe(self.dimensions[n], self.controls) for n in names},
+            "overlap": {
+                f"{a} & {b}": int((self.dimensions[a] & self.dimensions[b]).sum())
+                for i, a in enumerate(names) for b in names[i + 1 :]
+            },
+        }  # fmt: skip
+        if self.controls is not None:
+            result["controls_neurons"] = int(self.controls.sum())
+            result["controls_overlap"] = int((union & self.controls).sum())
+        return result
+
+
+def _describe(mask: np.ndarray, controls: np.ndarray | None) -> dict:
+    found = {"neurons": int(mask.sum()), "layers": np.flatnonzero(mask.any(1)).tolist()}
+    return found if controls is None else found | {"controls_overlap": int((mask & controls).sum())}
+
+
+def select(
+    scores: Scores | np.ndarray,
+    *,
+    dimensions: Sequence[str] | None = None,
+    answers: Sequence[str] | None = None,
+    forms: Sequence[str] | None = None,
+    controls: Sequence[bool] | None = None,
+    rule: str = "paper",
+    tau: float = 0.1,
+    beta: float = 0.1,
+    combine: str = "union",
+    factor: float = 2.0,
+    site: Site = "down",
+    base: str | None = None,
+    only: Sequence[bool] | None = None,
+) -> Edit:
+    """Select neurons. scores: [Q, L, F] (tensor or array), or a `Scores`, which knows the rest about its questions.
+
+    dimensions, answers, forms: one per question. controls: True where a question is a control. only: False leaves a
+    question out. Raises InputError for settings out of range, EditError if no neuron is selected.
+    """
+    return selection(
+        scores, dimensions=dimensions, answers=answers, forms=forms, controls=controls, rule=rule, tau=tau, beta=beta,
+        combine=combine, factor=factor, site=site, base=base, only=only,
+    ).edit  # fmt: skip
+
+
+def selection(
+    scores, *, dimensions=None, answers=None, forms=None, controls=None, rule="paper", tau=0.1, beta=0.1,
+    combine="union", factor=2.0, site="down", base=None, only=None,
+) -> Selection:  # fmt: skip
+    """`select`, with the masks that the report needs."""
+    if rule not in RULES or combine not in COMBINE or not (0 <= tau <= 1 and 0 <= beta <= 1):
+        raise InputError(f"select: rule is one of {RULES}, combine one of {COMBINE}, tau and beta lie from 0 to 1")
+    if hasattr(scores, "questions"):
+        about = scores.questions
+        dimensions, answers = [q.dimension for q in about], [q.answer for q in about]
+        forms, controls = [q.form for q in about], [q.control for q in about]
+        site, base, scores = scores.site, scores.base, scores.values
+    scores = np.asarray(scores)
+    count = len(scores)
+    dimensions = np.array(dimensions if dimensions is not None else ["all"] * count)
+    groups = np.array([f"{a}" for a in (answers if answers is not None else [""] * count)])
+    forms = np.array(forms if forms is not None else [""] * count)
+    controls = np.array(controls if controls is not None else [False] * count, bool)
+    keep = np.ones(count, bool) if only is None else np.array(only, bool)
+    asked, compared = keep & ~controls, keep & controls
+    if not asked.any():
+        raise InputError("select: no question is left to select from")
+    if rule == "contrastive" and not compared.any():
+        raise InputError("select: the contrastive rule needs control questions")
+    counts = _counting(scores, groups, forms, compared, rule, tau)
+    masks = {
+        name: _kept(counts, np.flatnonzero(asked & (dimensions == name)), beta)
+        for name in dict.fromkeys(dimensions[asked].tolist())
+    }
+    stacked = np.stack(list(masks.values()))
+    union = stacked.any(0) if combine == "union" else stacked.all(0)
+    by_controls = _kept(counts, np.flatnonzero(compared), beta) if compared.any() else None
+    factors: dict[int, dict[int, float]] = {}
+    for layer, neuron in np.argwhere(union).tolist():
+        factors.setdefault(layer, {})[neuron] = float(factor)
+    if not factors:
+        raise EditError(
+            f"no neuron is selected (rule {rule}, tau {tau:g}, beta {beta:g}, {combine}): lower --tau or --beta"
+        )
+    settings = {"rule": rule, "tau": tau, "beta": beta, "combine": combine, "questions": int(asked.sum()),
+                "controls": int(compared.sum())}  # fmt: skip
+    return Selection(Edit(site, factors, base, {"select": settings}), masks, by_controls)
+
+
+def _counting(scores, groups, forms, compared, rule, tau):
+    """A function: index of a question -> mask [L, F] of the neurons that count for it."""
+
+    def paper(q: int) -> np.ndarray:
+        return scores[q] > tau * max(float(scores[q].max()), 0.0)
+
+    def relative(q: int) -> np.ndarray:
+        return scores[q] / max(float(np.abs(scores[q]).max()), 1e-30)
+
+    def contrast(q: int) -> np.ndarray:
+        # A control is compared with the others, so that the same rule can be asked what it selects on controls.
+        same = compared & (groups == groups[q]) & (np.arange(len(scores)) != q)
+        matched = same & (forms == forms[q])
+        pool = np.flatnonzero(matched if matched.any() else same)
+        if not len(pool):
+            raise InputError(f"select: the contrastive rule finds no control with the answer {groups[q]!r}")
+        key = (q if compared[q] else -1, groups[q], forms[q])
+        if key not in means:
+            means[key] = sum(relative(c) for c in pool) / len(pool)
+        added = relative(q) - means[key]
+        return added > tau * max(float(added.max()), 0.0)
+
+    means: dict[tuple, np.ndarray] = {}
+    return paper if rule == "paper" else contrast
+
+
+def _kept(counts, questions: np.ndarray, beta: float) -> np.ndarray:
+    """Neurons that count in at least beta of these questions (and in at least one)."""
+    needed = max(math.ceil(beta * len(questions) - 1e-9), 1)
+    return sum(counts(q).astype(np.int32) for q in questions) >= needed
+
+
+def _mask(edit: Edit, shape: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    for layer, neurons in edit.factors.items():
+        mask[layer, list(neurons)] = True
+    return mask

@@ -1,0 +1,431 @@
+"""Two proofs, never mixed.
+
+1. The file is the edit: every edited weight is the rounded product of the original and its factor, everything else
+   is identical to the bit. Streaming, no model in memory.
+2. The model behaves as the hooks: original with hooks against the baked directory loaded by plain transformers.
+   Bit-equal where every factor is a power of two; otherwise within the rounding noise, which is computed (see _noise).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .checkpoint import MANIFEST, UNDO, Checkpoint, Shard, read_array, storage, to_float
+from .edit import Edit
+from .errors import CheckpointError, FamilyError
+from .families import SITES, slots
+from .folding import Progress, Target, _chunks, _hash, _scaled, plan, read_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+NOISE_FACTOR = 4  # the largest of some 10^5 near-normal differences varies by less than this between two draws
+_NOISE_DRAWS = 3
+_TEXTS = (
+    "The committee read both applications twice before it",
+    "Water boils sooner on a mountain because",
+    "She asked the engineer what he thought of the plan, and he said",
+    "In the morning the two neighbours met at the market and",
+)
+
+
+@dataclass
+class Report:
+    """faults: empty if the first proof holds. behaviour: one entry per dtype, None if not asked for."""
+
+    edit: Edit
+    source: str  # where the edit comes from: "manifest", "given", or "recovered from the weights"
+    tensors: int = 0
+    edited: int = 0
+    files: int = 0
+    faults: list[str] = field(default_factory=list)
+    behaviour: list[dict] | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults and all(entry["ok"] for entry in self.behaviour or [])
+
+    def to_dict(self) -> dict:
+        data = asdict(self) | {"ok": self.ok, "file_proof": not self.faults}
+        data["edit"] = {"site": self.edit.site, "neurons": self.edit.num_neurons, "factors": self.edit.distinct_factors}
+        return data
+
+
+def verify(
+    base_dir: str | Path,
+    baked_dir: str | Path,
+    *,
+    edit: Edit | None = None,
+    behaviour: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Both proofs that `baked_dir` is `base_dir` with an edit folded in; also for a directory made elsewhere.
+
+    The edit is `edit`, or the manifest's, or else recovered from the weights themselves. behaviour: False skips the
+    second proof. Raises CheckpointError if a directory cannot be read; a failed proof is in the report.
+    """
+    base, baked = Checkpoint.open(base_dir), Checkpoint.open(baked_dir)
+    manifest = read_manifest(baked_dir)
+    report = file_proof(base, baked, manifest, edit, progress)
+    if behaviour and not report.faults:
+        report.behaviour = behaviour_proof(base, baked, report.edit)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------- first proof: files
+
+
+def file_proof(
+    base: Checkpoint, baked: Checkpoint, manifest: dict | None, edit: Edit | None, progress: Progress | None = None
+) -> Report:
+    """The first proof. Memory is bounded by a chunk where both directories have the same shards, else by a tensor."""
+    source = "given" if edit else "manifest" if manifest else "recovered from the weights"
+    edit = edit or (Edit.from_dict(manifest["edit"]) if manifest else _recover(base, baked))
+    report = Report(edit, source)
+    targets = plan(base, edit)
+    report.tensors, report.edited = len(base.tensors), len(targets)
+    if [s.path.name for s in base.shards] == [s.path.name for s in baked.shards]:
+        for old, new in zip(base.shards, baked.shards, strict=True):
+            _compare_files(old, new, targets, manifest, report, progress)
+    else:
+        _compare_tensors(base, baked, targets, report, progress)
+    _compare_others(base, baked, manifest, report, progress)
+    return report
+
+
+def _compare_files(
+    old: Shard, new: Shard, targets: dict[str, Target], manifest: dict | None, report: Report, progress: Progress | None
+) -> None:
+    """Fold the base once more, chunk by chunk, and compare with what is there; hash both on the way."""
+    if manifest is None and [(t.name, t.start) for t in old.tensors] != [(t.name, t.start) for t in new.tensors]:
+        return _compare_shards({t.name: (old, t) for t in old.tensors}, {t.name: (new, t) for t in new.tensors},
+                               targets, report, progress)  # fmt: skip
+    digests, name = (hashlib.sha256(), hashlib.sha256()), new.path.name
+    with open(old.path, "rb") as a, open(new.path, "rb") as b, ThreadPoolExecutor(2) as pool:
+        jobs = []
+        for tensor, start, end in _chunks(old.path, old.tensors, targets):
+            before, after = a.read(end - start), b.read(end - start)
+            for job in jobs:
+                job.result()
+            jobs = [pool.submit(digests[0].update, before), pool.submit(digests[1].update, after)] if manifest else []
+            expected = before if tensor is None else _scaled(before, tensor, start, targets[tensor.name], {})
+            if expected != after and not (manifest is None and end <= old.data_start):
+                what = tensor.name if tensor else _tensor_at(old, start, before, after)
+                report.faults.append(f"{name}: {what} is not what the edit gives")
+            if progress:
+                progress(2 * len(before))
+        if b.read(1):
+            report.faults.append(f"{name}: longer than the base's file")
+    if manifest:
+        _check_hashes(name, digests[0].hexdigest(), digests[1].hexdigest(), manifest, report)
+    report.files += 1
+
+
+def _tensor_at(shard: Shard, start: int, before: bytes, after: bytes) -> str:
+    position = start + next((i for i, (x, y) in enumerate(zip(before, after, strict=False)) if x != y), len(after))
+    return next((t.name for t in shard.tensors if t.start <= position < t.end), "the header")
+
+
+def _check_hashes(name: str, before: str, after: str, manifest: dict, report: Report) -> None:
+    recorded = manifest["files"].get(name)
+    if recorded is None:
+        report.faults.append(f"{name} is not in the manifest")
+    elif recorded["in"] != before:
+        report.faults.append(f"{name} of the base is not the file that was baked (SHA-256 differs)")
+    elif recorded["out"] != after:
+        report.faults.append(f"{name} was changed after baking (SHA-256 differs from the manifest)")
+
+
+def _compare_tensors(base, baked, targets, report: Report, progress: Progress | None) -> None:
+    _compare_shards(base.tensors, baked.tensors, targets, report, progress)
+    report.files += len(base.shards)
+
+
+def _compare_shards(old: dict, new: dict, targets, report: Report, progress: Progress | None) -> None:
+    """Tensor by tensor, for directories whose shards are cut or ordered differently."""
+    for name in sorted(set(old) ^ set(new)):
+        report.faults.append(f"tensor {name} is {'missing' if name in old else 'new'}")
+    for name in sorted(set(old) & set(new)):
+        (shard, a), (other, b) = old[name], new[name]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            report.faults.append(f"tensor {name} is {b.dtype} {list(b.shape)}; it was {a.dtype} {list(a.shape)}")
+            continue
+        before, after = _raw(shard, a), _raw(other, b)
+        if name in targets:
+            before = _scaled(before, a, a.start, targets[name], {})
+        if before != after:
+            report.faults.append(f"{name} is not what the edit gives")
+        if progress:
+            progress(2 * len(before))
+
+
+def _raw(shard: Shard, tensor) -> bytes:
+    with open(shard.path, "rb") as file:
+        file.seek(tensor.start)
+        return file.read(tensor.end - tensor.start)
+
+
+def _compare_others(
+    base: Checkpoint, baked: Checkpoint, manifest: dict | None, report: Report, progress: Progress | None
+) -> None:
+    old, new = set(base.other_files()[0]), set(baked.other_files()[0])
+    if [s.path.name for s in base.shards] != [s.path.name for s in baked.shards]:
+        index = {"model.safetensors.index.json"}
+        old, new = old - index, new - index
+    for name in sorted(old ^ new):
+        report.faults.append(f"file {name} is {'missing' if name in old else 'new'}")
+    for name in sorted(old & new):
+        before, after = _hash(base.path / name), _hash(baked.path / name)
+        if before != after:
+            report.faults.append(f"file {name} differs")
+        elif manifest:
+            _check_hashes(name, before, after, manifest, report)
+        report.files += 1
+    if manifest and (not (baked.path / UNDO).is_file() or _hash(baked.path / UNDO) != manifest["undo"]):
+        report.faults.append(f"{UNDO} is missing or was changed")
+    if stray := baked.other_files()[1]:
+        report.faults.append(f"unedited weights lie beside the edited ones: {', '.join(stray[:3])}")
+
+
+def _recover(base: Checkpoint, baked: Checkpoint) -> Edit:
+    """The edit that turns `base` into `baked`, read off the weights. Raises CheckpointError if there is none."""
+    for site in SITES:
+        try:
+            places = slots(base.shapes, base.config, site)
+        except FamilyError:
+            if site == "gate":  # plain feed-forward
+                continue
+            raise
+        factors: dict[int, dict[int, float]] = {}
+        for layer, (slot, *_) in places.items():
+            if slot.tensor in baked.tensors and baked.shapes[slot.tensor] == base.shapes[slot.tensor]:
+                factors[layer] = _recover_layer(base.tensors[slot.tensor], baked.tensors[slot.tensor], slot)
+        factors = {layer: found for layer, found in factors.items() if found}
+        if factors:
+            return Edit(site, factors)
+    raise CheckpointError(
+        f"{baked.path} has no {MANIFEST}, and no neuron of {base.path} is scaled in it: pass --edit edit.json"
+    )
+
+
+def _recover_layer(old, new, slot) -> dict[int, float]:
+    kind = old[1].dtype
+    storage(kind, slot.tensor)
+    a, b = (np.moveaxis(read_array(*pair), slot.axis, 0).reshape(pair[1].shape[slot.axis], -1) for pair in (old, new))
+    found = {}
+    for i in np.flatnonzero((a[: slot.neurons] != b[: slot.neurons]).any(1)).tolist():
+        x, y = (to_float(v, kind).astype(np.float64) for v in (a[i], b[i]))
+        ratio = float(x @ y / (x @ x)) if (x @ x) > 0 else 1.0
+        # The shortest decimal that is within the estimate's error: a person's factor, not a regression's.
+        found[i] = next((r for n in range(1, 9) if abs((r := float(f"{ratio:.{n}g}")) - ratio) < 1e-3 * abs(ratio)), ratio)
+    return found
+
+
+# --------------------------------------------------------------------------------------------- second proof: behaviour
+
+
+def behaviour_proof(base: Checkpoint, baked: Checkpoint, edit: Edit) -> list[dict]:
+    """The second proof, in float32 and in the checkpoint's own dtype; site by site where the model is too large."""
+    if _float32_bytes(base) > 0.7 * _free_memory():
+        return [_site_by_site(base, baked, edit)]
+    import torch
+
+    stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    own = stored[base.tensors[next(iter(plan(base, edit)))][1].dtype]
+    return [_whole_model(base, baked, edit, dtype, own) for dtype in dict.fromkeys((torch.float32, own))]
+
+
+def _float32_bytes(checkpoint: Checkpoint) -> int:
+    return 4 * sum(int(np.prod(shape)) for shape in checkpoint.shapes.values())
+
+
+def _free_memory() -> float:
+    try:
+        with open("/proc/meminfo") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No chatter of transformers while it loads a model."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
+    """The causal model of a directory, by plain transformers. Never runs code from the checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"transformers cannot load {path}: {str(error).splitlines()[0][:200]}") from None
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_tokenizer(path: Path):
+    """The tokenizer of a directory. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (ValueError, KeyError, OSError, ImportError) as error:
+            raise CheckpointError(f"{path} has no usable tokenizer ({str(error).splitlines()[0][:120]})") from None
+
+
+def _probes(base: Checkpoint) -> list[list[int]]:
+    try:
+        tokenizer = load_tokenizer(base.path)
+        return [tokenizer(text)["input_ids"] for text in _TEXTS]
+    except CheckpointError:  # a directory without tokenizer can be proven all the same
+        size = base.config.get("vocab_size", 64)
+        return np.random.default_rng(0).integers(0, size, (len(_TEXTS), 12)).tolist()
+
+
+def _run(model, probes: list[list[int]], tokens: int) -> tuple[np.ndarray, list[list[int]]]:
+    """(logits of all positions [N, V] float32, greedy continuations)."""
+    import torch
+
+    logits, texts = [], []
+    with torch.no_grad():
+        for ids in probes:
+            output = model(torch.tensor([ids]))
+            logits.append(output.logits[0].float().numpy())
+            ids = list(ids)
+            for _ in range(tokens):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            texts.append(ids)
+    return np.concatenate(logits), texts
+
+
+def _whole_model(base: Checkpoint, baked: Checkpoint, edit: Edit, dtype: torch.dtype, own: torch.dtype) -> dict:
+    import torch
+
+    from .hooks import hooked
+
+    probes, tokens = _probes(base), 8 if dtype == torch.float32 else 0
+    model = load_model(base.path, dtype)
+    with hooked(model, edit):
+        reference, text = _run(model, probes, tokens)
+        noise = 0.0
+        if not edit.exact:
+            noise = max(_relative(_run_noisy(model, edit, own, seed, probes), reference) for seed in range(_NOISE_DRAWS))
+    del model
+    got, text_baked = _run(load_model(baked.path, dtype), probes, tokens)
+    difference, equal = _relative(got, reference), np.array_equal(got, reference)
+    entry = {
+        "dtype": str(dtype).removeprefix("torch."), "how": "whole model", "bit_equal": bool(equal),
+        "difference": difference, "noise": noise, "kl": _kl(reference, got),
+        "top1": float((got.argmax(1) == reference.argmax(1)).mean()), "positions": len(got),
+    }  # fmt: skip
+    if tokens:
+        entry["greedy"] = float(np.mean([a == b for a, b in zip(text, text_baked, strict=True)]))
+    entry["ok"] = bool(equal) if edit.exact else difference <= NOISE_FACTOR * noise
+    return entry
+
+
+def _relative(got: np.ndarray, reference: np.ndarray) -> float:
+    """Largest logit difference, relative to the logits' standard deviation."""
+    return float(np.abs(got - reference).max() / max(float(reference.std()), 1e-30))
+
+
+def _kl(reference: np.ndarray, got: np.ndarray) -> float:
+    """Mean KL(reference || got) over positions, in nats."""
+    a, b = (x.astype(np.float64) - x.max(1, keepdims=True) for x in (reference, got))
+    a, b = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (a, b))
+    return float((np.exp(a) * (a - b)).sum(1).mean())
+
+
+def _run_noisy(model, edit: Edit, own: torch.dtype, seed: int, probes: list[list[int]]) -> np.ndarray:
+    """Logits of the hooked model with the rounding noise that the fold is allowed.
+
+    Rounding factor * w to the stored dtype errs by at most u |factor * w|, u half the dtype's epsilon, each weight on
+    its own. So output j of an edited module moves by about a normal number of variance
+    (u^2 / 3) sum_i (w_ji factor_i h_i)^2 over the edited neurons: that is what is added, from a seed.
+    """
+    from .families import site_modules
+
+    with ExitStack() as stack:
+        for layer, module in enumerate(site_modules(model, edit.site)):
+            if layer in edit.factors:
+                hook = _noise(module, edit.site, edit.factors[layer], own, 1000 * seed + layer)
+                stack.callback(module.register_forward_hook(hook).remove)
+        return _run(model, probes, 0)[0]
+
+
+def _noise(module, site: str, factors: dict[int, float], own: torch.dtype, seed: int):
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.tensor(list(factors))
+    scale = torch.tensor(list(factors.values()))
+    unit = torch.finfo(own).eps / 2 / 3**0.5
+    weight = module.weight.float() if hasattr(module, "nf") else module.weight.float().T  # [in, out]
+
+    def hook(_, args, output):
+        x = args[0].float()
+        if site == "down":  # x is scaled already
+            deviation = (x[..., index].square() @ weight[index].square()).sqrt() * unit
+        else:
+            deviation = torch.zeros_like(output, dtype=torch.float32)
+            deviation[..., index] = (x.square() @ weight[:, index].square()).sqrt() * scale.abs() * unit
+        return (output.float() + deviation * torch.randn(deviation.shape, generator=generator)).to(output.dtype)
+
+    return hook
+
+
+def _site_by_site(base: Checkpoint, baked: Checkpoint, edit: Edit) -> dict:
+    """Each edited projection on seeded inputs: W (factor h) from the base against W' h from the baked directory.
+
+    All other tensors are identical by the first proof, so the projections are all that can differ.
+    """
+    worst, noise, equal, rows = 0.0, 0.0, True, 0
+    for name, target in plan(base, edit).items():
+        if len(base.shapes[name]) != 2:
+            continue
+        shard, tensor = base.tensors[name]
+        old, new = (
+            to_float(read_array(*c.tensors[name]), tensor.dtype).astype(np.float32) for c in (base, baked)
+        )  # fmt: skip
+        axis = target.slot.axis
+        old, new = (w if axis == 1 else w.T for w in (old, new))  # neurons along axis 1 now
+        scale = np.ones(old.shape[1], np.float32)
+        scale[target.index] = target.factors
+        rng = np.random.default_rng(0)
+        h = rng.standard_normal((8, old.shape[1] if edit.site == "down" else old.shape[0]), np.float32)
+        if edit.site == "down":
+            reference, got = (h * scale) @ old.T, h @ new.T
+            spread = np.sqrt(((h * scale)[:, target.index] ** 2) @ (old[:, target.index] ** 2).T)
+        else:
+            reference, got = (h @ old) * scale, h @ new
+            spread = np.sqrt((h**2) @ (old[:, target.index] ** 2)) * np.abs(target.factors)
+        unit = {"BF16": 2.0**-8, "F16": 2.0**-11}.get(tensor.dtype, 2.0**-24)
+        worst = max(worst, float(np.abs(got - reference).max() / max(float(reference.std()), 1e-30)))
+        noise = max(noise, float(unit * spread.max() / max(float(reference.std()), 1e-30)))
+        equal &= np.array_equal(got, reference)
+        rows += len(h)
+    return {
+        "dtype": "float32", "how": "site by site", "bit_equal": bool(equal), "difference": worst, "noise": noise,
+        "positions": rows, "ok": bool(equal) if edit.exact else worst <= NOISE_FACTOR * noise,
+    }  # fmt: skip
