@@ -58,7 +58,6 @@ def _hub_like(source: str) -> bool:
 
 
 def _download(source: str, say: Callable[[str], None]) -> Source:
-    import httpx  # what huggingface_hub itself talks through
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
@@ -86,12 +85,12 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
         ) from None
     except RevisionNotFoundError:
         raise SourceError(f"{name} has no revision {revision}") from None
-    except (LocalEntryNotFoundError, EntryNotFoundError, httpx.HTTPError, OSError, HfHubHTTPError):
+    except HFValidationError:
+        raise SourceError(f"{source!r} is neither a directory nor a Hub id of the form ORG/NAME[@revision]") from None
+    except (LocalEntryNotFoundError, EntryNotFoundError, OSError, HfHubHTTPError):
         raise SourceError(
             f"{name} is no local directory, and the Hub cannot be reached: check the network, or give a directory"
         ) from None
-    except HFValidationError:
-        raise SourceError(f"{source!r} is neither a directory nor a Hub id of the form ORG/NAME[@revision]") from None
     return Source(Path(folder), name, Path(folder).name)
 
 

@@ -1,0 +1,315 @@
+"""The command line: the main job on the demo model, and one clear line for each wrong input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kbne_edit import Edit, load_scores
+from tiny import tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "kbne_edit" / "demo"
+
+
+def run(*args, cwd, **kwargs):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+def files(path):
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def baked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baked")
+    result = run("bake", "--in", "demo", "--out", "debiased", "--json", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads(result.stdout)
+
+
+def test_bake_of_the_demo(baked):
+    folder, summary = baked
+    assert summary["proofs"]["ok"] and all(entry["bit_equal"] for entry in summary["proofs"]["behaviour"])
+    assert summary["attribution"]["right"] >= 40 and summary["attribution"]["largest_residual"] <= 0.01
+    assert summary["neurons"] == summary["selection"]["neurons"] > 0
+    assert summary["effect"]["mean_abs_margin"][0] > 0.05  # the model is biased, whatever the edit did
+    scores = load_scores(folder / "debiased.work" / "scores.safetensors")
+    assert scores.values.shape == (90, 4, 192)
+
+
+def test_the_same_input_gives_the_same_bytes(baked, tmp_path):
+    folder, _ = baked
+    assert run("bake", "--in", "demo", "--out", "debiased", cwd=tmp_path).returncode == 0
+    assert files(tmp_path / "debiased") == files(folder / "debiased")
+
+
+def test_plain_transformers_in_a_second_process(baked):
+    folder, _ = baked
+    code = "from transformers import AutoModelForCausalLM as A, AutoTokenizer as T; A.from_pretrained('debiased'); " \
+           "print(len(T.from_pretrained('debiased')('the zorn')['input_ids']))"  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert result.stdout.strip() == "3", result.stderr
+
+
+def test_revert_restores_the_base(baked, tmp_path):
+    folder, _ = baked
+    assert run("revert", folder / "debiased", "--out", tmp_path / "base", cwd=tmp_path).returncode == 0
+    assert files(tmp_path / "base") == files(DEMO)
+
+
+def test_select_again_takes_no_model(baked, tmp_path):
+    folder, _ = baked
+    code = "import sys; sys.argv[0] = 'kbne-edit'; from kbne_edit.commands import cli; cli(standalone_mode=False); " \
+           "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"  # fmt: skip
+    scores = folder / "debiased.work" / "scores.safetensors"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "select", scores, "--tau", "0.02", "--out", tmp_path / "e.json"], cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert Edit.load(tmp_path / "e.json").num_neurons > Edit.load(folder / "debiased.work" / "edit.json").num_neurons
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from kbne_edit.commands import cli; cli(['bake', '--help'], standalone_mode=False); " \
+           "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "--factor" in result.stdout, result.stderr
+
+
+def test_killed_locate_resumes_with_the_same_bytes(baked, tmp_path):
+    folder, _ = baked
+    out = tmp_path / "scores.safetensors"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), "locate", "--in", "demo", "--out", str(out)], stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not out.exists() and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run("locate", "--in", "demo", "--out", out, cwd=tmp_path).returncode == 0
+    assert out.read_bytes() == (folder / "debiased.work" / "scores.safetensors").read_bytes()
+
+
+def test_dry_run_writes_no_checkpoint(baked, tmp_path):
+    folder, _ = baked
+    edit = folder / "debiased.work" / "edit.json"
+    result = run("bake", "--in", "demo", "--edit", edit, "--out", "x", "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0 and "down_proj" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def base(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def edit(tmp_path):
+    Edit("down", {1: {5: 2.0, 9: 2.0}}).save(tmp_path / "edit.json")
+    return tmp_path / "edit.json"
+
+
+def _config(base, **changes):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+
+
+def _bad_index(base):
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+
+
+def _truncated(base):
+    data = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(data[:-100])
+
+
+def _only(base, name):
+    (base / "model.safetensors").unlink()
+    (base / name).write_bytes(b"x")
+
+
+def _pth(base):
+    _only(base, "consolidated.00.pth")
+
+
+def _adapter(base):
+    (base / "config.json").rename(base / "adapter_config.json")
+
+
+def _evil_bin(base):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(base.parent / "owned"),))
+
+    _only(base, "pytorch_model.bin")
+    (base / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+
+
+WRONG = {
+    "truncated": (_truncated, "truncated"),
+    "index": (_bad_index, "is missing"),
+    "quantised": (lambda b: _config(b, quantization_config={"quant_method": "gptq"}), "gptq"),
+    "encoder-decoder": (lambda b: _config(b, model_type="t5"), "encoder-decoder"),
+    "unknown": (lambda b: _config(b, model_type="newarch"), "unknown architecture 'newarch'"),
+    "adapter": (_adapter, "adapter"),
+    "pth": (_pth, ".pth"),
+    "pickle": (_evil_bin, "nothing of it was run"),
+    "lfs": (lambda b: (b / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs"),
+    "no config": (lambda b: (b / "config.json").unlink(), "config.json"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_checkpoint(case, base, edit, tmp_path):
+    spoil, message = WRONG[case]
+    spoil(base)
+    before = files(base)
+    result = run("bake", "--in", base, "--edit", edit, "--out", tmp_path / "out", cwd=tmp_path)
+    _refused(result, message, tmp_path)
+    assert files(base) == before
+
+
+def _refused(result, message, tmp_path):
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith(("error:", "Error:"))]) == 1
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*kbne*")) and not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--in", "nothing/here/at-all"], "does not exist"),
+    (["--in", "edit.json"], "is a file"),
+    (["--in", "empty"], "is empty"),
+    (["--in", "org/name"], "cannot be reached"),
+    (["--in", "base", "--out", "base"], "--out equals --in"),
+    (["--in", "base", "--out", "base/sub"], "lie within each other"),
+    (["--in", "base", "--out", "full"], "exists"),
+    (["--in", "base", "--edit", "range.json"], "neuron 100000"),
+    (["--in", "base", "--edit", "other.json"], "another model"),
+    (["--in", "base", "--edit", "one.json"], "change nothing"),
+    (["--in", "base", "--edit", "broken.json"], "not JSON"),
+    (["--in", "base", "--edit", "edit.json", "--factor", "1e30"], "number of use"),
+    (["--in", "base", "--edit", "edit.json", "--site", "up"], "up"),
+    (["--in", "demo", "--edit", "edit.json", "--tau", "7"], "tau"),
+])  # fmt: skip
+def test_wrong_arguments(args, message, base, edit, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    Edit("down", {1: {100000: 2.0}}).save(tmp_path / "range.json")
+    Edit("down", {1: {1: 2.0}}, base="0" * 64).save(tmp_path / "other.json")
+    Edit("down", {1: {1: 1.0}}).save(tmp_path / "one.json")
+    (tmp_path / "broken.json").write_text("{")
+    for option, default in (("--edit", "edit.json"), ("--out", "out")):
+        args = args if option in args else [*args, option, default]
+    result = run("bake", *args, cwd=tmp_path)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_faults_of_a_recipe_come_all_at_once(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "kbne_recipe: 1\nname: r\nprompt: {plain: 'x'}\nanswers: ['yes', 'no']\nfactr: 2\n"
+        "questions: {items: [{text: t, answer: maybe, dimension: d}]}\nselect: {tau: 3}\n"
+    )
+    result = run("recipes", "check", "r.yaml", cwd=tmp_path)
+    assert result.returncode == 2
+    for fault in ("factr", "{question}", "'maybe'", "select.tau"):
+        assert fault in result.stderr
+
+
+def test_interrupt(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), "bake", "--in", "demo", "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "out.work" / "scores.safetensors").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk(base, edit, tmp_path):
+    """A limit on file size stands for a full disk: the write fails in the middle of a shard."""
+    code = f"ulimit -f 300; exec {sys.executable} {ROOT / 'cli.py'} bake --in base --edit edit.json --out out"
+    result = subprocess.run(["bash", "-c", "trap '' XFSZ; " + code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "cannot write" in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*kbne*"))
+
+
+def test_bin_weights_come_out_as_safetensors(edit, tmp_path):
+    model = tiny_model("llama", torch.bfloat16)
+    model.save_pretrained(tmp_path / "safe")
+    shutil.copytree(tmp_path / "safe", tmp_path / "bin")
+    weights = load_file(tmp_path / "safe" / "model.safetensors")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "bin" / "pytorch_model.bin")
+    result = run("bake", "--in", "bin", "--edit", edit, "--out", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert got.keys() == weights.keys()
+    assert sum(not torch.equal(got[k], weights[k]) for k in got) == 1
+
+
+@pytest.mark.parametrize("spoil", ["weight", "other", "manifest", "undo", "extra", "config"])
+def test_verify_finds_tampering(spoil, baked, tmp_path):
+    folder, _ = baked
+    shutil.copytree(folder / "debiased", tmp_path / "copy")
+    copy = tmp_path / "copy"
+    if spoil == "weight":
+        weights = load_file(copy / "model.safetensors")
+        weights["model.layers.0.self_attn.q_proj.weight"][3, 4] += 1
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    elif spoil == "manifest":
+        text = (copy / "kbne_edit.json").read_text()
+        (copy / "kbne_edit.json").write_text(text.replace(": 2.0", ": 4.0", 1))
+    elif spoil == "config":
+        text = (copy / "config.json").read_text()
+        (copy / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    elif spoil == "extra":
+        (copy / "pytorch_model.bin").write_bytes(b"old weights")
+    else:
+        name = {"other": "tokenizer.json", "undo": "kbne_undo.safetensors"}[spoil]
+        data = bytearray((copy / name).read_bytes())
+        data[-20] ^= 1
+        (copy / name).write_bytes(bytes(data))
+    result = run("verify", "--in", "demo", "--baked", copy, "--no-behaviour", cwd=tmp_path)
+    assert result.returncode == 1 and "FAILS" in result.stdout, result.stdout + result.stderr
+
+
+def test_verify_a_directory_made_elsewhere(tmp_path):
+    """Scaled by hand and saved by transformers in other shards: the edit is recovered from the weights."""
+    model = tiny_model("llama", torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.down_proj.weight
+        weight[:, 7] = (weight[:, 7].float() * 3.5).to(weight.dtype)
+    model.save_pretrained(tmp_path / "other", max_shard_size="20KB")
+    result = run("verify", "--in", "base", "--baked", "other", "--json", cwd=tmp_path)
+    report = json.loads(result.stdout)
+    assert result.returncode == 0 and report["edit"] == {"site": "down", "neurons": 1, "factors": [3.5]}, result.stderr
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "other", max_shard_size="20KB")
+    assert run("verify", "--in", "base", "--baked", "other", cwd=tmp_path).returncode == 1
