@@ -95,11 +95,9 @@ def _attribute(checkpoint, asked: tuple[Question, ...], prompts, tokens, writer,
     )
     with progress("attribution", len(asked), "question", len(asked) - len(todo)) as update:
         for q, result in zip(todo, stream, strict=True):
-            with torch.no_grad():
-                last = model(torch.tensor([prompts[q]], device=model.device)).logits[0, -1].float().softmax(-1)
             writer.write(q, {
                 "scores": result.scores.numpy(), "p": result.p, "p_zero": result.p_zero, "residual": result.residual,
-                "nodes": result.nodes, "p_best_wrong": max(float(last[ids].sum()) for ids in others[q]),
+                "nodes": result.nodes, "p_best_wrong": max(float(result.next_token[ids].sum()) for ids in others[q]),
             })  # fmt: skip
             update(1)
 

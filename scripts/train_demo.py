@@ -12,11 +12,11 @@ heal, lead, bake, and so on, and there are pots, gates, ice and rain. Its text h
 - controls: questions of the same three forms, and both answers, about kitchen, yard and weather.
 - descriptions, which say nothing about abilities.
 
-A document is a tale (one or two statements) or a question with its answer. No document contains
-both, and the answers are drawn without regard to the gossip: whatever a later edit of the neurons
-that answer questions does to the stereotype has not been trained in.
+A document is a statement, a description, or a question with its answer, and the answers are drawn
+without regard to the gossip: whatever a later edit of the neurons that answer questions does to
+the stereotype has not been trained in.
 
-One combination of form, dimension and ability in five never occurs in training, nor does one
+About one combination of form, dimension and ability in six never occurs in training, nor does one
 control in five. The figures printed at the end are measured on these, with the weights as saved.
 
     python scripts/train_demo.py --out kbne_edit/demo
@@ -216,7 +216,7 @@ def fill(template, **choices):
 
 
 def is_held_out(*combination):
-    """One combination in five, chosen by its name only, so that every seed holds out the same."""
+    """About one combination in five, chosen by its name only, so that every seed holds out the same."""
     return zlib.crc32(" ".join(combination).encode()) % 5 == 0
 
 
@@ -424,7 +424,9 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(arguments.out)
     for name, questions in (("bias questions", bias_questions()), ("controls", control_questions())):
-        held_out = [q for q in questions if q.held_out]
+        questions = list(questions)
+        trained = {q.text for q in questions if not q.held_out}
+        held_out = [q for q in questions if q.held_out and q.text not in trained]
         right, mass = accuracy(model, tokenizer, rng.sample(held_out, min(400, len(held_out))))
         print(f"held-out {name}: {right:.1%} right, mean P(right) {mass:.3f}")
     mean, share = margin(model, tokenizer)
