@@ -23,7 +23,7 @@ import numpy as np
 
 from .errors import CheckpointError, OutputError
 
-CHUNK = 8 << 20  # bytes read at once: memory does not depend on the size of a tensor
+CHUNK = 2 << 20  # bytes read at once: memory is independent of tensors, and the chunk stays in the cache while hashed
 _MAX_HEADER = 100 << 20
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
