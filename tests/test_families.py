@@ -103,3 +103,9 @@ def test_ia3_of_peft(name):
             for neuron, factor in edit.factors.get(layer, {}).items():
                 vector[neuron] = factor
     assert torch.equal(ours, _logits(adapted))
+
+
+def test_every_family_is_under_the_contract():
+    from kbne_edit.families import FAMILIES as known
+
+    assert set(known) == {name.split("-")[0] for name in FAMILIES}

@@ -49,6 +49,12 @@ FAMILIES: dict[str, dict] = {
     "olmo3": _LLAMA,
     "cohere2": _LLAMA,
     "nemotron": _LLAMA,
+    "ministral": _LLAMA | dict(sliding_window=8),
+    "seed_oss": _LLAMA,
+    "exaone4": _LLAMA | dict(sliding_window=8),
+    "helium": _LLAMA,
+    "arcee": _LLAMA,
+    "codegen": _GPT2 | dict(rotary_dim=8),
     "gpt_neo": _COMMON | dict(
         hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, attention_types=[[["global"], 3]],
         max_position_embeddings=64,
