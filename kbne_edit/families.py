@@ -80,6 +80,8 @@ def family_of(config: dict) -> Family:
             raise FamilyError(f"{model_type} is an {kind} model: kbne-edit edits decoder-only (causal) language models")
     if config.get("is_encoder_decoder"):
         raise FamilyError(f"{model_type} is an encoder-decoder model: kbne-edit edits decoder-only language models")
+    if config.get("alibi"):  # its position table is cut for the prompt's batch, and rows of one batch entry do not fit
+        raise FamilyError(f"{model_type} with ALiBi positions is not supported: kbne-edit reads its rotary variants")
     if model_type not in FAMILIES:
         raise FamilyError(
             f"unknown architecture {model_type!r} ({_architectures(config)}); known: {', '.join(sorted(FAMILIES))}. "

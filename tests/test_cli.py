@@ -169,6 +169,7 @@ WRONG = {
     "quantised": (lambda b: _config(b, quantization_config={"quant_method": "gptq"}), "gptq"),
     "encoder-decoder": (lambda b: _config(b, model_type="t5"), "encoder-decoder"),
     "unknown": (lambda b: _config(b, model_type="newarch"), "unknown architecture 'newarch'"),
+    "alibi": (lambda b: _config(b, model_type="falcon", alibi=True), "ALiBi"),
     "adapter": (_adapter, "adapter"),
     "pth": (_pth, ".pth"),
     "pickle": (_evil_bin, "nothing of it was run"),
