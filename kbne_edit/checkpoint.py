@@ -150,7 +150,12 @@ class Checkpoint:
         return {name: tensor.shape for name, (_, tensor) in self.tensors.items()}
 
     def fingerprint(self) -> str:
-        """Identity of the weights, whatever their sharding: SHA-256 over each tensor's name, dtype, shape and sample.
+        """SHA-256 that identifies the weights, whatever their sharding; read from disk once per opened checkpoint."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """SHA-256 over each tensor's name, dtype, shape and sample.
 
         The sample is 4 KiB from the tensor's middle: enough to tell a fine-tuned model from its base in a few
         milliseconds. It says "made for this model", not "undamaged": the manifest's full hashes say that.

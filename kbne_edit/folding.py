@@ -18,7 +18,9 @@ from typing import BinaryIO
 import numpy as np
 
 from . import __version__
-from .checkpoint import CHUNK, MANIFEST, UNDO, Checkpoint, Shard, TensorInfo, from_float, staged, storage, to_float
+from .checkpoint import (
+    CHUNK, MANIFEST, UNDO, Checkpoint, Shard, TensorInfo, from_float, read_array, staged, storage, to_float,
+)  # fmt: skip
 from .edit import Edit
 from .errors import CheckpointError, EditError, OutputError
 from .families import Slot, slots
@@ -149,17 +151,27 @@ def _rewrite(
     return before.hexdigest(), (after or before).hexdigest()
 
 
-def _scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: dict) -> bytes:
-    """Scale the target's neurons in a chunk of whole rows, and keep what was there in `undo`."""
+def _place(raw: bytes, tensor: TensorInfo, start: int, target: Target) -> tuple[np.ndarray, tuple, slice | np.ndarray]:
+    """(rows, where, kept) of a chunk of whole rows that begins at byte `start` of the file.
+
+    rows: a copy that can be written; where: the target's neurons in it; kept: which rows of the undo tensor those are.
+    """
     kind = storage(tensor.dtype, tensor.name)
     rows = np.frombuffer(raw, kind).reshape(-1, *tensor.shape[1:]).copy()
     first = (start - tensor.start) // (kind.itemsize * max(int(np.prod(tensor.shape[1:])), 1))
     if target.slot.axis == 1:
-        where, factors = (slice(None), target.index), target.factors[None, :]
+        return rows, (slice(None), target.index), slice(first, first + len(rows))
+    inside = (target.index >= first) & (target.index < first + len(rows))
+    return rows, (target.index[inside] - first,), inside
+
+
+def _scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: dict) -> bytes:
+    """Scale the target's neurons in a chunk of whole rows, and keep what was there in `undo`."""
+    rows, where, kept = _place(raw, tensor, start, target)
+    if target.slot.axis == 1:
+        factors = target.factors[None, :]
     else:
-        inside = (target.index >= first) & (target.index < first + len(rows))
-        where = (target.index[inside] - first,)
-        factors = target.factors[inside].reshape(-1, *[1] * (rows.ndim - 1))
+        factors = target.factors[kept].reshape(-1, *[1] * (rows.ndim - 1))
     old = rows[where]
     undo.setdefault(tensor.name, []).append(old)
     wide = to_float(old, tensor.dtype)
@@ -232,6 +244,7 @@ def revert(
     edit = Edit.from_dict({**manifest["edit"], "base": None})
     targets = plan(checkpoint, edit)
     saved = Shard.open(undo_path)
+    originals = {tensor.name: read_array(saved, tensor) for tensor in saved.tensors}
     carry, _ = checkpoint.other_files()
     if extra := set(carry) - set(manifest["files"]):
         raise CheckpointError(f"{baked_dir} has files that its manifest does not know: {', '.join(sorted(extra)[:3])}")
@@ -240,7 +253,7 @@ def revert(
         for name in names:
             shard = next((s for s in checkpoint.shards if s.path.name == name), Shard(checkpoint.path / name, (), 0, 0))
             (part / name).parent.mkdir(parents=True, exist_ok=True)
-            digest = _restore(shard, targets, saved, part / name, progress)
+            digest = _restore(shard, targets, originals, part / name, progress)
             if digest != manifest["files"][name]["in"]:
                 raise CheckpointError(f"{baked_dir}/{name} was changed after baking: it does not give the base back")
         if missing := set(manifest["files"]) - set(names):
@@ -248,23 +261,17 @@ def revert(
     return {"files": len(names), "left_out": manifest.get("left_out", [])}
 
 
-def _restore(shard: Shard, targets: dict[str, Target], saved: Shard, out: Path, progress: Progress | None) -> str:
-    from .checkpoint import read_array
-
-    originals = {t.name: read_array(saved, t) for t in saved.tensors}
+def _restore(
+    shard: Shard, targets: dict[str, Target], originals: dict[str, np.ndarray], out: Path, progress: Progress | None
+) -> str:
+    """Copy one file with the originals [D, k] or [k, …] put back. Returns its SHA-256."""
     digest = hashlib.sha256()
     with open(shard.path, "rb") as file, open(out, "wb") as sink:
         for tensor, start, end in _chunks(shard.path, shard.tensors, targets):
             data = file.read(end - start)
             if tensor is not None:
-                target, kind = targets[tensor.name], storage(tensor.dtype, tensor.name)
-                rows = np.frombuffer(data, kind).reshape(-1, *tensor.shape[1:]).copy()
-                first = (start - tensor.start) // (kind.itemsize * max(int(np.prod(tensor.shape[1:])), 1))
-                if target.slot.axis == 1:
-                    rows[:, target.index] = originals[tensor.name][first : first + len(rows)]
-                else:
-                    inside = (target.index >= first) & (target.index < first + len(rows))
-                    rows[target.index[inside] - first] = originals[tensor.name][inside]
+                rows, where, kept = _place(data, tensor, start, targets[tensor.name])
+                rows[where] = originals[tensor.name][kept]
                 data = rows.tobytes()
             digest.update(data)
             sink.write(data)

@@ -96,8 +96,9 @@ def file_proof(
         for old, new in zip(base.shards, baked.shards, strict=True):
             _compare_files(old, new, targets, manifest, report, progress)
     else:
-        _compare_tensors(base, baked, targets, report, progress)
-    _compare_others(base, baked, manifest, report, progress)
+        _compare_shards(base.tensors, baked.tensors, targets, report, progress)
+        report.files += len(base.shards)
+    _compare_others(base, baked, manifest, report)
     return report
 
 
@@ -144,11 +145,6 @@ def _check_hashes(name: str, before: str, after: str, manifest: dict, report: Re
         report.faults.append(f"{name} was changed after baking (SHA-256 differs from the manifest)")
 
 
-def _compare_tensors(base, baked, targets, report: Report, progress: Progress | None) -> None:
-    _compare_shards(base.tensors, baked.tensors, targets, report, progress)
-    report.files += len(base.shards)
-
-
 def _compare_shards(old: dict, new: dict, targets, report: Report, progress: Progress | None) -> None:
     """Tensor by tensor, for directories whose shards are cut or ordered differently."""
     for name in sorted(set(old) ^ set(new)):
@@ -173,10 +169,9 @@ def _raw(shard: Shard, tensor) -> bytes:
         return file.read(tensor.end - tensor.start)
 
 
-def _compare_others(
-    base: Checkpoint, baked: Checkpoint, manifest: dict | None, report: Report, progress: Progress | None
-) -> None:
-    old, new = set(base.other_files()[0]), set(baked.other_files()[0])
+def _compare_others(base: Checkpoint, baked: Checkpoint, manifest: dict | None, report: Report) -> None:
+    carried, stray = baked.other_files()
+    old, new = set(base.other_files()[0]), set(carried)
     if [s.path.name for s in base.shards] != [s.path.name for s in baked.shards]:
         index = {"model.safetensors.index.json"}
         old, new = old - index, new - index
@@ -191,7 +186,7 @@ def _compare_others(
         report.files += 1
     if manifest and (not (baked.path / UNDO).is_file() or _hash(baked.path / UNDO) != manifest["undo"]):
         report.faults.append(f"{UNDO} is missing or was changed")
-    if stray := baked.other_files()[1]:
+    if stray:
         report.faults.append(f"unedited weights lie beside the edited ones: {', '.join(stray[:3])}")
 
 
