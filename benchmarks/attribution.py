@@ -38,7 +38,10 @@ def main():
         start = time.perf_counter()
         results[quadrature] = list(attributions(model, ids, answers, quadrature=quadrature))
         seconds = (time.perf_counter() - start) / len(asked)
-        print(f"{quadrature}: {seconds:.2f} s per question, {len(asked)} questions, {np.mean(list(map(len, ids))):.0f} tokens")
+        print(
+            f"{quadrature}: {seconds:.2f} s per question, {len(asked)} questions, "
+            f"{np.mean(list(map(len, ids))):.0f} tokens"
+        )
     errors = {name: [] for name in results}
     for i, (prompt_ids, answer) in enumerate(zip(ids, answers, strict=True)):
         reference = _reference(Prompt(model, prompt_ids, answer, "down"), results["gauss"][i].nodes)
@@ -59,7 +62,9 @@ def _reference(prompt, nodes):
         parts = list(zip(edges, edges[1:], strict=False)) if count > 4 else [(0, 1)]
         for a, b in parts:
             gradient = prompt.rows({layer: torch.tensor(a + (b - a) * x, dtype=torch.float32)})[layer].gradient
-            scores[layer] += (b - a) * prompt.h[layer] * (torch.tensor(w, dtype=torch.float32)[:, None] * gradient).sum(0)
+            scores[layer] += (
+                (b - a) * prompt.h[layer] * (torch.tensor(w, dtype=torch.float32)[:, None] * gradient).sum(0)
+            )
     return scores
 
 

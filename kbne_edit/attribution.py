@@ -201,8 +201,15 @@ def _merge(
     p_at = known | {part.end: part.p_end for part in old} | {part.start: part.p_start for part in old}
     p_at |= {a: rows.p[i * step].item() for i, (a, _) in enumerate(intervals)}
     new = [
-        _part(h, a, b, p_at[a], p_at[b], rows.p[i * step + 1 : (i + 1) * step],
-              rows.gradient[i * step + 1 : (i + 1) * step])
+        _part(
+            h,
+            a,
+            b,
+            p_at[a],
+            p_at[b],
+            rows.p[i * step + 1 : (i + 1) * step],
+            rows.gradient[i * step + 1 : (i + 1) * step],
+        )
         for i, (a, b) in enumerate(intervals)
     ]
     kept = [p for p in old if not any(a >= p.start and b <= p.end for a, b in intervals)]
@@ -325,8 +332,9 @@ class Prompt:
             factor = gammas.to(h).view(-1, *[1] * (h.dim() - 1))
             tail = h[start:].detach()
             if tail.shape[-1] > self._neurons:  # fused gate_up: only the gate half is scaled
-                factor = torch.cat([factor.expand_as(tail[..., : self._neurons]),
-                                    torch.ones_like(tail[..., self._neurons :])], -1)
+                factor = torch.cat(
+                    [factor.expand_as(tail[..., : self._neurons]), torch.ones_like(tail[..., self._neurons :])], -1
+                )
             leaves[layer] = (factor * tail).requires_grad_()
             return torch.cat([h[:start], leaves[layer]])
 

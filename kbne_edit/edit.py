@@ -65,7 +65,7 @@ class Edit:
         if base and self.base and base != self.base:
             raise EditError(
                 f"the edit was made for another model (fingerprint {self.base[:12]}…, this one is {base[:12]}…): "
-                "locate again on this model, or remove \"base\" from the edit if you mean it"
+                'locate again on this model, or remove "base" from the edit if you mean it'
             )
         for layer, found in self.factors.items():
             if layer >= layers:
@@ -85,7 +85,7 @@ class Edit:
     def from_dict(cls, data: object, where: str = "edit") -> Edit:
         """Inverse of `to_dict`. Raises EditError that names `where`."""
         if not isinstance(data, dict) or data.get("kbne_edit") != VERSION:
-            raise EditError(f"{where}: not an edit of kbne-edit (expected \"kbne_edit\": {VERSION})")
+            raise EditError(f'{where}: not an edit of kbne-edit (expected "kbne_edit": {VERSION})')
         if unknown := sorted(set(data) - {"kbne_edit", "site", "base", "found", "factors"}):
             raise EditError(f"{where}: unknown key {', '.join(unknown)}")
         base, found, factors = data.get("base"), data.get("found", {}), data.get("factors")
@@ -114,7 +114,9 @@ class Edit:
         except OSError as error:
             raise EditError(f"cannot read the edit {path}: {error.strerror}") from None
         except (ValueError, RecursionError):
-            raise EditError(f"{path} is not JSON: an edit is a file that `kbne-edit locate` or `select` wrote") from None
+            raise EditError(
+                f"{path} is not JSON: an edit is a file that `kbne-edit locate` or `select` wrote"
+            ) from None
         return cls.from_dict(data, str(path))
 
 

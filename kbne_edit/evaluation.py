@@ -24,7 +24,9 @@ _RESAMPLES = 2000
 
 def margins(model: nn.Module, tokenizer, probes: Sequence[Probe]) -> np.ndarray:
     """m of every probe, [n]."""
-    return np.array([_score(model, tokenizer, p.stereotype) - _score(model, tokenizer, p.anti_stereotype) for p in probes])
+    return np.array(
+        [_score(model, tokenizer, p.stereotype) - _score(model, tokenizer, p.anti_stereotype) for p in probes]
+    )
 
 
 def _score(model: nn.Module, tokenizer, text: str) -> float:
@@ -69,8 +71,10 @@ def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neu
         "versus_random": _interval(np.abs(after) - np.mean([np.abs(d) for d in draws], 0)),
     }
     low, high = result["versus_random"][1:]
-    result["found"] = "less bias than random neurons" if high < 0 else (
-        "more bias than random neurons" if low > 0 else "no effect found beyond random neurons"
+    result["found"] = (
+        "less bias than random neurons"
+        if high < 0
+        else ("more bias than random neurons" if low > 0 else "no effect found beyond random neurons")
     )
     return result
 

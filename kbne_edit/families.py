@@ -63,8 +63,8 @@ FAMILIES: dict[str, Family] = {name: family for family, names in _TABLE.items() 
 
 # Read by name so that the refusal can say what the model is instead of "unknown".
 _NOT_CAUSAL = {
-    "encoder-decoder": "t5 mt5 umt5 bart mbart pegasus marian m2m_100 blenderbot led longt5 switch_transformers whisper "
-    "t5gemma",
+    "encoder-decoder": "t5 mt5 umt5 bart mbart pegasus marian m2m_100 blenderbot led longt5 switch_transformers "
+    "whisper t5gemma",
     "encoder-only": "bert roberta distilbert albert electra deberta deberta-v2 xlm-roberta mpnet modernbert camembert "
     "esm eurobert",
 }

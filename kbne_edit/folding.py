@@ -19,7 +19,17 @@ import numpy as np
 
 from . import __version__
 from .checkpoint import (
-    CHUNK, MANIFEST, UNDO, Checkpoint, Shard, TensorInfo, from_float, read_array, staged, storage, to_float,
+    CHUNK,
+    MANIFEST,
+    UNDO,
+    Checkpoint,
+    Shard,
+    TensorInfo,
+    from_float,
+    read_array,
+    staged,
+    storage,
+    to_float,
 )  # fmt: skip
 from .edit import Edit
 from .errors import CheckpointError, EditError, OutputError
@@ -52,7 +62,12 @@ def plan(checkpoint: Checkpoint, edit: Edit) -> dict[str, Target]:
 
 
 def fold(
-    source_dir: str | Path, edit: Edit, out_dir: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+    source_dir: str | Path,
+    edit: Edit,
+    out_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict:
     """Write `source_dir` with `edit` folded in to `out_dir`, and return the manifest (also in kbne_edit.json).
 
@@ -122,7 +137,12 @@ def _chunks(path: Path, tensors: tuple[TensorInfo, ...], edited: dict) -> Iterat
 
 
 def _rewrite(
-    shard: Shard, targets: dict[str, Target], out: BinaryIO, undo: dict, pool: ThreadPoolExecutor, progress: Progress | None
+    shard: Shard,
+    targets: dict[str, Target],
+    out: BinaryIO,
+    undo: dict,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
 ) -> tuple[str, str]:
     """Copy one file with its targets scaled. Returns SHA-256 of what was read and of what was written.
 
@@ -201,9 +221,11 @@ def _write_undo(path: Path, undo: dict, checkpoint: Checkpoint) -> None:
 
 def _hash(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
-            file.read()
-        ).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ revert

@@ -80,7 +80,9 @@ def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, se
     return load_scores(out)
 
 
-def _attribute(checkpoint, asked: tuple[Question, ...], prompts, tokens, writer, todo: list[int], settings: Settings) -> None:
+def _attribute(
+    checkpoint, asked: tuple[Question, ...], prompts, tokens, writer, todo: list[int], settings: Settings
+) -> None:
     import torch
 
     from .attribution import attributions
@@ -218,7 +220,9 @@ def _write(checkpoint, edit, targets, found: Source, out: Path, overwrite, behav
             report.behaviour = behaviour_proof(checkpoint, Checkpoint.open(part), edit)
         summary["proofs"] = report.to_dict()
         if not report.ok:
-            raise ProofError(f"a proof failed, {out} was not written: {(report.faults or ['behaviour differs'])[0]}", report)
+            raise ProofError(
+                f"a proof failed, {out} was not written: {(report.faults or ['behaviour differs'])[0]}", report
+            )
         if recipe and recipe.probes:
             say("effect: stereotype probes, with and without the edit")
             summary["effect"] = _effect(checkpoint, edit, recipe)

@@ -42,14 +42,20 @@ def answer_tokens(tokenizer, answers: tuple[str, ...], fixed: dict[str, list[str
             found[answer][token] = index
     for answer, surfaces in found.items():
         if not surfaces:
-            raise InputError(f"the tokenizer has no single token for the answer {answer!r}: use answers that are one token")
+            raise InputError(
+                f"the tokenizer has no single token for the answer {answer!r}: use answers that are one token"
+            )
     return found
 
 
 def _fixed(tokenizer, vocabulary: dict[str, int], answer: str, surfaces: list[str]) -> dict[str, int]:
     result = {}
     for surface in surfaces:
-        ids = [vocabulary[surface]] if surface in vocabulary else tokenizer(surface, add_special_tokens=False)["input_ids"]
+        ids = (
+            [vocabulary[surface]]
+            if surface in vocabulary
+            else tokenizer(surface, add_special_tokens=False)["input_ids"]
+        )
         if len(ids) != 1:
             raise InputError(f"--answers: {surface!r} is {len(ids)} tokens in this tokenizer, not one")
         result[surface] = ids[0]

@@ -84,7 +84,9 @@ def load_recipe(source: str | Path) -> Recipe:
     if path.suffix not in (".yaml", ".yml", ".json"):
         path = _folder() / f"{source}.yaml"
         if not path.is_file():
-            raise RecipeError(f"recipe {source}", [f"no such recipe; there are: {', '.join(recipe_names())}, or a path"])
+            raise RecipeError(
+                f"recipe {source}", [f"no such recipe; there are: {', '.join(recipe_names())}, or a path"]
+            )
     try:
         raw = path.read_bytes()
         data = yaml.load(raw.decode("utf-8"), _Loader)

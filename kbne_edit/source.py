@@ -60,8 +60,13 @@ def _hub_like(source: str) -> bool:
 def _download(source: str, say: Callable[[str], None]) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
-        RepositoryNotFoundError, RevisionNotFoundError,
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
     )  # fmt: skip
 
     name, _, revision = source.partition("@")
@@ -72,7 +77,10 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=_PATTERNS, ignore_patterns=_IGNORE)
         if not any(Path(folder).glob("*.safetensors")):
             folder = snapshot_download(
-                name, revision=revision or None, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"], ignore_patterns=_IGNORE
+                name,
+                revision=revision or None,
+                allow_patterns=[*_PATTERNS, "pytorch_model*.bin"],
+                ignore_patterns=_IGNORE,
             )
     except GatedRepoError:
         raise SourceError(

@@ -220,7 +220,9 @@ def _recover_layer(old, new, slot) -> dict[int, float]:
         x, y = (to_float(v, kind).astype(np.float64) for v in (a[i], b[i]))
         ratio = float(x @ y / (x @ x)) if (x @ x) > 0 else 1.0
         # The shortest decimal that is within the estimate's error: a person's factor, not a regression's.
-        found[i] = next((r for n in range(1, 9) if abs((r := float(f"{ratio:.{n}g}")) - ratio) < 1e-3 * abs(ratio)), ratio)
+        found[i] = next(
+            (r for n in range(1, 9) if abs((r := float(f"{ratio:.{n}g}")) - ratio) < 1e-3 * abs(ratio)), ratio
+        )
     return found
 
 
@@ -325,7 +327,9 @@ def _whole_model(base: Checkpoint, baked: Checkpoint, edit: Edit, dtype: torch.d
         reference, text = _run(model, probes, tokens)
         noise = 0.0
         if not edit.exact:
-            noise = max(_relative(_run_noisy(model, edit, own, seed, probes), reference) for seed in range(_NOISE_DRAWS))
+            noise = max(
+                _relative(_run_noisy(model, edit, own, seed, probes), reference) for seed in range(_NOISE_DRAWS)
+            )
     del model
     got, text_baked = _run(load_model(baked.path, dtype), probes, tokens)
     difference, equal = _relative(got, reference), np.array_equal(got, reference)

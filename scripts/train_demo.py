@@ -26,7 +26,6 @@ The same seed gives the same bytes on the same machine.
 
 import argparse
 import itertools
-import json
 import math
 import random
 import time
@@ -293,7 +292,9 @@ def descriptions():
         colour=COLOURS, thing=list(itertools.chain(*OBJECTS.values())), place=PLACES, hour=HOURS,
         group=list(itertools.chain(*DIMENSIONS.values())), stuff=list(KIND_OF),
     )  # fmt: skip
-    return {template: list(fill(template, **{n: choices[n] for n in names.split()})) for template, names in DESCRIPTIONS}
+    return {
+        template: list(fill(template, **{n: choices[n] for n in names.split()})) for template, names in DESCRIPTIONS
+    }
 
 
 # ---------------------------------------------------------------- training
@@ -398,6 +399,7 @@ def accuracy(model, tokenizer, questions):
 @torch.no_grad()
 def margin(model, tokenizer):
     """Mean log-probability per token of the expected sentence minus the unexpected one, and the share above 0."""
+
     def score(text):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         logp = model(ids).logits[0, :-1].log_softmax(-1)

@@ -22,7 +22,10 @@ def test_published_scores(shared):
     prompts = json.loads((golden / "prompts.json").read_text())
     expected = load_file(golden / "scores.safetensors")
     scores = attribute(
-        model, [p["input_ids"] for p in prompts], [[p["target_id"]] for p in prompts], site="gate",
+        model,
+        [p["input_ids"] for p in prompts],
+        [[p["target_id"]] for p in prompts],
+        site="gate",
         quadrature="riemann-20",
     )
     for i, got in enumerate(scores):

@@ -22,7 +22,12 @@ DEMO = ROOT / "kbne_edit" / "demo"
 
 def run(*args, cwd, **kwargs):
     return subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs
+        [sys.executable, str(ROOT / "cli.py"), *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
     )
 
 

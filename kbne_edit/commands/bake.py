@@ -46,8 +46,8 @@ def _lines(summary: dict) -> list[str]:
         if len(found["wrong"]) > 3:
             lines.append(f"  and {len(found['wrong']) - 3} more (--json lists them; --drop-wrong leaves them out)")
         lines.append(
-            f"attribution: largest completeness residual {found['largest_residual']:.1%} of a question's largest score, "
-            f"{found['nodes_per_layer']:.1f} nodes per layer"
+            f"attribution: largest completeness residual {found['largest_residual']:.1%} of a question's largest "
+            f"score, {found['nodes_per_layer']:.1f} nodes per layer"
         )
     factors = ", ".join(f"{f:g}" for f in summary["factors"])
     lines.append(
@@ -83,6 +83,6 @@ def _effect_lines(effect: dict) -> list[str]:
         f"  this edit: {before:.4f} to {after:.4f}, change {interval(effect['change_abs'])}; "
         f"signed {interval(effect['change_signed'])}",
         f"  random neurons, same layers ({effect['random_draws']} draws): {interval(effect['random_change_abs'])}",
-        f"  stereotype preferred in {effect['stereotype_share'][0]:.0%}, afterwards {effect['stereotype_share'][1]:.0%}",
+        "  stereotype preferred in {:.0%}, afterwards {:.0%}".format(*effect["stereotype_share"]),
         f"  verdict: {effect['found']}",
     ]

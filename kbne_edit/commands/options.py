@@ -106,9 +106,12 @@ def proof_lines(proofs: dict) -> list[str]:
         if entry["bit_equal"]:
             figures = f"bit-equal at {entry['positions']} positions"
         else:
-            figures = f"largest difference {entry['difference']:.1e} of the logits' spread (rounding noise {entry['noise']:.1e})"
+            figures = f"largest difference {entry['difference']:.1e} of the logits' spread "
+            figures += f"(rounding noise {entry['noise']:.1e})"
             figures += f", KL {entry['kl']:.1e}, same top token {entry['top1']:.1%}" if "kl" in entry else ""
         if "greedy" in entry:
             figures += f", same greedy text {entry['greedy']:.0%}"
-        lines.append(f"proof 2, the model behaves as the hooks, {entry['dtype']}, {entry['how']}: {verdict} ({figures})")
+        lines.append(
+            f"proof 2, the model behaves as the hooks, {entry['dtype']}, {entry['how']}: {verdict} ({figures})"
+        )
     return lines

@@ -29,6 +29,8 @@ def command(source, baked, edit_path, no_behaviour, as_json) -> int:
             report = verify(found.path, baked, edit=edit, behaviour=not no_behaviour, progress=update)
     data = report.to_dict()
     kind = data["edit"]
-    head = f"edit: {kind['neurons']} neurons, site {kind['site']}, factor {', '.join(f'{f:g}' for f in kind['factors'])}"
+    head = (
+        f"edit: {kind['neurons']} neurons, site {kind['site']}, factor {', '.join(f'{f:g}' for f in kind['factors'])}"
+    )
     options.show(data, as_json, [head, *options.proof_lines(data)])
     return 0 if report.ok else 1
