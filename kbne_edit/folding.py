@@ -136,6 +136,30 @@ def _chunks(path: Path, tensors: tuple[TensorInfo, ...], edited: dict) -> Iterat
     yield from ((None, a, min(a + CHUNK, size)) for a in range(position, size, CHUNK))
 
 
+class TwoDigests:
+    """SHA-256 of a stream and of its edited twin, beside the caller's work; one computation until they part."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self._pool, self._before, self._after, self._jobs = pool, hashlib.sha256(), None, []
+
+    def update(self, before: bytes, after: bytes) -> None:
+        """Take the next piece of both; pass the same object twice where they are equal."""
+        self._wait()
+        if after is not before and self._after is None:
+            self._after = self._before.copy()
+        self._jobs = [self._pool.submit(self._before.update, before)]
+        if self._after:
+            self._jobs.append(self._pool.submit(self._after.update, after))
+
+    def _wait(self) -> None:
+        for job in self._jobs:
+            job.result()
+
+    def hexdigests(self) -> tuple[str, str]:
+        self._wait()
+        return self._before.hexdigest(), (self._after or self._before).hexdigest()
+
+
 def _rewrite(
     shard: Shard,
     targets: dict[str, Target],
@@ -144,31 +168,19 @@ def _rewrite(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
 ) -> tuple[str, str]:
-    """Copy one file with its targets scaled. Returns SHA-256 of what was read and of what was written.
-
-    Hashing is the slowest part, so both digests run beside the copying; up to the first edited byte they are one.
-    """
-    before, after, pending = hashlib.sha256(), None, []
+    """Copy one file with its targets scaled. Returns SHA-256 of what was read and of what was written."""
+    digests = TwoDigests(pool)
     with open(shard.path, "rb") as file:
         for tensor, start, end in _chunks(shard.path, shard.tensors, targets):
             old = file.read(end - start)
             if len(old) != end - start:
                 raise CheckpointError(f"{shard.path} became shorter while it was read: start again")
-            new = old
-            for job in pending:
-                job.result()
-            if tensor is not None:
-                after = after or before.copy()
-                new = _scaled(old, tensor, start, targets[tensor.name], undo)
-            pending = [pool.submit(before.update, old)]
-            if after:
-                pending.append(pool.submit(after.update, new))
+            new = old if tensor is None else _scaled(old, tensor, start, targets[tensor.name], undo)
+            digests.update(old, new)
             out.write(new)
             if progress:
                 progress(len(new))
-    for job in pending:
-        job.result()
-    return before.hexdigest(), (after or before).hexdigest()
+    return digests.hexdigests()
 
 
 def _place(raw: bytes, tensor: TensorInfo, start: int, target: Target) -> tuple[np.ndarray, tuple, slice | np.ndarray]:

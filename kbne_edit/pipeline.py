@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from .checkpoint import Checkpoint, staged
 from .edit import Edit
@@ -167,23 +171,38 @@ def _found(found: Source, checkpoint, recipe: Recipe, folder: Path, settings: Se
 
 
 def attribution_summary(scores: Scores) -> dict:
-    """Answers and quadrature: accuracy beside constant answers, completeness, nodes."""
-    asked = [i for i, q in enumerate(scores.questions) if not q.control]
-    controls = [i for i, q in enumerate(scores.questions) if q.control]
-    right = scores.correct
-    said = [q.answer if ok else "another" for q, ok in zip(scores.questions, right, strict=True)]
-    answers = sorted({q.answer for q in scores.questions})
+    """Answers and quadrature: how many are right, by answer and by form; completeness, nodes.
+
+    balanced: mean share of right answers over the answers, [value, low, high] (95 %, Wilson); a model that says the
+    same to everything has 1 / number of answers. constant: True if the interval holds that value.
+    """
+    questions, right = scores.questions, scores.correct
+    asked = [i for i, q in enumerate(questions) if not q.control]
+    controls = [i for i, q in enumerate(questions) if q.control]
+
+    def tally(key: Callable[[Question], str], among: list[int]) -> dict[str, list[int]]:
+        keys = [key(questions[i]) for i in among]
+        return {k: [int(sum(right[i] for i, own in zip(among, keys, strict=True) if own == k)), keys.count(k)]
+                for k in sorted(set(keys))}  # fmt: skip
+
+    everywhere = tally(lambda q: q.answer, asked + controls)
+    bounds = np.mean([_wilson(*counts) for counts in everywhere.values()], 0)
+    balanced = [float(np.mean([k / n for k, n in everywhere.values()])), *map(float, bounds)]
     return {
         "questions": len(asked), "right": int(right[asked].sum()),
         "controls": len(controls), "controls_right": int(right[controls].sum()),
-        "right_by_answer": {
-            a: [sum(said[i] == a for i in asked if scores.questions[i].answer == a),
-                sum(scores.questions[i].answer == a for i in asked)]
-            for a in answers
-        },
-        "wrong": [scores.questions[i].text for i in asked if not right[i]],
+        "right_by_answer": tally(lambda q: q.answer, asked), "right_by_form": tally(lambda q: q.form, asked),
+        "balanced": balanced, "constant": balanced[1] <= 1 / len(everywhere) <= balanced[2],
+        "wrong": [questions[i].text for i in asked if not right[i]],
         "largest_residual": float(scores.residual.max()), "nodes_per_layer": float(scores.nodes.mean()),
     }  # fmt: skip
+
+
+def _wilson(k: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson's score interval)."""
+    z2 = 1.96**2
+    middle, half = (k + z2 / 2) / (n + z2), 1.96 * math.sqrt(k * (n - k) / n + z2 / 4) / (n + z2)
+    return middle - half, middle + half
 
 
 def _size(edit: Edit, checkpoint: Checkpoint) -> dict:
@@ -214,7 +233,7 @@ def _write(checkpoint, edit, targets, found: Source, out: Path, overwrite, behav
             manifest = fold_into(checkpoint, edit, targets, part, update)
         manifest["source"] = {"id": found.id, "commit": found.commit}
         with progress("proof 1: the file is the edit", 2 * total, "B") as update:
-            report = file_proof(checkpoint, Checkpoint.open(part), manifest, None, update)
+            report = file_proof(checkpoint, Checkpoint.open(part), manifest, None, update, rehash=False)
         if not report.faults and behaviour:
             say("proof 2: the model behaves as the hooks")
             report.behaviour = behaviour_proof(checkpoint, Checkpoint.open(part), edit)

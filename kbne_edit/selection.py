@@ -1,8 +1,11 @@
 """Scores to an edit (method, section 3), by the paper's rule and by a contrastive one.
 
 paper: a neuron counts for a question if its score exceeds tau of the largest score that the question has anywhere.
-contrastive: the same, on what the question's scores have over the mean of matched controls: controls with the same
-    right answer (and the same form where there are any), each divided by its own largest score first.
+contrastive: the same, above the level that matched controls reach without any bias in them: score / largest must
+    exceed tau + level, where level is what at least beta of the controls with the same right answer (and the same
+    form where there are any) reach. A control is held against the other half of the controls, so the overlap that is
+    reported is with what the rule selects on controls it has not seen. Without controls it is the paper's rule.
+    Rejected: the mean of the controls as the level, which keeps what few of them need much.
 Then: kept for a dimension if it counts in at least beta of its questions; the result combines the dimensions.
 """
 
@@ -109,7 +112,7 @@ def selection(
         raise InputError("select: no question is left to select from")
     if rule == "contrastive" and not compared.any():
         raise InputError("select: the contrastive rule needs control questions")
-    counts = _counting(scores, groups, forms, compared, rule, tau)
+    counts = _counting(scores, groups, forms, compared, rule, tau, beta)
     masks = {
         name: _kept(counts, np.flatnonzero(asked & (dimensions == name)), beta)
         for name in dict.fromkeys(dimensions[asked].tolist())
@@ -121,38 +124,54 @@ def selection(
     for layer, neuron in np.argwhere(union).tolist():
         factors.setdefault(layer, {})[neuron] = float(factor)
     if not factors:
+        above = " above what the controls reach" if rule == "contrastive" else ""
         raise EditError(
-            f"no neuron is selected (rule {rule}, tau {tau:g}, beta {beta:g}, {combine}): lower --tau or --beta"
+            f"no neuron counts{above} (rule {rule}, tau {tau:g}, beta {beta:g}, {combine}): lower --tau or --beta"
         )
     settings = {"rule": rule, "tau": tau, "beta": beta, "combine": combine, "questions": int(asked.sum()),
                 "controls": int(compared.sum())}  # fmt: skip
     return Selection(Edit(site, factors, base, {"select": settings}), masks, by_controls)
 
 
-def _counting(scores, groups, forms, compared, rule, tau):
+def _counting(scores, groups, forms, compared, rule, tau, beta):
     """A function: index of a question -> mask [L, F] of the neurons that count for it."""
 
-    def paper(q: int) -> np.ndarray:
-        return scores[q] > tau * max(float(scores[q].max()), 0.0)
+    def share(q: int) -> np.ndarray:
+        return scores[q] / max(float(scores[q].max()), 1e-30)
 
-    def relative(q: int) -> np.ndarray:
-        return scores[q] / max(float(np.abs(scores[q]).max()), 1e-30)
+    def paper(q: int) -> np.ndarray:
+        return share(q) > tau
 
     def contrast(q: int) -> np.ndarray:
-        # A control is compared with the others, so that the same rule can be asked what it selects on controls.
-        same = compared & (groups == groups[q]) & (np.arange(len(scores)) != q)
+        same = compared & (groups == groups[q])
+        if compared[q]:
+            same &= half != half[q]
         matched = same & (forms == forms[q])
         pool = np.flatnonzero(matched if matched.any() else same)
         if not len(pool):
-            raise InputError(f"select: the contrastive rule finds no control with the answer {groups[q]!r}")
-        key = (q if compared[q] else -1, groups[q], forms[q])
-        if key not in means:
-            means[key] = sum(relative(c) for c in pool) / len(pool)
-        added = relative(q) - means[key]
-        return added > tau * max(float(added.max()), 0.0)
+            raise InputError(f"select: the contrastive rule finds too few controls with the answer {str(groups[q])!r}")
+        if tuple(pool) not in levels:
+            levels[tuple(pool)] = _level([share(c) for c in pool], beta)
+        return share(q) > tau + levels[tuple(pool)]
 
-    means: dict[tuple, np.ndarray] = {}
+    levels: dict[tuple[int, ...], np.ndarray] = {}
+    half = _halves(groups, forms, compared)
     return paper if rule == "paper" else contrast
+
+
+def _halves(groups: np.ndarray, forms: np.ndarray, compared: np.ndarray) -> np.ndarray:
+    """0 or 1 per question: the controls of each answer and form, dealt in turn to two halves."""
+    half, seen = np.zeros(len(compared), int), {}
+    for q in np.flatnonzero(compared):
+        key = (groups[q], forms[q])
+        half[q] = seen[key] = 1 - seen.get(key, 1)
+    return half
+
+
+def _level(shares: list[np.ndarray], beta: float) -> np.ndarray:
+    """What at least beta of these controls (and one) reach, neuron by neuron and never below 0, [L, F]."""
+    rank = max(math.ceil(beta * len(shares) - 1e-9), 1)
+    return np.maximum(np.partition(np.stack(shares), len(shares) - rank, axis=0)[len(shares) - rank], 0)
 
 
 def _kept(counts, questions: np.ndarray, beta: float) -> np.ndarray:

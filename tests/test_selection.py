@@ -37,7 +37,35 @@ def test_intersection_and_beta():
 
 
 def test_contrastive_rule_drops_what_the_controls_share():
-    assert select(_scores(), **ABOUT, rule="contrastive").factors == {0: {0: 2.0, 1: 2.0, 2: 2.0}}
+    found = selection(_scores(), **ABOUT, rule="contrastive")
+    assert found.edit.factors == {0: {1: 2.0, 2: 2.0}}
+    assert found.summary()["controls_overlap"] == 0
+
+
+def test_contrastive_rule_matches_answer_and_form():
+    scores = np.concatenate([_scores(), _scores()[3:]])
+    about = dict(dimensions=["a", "a", "b"] + ["c"] * 4, controls=[False] * 3 + [True] * 4, rule="contrastive")
+    scores[3:5, 0, 1] = 0.45  # two of the controls reach what (0, 1) has for dimension a
+    assert select(scores, **about, answers=["no"] * 7).factors == {0: {2: 2.0}}
+    other_answer = ["no"] * 3 + ["yes"] * 2 + ["no"] * 2
+    assert select(scores, **about, answers=other_answer).factors == {0: {1: 2.0, 2: 2.0}}
+    other_form = ["x"] * 3 + ["y"] * 2 + ["x"] * 2
+    assert select(scores, **about, answers=["no"] * 7, forms=other_form).factors == {0: {1: 2.0, 2: 2.0}}
+    with pytest.raises(InputError, match="too few controls with the answer 'yes'"):
+        select(scores, **about, answers=["no"] * 6 + ["yes"])  # no other to hold that control against
+
+
+def test_contrastive_rule_on_the_controls_uses_the_other_half():
+    scores = np.zeros((6, 1, 3), np.float32)
+    scores[:, 0, 0] = 1.0
+    scores[0, 0, 1] = scores[1, 0, 1] = 0.5  # of the questions, and of one control in four
+    scores[2:, 0, 2] = 0.5  # of every control
+    about = dict(dimensions=["a"] * 2 + ["c"] * 4, controls=[False] * 2 + [True] * 4, rule="contrastive", beta=0.25)
+    found = selection(scores, **about)
+    assert found.edit.factors == {0: {1: 2.0}} and not found.controls.any()
+    scores[2, 0, 1] = 0.5
+    with pytest.raises(EditError, match="above what the controls reach"):
+        selection(scores, **about)  # a quarter of the controls reach it
 
 
 def test_left_out_questions_do_not_count():
@@ -45,7 +73,7 @@ def test_left_out_questions_do_not_count():
 
 
 def test_nothing_selected_and_wrong_settings():
-    with pytest.raises(EditError, match="no neuron"):
+    with pytest.raises(EditError, match="no neuron counts"):
         select(np.full((2, 1, 3), -1.0, np.float32))
     with pytest.raises(InputError):
         select(_scores(), tau=2)

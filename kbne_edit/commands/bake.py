@@ -37,18 +37,7 @@ def command(source, out, edit_path, work, dry_run, no_behaviour, as_json, overwr
 def _lines(summary: dict) -> list[str]:
     lines = [f"model: {summary['model']}" + (f" at {summary['commit']}" if summary["commit"] else "")]
     if found := summary.get("attribution"):
-        lines.append(
-            f"answers: {found['right']} of {found['questions']} questions right, {found['controls_right']} of "
-            f"{found['controls']} controls; by answer: "
-            + ", ".join(f"{a} {right} of {n}" for a, (right, n) in found["right_by_answer"].items())
-        )
-        lines += [f"  wrong: {text}" for text in found["wrong"][:3]]
-        if len(found["wrong"]) > 3:
-            lines.append(f"  and {len(found['wrong']) - 3} more (--json lists them; --drop-wrong leaves them out)")
-        lines.append(
-            f"attribution: largest completeness residual {found['largest_residual']:.1%} of a question's largest "
-            f"score, {found['nodes_per_layer']:.1f} nodes per layer"
-        )
+        lines += options.attribution_lines(found)
     factors = ", ".join(f"{f:g}" for f in summary["factors"])
     lines.append(
         f"edit: {summary['neurons']} neurons ({summary['share']:.3%}) in {len(summary['layers'])} layers, "

@@ -16,9 +16,7 @@ def command(source, out, as_json, **values) -> None:
 
     found = attribution_summary(locate(source, out, options.settings(**values)))
     lines = [
-        f"answers: {found['right']} of {found['questions']} questions right, {found['controls_right']} of "
-        f"{found['controls']} controls",
-        f"attribution: largest completeness residual {found['largest_residual']:.1%} of a question's largest score",
+        *options.attribution_lines(found),
         f"written: {out}",
         f"next: kbne-edit select {out} --out edit.json",
     ]

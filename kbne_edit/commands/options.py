@@ -90,6 +90,29 @@ def selection_lines(summary: dict) -> list[str]:
     return lines
 
 
+def attribution_lines(found: dict) -> list[str]:
+    """Answers, a warning where they are no better than a constant one, completeness."""
+    by_answer = ", ".join(f"{answer} {right} of {n}" for answer, (right, n) in found["right_by_answer"].items())
+    lines = [
+        f"answers: {found['right']} of {found['questions']} questions right, {found['controls_right']} of "
+        f"{found['controls']} controls; by answer: {by_answer}"
+    ]
+    lines += [f"  wrong: {text}" for text in found["wrong"][:3]]
+    if len(found["wrong"]) > 3:
+        lines.append(f"  and {len(found['wrong']) - 3} more (--json lists them; --drop-wrong leaves them out)")
+    if found["constant"]:
+        value, low, high = found["balanced"]
+        lines.append(
+            f"  warning: no better than the same answer to everything (balanced accuracy {value:.0%} [{low:.0%}, "
+            f"{high:.0%}], controls included): these scores say little about what the model knows"
+        )
+    lines.append(
+        f"attribution: largest completeness residual {found['largest_residual']:.1%} of a question's largest score, "
+        f"{found['nodes_per_layer']:.1f} nodes per layer"
+    )
+    return lines
+
+
 def proof_lines(proofs: dict) -> list[str]:
     """Both proofs, with their figures."""
     if proofs["file_proof"]:
