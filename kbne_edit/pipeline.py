@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import memory
 from .checkpoint import Checkpoint, staged
 from .edit import Edit
-from .errors import OutputError, ProofError
+from .errors import InputError, OutputError, ProofError
 from .families import Site, slots
 from .folding import Target, fold_into, forbid_overlap, plan, write_manifest
 from .progress import progress, say
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to locate. None: as the recipe says. answers: {answer: [surface, …]} fixes the surface forms by hand."""
+    """How to locate. None: as the recipe says. answers: {answer: [surface, …]} fixes the surface forms by hand.
+
+    memory: what attribution may use, e.g. "8GB" (None: most of what is free); a model that does not fit is read layer
+    by layer.
+    """
 
     recipe: str | Path | None = None
     questions: int | None = None
@@ -40,6 +45,7 @@ class Settings:
     drop_wrong: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+    memory: str | None = None
 
 
 def locate(source: str, out: str | Path, settings: Settings | None = None) -> Scores:
@@ -84,21 +90,13 @@ def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, se
     return load_scores(out)
 
 
-def _attribute(
-    checkpoint, asked: tuple[Question, ...], prompts, tokens, writer, todo: list[int], settings: Settings
-) -> None:
-    import torch
-
+def _attribute(checkpoint, asked: tuple[Question, ...], prompts, tokens, writer, todo, settings: Settings) -> None:
     from .attribution import attributions
-    from .verification import load_model
 
-    say(f"loading {checkpoint.path} in {settings.dtype}")
-    model = load_model(checkpoint.path, getattr(torch, settings.dtype), settings.device)
     answers = [list(tokens[question.answer].values()) for question in asked]
     others = [[list(ids.values()) for a, ids in tokens.items() if a != question.answer] for question in asked]
-    stream = attributions(
-        model, [prompts[q] for q in todo], [answers[q] for q in todo], settings.site, settings.quadrature
-    )
+    layers = _supplier(checkpoint, settings)
+    stream = attributions(layers, prompts, answers, settings.site, settings.quadrature, only=todo)
     with progress("attribution", len(asked), "question", len(asked) - len(todo)) as update:
         for q, result in zip(todo, stream, strict=True):
             writer.write(q, {
@@ -106,6 +104,25 @@ def _attribute(
                 "nodes": result.nodes, "p_best_wrong": max(float(result.next_token[ids].sum()) for ids in others[q]),
             })  # fmt: skip
             update(1)
+
+
+def _supplier(checkpoint: Checkpoint, settings: Settings):
+    """The model in memory, or its layers one by one where it does not fit."""
+    import torch
+
+    from .streaming import Streamed
+    from .verification import load_model
+
+    dtype = getattr(torch, settings.dtype)
+    budget = memory.parse(settings.memory) if settings.memory else memory.SHARE * memory.available()
+    need = memory.in_memory(checkpoint, dtype.itemsize) + memory.OVERHEAD
+    if settings.device != "cpu" or need <= budget:
+        say(f"loading {checkpoint.path} in {settings.dtype}")
+        return load_model(checkpoint.path, dtype, settings.device)
+    if settings.dtype != "float32":
+        raise InputError(f"--dtype {settings.dtype} needs the model in memory ({need / 1e9:.1f} GB): use float32")
+    say(f"{checkpoint.path} takes {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used: going layer by layer")
+    return Streamed(checkpoint, budget)
 
 
 def choose(scores: Scores, recipe: Recipe, settings: Settings):

@@ -22,6 +22,7 @@ from .edit import Edit
 from .errors import CheckpointError, FamilyError
 from .families import SITES, slots
 from .folding import Progress, Target, TwoDigests, _chunks, _hash, _scaled, plan, read_manifest
+from .memory import SHARE, available, in_memory
 
 if TYPE_CHECKING:
     import torch
@@ -245,25 +246,13 @@ def _recover_layer(old, new, slot) -> dict[int, float]:
 
 def behaviour_proof(base: Checkpoint, baked: Checkpoint, edit: Edit) -> list[dict]:
     """The second proof, in float32 and in the checkpoint's own dtype; site by site where the model is too large."""
-    if _float32_bytes(base) > 0.7 * _free_memory():
+    if in_memory(base) > SHARE * available():
         return [_site_by_site(base, baked, edit)]
     import torch
 
     stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
     own = stored[base.tensors[next(iter(plan(base, edit)))][1].dtype]
     return [_whole_model(base, baked, edit, dtype, own) for dtype in dict.fromkeys((torch.float32, own))]
-
-
-def _float32_bytes(checkpoint: Checkpoint) -> int:
-    return 4 * sum(int(np.prod(shape)) for shape in checkpoint.shapes.values())
-
-
-def _free_memory() -> float:
-    try:
-        with open("/proc/meminfo") as file:
-            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
 
 
 @contextmanager

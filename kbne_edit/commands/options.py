@@ -31,6 +31,8 @@ def locating(command):
         click.option("--device", default="cpu", show_default=True, help="Torch device for the attribution."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
                      show_default=True, help="Compute type of the attribution."),
+        click.option("--memory", metavar="SIZE", help="What the attribution may use, e.g. 8GB; a model that does not "
+                     "fit is read layer by layer.  [default: most of what is free]"),
     ]):  # fmt: skip
         command = option(command)
     return command

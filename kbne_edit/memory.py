@@ -1,0 +1,56 @@
+"""How much memory there is, and how much a model takes. Sizes in bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .errors import InputError
+
+OVERHEAD = 1.0e9  # the interpreter, torch, activations, and what the allocator holds
+SHARE = 0.7  # of the free memory that a model may take: activations, the allocator and others need some, too
+
+
+def available() -> float:
+    """Free memory: the machine's, or what a control group or the process's own limit leaves of it."""
+    return min(_machine(), _group(), _process())
+
+
+def _machine() -> float:
+    return _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def _group() -> float:
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{what}").read_text().strip() for what in ("max", "current"))
+        return math.inf if limit == "max" else int(limit) - int(used)
+    except (OSError, ValueError):
+        return math.inf
+
+
+def _process() -> float:
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return math.inf if limit == resource.RLIM_INFINITY else limit - _kilobytes("/proc/self/status", "VmData")
+
+
+def _kilobytes(path: str, key: str) -> float:
+    try:
+        return 1024 * next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(key))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+def in_memory(checkpoint: Checkpoint, itemsize: int = 4) -> int:
+    """What the checkpoint's tensors take at `itemsize` bytes per value."""
+    return itemsize * sum(math.prod(shape) for shape in checkpoint.shapes.values())
+
+
+def parse(text: str) -> float:
+    """ "8GB", "500 MB", "12.5G" to bytes. Raises InputError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise InputError(f"memory {text!r} is not a size: give a number with a unit, e.g. 8GB")
+    return float(match[1]) * 1000 ** ("KMGT".index(match[2].upper()) + 1)

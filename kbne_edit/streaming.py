@@ -1,0 +1,154 @@
+"""A model whose layers are read from its checkpoint when they are needed, for attribution beyond the memory's size.
+
+The model's modules exist without weights; embeddings, final norm and head are loaded for good, each layer for the time
+that it computes, while the next one is read and converted beside it. What a tensor on disk is called in memory, and
+how it is put together there, only transformers knows: its own loader fills in each layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, InputError
+from .families import decoder_layers, family_of, num_neurons
+from .memory import OVERHEAD, in_memory
+from .progress import progress, say
+from .verification import quiet
+
+_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+class Streamed:
+    """Supplies a checkpoint's layers one by one (`attribution.Layers`). memory: budget of the whole process in bytes.
+
+    bytes_read: what was read of the weights so far. Raises CheckpointError if a tensor is missing, InputError if not
+    even one question fits the budget.
+    """
+
+    keep = False
+
+    def __init__(self, checkpoint: Checkpoint, memory: float):
+        self._checkpoint, self._memory, self.bytes_read = checkpoint, memory, 0
+        self.model = _skeleton(checkpoint)
+        self._layers = decoder_layers(self.model)
+        self._names = self._whose_tensors()
+        self._load(None)
+        self.model.tie_weights()
+        prefix = family_of(checkpoint.config).layers + "."
+        self._complete(name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(prefix))
+
+    def _whose_tensors(self) -> dict[int | None, list[str]]:
+        """The names on disk of each layer's tensors; None: of everything else that the model has."""
+        known, path = self.model.state_dict(), family_of(self._checkpoint.config).layers + "."
+        transforms = get_model_conversion_mapping(self.model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        found: dict[int | None, list[str]] = {}
+        for name in self._checkpoint.tensors:
+            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
+            if target in known:
+                layer = int(target.removeprefix(path).split(".")[0]) if target.startswith(path) else None
+                found.setdefault(layer, []).append(name)
+        return found
+
+    def _load(self, layer: int | None) -> None:
+        """Read a layer's tensors, or what is outside all layers, and let transformers put them where they belong."""
+        state = {name: self._read(name) for name in self._names.get(layer, [])}
+        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=get_model_conversion_mapping(self.model))
+        with quiet():
+            convert_and_load_state_dict_in_model(self.model, state, config)
+        self.model.requires_grad_(False)
+        if layer is not None:
+            self._complete(name for name, p in self._layers[layer].named_parameters() if p.is_meta)
+
+    def _complete(self, absent: Iterable[str]) -> None:
+        if name := next(iter(absent), None):
+            raise CheckpointError(f"{self._checkpoint.path} has no tensor for {name}: it cannot be read layer by layer")
+
+    def _read(self, name: str) -> Tensor:
+        shard, tensor = self._checkpoint.tensors[name]
+        if tensor.dtype not in _STORED:
+            raise CheckpointError(f"{name} is stored as {tensor.dtype}: only plain floating-point weights are read")
+        raw = np.fromfile(shard.path, np.uint8, tensor.end - tensor.start, offset=tensor.start)
+        self.bytes_read += len(raw)
+        return torch.from_numpy(raw).view(_STORED[tensor.dtype]).view(tensor.shape)
+
+    def up(self) -> Iterator[tuple[int, nn.Module]]:
+        return self._supply(range(len(self._layers)), "up")
+
+    def down(self) -> Iterator[tuple[int, nn.Module]]:
+        return self._supply(range(len(self._layers) - 1, -1, -1), "down")
+
+    def _supply(self, order: Sequence[int], way: str) -> Iterator[tuple[int, nn.Module]]:
+        with ThreadPoolExecutor(1) as pool, progress(f"layers, on the way {way}", len(order), "layer") as update:
+            pending = pool.submit(self._load, order[0])
+            for index, following in zip(order, [*order[1:], None], strict=True):
+                pending.result()
+                if following is not None:
+                    pending = pool.submit(self._load, following)
+                yield index, self._layers[index]
+                _empty(self._layers[index])
+                update(1)
+
+    def group(self, lengths: Sequence[int], shared: int, nodes: Sequence[int]) -> int:
+        """How many of the prompts fit the budget together. nodes: gradient evaluations of each layer at first."""
+        layer = max(
+            sum(4 * math.prod(self._checkpoint.shapes[name]) for name in names)
+            for layer, names in self._names.items()
+            if layer is not None
+        )
+        outer = in_memory(self._checkpoint) - layer * len(self._layers)
+        free = self._memory - OVERHEAD - outer - 2.5 * layer
+        size, neurons = self.model.config.get_text_config().hidden_size, num_neurons(self.model)
+        count = len(self._layers)
+        held = sum(n * (count - index) for index, n in enumerate(nodes)) * size + 2 * sum(nodes) * neurons
+        needs = [4 * (held + 2 * (length - shared) * size * count) for length in lengths]
+        fit = int(np.searchsorted(np.cumsum(needs), free, "right"))
+        if not fit:
+            raise InputError(
+                f"this model needs at least {(self._memory - free + needs[0]) / 1e9:.1f} GB of memory, and "
+                f"{self._memory / 1e9:.1f} GB are given: close other programs, or pass a larger --memory"
+            )
+        say(f"reading the weights layer by layer, for {min(fit, len(lengths))} of {len(lengths)} questions at a time")
+        return fit
+
+
+class _Unallocated(TorchFunctionMode):
+    """`torch.empty` makes tensors without memory: parameters start with it, buffers (rotary tables) do not."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.empty:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return function(*args, **(kwargs or {}))
+
+
+def _skeleton(checkpoint: Checkpoint) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet(), _Unallocated():
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def _empty(layer: nn.Module) -> None:
+    """Let go of a layer's weights; its buffers stay."""
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))

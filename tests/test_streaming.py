@@ -1,0 +1,56 @@
+"""Attribution with the weights read layer by layer: the same scores as with the model in memory."""
+
+import pytest
+import torch
+
+from kbne_edit.attribution import attributions
+from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.errors import InputError
+from kbne_edit.streaming import Streamed
+from tiny import FAMILIES, tiny_model
+
+PROMPTS = [[5, 17, 40, 8, 22, 31], [5, 17, 40, 9], [5, 17, 40, 8, 60, 3, 7]]
+ANSWERS = [[11, 12], [13], [11]]
+PLENTY = 64e9
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_scores_as_in_memory(name, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    streamed = Streamed(Checkpoint.open(tmp_path), PLENTY)
+    for got, want in zip(attributions(streamed, PROMPTS, ANSWERS), attributions(model, PROMPTS, ANSWERS), strict=True):
+        assert (got.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()
+        assert got.p == pytest.approx(want.p, rel=1e-6)
+        assert (got.nodes == want.nodes).all()
+
+
+def test_weights_are_read_twice_for_all_questions(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    streamed = Streamed(checkpoint, PLENTY)
+    outer = streamed.bytes_read
+    list(attributions(streamed, PROMPTS, ANSWERS, quadrature="gauss-4"))
+    total = sum(t.end - t.start for _, t in checkpoint.tensors.values())
+    assert streamed.bytes_read - outer == 2 * (total - outer)
+    assert all(p.is_meta for layer in streamed.model.model.layers for p in layer.parameters())
+
+
+def test_groups_give_the_same_bytes(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    streamed = Streamed(Checkpoint.open(tmp_path), PLENTY)
+    together = [a.scores for a in attributions(streamed, PROMPTS, ANSWERS)]
+    streamed.group = lambda lengths, shared, nodes: 1
+    assert all(
+        torch.equal(a.scores, b) for a, b in zip(attributions(streamed, PROMPTS, ANSWERS), together, strict=True)
+    )
+    (last,) = attributions(streamed, PROMPTS, ANSWERS, only=[2])
+    assert torch.equal(last.scores, together[2])
+
+
+def test_too_small_a_budget_is_said(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="at least .* GB"):
+        next(attributions(Streamed(Checkpoint.open(tmp_path), 1e6), PROMPTS, ANSWERS))
