@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .families import Site, decoder_layers
+from .progress import say
 from .quadrature import Adaptive, Fixed, Found, Nodes, quadrature
 from .rows import Prompt, Rows, Segment
 
@@ -57,6 +58,7 @@ class Layers(Protocol):
 
     model: nn.Module
     keep: bool
+    max_rows: float
 
     def up(self) -> Iterable[tuple[int, nn.Module]]: ...
     def down(self) -> Iterable[tuple[int, nn.Module]]: ...
@@ -69,7 +71,7 @@ class Resident:
     keep = True
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model, self.max_rows = model, float("inf")
 
     def up(self):
         return enumerate(decoder_layers(self.model))
@@ -157,7 +159,7 @@ def _group(
     """Prompts that go up and down together, until every quadrature is content. trunk: if it has not climbed yet."""
     climbing = [*([trunk] if trunk else []), *prompts]
     while requests := {q: request for q, rule in enumerate(rules) if (request := rule.request())}:
-        found = sweep(layers, climbing, [(prompts[q], nodes) for q, nodes in requests.items()])
+        found = _answer(layers, climbing, [(prompts[q], nodes) for q, nodes in requests.items()])
         climbing = []
         for q, answer in zip(requests, found, strict=True):
             rules[q].accept(prompts[q].h, prompts[q].p, answer)
@@ -165,11 +167,38 @@ def _group(
         yield _finish(prompt, rule)
 
 
-def sweep(
-    layers: Layers, climbing: list[Segment], wanted: list[tuple[Prompt, dict[int, Nodes]]]
-) -> list[dict[int, Found]]:
+Wanted = list[tuple[Prompt, dict[int, Nodes]]]
+
+
+def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted) -> list[dict[int, Found]]:
+    """`sweep`, with half as many rows at once wherever a device runs out of memory."""
+    rows = sum(len(nodes.values) + len(nodes.edges) for _, request in wanted for nodes in request.values())
+    if rows <= layers.max_rows:
+        try:
+            return sweep(layers, climbing, wanted)
+        except torch.OutOfMemoryError:
+            if all(len(request) == 1 for _, request in wanted):
+                raise InputError(
+                    "out of memory with the rows of a single layer: use --device cpu, or --memory"
+                ) from None
+        layers.max_rows = rows // 2
+        say(f"out of memory with {rows} rows: going on with {layers.max_rows} at once")
+    first, second = _halves(wanted)
+    lower = _answer(layers, climbing, first)
+    upper = _answer(layers, [], second)
+    return [a | b for a, b in zip(lower, upper, strict=True)]
+
+
+def _halves(wanted: Wanted) -> tuple[Wanted, Wanted]:
+    """Each prompt's layers, cut in two."""
+    cut = [(prompt, sorted(request.items())) for prompt, request in wanted]
+    first = [(prompt, dict(items[: (len(items) + 1) // 2])) for prompt, items in cut]
+    return first, [(prompt, dict(items[(len(items) + 1) // 2 :])) for prompt, items in cut]
+
+
+def sweep(layers: Layers, climbing: list[Segment], wanted: Wanted) -> list[dict[int, Found]]:
     """One way up and one way down for these rows; prompts that have not climbed yet go ahead of their rows."""
-    rows = [Rows(prompt, nodes, layers.keep) for prompt, nodes in wanted]
+    rows = [Rows(prompt, nodes, layers.keep) for prompt, nodes in wanted if nodes]
     for index, layer in layers.up():
         for traveller in climbing:
             traveller.climb(index, layer)
@@ -182,7 +211,8 @@ def sweep(
     for index, layer in layers.down():
         for batch in rows:
             batch.down(index, layer)
-    return [batch.found for batch in rows]
+    done = iter(rows)
+    return [next(done).found if nodes else {} for _, nodes in wanted]
 
 
 @contextmanager

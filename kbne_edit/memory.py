@@ -10,7 +10,7 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .errors import InputError
 
-OVERHEAD = 1.0e9  # the interpreter, torch, activations, and what the allocator holds
+OVERHEAD = 0.7e9  # the interpreter, torch, activations, and what the allocator holds
 SHARE = 0.7  # of the free memory that a model may take: activations, the allocator and others need some, too
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import memory
 from .checkpoint import Checkpoint, staged
+from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
 from .errors import InputError, OutputError, ProofError
 from .families import Site, slots
@@ -21,6 +22,7 @@ from .recipe import Question, Recipe, load_recipe
 from .source import Source, resolved
 
 if TYPE_CHECKING:
+    from .attribution import Attribution
     from .scores import Scores
 
 
@@ -48,9 +50,10 @@ class Settings:
     memory: str | None = None
 
 
-def locate(source: str, out: str | Path, settings: Settings | None = None) -> Scores:
+def locate(source: str, out: str | Path, settings: Settings | None = None) -> Scores | None:
     """Attribute the recipe's questions and controls on a model, into the scores file `out`.
 
+    Of several processes (`torchrun`), each attributes its share and the first one writes; the others return None.
     Resumes where an interrupted run with the same settings stopped; a finished file is returned as it is.
     Raises InputError and its kin.
     """
@@ -60,9 +63,9 @@ def locate(source: str, out: str | Path, settings: Settings | None = None) -> Sc
         return _locate(found, Checkpoint.open(found.path), recipe, Path(out), settings)
 
 
-def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings) -> Scores:
+def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings) -> Scores | None:
     from .prompts import answer_tokens, encode
-    from .scores import ScoresWriter, load_scores
+    from .scores import load_scores
     from .verification import load_tokenizer
 
     asked = recipe.ask(settings.questions)
@@ -74,36 +77,56 @@ def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, se
         "recipe_sha256": recipe.sha256, "site": settings.site, "quadrature": settings.quadrature,
         "dtype": settings.dtype, "answer_tokens": tokens,
     }  # fmt: skip
+    prompts = [encode(tokenizer, recipe, question) for question in asked]
+    with team() as processes:
+        writer = _writer(out, asked, places, about) if processes.rank == 0 else None
+        todo = processes.share([q for q, done in enumerate(writer.done) if not done] if writer else None)
+        if todo:
+            if len(todo) < len(asked):
+                say(f"{out}: {len(asked) - len(todo)} of {len(asked)} questions are done already")
+            for answer, surfaces in tokens.items():
+                say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
+            _attribute(checkpoint, asked, prompts, tokens, writer, todo, settings, processes)
+        return load_scores(out) if processes.rank == 0 else None
+
+
+def _writer(out: Path, asked: tuple[Question, ...], places: dict, about: dict):
+    from .scores import ScoresWriter
+
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        writer = ScoresWriter(out, asked, len(places), places[0][0].neurons, about)
+        return ScoresWriter(out, asked, len(places), places[0][0].neurons, about)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
-    todo = [q for q, done in enumerate(writer.done) if not done]
-    if todo:
-        if len(todo) < len(asked):
-            say(f"{out}: {len(asked) - len(todo)} of {len(asked)} questions are done already")
-        for answer, surfaces in tokens.items():
-            say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
-        prompts = [encode(tokenizer, recipe, question) for question in asked]
-        _attribute(checkpoint, asked, prompts, tokens, writer, todo, settings)
-    return load_scores(out)
 
 
-def _attribute(checkpoint, asked: tuple[Question, ...], prompts, tokens, writer, todo, settings: Settings) -> None:
+def _attribute(
+    checkpoint, asked: tuple[Question, ...], prompts, tokens, writer, todo, settings: Settings, processes: Team
+) -> None:
+    """Each process takes every n-th question; the first one writes what all of them found."""
     from .attribution import attributions
 
     answers = [list(tokens[question.answer].values()) for question in asked]
-    others = [[list(ids.values()) for a, ids in tokens.items() if a != question.answer] for question in asked]
-    layers = _supplier(checkpoint, settings)
-    stream = attributions(layers, prompts, answers, settings.site, settings.quadrature, only=todo)
+    mine = todo[processes.rank :: processes.size]
+    stream = attributions(
+        _supplier(checkpoint, settings), prompts, answers, settings.site, settings.quadrature, only=mine
+    )
     with progress("attribution", len(asked), "question", len(asked) - len(todo)) as update:
-        for q, result in zip(todo, stream, strict=True):
-            writer.write(q, {
-                "scores": result.scores.numpy(), "p": result.p, "p_zero": result.p_zero, "residual": result.residual,
-                "nodes": result.nodes, "p_best_wrong": max(float(result.next_token[ids].sum()) for ids in others[q]),
-            })  # fmt: skip
-            update(1)
+        for _ in range(0, len(todo), processes.size):
+            found = processes.gather(next(stream, None))
+            for q, result in zip(todo, found or [], strict=False):
+                if result is not None:
+                    writer.write(q, _row(asked[q], tokens, result))
+                    update(1)
+            todo = todo[processes.size :]
+
+
+def _row(question: Question, tokens: dict[str, dict[str, int]], result: Attribution) -> dict:
+    others = [list(ids.values()) for answer, ids in tokens.items() if answer != question.answer]
+    return {
+        "scores": result.scores.numpy(), "p": result.p, "p_zero": result.p_zero, "residual": result.residual,
+        "nodes": result.nodes, "p_best_wrong": max(float(result.next_token[ids].sum()) for ids in others),
+    }  # fmt: skip
 
 
 def _supplier(checkpoint: Checkpoint, settings: Settings):
@@ -114,11 +137,12 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     from .verification import load_model
 
     dtype = getattr(torch, settings.dtype)
-    budget = memory.parse(settings.memory) if settings.memory else memory.SHARE * memory.available()
+    budget = memory.parse(settings.memory) if settings.memory else memory.SHARE * memory.available() / LOCAL_SIZE
     need = memory.in_memory(checkpoint, dtype.itemsize) + memory.OVERHEAD
     if settings.device != "cpu" or need <= budget:
         say(f"loading {checkpoint.path} in {settings.dtype}")
-        return load_model(checkpoint.path, dtype, settings.device)
+        device = f"cuda:{LOCAL_RANK}" if settings.device == "cuda" and LOCAL_SIZE > 1 else settings.device
+        return load_model(checkpoint.path, dtype, device)
     if settings.dtype != "float32":
         raise InputError(f"--dtype {settings.dtype} needs the model in memory ({need / 1e9:.1f} GB): use float32")
     say(f"{checkpoint.path} takes {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used: going layer by layer")
@@ -150,10 +174,13 @@ def bake(
     """Locate (unless `edit` is given), fold, prove; publish `out` only if both proofs hold. Returns the summary.
 
     work: folder that keeps scores.safetensors and edit.json (default: OUT.work beside the output, resumable).
+    Of several processes (`torchrun`) the first one folds; the others return {} once the questions are done.
     dry_run: stop before anything is written to `out`. behaviour: False leaves the second proof out.
     Raises InputError and its kin, ProofError (then nothing stands under `out`).
     """
     settings, out = settings or Settings(), Path(out)
+    if edit is not None and RANK != 0:
+        return {}
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
         forbid_overlap(checkpoint.path, out)
@@ -164,6 +191,8 @@ def bake(
         if edit is None:
             folder = Path(work) if work else out.absolute().parent / f"{out.name}.work"
             edit = _found(found, checkpoint, recipe, folder, settings, summary)
+            if edit is None:
+                return {}
         elif settings.factor is not None:
             edit = Edit(edit.site, {la: dict.fromkeys(ns, settings.factor) for la, ns in edit.factors.items()},
                         edit.base, edit.found)  # fmt: skip
@@ -175,8 +204,10 @@ def bake(
     return summary
 
 
-def _found(found: Source, checkpoint, recipe: Recipe, folder: Path, settings: Settings, summary: dict) -> Edit:
+def _found(found: Source, checkpoint, recipe: Recipe, folder: Path, settings: Settings, summary: dict) -> Edit | None:
     scores = _locate(found, checkpoint, recipe, folder / "scores.safetensors", settings)
+    if scores is None:
+        return None
     chosen = choose(scores, recipe, settings)
     edit = chosen.edit
     edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=found.id, commit=found.commit)

@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .distributed import RANK
+
 _EVERY = 5.0  # seconds between plain lines
 
 
 def say(line: str) -> None:
-    """One line for the user, beside the results on stdout."""
-    print(line, file=sys.stderr, flush=True)
+    """One line for the user, beside the results on stdout; from the first of several processes only."""
+    if RANK == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "", done: int = 0) -> Iterator[Callable[[int], None]]:
     """Yields a function that is called with the amount done since the last call. unit "B" counts bytes."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and RANK == 0:
         from tqdm import tqdm
 
         with tqdm(desc=label, total=total, initial=done, unit=unit, unit_scale=unit == "B", leave=False) as bar:

@@ -40,10 +40,12 @@ class Segment:
         self._ids = _ids(model, input_ids)
         self.length = self._ids.shape[1] + (before.length if before else 0)
         self.cache = _cache(decoder_layers(model), before.cache if before else None, before.length if before else 0)
-        self.hidden, self.calls = _calls(model, self._ids, self.cache)
+        self._first, self.calls = _calls(model, self._ids, self.cache)
 
     def climb(self, index: int, layer: nn.Module) -> None:
-        """Go through layer `index`."""
+        """Go through layer `index`; at layer 0, start anew."""
+        if index == 0:
+            self.hidden = self._first
         with torch.no_grad():
             self.hidden = self.calls[index].run(layer, self.hidden)
 
@@ -62,11 +64,12 @@ class Prompt(Segment):
         super().__init__(model, input_ids[before.length if before else 0 :], before)
         self.site, self.neurons = site, num_neurons(model)
         self.answer = torch.tensor(list(answer_ids))
-        self.base: list[Tensor] = []  # the last position's input to each layer, [1, 1, D]
-        self._h: list[Tensor] = []
+        self.base: list[Tensor]  # the last position's input to each layer, [1, 1, D]
         self.last_token = self._ids[:, -1:]
 
     def climb(self, index: int, layer: nn.Module) -> None:
+        if index == 0:
+            self.hidden, self.base, self._h = self._first, [], []
         self.base.append(self.hidden[:, -1:].clone())
         with tapped(site_modules(self.model, self.site)[index], self.site, self._note):
             super().climb(index, layer)

@@ -42,6 +42,7 @@ class Streamed:
     """
 
     keep = False
+    max_rows = float("inf")  # bounded by the budget already
 
     def __init__(self, checkpoint: Checkpoint, memory: float):
         self._checkpoint, self._memory, self.bytes_read = checkpoint, memory, 0
@@ -69,10 +70,11 @@ class Streamed:
 
     def _load(self, layer: int | None) -> None:
         """Read a layer's tensors, or what is outside all layers, and let transformers put them where they belong."""
-        state = {name: self._read(name) for name in self._names.get(layer, [])}
+        names = self._names.get(layer, [])
         config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=get_model_conversion_mapping(self.model))
-        with quiet():
-            convert_and_load_state_dict_in_model(self.model, state, config)
+        with quiet():  # outside the layers no tensor is put together from several: one at a time takes less memory
+            for part in [names] if layer is not None else [[name] for name in names]:
+                convert_and_load_state_dict_in_model(self.model, {name: self._read(name) for name in part}, config)
         self.model.requires_grad_(False)
         if layer is not None:
             self._complete(name for name, p in self._layers[layer].named_parameters() if p.is_meta)

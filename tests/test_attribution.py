@@ -90,3 +90,25 @@ def test_the_model_is_left_as_it_was():
 def test_unknown_quadrature(bad):
     with pytest.raises(InputError, match="quadrature"):
         attribute(tiny_model("llama"), [PROMPT], [ANSWER], quadrature=bad)
+
+
+def test_half_the_rows_where_memory_runs_out(monkeypatch):
+    from kbne_edit import rows
+
+    model, whole = tiny_model("llama"), rows.head
+    sizes = []
+
+    def small_device(prompt, hidden):
+        if len(hidden) > 12:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(len(hidden))
+        return whole(prompt, hidden)
+
+    monkeypatch.setattr(rows, "head", small_device)
+    got = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], quadrature="gauss-4")
+    monkeypatch.setattr(rows, "head", whole)
+    want = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], quadrature="gauss-4")
+    assert max(sizes) == 5 and (got - want).abs().max() <= 1e-6 * want.abs().max()
+    monkeypatch.setattr(rows, "head", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    with pytest.raises(InputError, match="single layer"):
+        attribute(model, [PROMPT], [ANSWER])

@@ -31,7 +31,8 @@ def command(source, out, edit_path, work, dry_run, no_behaviour, as_json, overwr
         source, out, options.settings(**values), edit=edit, dry_run=dry_run, overwrite=overwrite,
         behaviour=not no_behaviour, work=work,
     )  # fmt: skip
-    options.show(summary, as_json, _lines(summary))
+    if summary:  # empty in all but the first of several processes
+        options.show(summary, as_json, _lines(summary))
 
 
 def _lines(summary: dict) -> list[str]:

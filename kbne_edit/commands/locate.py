@@ -14,7 +14,10 @@ def command(source, out, as_json, **values) -> None:
     """Attribute a recipe's questions and controls to neurons; `select` turns the scores into an edit."""
     from ..pipeline import attribution_summary, locate
 
-    found = attribution_summary(locate(source, out, options.settings(**values)))
+    scores = locate(source, out, options.settings(**values))
+    if scores is None:  # one of several processes, and not the first
+        return
+    found = attribution_summary(scores)
     lines = [
         *options.attribution_lines(found),
         f"written: {out}",
