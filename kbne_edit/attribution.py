@@ -173,14 +173,13 @@ Wanted = list[tuple[Prompt, dict[int, Nodes]]]
 def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted) -> list[dict[int, Found]]:
     """`sweep`, with half as many rows at once wherever a device runs out of memory."""
     rows = sum(len(nodes.values) + len(nodes.edges) for _, request in wanted for nodes in request.values())
-    if rows <= layers.max_rows:
+    divisible = any(len(request) > 1 for _, request in wanted)
+    if rows <= layers.max_rows or not divisible:
         try:
             return sweep(layers, climbing, wanted)
         except torch.OutOfMemoryError:
-            if all(len(request) == 1 for _, request in wanted):
-                raise InputError(
-                    "out of memory with the rows of a single layer: use --device cpu, or --memory"
-                ) from None
+            if not divisible:
+                raise InputError("out of memory with the rows of one layer: use --device cpu or --memory") from None
         layers.max_rows = rows // 2
         say(f"out of memory with {rows} rows: going on with {layers.max_rows} at once")
     first, second = _halves(wanted)

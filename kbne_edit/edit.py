@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,8 +56,8 @@ class Edit:
         """True if every factor is a power of two: then fold and hooks agree bit for bit (method, section 5)."""
         return all(f != 0 and abs(math.frexp(f)[0]) == 0.5 for f in self.distinct_factors)
 
-    def check(self, layers: int, neurons: int, base: str | None = None) -> None:
-        """Raise EditError unless the edit fits a model of L layers and F neurons and does something to it."""
+    def check(self, neurons: Sequence[int], base: str | None = None) -> None:
+        """Raise EditError unless the edit fits a model and does something to it. neurons: how many each layer has."""
         if all(f == 1 for f in self.distinct_factors):
             what = "no neuron" if not self.factors else "only factors of 1"
             raise EditError(
@@ -68,12 +69,14 @@ class Edit:
                 'locate again on this model, or remove "base" from the edit if you mean it'
             )
         for layer, found in self.factors.items():
-            if layer >= layers:
-                raise EditError(f"the edit names layer {layer}; the model has {layers} layers (0 to {layers - 1})")
-            if max(found) >= neurons:
+            if layer >= len(neurons):
                 raise EditError(
-                    f"the edit names neuron {max(found)} of layer {layer}; the model has {neurons} neurons per layer "
-                    f"(0 to {neurons - 1})"
+                    f"the edit names layer {layer}; the model has {len(neurons)} layers (0 to {len(neurons) - 1})"
+                )
+            if max(found) >= neurons[layer]:
+                raise EditError(
+                    f"the edit names neuron {max(found)} of layer {layer}, which has {neurons[layer]} neurons "
+                    f"(0 to {neurons[layer] - 1})"
                 )
 
     def to_dict(self) -> dict:

@@ -38,20 +38,23 @@ def _score(model: nn.Module, tokenizer, text: str) -> float:
     return float(logp.gather(1, ids[0, 1:, None]).mean())
 
 
-def random_edit(edit: Edit, neurons: int, seed: int) -> Edit:
-    """The same number of other neurons in each layer, with the same factors. neurons: F."""
+def random_edit(edit: Edit, neurons: Sequence[int], seed: int) -> Edit:
+    """The same number of other neurons in each layer, with the same factors. neurons: how many each layer has, [L]."""
     rng = np.random.default_rng(seed)
     factors = {}
     for layer, found in edit.factors.items():
-        free = np.setdiff1d(np.arange(neurons), list(found))
+        free = np.setdiff1d(np.arange(neurons[layer]), list(found))
         if len(free) < len(found):  # more than half of a layer is edited: overlap cannot be avoided
-            free = np.arange(neurons)
+            free = np.arange(neurons[layer])
         factors[layer] = dict(zip(rng.choice(free, len(found), False).tolist(), found.values(), strict=True))
     return Edit(edit.site, factors)
 
 
-def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neurons: int) -> dict:
-    """The edit's effect on m, and that of random neurons. neurons: F. Computed with hooks, which the fold equals."""
+def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neurons: Sequence[int]) -> dict:
+    """The edit's effect on m, and that of random neurons. neurons: as of `random_edit`.
+
+    Computed with hooks, which the fold equals.
+    """
     before = margins(model, tokenizer, probes)
     with hooked(model, edit):
         after = margins(model, tokenizer, probes)

@@ -4,15 +4,20 @@ A family says, for one `model_type` of transformers, where the decoder layers ar
 down-projection and which the gate projection, and what kind of module they are. The same dotted names serve on disk:
 a checkpoint may put any prefix before them (`model.`, `transformer.`, `language_model.model.`, or none at all).
 
+Neurons are counted within their layer. In a mixture of experts neuron `e * F + i` is the i-th of routed expert e, and
+the shared expert's come after those of all routed ones; a layer without experts has the neurons of its dense block.
+
 To add a family, add a line to `_TABLE` and a tiny configuration to `tests/tiny.py`; the contract test does the rest.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
 
 from .errors import FamilyError
 
@@ -32,11 +37,17 @@ class Family:
     gate: str | None = None  # None: a plain feed-forward block, act(W_1 x + b_1), has no gate
     packed: bool = False  # the gate is the first half of the rows of a fused gate_up projection
     conv1d: bool = False  # transformers' Conv1D keeps its weight as [in, out], nn.Linear as [out, in]
+    experts: str | None = None  # the module that holds the routed experts, in layers that have them
+    expert_down: str = ""  # their down-projection on disk: one tensor per expert (N), or all in one [E, D, F]
+    transposed: bool = False  # the latter is [E, F, D]
+    shared: str | None = None  # the down-projection of the expert that every token takes
 
     def module(self, site: Site) -> str:
         """Path of the site's module below a decoder layer. Raises FamilyError where the family has no gate."""
         if site == "down":
             return self.down
+        if self.experts is not None:
+            raise FamilyError("the gate site is not supported for mixtures of experts: use --site down")
         if self.gate is None:
             raise FamilyError("this architecture has no gate projection (plain feed-forward): use --site down")
         return self.gate
@@ -44,6 +55,11 @@ class Family:
 
 _GATED = Family("model.layers", "mlp.down_proj", "mlp.gate_proj")
 _PACKED = Family("model.layers", "mlp.down_proj", "mlp.gate_up_proj", packed=True)
+
+
+def _moe(block: str, expert_down: str, **kwargs) -> Family:
+    return Family("model.layers", "mlp.down_proj", experts=f"{block}.experts", expert_down=expert_down, **kwargs)
+
 
 _TABLE: dict[Family, str] = {
     _GATED: "llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 olmo3 cohere cohere2 granite "
@@ -58,6 +74,12 @@ _TABLE: dict[Family, str] = {
     Family("transformer.h", "mlp.dense_4h_to_h"): "falcon",
     Family("gpt_neox.layers", "mlp.dense_4h_to_h"): "gpt_neox",
     Family("model.decoder.layers", "fc2"): "opt",
+    _moe("mlp", "mlp.experts.N.down_proj.weight"): "qwen3_moe olmoe",
+    _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_expert.down_proj"): "qwen2_moe",
+    _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_experts.down_proj"): "deepseek_v2 deepseek_v3",
+    _moe("mlp", "block_sparse_moe.experts.N.w2.weight"): "mixtral",
+    _moe("block_sparse_moe", "block_sparse_moe.output_linear.weight"): "granitemoe",
+    _moe("mlp", "mlp.experts.down_proj", transposed=True): "gpt_oss",
 }
 FAMILIES: dict[str, Family] = {name: family for family, names in _TABLE.items() for name in names.split()}
 
@@ -126,29 +148,69 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         ) from None
 
 
-def site_modules(model: nn.Module, site: Site) -> list[nn.Module]:
-    """The site's module of every layer, [L]. The factor scales the input of `down` and the output of `gate`."""
-    path = family_of(model.config.to_dict()).module(site)
-    return [layer.get_submodule(path) for layer in decoder_layers(model)]
+class Place(NamedTuple):
+    """Neurons `offset` to `offset + neurons` of a layer: the input (or output) of `module`.
+
+    experts: None for one projection; for a module of routed experts their number, each with `neurons` neurons.
+    """
+
+    module: nn.Module
+    offset: int
+    neurons: int
+    experts: int | None = None
+
+
+def places(model: nn.Module, site: Site) -> list[list[Place]]:
+    """Where the neurons of each layer are, [L] lists. The factor scales the input of `down`, the output of `gate`."""
+    family = family_of(model.config.to_dict())
+    path = family.module(site)
+    return [_places(layer, family, path) for layer in decoder_layers(model)]
+
+
+def _places(layer: nn.Module, family: Family, path: str) -> list[Place]:
+    found = []
+    if family.experts and _has(layer, family.experts):
+        experts = layer.get_submodule(family.experts)
+        count, a, b = experts.down_proj.shape
+        found.append(Place(experts, 0, a if family.transposed else b, count))
+        if family.shared and _has(layer, family.shared):
+            shared = layer.get_submodule(family.shared)
+            found.append(Place(shared, found[0].neurons * count, shared.weight.shape[1]))
+        return found
+    down = layer.get_submodule(family.down).weight
+    return [Place(layer.get_submodule(path), 0, down.shape[0 if family.conv1d else 1])]
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    return hasattr(layer.get_submodule(parent), name)
 
 
 def num_neurons(model: nn.Module) -> int:
-    """F, the intermediate size, read off the first layer's down-projection."""
-    weight = site_modules(model, "down")[0].weight
-    return weight.shape[0 if family_of(model.config.to_dict()).conv1d else 1]
+    """F, the neurons of a layer: the intermediate size, or in a mixture of experts that of all experts together."""
+    return max(end(found) for found in places(model, "down"))
+
+
+def end(found: Sequence[Place | Slot]) -> int:
+    """How many neurons a layer has whose places (or slots) these are."""
+    return max(place.offset + place.neurons * (place.experts or 1) for place in found)
 
 
 # ------------------------------------------------------------------------------------------------------------ on disk
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One tensor on disk that carries factors: neuron i is index `i` of axis `axis`, `neurons` of them."""
+class Slot(NamedTuple):
+    """One tensor on disk that carries factors: neurons `offset` to `offset + neurons` of the layer, along `axis`.
+
+    experts: None, or the size of axis 0 where the tensor stacks all experts.
+    """
 
     tensor: str
     layer: int
     axis: int
+    offset: int
     neurons: int
+    experts: int | None = None
 
 
 def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[int, list[Slot]]:
@@ -157,30 +219,72 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[
     `shapes` maps tensor names on disk to shapes. Raises FamilyError if a layer's tensor is absent or ambiguous.
     """
     family, count = family_of(config), num_layers(config)
-    stem = f"{family.layers.rsplit('.', 1)[-1]}.{{}}.{family.module(site)}"
+    stem = family.layers.rsplit(".", 1)[-1]
     by_tail: dict[str, list[str]] = {}
     for name in shapes:
-        if match := re.search(r"(?:^|\.)(" + re.escape(stem).replace(r"\{\}", r"\d+") + r"\.(?:weight|bias))$", name):
+        if match := re.search(rf"(?:^|\.){stem}\.(\d+\..+)$", name):
             by_tail.setdefault(match[1], []).append(name)
-    result = {}
+    found = {}
     for layer in range(count):
-        tail = stem.format(layer)
-        weight = by_tail.get(f"{tail}.weight", [])
-        if len(weight) != 1:
-            what = "no tensor" if not weight else f"{len(weight)} tensors ({', '.join(weight[:3])})"
+        own = {tail.partition(".")[2]: names for tail, names in by_tail.items() if tail.startswith(f"{layer}.")}
+        found[layer] = _expert_slots(own, shapes, layer, family) or _dense_slots(own, shapes, layer, family, site)
+        if not found[layer]:
             raise FamilyError(
-                f"{what} on disk for {tail}.weight of {config['model_type']}; feed-forward tensors found: "
-                f"{unknown_family_hint(shapes) or 'none'}"
+                f"no tensor on disk for {stem}.{layer}.{family.module(site)}.weight of {config['model_type']}; "
+                f"feed-forward tensors found: {unknown_family_hint(shapes) or 'none'}"
             )
-        names = weight + (by_tail.get(f"{tail}.bias", []) if site == "gate" else [])
-        result[layer] = [_slot(name, layer, shapes[name], family, site) for name in names]
+    return found
+
+
+def _only(names: list[str]) -> str:
+    if len(names) > 1:
+        raise FamilyError(f"{len(names)} tensors on disk could be the same one: {', '.join(names[:3])}")
+    return names[0]
+
+
+def _dense_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: Family, site: Site) -> list[Slot]:
+    """own: {name below the layer: full names}."""
+    # W_down is [D, F] in nn.Linear and [F, D] in Conv1D; W_gate is [F, D], packed [2 F, D] with the gate first.
+    axis, share = (0 if site == "gate" or family.conv1d else 1), (2 if site == "gate" and family.packed else 1)
+    result = []
+    for kind in ("weight", "bias") if site == "gate" else ("weight",):
+        if names := own.get(f"{family.module(site)}.{kind}"):
+            shape = _shape(_only(names), shapes, 2 if kind == "weight" else 1)
+            result.append(Slot(names[0], layer, axis, 0, shape[axis] // share))
+    return result if result and result[0].tensor.endswith("weight") else []
+
+
+def _expert_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: Family) -> list[Slot]:
+    if family.experts is None:
+        return []
+    result = []
+    if "N" not in family.expert_down:
+        if names := own.get(family.expert_down):
+            experts, a, b = _shape(_only(names), shapes, 3)
+            result.append(Slot(names[0], layer, *((1, 0, a) if family.transposed else (2, 0, b)), experts))
+    else:
+        pattern = re.compile(re.escape(family.expert_down).replace("N", r"(\d+)"))
+        numbered = {int(match[1]): _only(names) for tail, names in own.items() if (match := pattern.fullmatch(tail))}
+        if sorted(numbered) != list(range(len(numbered))):
+            raise FamilyError(f"layer {layer} lacks the tensors of some experts: it has {len(numbered)}")
+        for expert, name in sorted(numbered.items()):
+            size = _shape(name, shapes, 2)[1]
+            result.append(Slot(name, layer, 1, expert * size, size))
+    if result and family.shared and (names := own.get(f"{family.shared}.weight")):
+        result.append(Slot(_only(names), layer, 1, end(result), _shape(names[0], shapes, 2)[1]))
     return result
 
 
-def _slot(name: str, layer: int, shape: tuple[int, ...], family: Family, site: Site) -> Slot:
-    expected = 1 if name.endswith(".bias") else 2
-    if len(shape) != expected:
-        raise FamilyError(f"{name} has shape {list(shape)}; {expected} dimension{'s' * (expected > 1)} expected")
-    # W_down is [D, F] in nn.Linear and [F, D] in Conv1D; W_gate is [F, D], packed [2 F, D] with the gate first.
-    axis = 0 if site == "gate" or family.conv1d else 1
-    return Slot(name, layer, axis, shape[axis] // (2 if site == "gate" and family.packed else 1))
+def _shape(name: str, shapes: dict, dimensions: int) -> tuple[int, ...]:
+    if len(shapes[name]) != dimensions:
+        raise FamilyError(f"{name} has shape {list(shapes[name])}; {dimensions} dimensions expected")
+    return shapes[name]
+
+
+def by_neuron(array: np.ndarray, slot: Slot) -> np.ndarray:
+    """A slot's tensor with one row per neuron of the slot, [neurons, …]."""
+    if slot.experts:
+        moved = np.moveaxis(array, slot.axis, 1)
+        return moved.reshape(slot.experts * slot.neurons, -1)
+    moved = np.moveaxis(array, slot.axis, 0)
+    return moved.reshape(len(moved), -1)[: slot.neurons]

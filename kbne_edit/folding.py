@@ -33,31 +33,42 @@ from .checkpoint import (
 )  # fmt: skip
 from .edit import Edit
 from .errors import CheckpointError, EditError, OutputError
-from .families import Slot, slots
+from .families import Slot, end, slots
 
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
 
 
 @dataclass(frozen=True)
 class Target:
-    """What happens to one tensor. index: neurons along `axis`, [k]; factors: float32 [k]."""
+    """What happens to one tensor. index: neurons along the slot's axis, [k]; factors: float32 [k].
+
+    expert: which expert each belongs to, [k], where the tensor stacks all experts.
+    """
 
     slot: Slot
     index: np.ndarray
     factors: np.ndarray
+    expert: np.ndarray | None = None
+
+    @property
+    def neurons(self) -> np.ndarray:
+        """Which of the slot's neurons change, [k]."""
+        return self.index if self.expert is None else self.expert * self.slot.neurons + self.index
 
 
 def plan(checkpoint: Checkpoint, edit: Edit) -> dict[str, Target]:
     """Which tensors change, and how: {tensor name: Target}. Raises EditError if the edit does not fit."""
     found = slots(checkpoint.shapes, checkpoint.config, edit.site)
-    edit.check(len(found), min(slot.neurons for places in found.values() for slot in places), checkpoint.fingerprint())
+    edit.check([end(found[layer]) for layer in sorted(found)], checkpoint.fingerprint())
     targets = {}
     for layer, factors in edit.factors.items():
-        index = np.fromiter(factors, np.int64)
-        values = np.fromiter(factors.values(), np.float32)
+        neurons, values = np.fromiter(factors, np.int64), np.fromiter(factors.values(), np.float32)
         for slot in found[layer]:
-            storage(checkpoint.tensors[slot.tensor][1].dtype, slot.tensor)
-            targets[slot.tensor] = Target(slot, index, values)
+            inside = (neurons >= slot.offset) & (neurons < end([slot]))
+            if inside.any():
+                storage(checkpoint.tensors[slot.tensor][1].dtype, slot.tensor)
+                expert, index = np.divmod(neurons[inside] - slot.offset, slot.neurons)
+                targets[slot.tensor] = Target(slot, index, values[inside], expert if slot.experts else None)
     return targets
 
 
@@ -191,20 +202,25 @@ def _place(raw: bytes, tensor: TensorInfo, start: int, target: Target) -> tuple[
     kind = storage(tensor.dtype, tensor.name)
     rows = np.frombuffer(raw, kind).reshape(-1, *tensor.shape[1:]).copy()
     first = (start - tensor.start) // (kind.itemsize * max(int(np.prod(tensor.shape[1:])), 1))
-    if target.slot.axis == 1:
-        return rows, (slice(None), target.index), slice(first, first + len(rows))
-    inside = (target.index >= first) & (target.index < first + len(rows))
-    return rows, (target.index[inside] - first,), inside
+    index = target.index
+    if target.expert is None and target.slot.axis == 1:
+        return rows, (slice(None), index), slice(first, first + len(rows))
+    row = index if target.expert is None else target.expert
+    inside = (row >= first) & (row < first + len(rows))
+    if target.expert is None:
+        return rows, (row[inside] - first,), inside
+    between = (slice(None),) * (target.slot.axis - 1)
+    return rows, (row[inside] - first, *between, index[inside]), inside
 
 
 def _scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: dict) -> bytes:
     """Scale the target's neurons in a chunk of whole rows, and keep what was there in `undo`."""
     rows, where, kept = _place(raw, tensor, start, target)
-    if target.slot.axis == 1:
+    old = rows[where]
+    if target.expert is None and target.slot.axis == 1:
         factors = target.factors[None, :]
     else:
-        factors = target.factors[kept].reshape(-1, *[1] * (rows.ndim - 1))
-    old = rows[where]
+        factors = target.factors[kept].reshape(-1, *[1] * (old.ndim - 1))
     undo.setdefault(tensor.name, []).append(old)
     wide = to_float(old, tensor.dtype)
     with np.errstate(over="ignore"):
@@ -216,7 +232,7 @@ def _scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: di
 
 
 def _write_undo(path: Path, undo: dict, checkpoint: Checkpoint) -> None:
-    """The edited columns (or rows) as they were, as a safetensors file: {tensor name: [D, k] or [k, D] or [k]}."""
+    """The edited columns (or rows) as they were, as a safetensors file: {tensor name: [D, k], [k, D] or [k]}."""
     header, blobs, position = {}, [], 0
     for name, parts in sorted(undo.items()):
         array = np.concatenate(parts)

@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint, staged
 from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
 from .errors import InputError, OutputError, ProofError
-from .families import Site, slots
+from .families import Site, end, slots
 from .folding import Target, fold_into, forbid_overlap, plan, write_manifest
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
@@ -95,7 +95,7 @@ def _writer(out: Path, asked: tuple[Question, ...], places: dict, about: dict):
 
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        return ScoresWriter(out, asked, len(places), places[0][0].neurons, about)
+        return ScoresWriter(out, asked, len(places), max(map(end, places.values())), about)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
 
@@ -255,7 +255,7 @@ def _wilson(k: int, n: int) -> tuple[float, float]:
 
 def _size(edit: Edit, checkpoint: Checkpoint) -> dict:
     places = slots(checkpoint.shapes, checkpoint.config, edit.site)
-    total = sum(found[0].neurons for found in places.values())
+    total = sum(map(end, places.values()))
     return {
         "site": edit.site, "neurons": edit.num_neurons, "share": edit.num_neurons / total,
         "layers": {layer: len(neurons) for layer, neurons in edit.factors.items()}, "factors": edit.distinct_factors,
@@ -265,7 +265,7 @@ def _size(edit: Edit, checkpoint: Checkpoint) -> dict:
 def _plan(edit: Edit, targets: dict[str, Target], checkpoint: Checkpoint) -> list[dict]:
     return [
         {"tensor": name, "file": checkpoint.tensors[name][0].path.name, "axis": target.slot.axis,
-         "neurons": target.index.tolist(), "factors": target.factors.tolist()}
+         "neurons": (target.slot.offset + target.neurons).tolist(), "factors": target.factors.tolist()}
         for name, target in targets.items()
     ]  # fmt: skip
 
@@ -304,6 +304,6 @@ def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> dict:
     from .evaluation import effect
     from .verification import load_model, load_tokenizer
 
-    neurons = slots(checkpoint.shapes, checkpoint.config, edit.site)[0][0].neurons
+    neurons = [end(found) for _, found in sorted(slots(checkpoint.shapes, checkpoint.config, edit.site).items())]
     model = load_model(checkpoint.path, torch.float32)
     return effect(model, load_tokenizer(checkpoint.path), recipe.probes, edit, neurons)

@@ -13,8 +13,7 @@ computed. Rejected: re-implementing the blocks (a second truth per family), and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from inspect import signature
 from typing import NamedTuple
 
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .families import Site, decoder_layers, num_neurons, site_modules
+from .families import Site, decoder_layers, num_neurons, places
+from .hooks import replaced, tapped
 from .quadrature import Found, Nodes
 
 _HEAD_ROWS = 192  # rows that go through the head at once: it makes [R, V] logits, and reads its weights each time
@@ -62,7 +62,7 @@ class Prompt(Segment):
 
     def __init__(self, model: nn.Module, input_ids: Sequence[int], answer_ids: Sequence[int], site: Site, before=None):
         super().__init__(model, input_ids[before.length if before else 0 :], before)
-        self.site, self.neurons = site, num_neurons(model)
+        self.site, self.places, self.neurons = site, places(model, site), num_neurons(model)
         self.answer = torch.tensor(list(answer_ids))
         self.base: list[Tensor]  # the last position's input to each layer, [1, 1, D]
         self.last_token = self._ids[:, -1:]
@@ -71,12 +71,16 @@ class Prompt(Segment):
         if index == 0:
             self.hidden, self.base, self._h = self._first, [], []
         self.base.append(self.hidden[:, -1:].clone())
-        with tapped(site_modules(self.model, self.site)[index], self.site, self._note):
+        self._h.append(torch.zeros(self.neurons))
+        with tapped(self.places[index], self.site, self._note):
             super().climb(index, layer)
         self.cache.layers[index].drop_last()
 
-    def _note(self, h: Tensor) -> None:
-        self._h.append(h.reshape(-1, h.shape[-1])[-1, : self.neurons].float().cpu())
+    def _note(self, h: Tensor, tokens: Tensor | None, offset: int) -> None:
+        flat = h.reshape(-1, h.shape[-1])
+        last = flat[-1:] if tokens is None else flat[tokens == self.hidden.shape[1] - 1]
+        for values in last:  # one, or none if this expert was not chosen
+            self._h[-1][offset : offset + len(values)] = values.float().cpu()
 
     def arrive(self) -> None:
         """The head, once the last layer is done."""
@@ -123,18 +127,23 @@ class Rows:
 
     def _run(self, index: int, layer: nn.Module, hidden: Tensor, start: int, gammas: Tensor | None) -> _Held:
         """Rows through one layer; those from `start` on have h scaled by gammas."""
-        hidden, leaf = hidden.detach().requires_grad_(), None
+        hidden, leaves = hidden.detach().requires_grad_(), []
 
-        def scale(h: Tensor) -> Tensor:
-            nonlocal leaf
-            leaf = scaled(h[start:].detach(), gammas, self.prompt.neurons).requires_grad_()
-            return torch.cat([h[:start], leaf])
+        def scale(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
+            rows = torch.arange(len(hidden), device=h.device) if tokens is None else tokens
+            own = rows >= start
+            if not own.any():  # an expert that none of the layer's own rows was given to
+                return h
+            gamma = gammas.to(h)[rows[own] - start].view(-1, *[1] * (h.dim() - 1))
+            leaf = (gamma * h[own].detach()).requires_grad_()
+            leaves.append(_Leaf(rows[own] - start, offset, leaf))
+            return h.index_put((own.nonzero()[:, 0],), leaf)
 
         if gammas is None:
-            return _Held(hidden, None, self._calls[index].run(layer, hidden))
-        with tapped(site_modules(self.prompt.model, self.prompt.site)[index], self.prompt.site, scale):
+            return _Held(hidden, [], self._calls[index].run(layer, hidden))
+        with tapped(self.prompt.places[index], self.prompt.site, scale):
             output = self._calls[index].run(layer, hidden)
-        return _Held(hidden, leaf, output)
+        return _Held(hidden, leaves, output)
 
     def head(self) -> None:
         """P(a*) of every row, and its gradient with respect to the last layer's output."""
@@ -160,33 +169,38 @@ class Rows:
             hidden, start = held
             with torch.enable_grad():
                 held = self._run(index, layer, hidden, start, nodes.values if nodes is not None else None)
-        leaves = [held.leaf] if nodes is not None else []
-        if index > min(self.nodes):
-            leaves.append(held.input)
-        found = list(torch.autograd.grad(held.output, leaves, self._gradient.to(held.output.device)))
-        below = len(held.input)
+        leaves = [leaf.values for leaf in held.leaves]
+        inputs = [held.input] if index > min(self.nodes) else []
+        found = torch.autograd.grad(held.output, leaves + inputs, self._gradient.to(held.output.device))
         if nodes is not None:
-            own = found.pop(0)
-            below -= len(own)
-            own = own.reshape(len(own), -1)[: len(nodes.values), : self.prompt.neurons]
-            self.found[index] = self.found[index]._replace(gradient=own.float().cpu())
-        self._gradient = found[0][:below] if found else None
+            self.found[index] = self.found[index]._replace(gradient=self._gathered(held, found, len(nodes.values)))
+        own = 0 if nodes is None else len(nodes) if self._keep else len(nodes.values)
+        self._gradient = found[-1][: len(held.input) - own] if inputs else None
+
+    def _gathered(self, held: _Held, found: Sequence[Tensor], count: int) -> Tensor:
+        """The leaves' gradients as one [count, F]; zero for the experts that were not chosen."""
+        result = torch.zeros(count, self.prompt.neurons)
+        for leaf, gradient in zip(held.leaves, found, strict=False):
+            kept = (leaf.rows < count).nonzero()[:, 0]
+            flat = gradient[kept].flatten(1).float().cpu()
+            result[leaf.rows[kept].cpu(), leaf.offset : leaf.offset + flat.shape[1]] = flat
+        return result
+
+
+class _Leaf(NamedTuple):
+    """Scaled h of some of a layer's own rows. rows: which, [n]; offset: the first neuron; values: [n, …, F]."""
+
+    rows: Tensor
+    offset: int
+    values: Tensor
 
 
 class _Held(NamedTuple):
-    """One layer's graph. input: [R, 1, D]; leaf: the scaled h of the layer's own rows; output: [R, 1, D]."""
+    """One layer's graph. input: [R, 1, D]; leaves: the scaled h of the layer's own rows; output: [R, 1, D]."""
 
     input: Tensor
-    leaf: Tensor | None
+    leaves: list[_Leaf]
     output: Tensor
-
-
-def scaled(h: Tensor, gammas: Tensor, neurons: int) -> Tensor:
-    """gamma h, row by row; of a fused gate_up output [n, …, 2 F] only the gate half is scaled."""
-    factor = gammas.to(h).view(-1, *[1] * (h.dim() - 1))
-    if h.shape[-1] == neurons:
-        return factor * h
-    return torch.cat([factor * h[..., :neurons], h[..., neurons:]], -1)
 
 
 def probability(logits: Tensor, answer: Tensor) -> Tensor:
@@ -275,7 +289,7 @@ def _calls(model: nn.Module, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, 
         calls.append(_Call(args, kwargs))
         return hidden.as_subclass(_Output)
 
-    with torch.no_grad(), _replaced(decoder_layers(model), note):
+    with torch.no_grad(), replaced(decoder_layers(model), note):
         _forward(model, ids, cache)
     return seen[0], calls
 
@@ -283,37 +297,6 @@ def _calls(model: nn.Module, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, 
 def head(prompt: Prompt, hidden: Tensor) -> Tensor:
     """Everything after the last layer, by the model's own code: [R, 1, D] -> logits [R, V] float32."""
     layers = decoder_layers(prompt.model)
-    with _replaced(layers, lambda *args, **kwargs: hidden.as_subclass(_Output)):
+    with replaced(layers, lambda *args, **kwargs: hidden.as_subclass(_Output)):
         logits = _forward(prompt.model, prompt.last_token.expand(len(hidden), -1), _cache(layers, None, 0, keep=False))
     return logits.logits[:, -1].float()
-
-
-@contextmanager
-def tapped(module: nn.Module, site: Site, tap: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `tap` on the tensor that holds the site's neurons; what it returns, if anything, takes its place."""
-    if site == "down":
-        handle = module.register_forward_pre_hook(
-            lambda _, args: None if (new := tap(args[0])) is None else (new, *args[1:])
-        )
-    else:
-        handle = module.register_forward_hook(lambda _, args, output: tap(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _replaced(layers: nn.ModuleList, forward: Callable) -> Iterator[None]:
-    """Every layer answers with `forward` instead of its own."""
-    own = [vars(layer).get("forward") for layer in layers]  # set where a dispatcher wraps the layer
-    for layer in layers:
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer, old in zip(layers, own, strict=True):
-            if old is None:
-                del layer.forward
-            else:
-                layer.forward = old

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .checkpoint import MANIFEST, UNDO, Checkpoint, Shard, read_array, storage, to_float
 from .edit import Edit
 from .errors import CheckpointError, FamilyError
-from .families import SITES, slots
+from .families import SITES, by_neuron, slots
 from .folding import Progress, Target, TwoDigests, _chunks, _hash, _scaled, plan, read_manifest
 from .memory import SHARE, available, in_memory
 
@@ -215,9 +215,10 @@ def _recover(base: Checkpoint, baked: Checkpoint) -> Edit:
                 continue
             raise
         factors: dict[int, dict[int, float]] = {}
-        for layer, (slot, *_) in places.items():
-            if slot.tensor in baked.tensors and baked.shapes[slot.tensor] == base.shapes[slot.tensor]:
-                factors[layer] = _recover_layer(base.tensors[slot.tensor], baked.tensors[slot.tensor], slot)
+        for slot in (slot for found in places.values() for slot in found if len(base.shapes[slot.tensor]) > 1):
+            if baked.shapes.get(slot.tensor) == base.shapes[slot.tensor]:
+                found = _recover_slot(base.tensors[slot.tensor], baked.tensors[slot.tensor], slot)
+                factors.setdefault(slot.layer, {}).update({slot.offset + n: factor for n, factor in found.items()})
         factors = {layer: found for layer, found in factors.items() if found}
         if factors:
             return Edit(site, factors)
@@ -226,12 +227,12 @@ def _recover(base: Checkpoint, baked: Checkpoint) -> Edit:
     )
 
 
-def _recover_layer(old, new, slot) -> dict[int, float]:
+def _recover_slot(old, new, slot) -> dict[int, float]:
     kind = old[1].dtype
     storage(kind, slot.tensor)
-    a, b = (np.moveaxis(read_array(*pair), slot.axis, 0).reshape(pair[1].shape[slot.axis], -1) for pair in (old, new))
+    a, b = (by_neuron(read_array(*pair), slot) for pair in (old, new))
     found = {}
-    for i in np.flatnonzero((a[: slot.neurons] != b[: slot.neurons]).any(1)).tolist():
+    for i in np.flatnonzero((a != b).any(1)).tolist():
         x, y = (to_float(v, kind).astype(np.float64) for v in (a[i], b[i]))
         ratio = float(x @ y / (x @ x)) if (x @ x) > 0 else 1.0
         # The shortest decimal that is within the estimate's error: a person's factor, not a regression's.
@@ -277,7 +278,10 @@ def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
 
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            # experts: the hooks run them one by one, as "eager" does; other kernels add in another order.
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, experts_implementation="eager"
+            )
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot load {path}: {str(error).splitlines()[0][:200]}") from None
     return model.eval().requires_grad_(False).to(device)
@@ -297,59 +301,90 @@ def load_tokenizer(path: Path):
 def _probes(base: Checkpoint) -> list[list[int]]:
     try:
         tokenizer = load_tokenizer(base.path)
-        return [tokenizer(text)["input_ids"] for text in _TEXTS]
-    except CheckpointError:  # a directory without tokenizer can be proven all the same
-        size = base.config.get("vocab_size", 64)
-        return np.random.default_rng(0).integers(0, size, (len(_TEXTS), 12)).tolist()
+        probes = [tokenizer(text)["input_ids"] for text in _TEXTS]
+        if all(probes):
+            return probes
+    except CheckpointError:
+        pass
+    # A directory without a tokenizer (or with one that knows no word) can be proven all the same.
+    size = base.config.get("vocab_size", 64)
+    return np.random.default_rng(0).integers(0, size, (len(_TEXTS), 12)).tolist()
 
 
-def _run(model, probes: list[list[int]], tokens: int) -> tuple[np.ndarray, list[list[int]]]:
-    """(logits of all positions [N, V] float32, greedy continuations)."""
+class _Outcome(NamedTuple):
+    """logits: of all positions, [N, V] float32; routes: per probe which experts each position took, [T, any]."""
+
+    logits: np.ndarray
+    texts: list[list[int]]
+    routes: list[np.ndarray]
+
+
+def _run(model, probes: list[list[int]], tokens: int = 0) -> _Outcome:
+    """Logits and routes of the probes, and greedy continuations of `tokens` tokens."""
     import torch
 
-    logits, texts = [], []
+    from .families import places
+
+    logits, texts, routes = [], [], []
+    experts = [p.module for found in places(model, "down") for p in found if p.experts]
     with torch.no_grad():
         for ids in probes:
-            output = model(torch.tensor([ids]))
-            logits.append(output.logits[0].float().numpy())
+            chosen: list[torch.Tensor] = []
+            notes = [m.register_forward_pre_hook(lambda _, args, c=chosen: c.append(args[1])) for m in experts]
+            logits.append(model(torch.tensor([ids])).logits[0].float().numpy())
+            for note in notes:
+                note.remove()
+            routes.append(torch.cat(chosen, -1).numpy() if chosen else np.zeros((len(ids), 0)))
             ids = list(ids)
             for _ in range(tokens):
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
             texts.append(ids)
-    return np.concatenate(logits), texts
+    return _Outcome(np.concatenate(logits), texts, routes)
 
 
 def _whole_model(base: Checkpoint, baked: Checkpoint, edit: Edit, dtype: torch.dtype, own: torch.dtype) -> dict:
-    import torch
-
     from .hooks import hooked
+    from .noise import rounding_noise
 
-    probes, tokens = _probes(base), 8 if dtype == torch.float32 else 0
+    probes, tokens = _probes(base), 8 if str(dtype) == "torch.float32" else 0
     model = load_model(base.path, dtype)
     with hooked(model, edit):
-        reference, text = _run(model, probes, tokens)
-        noise = 0.0
-        if not edit.exact:
-            noise = max(
-                _relative(_run_noisy(model, edit, own, seed, probes), reference) for seed in range(_NOISE_DRAWS)
-            )
+        reference, noise = _run(model, probes, tokens), 0.0
+        for seed in range(0 if edit.exact else _NOISE_DRAWS):
+            with rounding_noise(model, edit, own, seed):
+                noise = max(noise, _difference(_run(model, probes), reference))
     del model
-    got, text_baked = _run(load_model(baked.path, dtype), probes, tokens)
-    difference, equal = _relative(got, reference), np.array_equal(got, reference)
+    got = _run(load_model(baked.path, dtype), probes, tokens)
+    difference, equal = _difference(got, reference), np.array_equal(got.logits, reference.logits)
+    same = got.logits.argmax(1) == reference.logits.argmax(1)
     entry = {
         "dtype": str(dtype).removeprefix("torch."), "how": "whole model", "bit_equal": bool(equal),
-        "difference": difference, "noise": noise, "kl": _kl(reference, got),
-        "top1": float((got.argmax(1) == reference.argmax(1)).mean()), "positions": len(got),
+        "difference": difference, "noise": noise, "kl": _kl(reference.logits, got.logits),
+        "top1": float(same.mean()), "positions": len(same),
     }  # fmt: skip
     if tokens:
-        entry["greedy"] = float(np.mean([a == b for a, b in zip(text, text_baked, strict=True)]))
+        entry["greedy"] = float(np.mean([a == b for a, b in zip(reference.texts, got.texts, strict=True)]))
+    if reference.routes[0].size:
+        entry["rerouted"] = 1 - float(_same_route(got, reference).mean())
     entry["ok"] = bool(equal) if edit.exact else difference <= NOISE_FACTOR * noise
     return entry
 
 
-def _relative(got: np.ndarray, reference: np.ndarray) -> float:
-    """Largest logit difference, relative to the logits' standard deviation."""
-    return float(np.abs(got - reference).max() / max(float(reference.std()), 1e-30))
+def _difference(got: _Outcome, reference: _Outcome) -> float:
+    """Largest logit difference, relative to the logits' standard deviation.
+
+    A router's choice is not continuous: where rounding turned it, at this position or one before, another function is
+    computed, and the difference says nothing about rounding. Such positions are left out, and counted ("rerouted").
+    """
+    kept = _same_route(got, reference)
+    largest = np.abs(got.logits - reference.logits)[kept].max(initial=0)
+    return float(largest / max(float(reference.logits.std()), 1e-30))
+
+
+def _same_route(got: _Outcome, reference: _Outcome) -> np.ndarray:
+    """Positions up to which every router chose the same experts, [N]."""
+    pairs = zip(got.routes, reference.routes, strict=True)
+    return np.concatenate([np.logical_and.accumulate((a == b).all(1)) for a, b in pairs])
 
 
 def _kl(reference: np.ndarray, got: np.ndarray) -> float:
@@ -359,44 +394,6 @@ def _kl(reference: np.ndarray, got: np.ndarray) -> float:
     return float((np.exp(a) * (a - b)).sum(1).mean())
 
 
-def _run_noisy(model, edit: Edit, own: torch.dtype, seed: int, probes: list[list[int]]) -> np.ndarray:
-    """Logits of the hooked model with the rounding noise that the fold is allowed.
-
-    Rounding factor * w to the stored dtype errs by at most u |factor * w|, u half the dtype's epsilon, each weight on
-    its own. So output j of an edited module moves by about a normal number of variance
-    (u^2 / 3) sum_i (w_ji factor_i h_i)^2 over the edited neurons: that is what is added, from a seed.
-    """
-    from .families import site_modules
-
-    with ExitStack() as stack:
-        for layer, module in enumerate(site_modules(model, edit.site)):
-            if layer in edit.factors:
-                hook = _noise(module, edit.site, edit.factors[layer], own, 1000 * seed + layer)
-                stack.callback(module.register_forward_hook(hook).remove)
-        return _run(model, probes, 0)[0]
-
-
-def _noise(module, site: str, factors: dict[int, float], own: torch.dtype, seed: int):
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.tensor(list(factors))
-    scale = torch.tensor(list(factors.values()))
-    unit = torch.finfo(own).eps / 2 / 3**0.5
-    weight = module.weight.float() if hasattr(module, "nf") else module.weight.float().T  # [in, out]
-
-    def hook(_, args, output):
-        x = args[0].float()
-        if site == "down":  # x is scaled already
-            deviation = (x[..., index].square() @ weight[index].square()).sqrt() * unit
-        else:
-            deviation = torch.zeros_like(output, dtype=torch.float32)
-            deviation[..., index] = (x.square() @ weight[:, index].square()).sqrt() * scale.abs() * unit
-        return (output.float() + deviation * torch.randn(deviation.shape, generator=generator)).to(output.dtype)
-
-    return hook
-
-
 def _site_by_site(base: Checkpoint, baked: Checkpoint, edit: Edit) -> dict:
     """Each edited projection on seeded inputs: W (factor h) from the base against W' h from the baked directory.
 
@@ -404,29 +401,25 @@ def _site_by_site(base: Checkpoint, baked: Checkpoint, edit: Edit) -> dict:
     """
     worst, noise, equal, rows = 0.0, 0.0, True, 0
     for name, target in plan(base, edit).items():
-        if len(base.shapes[name]) != 2:
-            continue
-        shard, tensor = base.tensors[name]
-        old, new = (
-            to_float(read_array(*c.tensors[name]), tensor.dtype).astype(np.float32) for c in (base, baked)
-        )  # fmt: skip
-        axis = target.slot.axis
-        old, new = (w if axis == 1 else w.T for w in (old, new))  # neurons along axis 1 now
-        scale = np.ones(old.shape[1], np.float32)
-        scale[target.index] = target.factors
-        rng = np.random.default_rng(0)
-        h = rng.standard_normal((8, old.shape[1] if edit.site == "down" else old.shape[0]), np.float32)
+        tensor, index = base.tensors[name][1], target.neurons
+        old, new = (  # [neurons, D]
+            to_float(by_neuron(read_array(*c.tensors[name]), target.slot), tensor.dtype).astype(np.float32)
+            for c in (base, baked)
+        )
+        scale = np.ones(len(old), np.float32)
+        scale[index] = target.factors
+        x = np.random.default_rng(0).standard_normal((8, old.shape[edit.site == "gate"]), np.float32)
         if edit.site == "down":
-            reference, got = (h * scale) @ old.T, h @ new.T
-            spread = np.sqrt(((h * scale)[:, target.index] ** 2) @ (old[:, target.index] ** 2).T)
+            reference, got = (x * scale) @ old, x @ new
+            spread = np.sqrt(((x * scale)[:, index] ** 2) @ (old[index] ** 2))
         else:
-            reference, got = (h @ old) * scale, h @ new
-            spread = np.sqrt((h**2) @ (old[:, target.index] ** 2)) * np.abs(target.factors)
+            reference, got = (x @ old.T) * scale, x @ new.T
+            spread = np.sqrt((x**2) @ (old[index] ** 2).T) * np.abs(target.factors)
         unit = {"BF16": 2.0**-8, "F16": 2.0**-11}.get(tensor.dtype, 2.0**-24)
         worst = max(worst, float(np.abs(got - reference).max() / max(float(reference.std()), 1e-30)))
         noise = max(noise, float(unit * spread.max() / max(float(reference.std()), 1e-30)))
         equal &= np.array_equal(got, reference)
-        rows += len(h)
+        rows += len(x)
     return {
         "dtype": "float32", "how": "site by site", "bit_equal": bool(equal), "difference": worst, "noise": noise,
         "positions": rows, "ok": bool(equal) if edit.exact else worst <= NOISE_FACTOR * noise,

@@ -38,11 +38,11 @@ def test_captum(name):
     """Captum scales h of one layer in the whole model's forward pass: no cache, no rows, one layer at a time."""
     from captum.attr import IntegratedGradients
 
-    from kbne_edit.families import site_modules
+    from kbne_edit.families import places
 
     model = tiny_model(name)
     scores = attribute(model, [PROMPT], [ANSWER], quadrature="gauss-16")[0]
-    for layer, module in enumerate(site_modules(model, "down")):
+    for layer, ((module, *_),) in enumerate(places(model, "down")):
         seen = []
         handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach()))
         with torch.no_grad():
@@ -110,5 +110,5 @@ def test_half_the_rows_where_memory_runs_out(monkeypatch):
     want = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], quadrature="gauss-4")
     assert max(sizes) == 5 and (got - want).abs().max() <= 1e-6 * want.abs().max()
     monkeypatch.setattr(rows, "head", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
-    with pytest.raises(InputError, match="single layer"):
+    with pytest.raises(InputError, match="rows of one layer"):
         attribute(model, [PROMPT], [ANSWER])

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from kbne_edit import Edit, fold, hooked, revert
-from kbne_edit.families import family_of, num_neurons, site_modules
-from tiny import FAMILIES, tiny_model
+from kbne_edit.families import family_of, num_neurons, places
+from tiny import FAMILIES, MIXTURES, tiny_model
 
 IDS = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
 NEURONS = {0: (3, 47), 2: (0, 10, 11)}
@@ -52,7 +52,7 @@ def test_other_factors_round_once(name, factor, tmp_path):
     manifest = fold(tmp_path / "base", _edit(factor), tmp_path / "baked")
     before, after = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "baked/model.safetensors")
     assert before.keys() == after.keys() and len(manifest["tensors"]) == len(NEURONS)
-    axis = 0 if isinstance(site_modules(model, "down")[0], Conv1D) else 1
+    axis = 0 if isinstance(places(model, "down")[0][0].module, Conv1D) else 1
     for key, old in before.items():
         expected = old.clone()
         if key in manifest["tensors"]:
@@ -98,7 +98,7 @@ def test_ia3_of_peft(name):
     )
     adapted = get_peft_model(model, config)
     with torch.no_grad():
-        for layer, module in enumerate(site_modules(adapted.get_base_model(), "down")):
+        for layer, ((module, *_),) in enumerate(places(adapted.get_base_model(), "down")):
             vector = module.ia3_l["default"].view(-1)
             for neuron, factor in edit.factors.get(layer, {}).items():
                 vector[neuron] = factor
@@ -108,4 +108,4 @@ def test_ia3_of_peft(name):
 def test_every_family_is_under_the_contract():
     from kbne_edit.families import FAMILIES as known
 
-    assert set(known) == {name.split("-")[0] for name in FAMILIES}
+    assert set(known) == {name.split("-")[0] for name in [*FAMILIES, *MIXTURES]}

@@ -61,16 +61,35 @@ FAMILIES: dict[str, dict] = {
     ),
 }
 
+_MOE = _LLAMA | dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+MIXTURES: dict[str, dict] = {
+    "mixtral": _MOE,
+    "qwen2_moe": _MOE | dict(shared_expert_intermediate_size=40, decoder_sparse_step=1, mlp_only_layers=[1]),
+    "qwen3_moe": _MOE,
+    "olmoe": _MOE,
+    "granitemoe": _MOE,
+    "deepseek_v2": _MOE | dict(
+        n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4, n_group=1, topk_group=1,
+        topk_method="greedy",
+    ),
+    "deepseek_v3": _MOE | dict(
+        n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4, n_group=1, topk_group=1,
+    ),
+    "gpt_oss": _MOE | dict(sliding_window=8),
+}
+
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32):
     """A seeded causal model of the family; weights wide enough that layers and biases matter."""
     model_type, *_ = name.split("-")
-    config = AutoConfig.for_model(model_type, **FAMILIES[name])
+    config = AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES)[name])
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)

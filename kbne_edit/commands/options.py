@@ -134,6 +134,8 @@ def proof_lines(proofs: dict) -> list[str]:
             figures = f"largest difference {entry['difference']:.1e} of the logits' spread "
             figures += f"(rounding noise {entry['noise']:.1e})"
             figures += f", KL {entry['kl']:.1e}, same top token {entry['top1']:.1%}" if "kl" in entry else ""
+        if entry.get("rerouted"):
+            figures += f", {entry['rerouted']:.1%} of positions left out: rounding turned a router's choice"
         if "greedy" in entry:
             figures += f", same greedy text {entry['greedy']:.0%}"
         lines.append(

@@ -1,0 +1,88 @@
+"""The rounding noise that a fold is allowed, as noise on the outputs of the edited projections.
+
+Rounding factor * w to the stored dtype errs by at most u |factor * w|, u half the dtype's epsilon, each weight on its
+own. So output j of an edited projection moves by about a normal number of variance
+(u^2 / 3) sum_i (w_ji factor_i h_i)^2 over the edited neurons: that is what is added, from a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .edit import Edit
+from .families import Place, places
+from .hooks import replaced
+
+
+@contextmanager
+def rounding_noise(model: nn.Module, edit: Edit, dtype: torch.dtype, seed: int) -> Iterator[None]:
+    """Within the context, and within `hooked`, `model` has the noise of weights that were rounded to `dtype`."""
+    with ExitStack() as stack:
+        for layer, factors in edit.factors.items():
+            for place in places(model, edit.site)[layer]:
+                size = place.neurons * (place.experts or 1)
+                own = {n - place.offset: f for n, f in factors.items() if 0 <= n - place.offset < size}
+                if own:
+                    noise = _Noise(place, edit.site, own, torch.finfo(dtype).eps / 2, 1000 * seed + layer)
+                    stack.enter_context(noise.added())
+        yield
+
+
+class _Noise:
+    """Noise on the output of one place. factors: {neuron of the place: factor}; unit: u."""
+
+    def __init__(self, place: Place, site: str, factors: dict[int, float], unit: float, seed: int):
+        self._place, self._site, self._unit = place, site, unit / 3**0.5
+        self._index, self._scale = torch.tensor(list(factors)), torch.tensor(list(factors.values()))
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @contextmanager
+    def added(self) -> Iterator[None]:
+        if self._place.experts:
+            with self._added_to_experts():
+                yield
+            return
+        handle = self._place.module.register_forward_hook(lambda _, args, output: self._dense(args[0], output))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _added_to_experts(self) -> Iterator[None]:
+        """The hooks run the experts by a forward pass of their own: the same, with a look at its inputs and outputs."""
+        hooks, scaled = vars(self._place.module)["forward"], {}
+
+        def tap(expert, tokens, h):
+            scaled[expert] = hooks.keywords["tap"](expert, tokens, h)
+            return scaled[expert]
+
+        def after(expert, tokens, output):
+            return self._expert(expert, scaled.pop(expert), output)
+
+        with replaced([self._place.module], partial(hooks.func, *hooks.args, tap=tap, after=after)):
+            yield
+
+    def _dense(self, x: Tensor, output: Tensor) -> Tensor:
+        module, x, index = self._place.module, x.float(), self._index
+        weight = module.weight.float() if hasattr(module, "nf") else module.weight.float().T  # [in, out]
+        if self._site == "down":  # x is scaled already
+            return self._moved(output, (x[..., index].square() @ weight[index].square()).sqrt())
+        deviation = torch.zeros_like(output, dtype=torch.float32)
+        deviation[..., index] = (x.square() @ weight[:, index].square()).sqrt() * self._scale.abs()
+        return self._moved(output, deviation)
+
+    def _expert(self, expert: int, h: Tensor, output: Tensor) -> Tensor:
+        weight = self._place.module.down_proj[expert].float()
+        weight = weight if self._place.module.is_transposed else weight.T  # [in, out]
+        index = self._index[self._index // self._place.neurons == expert] % self._place.neurons
+        return self._moved(output, (h.float()[:, index].square() @ weight[index].square()).sqrt())
+
+    def _moved(self, output: Tensor, deviation: Tensor) -> Tensor:
+        noise = torch.randn(deviation.shape, generator=self._generator) * self._unit
+        return (output.float() + deviation * noise).to(output.dtype)

@@ -1,0 +1,103 @@
+"""Mixtures of experts keep the contract: neuron e * F + i is the i-th of routed expert e, the shared one's follow."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from kbne_edit import Edit, attribute, fold, hooked, revert, verify
+from kbne_edit.errors import FamilyError
+from kbne_edit.families import end, places
+from tiny import MIXTURES, tiny_model
+
+IDS = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
+PROMPT, ANSWER = [5, 17, 40, 8, 22, 31], [11, 12]
+
+
+def _edit(model, factor):
+    """The first, the last and some neurons between, of every layer: of every expert, and of the shared one."""
+    return Edit(
+        "down",
+        {layer: dict.fromkeys(range(layer, end(found), 11), factor) | {end(found) - 1: factor}
+         for layer, found in enumerate(places(model, "down"))},
+    )  # fmt: skip
+
+
+def _load(path, dtype):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_fold_equals_hooks(name, dtype, tmp_path):
+    tiny_model(name, dtype).save_pretrained(tmp_path / "base")
+    base = _load(tmp_path / "base", dtype)
+    edit = _edit(base, 2.0)
+    manifest = fold(tmp_path / "base", edit, tmp_path / "baked")
+    with hooked(base, edit):
+        reference = _logits(base)
+    assert torch.equal(_logits(_load(tmp_path / "baked", dtype)), reference)
+    assert not torch.equal(reference, _logits(base))
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "baked"))
+    assert before.keys() == after.keys()
+    for key, old in before.items():
+        assert torch.equal(old, after[key]) != (key in manifest["tensors"]), key
+    revert(tmp_path / "baked", tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_verify_with_and_without_manifest(name, tmp_path):
+    model = tiny_model(name, torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    fold(tmp_path / "base", _edit(model, 3.5), tmp_path / "baked")
+    report = verify(tmp_path / "base", tmp_path / "baked")
+    assert report.ok and not report.behaviour[0]["bit_equal"] and report.behaviour[0]["noise"] > 0
+    for extra in ("kbne_edit.json", "kbne_undo.safetensors"):
+        (tmp_path / "baked" / extra).unlink()
+    found = verify(tmp_path / "base", tmp_path / "baked", behaviour=False)
+    assert found.ok and found.edit.factors == _edit(model, 3.5).factors
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_scores_equal_gradients_of_the_weights(name):
+    """h_i dP/dh_i is the sum over j of W_ji dP/dW_ji: plain transformers on the last token, W scaled by gamma."""
+    model = tiny_model(name)
+    scores = attribute(model, [PROMPT], [ANSWER], quadrature="gauss-8")[0]
+    prefix = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([PROMPT[:-1]]), past_key_values=prefix, use_cache=True)
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    for layer, found in enumerate(places(model, "down")):
+        for place in found:
+            parameter = place.module.down_proj if place.experts else place.module.weight
+            original = parameter.detach().clone()
+            want = 0
+            for gamma, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+                parameter_of_others = [(p.module.down_proj if p.experts else p.module.weight) for p in found]
+                kept = [p.detach().clone() for p in parameter_of_others]
+                with torch.no_grad():
+                    for p in parameter_of_others:
+                        p.mul_(gamma)
+                logits = model(torch.tensor([PROMPT[-1:]]), past_key_values=copy.deepcopy(prefix)).logits[0, -1]
+                (gradient,) = torch.autograd.grad(logits.softmax(-1)[ANSWER].sum(), parameter)
+                with torch.no_grad():
+                    for p, old in zip(parameter_of_others, kept, strict=True):
+                        p.copy_(old)
+                axis = 2 if place.experts and place.module.is_transposed else 1 if place.experts else 0
+                want = want + weight * (original * gradient).sum(axis)
+            got = scores[layer, place.offset : place.offset + want.numel()]
+            assert (got - want.reshape(-1)).abs().max() <= 1e-5 * scores.abs().max()
+
+
+def test_gate_site_is_refused():
+    with pytest.raises(FamilyError, match="--site down"), hooked(tiny_model("mixtral"), Edit("gate", {0: {1: 2.0}})):
+        pass
