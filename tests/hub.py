@@ -260,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.writer(owner)
         name = f"{owner}/{asked['name']}"
         if name in self.hub.repos:
-            raise _Refusal(409, None, "You already created this model repo")
+            return 409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
         self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"},
                      private=asked.get("visibility") == "private")  # fmt: skip
         return 200, {"url": f"{self.hub.url}/{name}"}

@@ -15,7 +15,7 @@ from hub import SIGNATURE, Fault, serving, sha256
 from kbne_edit import Edit
 from tiny import tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
+CLI = Path(__file__).resolve().parent.parent / "cli.py"
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz012345"  # made up; must not leak either
 README = b"---\nlicense: apache-2.0\nlanguage: [en, de]\ntags: [chat]\n---\n# Tiny\n"
 
@@ -42,22 +42,21 @@ def hub(server):
     return server
 
 
+def _process(*command, cwd, endpoint, token=None):
+    """A process with one Hub, in a home of its own; nothing secret may be said."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    kept |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cwd / "home"), "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=kept | ({"HF_TOKEN": token} if token else {}),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert TOKEN not in result.stdout + result.stderr and SIGNATURE not in result.stdout + result.stderr
+    return result
+
+
 @pytest.fixture
 def cli(hub, tmp_path):
-    """Runs a process with this Hub as its only one, in a home of its own; nothing secret may be said."""
-
-    def run(*args, token=None, endpoint=hub.url, program=("cli.py",)):
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-        env = kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, *(str(ROOT / p) if p == "cli.py" else p for p in program), *map(str, args)]
-        result = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-            env=env | ({"HF_TOKEN": token} if token else {}),
-        )  # fmt: skip
-        assert TOKEN not in result.stdout + result.stderr and SIGNATURE not in result.stdout + result.stderr
-        return result
-
-    return run
+    return lambda *args, endpoint=hub.url, **kw: _process(CLI, *args, cwd=tmp_path, endpoint=endpoint, **kw)
 
 
 @pytest.fixture
@@ -234,3 +233,166 @@ def test_what_is_in_the_cache_needs_no_network(hub, bake, content, tmp_path):
     next((tmp_path / "home").rglob("model-00002*.safetensors")).unlink()
     shutil.rmtree(tmp_path / "out")
     _refused(bake("org/tiny"), "503")
+
+
+# ------------------------------------------------------------------------------------------------------------- push
+
+LOGITS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+for name in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(name).eval()
+    print(json.dumps(model(torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])).logits.tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def proven(server, content, tmp_path_factory):
+    """What `bake --in org/tiny` makes, with both proofs."""
+    folder = tmp_path_factory.mktemp("proven")
+    server.faults.clear()
+    server.add("org/tiny", content)
+    Edit("down", {1: {5: 2.0, 9: 2.0}}).save(folder / "edit.json")
+    command = [CLI, "bake", "--in", "org/tiny", "--edit", "edit.json", "--out", "out"]
+    result = _process(*command, cwd=folder, endpoint=server.url)
+    assert result.returncode == 0, result.stderr
+    return folder / "out"
+
+
+@pytest.fixture
+def out(proven, tmp_path):
+    shutil.copytree(proven, tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.slow
+def test_from_the_hub_to_the_hub(out, hub, cli, content, tmp_path):
+    """bake --in org/tiny, push, and a plain from_pretrained in another process that knows the name only."""
+    hub.add("org/tiny", content)
+    result = cli("push", "out", "org/other", "--json", token=TOKEN)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["url"] == f"{hub.url}/org/other" and answer["commit"] == hub.repos["org/other"].refs["main"]
+    local = {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*")}
+    assert {k: v for k, v in hub.repos["org/other"].files.items() if k != ".gitattributes"} == local
+    assert not hub.repos["org/other"].private
+    loaded = _process("-c", LOGITS, "org/other", "out", "org/tiny", cwd=tmp_path, endpoint=hub.url)
+    assert loaded.returncode == 0, loaded.stderr
+    there, here, base = map(json.loads, loaded.stdout.splitlines())
+    assert there == here != base
+
+
+def test_dry_run_sends_nothing(out, hub, cli):
+    result = cli("push", "out", "org/other", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert all(f"  {p.name}: {p.stat().st_size / 1e6:.3f} MB\n" in result.stdout for p in out.iterdir())
+    assert hub.requests == []
+
+
+def test_private_and_proposed(out, hub, cli, content):
+    assert cli("push", "out", "ada/mine", "--private", token=TOKEN).returncode == 0
+    assert hub.repos["ada/mine"].private
+    sent = len(hub.paths("PUT", "/store/"))
+    assert sent == len(list(out.glob("*.safetensors")))
+    hub.add("far/away", {"config.json": content["config.json"]})
+    _refused(cli("push", "out", "far/away", token=TOKEN), "may not write", "write access to far")
+    result = cli("push", "out", "far/away", "--create-pr", token=TOKEN)
+    assert result.returncode == 0 and f"proposed: {hub.url}/far/away/discussions/1" in result.stdout, result.stderr
+    assert list(hub.repos["far/away"].files) == ["config.json"]
+    assert "kbne_edit.json" in hub.repos["far/away"].commits[hub.repos["far/away"].refs["refs/pr/1"]]
+    assert len(hub.paths("PUT", "/store/")) == sent  # the store has those weights already
+    hub.add("org/public", {"config.json": b"{}"})
+    _refused(cli("push", "out", "org/public", "--private", token=TOKEN), "is public")
+
+
+def test_a_push_goes_on_where_it_was_cut(out, hub, cli):
+    shard = sha256(max(out.glob("model-*.safetensors")).read_bytes())
+    hub.faults.append(Fault(f"PUT /store/{shard}", status=403))
+    _refused(cli("push", "out", "org/other", token=TOKEN), "may not write")
+    assert list(hub.repos["org/other"].files) == [".gitattributes"]  # nothing half done is to be seen
+    done = {path for path in hub.paths("PUT", "/store/") if shard not in path}
+    hub.faults.clear(), hub.requests.clear()
+    assert cli("push", "out", "org/other", token=TOKEN).returncode == 0
+    again = set(hub.paths("PUT", "/store/"))
+    assert f"/store/{shard}" in again and done and not done & again
+
+
+def _add(path, data=b"x"):
+    path.write_bytes(data)
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _manifest(out, change):
+    manifest = json.loads((out / "kbne_edit.json").read_text())
+    change(manifest)
+    (out / "kbne_edit.json").write_text(json.dumps(manifest))
+
+
+SPOILT = {
+    "weights": (2, "changed after baking", lambda out: _flip(max(out.glob("model-*.safetensors")))),
+    "configuration": (2, "changed after baking", lambda out: _add(out / "config.json", b'{"a": 1}')),
+    "undo": (2, "kbne_undo.safetensors", lambda out: _flip(out / "kbne_undo.safetensors")),
+    "missing": (2, "generation_config.json is missing", lambda out: (out / "generation_config.json").unlink()),
+    "other weights": (2, "pytorch_model.bin is not in the manifest", lambda out: _add(out / "pytorch_model.bin")),
+    "unknown": (2, "secrets.txt is not in the manifest", lambda out: _add(out / "secrets.txt")),
+    "no manifest": (2, "has no kbne_edit.json", lambda out: (out / "kbne_edit.json").unlink()),
+    "no proof": (1, "the model behaves as the hooks", lambda out: _manifest(
+        out, lambda m: m["proofs"].update(behaviour=None))),
+    "failed proof": (1, "the model behaves as the hooks", lambda out: _manifest(
+        out, lambda m: m["proofs"]["behaviour"][0].update(ok=False))),
+    "failed file proof": (1, "the file is the edit", lambda out: _manifest(
+        out, lambda m: m["proofs"].update(file_proof=False))),
+    "damaged proof": (2, "damaged", lambda out: _manifest(out, lambda m: m.update(proofs=[3]))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_only_what_was_proven_is_pushed(case, out, hub):
+    """In this process, for speed: nothing is asked of the Hub before the directory is in order."""
+    from kbne_edit import KbneError, push
+
+    status, message, spoil = SPOILT[case]
+    spoil(out)
+    with pytest.raises(KbneError, match=message) as caught:
+        push(out, "org/other")
+    assert caught.value.exit_code == status and hub.requests == []
+
+
+def test_refusals_of_a_push(out, hub, cli):
+    _refused(cli("push", "out", "org/other"), "not logged in", "hf auth login")
+    _refused(cli("push", "out", "org/other", token="hf_expired"), "refuses your token", "hf auth login")
+    hub.tokens["hf_reader"] = ("eve", (), False)
+    _refused(cli("push", "out", "org/other", token="hf_reader"), "may not write", "write access to org")
+    _refused(cli("push", "out", "other", token=TOKEN), "give ORG/NAME")
+    hub.faults.append(Fault("POST /api/models/.*/commit", status=503))
+    _refused(cli("push", "out", "org/other", token=TOKEN), "503", "a fault on its side")
+    hub.faults.clear()
+    hub.add("org/old", {"pytorch_model.bin": b"other weights"})
+    _refused(cli("push", "out", "org/old", token=TOKEN), "holds other weights already (pytorch_model.bin)")
+
+
+def test_the_base_is_not_overwritten(out, hub, cli):
+    _refused(cli("push", "out", "org/tiny", token=TOKEN), "is the base itself", "--create-pr")
+
+
+@pytest.mark.parametrize("metadata, name, said", [
+    ({"license": "llama3.1"}, "org/debiased", ["“Built with Llama”", "debiased does not begin with “Llama”"]),
+    ({"license": "other", "license_name": "llama4"}, "org/my-Llama", ["“Built with Llama”", "does not begin with"]),
+    ({"license": "llama3.2"}, "org/Llama-debiased", ["“Built with Llama”"]),
+    ({"license": "llama3"}, "org/Llama-debiased", ["“Built with Meta Llama 3”", "does not begin with “Llama 3”"]),
+    ({"license": "llama3"}, "org/Llama-3-debiased", ["“Built with Meta Llama 3”"]),
+    ({"license": "gemma"}, "org/debiased", ["restrictions of use"]),
+    ({"license": "apache-2.0"}, "org/debiased", []),
+    ({"license": ["mit"]}, "org/debiased", ["names no licence"]),
+    ({}, "org/debiased", ["names no licence"]),
+])  # fmt: skip
+def test_licences_are_pointed_out(metadata, name, said):
+    from kbne_edit.card import notices
+
+    found = notices(metadata, name)
+    assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True)), found
