@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .card import add_card
 from .checkpoint import Checkpoint, staged
 from .edit import Edit
 from .errors import OutputError, ProofError
@@ -158,7 +159,7 @@ def _found(found: Source, checkpoint, recipe: Recipe, folder: Path, settings: Se
     scores = _locate(found, checkpoint, recipe, folder / "scores.safetensors", settings)
     chosen = choose(scores, recipe, settings)
     edit = chosen.edit
-    edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=found.id, commit=found.commit)
+    edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=found.label, commit=found.commit)
     edit.save(folder / "edit.json")
     summary["work"] = str(folder)
     summary["selection"] = chosen.summary()
@@ -212,7 +213,7 @@ def _write(checkpoint, edit, targets, found: Source, out: Path, overwrite, behav
     with staged(out, overwrite) as part:
         with progress("fold", total, "B") as update:
             manifest = fold_into(checkpoint, edit, targets, part, update)
-        manifest["source"] = {"id": found.id, "commit": found.commit}
+        manifest["source"] = {"id": found.label, "commit": found.commit}
         with progress("proof 1: the file is the edit", 2 * total, "B") as update:
             report = file_proof(checkpoint, Checkpoint.open(part), manifest, None, update)
         if not report.faults and behaviour:
@@ -226,8 +227,11 @@ def _write(checkpoint, edit, targets, found: Source, out: Path, overwrite, behav
         if recipe and recipe.probes:
             say("effect: stereotype probes, with and without the edit")
             summary["effect"] = _effect(checkpoint, edit, recipe)
+        if recipe:
+            manifest["recipe"] = {"name": recipe.name, "sha256": recipe.sha256}
         manifest["proofs"] = summary["proofs"]
         manifest["summary"] = {key: summary[key] for key in ("selection", "attribution", "effect") if key in summary}
+        add_card(part, manifest)
         write_manifest(part, manifest)
 
 

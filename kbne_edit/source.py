@@ -33,6 +33,11 @@ class Source:
     commit: str | None = None
     recipe: str = "social-bias"
 
+    @property
+    def label(self) -> str:
+        """The id as it may be published: of a local directory its own name, not where it lies."""
+        return self.id if self.commit or self.id == "demo" else Path(self.id).expanduser().resolve().name
+
 
 @contextmanager
 def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterator[Source]:

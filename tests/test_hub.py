@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hub import SIGNATURE, Fault, serving, sha256
@@ -274,8 +275,13 @@ def test_from_the_hub_to_the_hub(out, hub, cli, content, tmp_path):
     answer = json.loads(result.stdout)
     assert answer["url"] == f"{hub.url}/org/other" and answer["commit"] == hub.repos["org/other"].refs["main"]
     local = {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*")}
+    assert any("/api/validate-yaml" in path for path in hub.paths("POST", "/api/"))
     assert {k: v for k, v in hub.repos["org/other"].files.items() if k != ".gitattributes"} == local
     assert not hub.repos["org/other"].private
+    card = ModelCard(hub.repos["org/other"].files["README.md"].decode())
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/tiny", "finetune")
+    assert (card.data.license, card.data.language, card.data.tags[0]) == ("apache-2.0", ["en", "de"], "chat")
+    assert hub.repos["org/other"].files["README.base.md"] == README
     loaded = _process("-c", LOGITS, "org/other", "out", "org/tiny", cwd=tmp_path, endpoint=hub.url)
     assert loaded.returncode == 0, loaded.stderr
     there, here, base = map(json.loads, loaded.stdout.splitlines())
@@ -378,21 +384,3 @@ def test_refusals_of_a_push(out, hub, cli):
 
 def test_the_base_is_not_overwritten(out, hub, cli):
     _refused(cli("push", "out", "org/tiny", token=TOKEN), "is the base itself", "--create-pr")
-
-
-@pytest.mark.parametrize("metadata, name, said", [
-    ({"license": "llama3.1"}, "org/debiased", ["“Built with Llama”", "debiased does not begin with “Llama”"]),
-    ({"license": "other", "license_name": "llama4"}, "org/my-Llama", ["“Built with Llama”", "does not begin with"]),
-    ({"license": "llama3.2"}, "org/Llama-debiased", ["“Built with Llama”"]),
-    ({"license": "llama3"}, "org/Llama-debiased", ["“Built with Meta Llama 3”", "does not begin with “Llama 3”"]),
-    ({"license": "llama3"}, "org/Llama-3-debiased", ["“Built with Meta Llama 3”"]),
-    ({"license": "gemma"}, "org/debiased", ["restrictions of use"]),
-    ({"license": "apache-2.0"}, "org/debiased", []),
-    ({"license": ["mit"]}, "org/debiased", ["names no licence"]),
-    ({}, "org/debiased", ["names no licence"]),
-])  # fmt: skip
-def test_licences_are_pointed_out(metadata, name, said):
-    from kbne_edit.card import notices
-
-    found = notices(metadata, name)
-    assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True)), found
