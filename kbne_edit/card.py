@@ -182,8 +182,8 @@ def _done(manifest: dict) -> list[str]:
     lines = [
         "## What was done",
         "",
-        f"Know-bias neuron enhancement ([arXiv:2601.21864](https://arxiv.org/abs/2601.21864)). Scaled is, at every "
-        f"position, {where[edit['site']]}.",
+        f"Know-bias neuron enhancement ([arXiv:2601.21864](https://arxiv.org/abs/2601.21864)). What is scaled, at "
+        f"every position, is {where[edit['site']]}.",
         "",
         "| layer | neurons |",
         "|---|---|",

@@ -124,6 +124,7 @@ def _send(directory: Path, name: str, files: dict[str, str], message: str, priva
             f"{name} holds other weights already ({other[0]}), which a loader could take instead: "
             "choose another name, or delete them there"
         )
+    say(f"sending {len(files)} files to {name}; what the Hub's store has already is left out")
     commit = api.create_commit(
         name, [CommitOperationAdd(file, directory / file) for file in files], commit_message=message,
         create_pr=create_pr,

@@ -236,6 +236,13 @@ def test_what_is_in_the_cache_needs_no_network(hub, bake, content, tmp_path):
     _refused(bake("org/tiny"), "503")
 
 
+def test_the_cache_does_not_stand_in_for_a_right(hub, bake, content, tmp_path):
+    hub.add("org/private", content, private=True)
+    assert bake("org/private", token=TOKEN).returncode == 0
+    shutil.rmtree(tmp_path / "out")
+    _refused(bake("org/private"), "if it is private, log in")
+
+
 # ------------------------------------------------------------------------------------------------------------- push
 
 LOGITS = """
@@ -291,7 +298,7 @@ def test_from_the_hub_to_the_hub(out, hub, cli, content, tmp_path):
 def test_dry_run_sends_nothing(out, hub, cli):
     result = cli("push", "out", "org/other", "--dry-run")
     assert result.returncode == 0, result.stderr
-    assert all(f"  {p.name}: {p.stat().st_size / 1e6:.3f} MB\n" in result.stdout for p in out.iterdir())
+    assert all(f"  {p.name}: {p.stat().st_size:,} bytes\n" in result.stdout for p in out.iterdir())
     assert hub.requests == []
 
 

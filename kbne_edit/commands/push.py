@@ -24,9 +24,8 @@ def command(baked, name, private, create_pr, dry_run, as_json) -> None:
         raise click.UsageError("--create-pr proposes to a repository that exists: --private has no place there")
     with progress("checking hashes", sum(shard.size for shard in Checkpoint.open(baked).shards), "B") as update:
         result = push(baked, name, private=private, create_pr=create_pr, dry_run=dry_run, progress=update)
-    lines = [f"  {file}: {size / 1e6:.3f} MB" for file, size in result["files"].items()]
-    total = result["bytes"] / 1e6
-    lines.append(f"{len(result['files'])} files, {total:.3f} MB, all as the manifest says; both proofs held")
+    lines = [f"  {file}: {size:,} bytes" for file, size in result["files"].items()]
+    lines.append(f"{len(result['files'])} files, {result['bytes']:,} bytes, all as the manifest says; both proofs held")
     if dry_run:
         lines += [f"note: {notice}" for notice in result["notices"]]
         lines.append(f"dry run: nothing was sent to {name}")
