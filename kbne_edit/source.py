@@ -6,8 +6,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
@@ -51,16 +51,16 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
         return
     path = Path(source).expanduser()
     found = Source(path, source)
-    if not path.exists() and _hub_like(source):
-        found = _download(source, say)
-    read_config(found.path)
-    bins = sorted(found.path.glob("pytorch_model*.bin"))
-    if bins and not any(found.path.glob("model*.safetensors*")):
-        say(f"{source} holds .bin weights: reading them without running any code, and going on in safetensors")
-        with tempfile.TemporaryDirectory(prefix="kbne-") as folder:
-            yield Source(_converted(found.path, bins, Path(folder)), found.id, found.commit)
-        return
-    yield found
+    with ExitStack() as stack:
+        if not path.exists() and _hub_like(source):
+            found = stack.enter_context(_view(_download(source, say)))
+        read_config(found.path)
+        bins = sorted(found.path.glob("pytorch_model*.bin"))
+        if bins and not any(found.path.glob("model*.safetensors*")):
+            say(f"{source} holds .bin weights: reading them without running any code, and going on in safetensors")
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kbne-"))
+            found = replace(found, path=_converted(found.path, bins, Path(folder)))
+        yield found
 
 
 def _hub_like(source: str) -> bool:
@@ -71,7 +71,6 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
     """A snapshot in the Hub's cache with what is needed of a model: its small files, and its weights in one format."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError
-    from huggingface_hub.utils import filter_repo_objects
 
     name, _, revision = source.partition("@")
     with talking(name, SourceError, revision):
@@ -86,11 +85,33 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
         weights = _weights(sizes, lambda index: _index(name, info.sha, index))
         if not weights:
             return _instead(name, revision, sizes, say)
-        wanted = {*weights, *filter_repo_objects(sizes, allow_patterns=_FILES, ignore_patterns=_OTHER_FORMATS)}
+        wanted = _wanted(weights, sizes)
         say(f"{name} at {info.sha}: {len(wanted)} files, {sum(sizes[n] for n in wanted) / 1e6:.1f} MB")
         # Not by the commit: a cache that knows the branch's commit serves the same command without a network.
         folder = snapshot_download(name, revision=revision or None, allow_patterns=[escape(n) for n in wanted])
     return Source(Path(folder), name, Path(folder).name)
+
+
+@contextmanager
+def _view(found: Source) -> Iterator[Source]:
+    """Of a snapshot only what `_download` takes: other programs may have put more of the model into the Hub's cache."""
+    held = {path.relative_to(found.path).as_posix() for path in found.path.rglob("*") if path.is_file()}
+    wanted = _wanted(_weights(held, found.path.joinpath), held)
+    if held == wanted:
+        yield found
+        return
+    with tempfile.TemporaryDirectory(prefix="kbne-") as folder:
+        for name in wanted:
+            (link := Path(folder, name)).parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((found.path / name).resolve())
+        yield replace(found, path=Path(folder))
+
+
+def _wanted(weights: Collection[str], files: Collection[str]) -> set[str]:
+    """What is taken of a model on the Hub that has these files."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    return {*weights, *filter_repo_objects(files, allow_patterns=_FILES, ignore_patterns=_OTHER_FORMATS)}
 
 
 def _weights(files: Collection[str], index_path: Callable[[str], str | Path]) -> list[str]:

@@ -98,6 +98,14 @@ def test_downloads_only_what_is_needed_and_pins_the_commit(hub, bake, content, t
     assert manifest["source"] == {"id": "org/tiny", "commit": commit}
     assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_bytes() == b"{{ x }}"
     assert (tmp_path / "out" / "LICENSE").read_bytes() == b"free"
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    # Another program downloads all of it into the same cache: the same command makes the same directory.
+    code = "import huggingface_hub; huggingface_hub.snapshot_download('org/tiny')"
+    assert _process("-c", code, cwd=tmp_path, endpoint=hub.url).returncode == 0
+    assert next((tmp_path / "home").rglob("picture.png")).is_file()
+    shutil.rmtree(tmp_path / "out")
+    assert bake("org/tiny").returncode == 0
+    assert first == {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
 def test_a_revision_is_taken_as_it_was(hub, bake, content, tmp_path):
