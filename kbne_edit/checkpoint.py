@@ -186,11 +186,11 @@ class Checkpoint:
                 relative = (Path(root) / name).relative_to(self.path).as_posix()
                 if relative in shards or relative in (MANIFEST, UNDO):
                     continue
-                (leave if _is_weights(relative) else carry).append(relative)
+                (leave if is_weights(relative) else carry).append(relative)
         return carry, leave
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
     suffixes = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
     return name.endswith(suffixes) or name.endswith((".bin.index.json", "consolidated" + _INDEX))
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,9 +271,23 @@ def read_manifest(directory: str | Path) -> dict | None:
         files = manifest["files"]
         if not all({"in", "out"} <= set(hashes) for hashes in files.values()) or not isinstance(manifest["undo"], str):
             raise ValueError("hashes are missing")
+        if not all(re.fullmatch(r"\w[\w.-]*", hashes.get("base", "as_here")) for hashes in files.values()):
+            raise ValueError("the base's name of a file is no plain file name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, EditError) as error:
         raise CheckpointError(f"{path} is damaged ({str(error)[:100]})") from None
     return manifest
+
+
+def base_names(manifest: dict | None, names: Iterable[str]) -> dict[str, str | None]:
+    """{file of a baked directory: its name in the base}; None for one that the base does not have, the model card.
+
+    The manifest's entry of a file says so: "base" if its name was another, "in" null if it was made while baking.
+    .gitattributes, which the Hub adds to whatever it holds, is left out unless the manifest knows it.
+    """
+    known = manifest["files"] if manifest else {}
+    names = [name for name in names if name in known or not (manifest and name == ".gitattributes")]
+    entries = {name: known.get(name, {}) for name in names}
+    return {name: None if entry.get("in", "") is None else entry.get("base", name) for name, entry in entries.items()}
 
 
 def revert(
@@ -295,20 +310,21 @@ def revert(
     targets = plan(checkpoint, edit)
     saved = Shard.open(undo_path)
     originals = {tensor.name: read_array(saved, tensor) for tensor in saved.tensors}
-    carry, _ = checkpoint.other_files()
-    if extra := set(carry) - set(manifest["files"]):
+    shards = {shard.path.name: shard for shard in checkpoint.shards}
+    names = base_names(manifest, [*shards, *checkpoint.other_files()[0]])
+    if extra := set(names) - set(manifest["files"]):
         raise CheckpointError(f"{baked_dir} has files that its manifest does not know: {', '.join(sorted(extra)[:3])}")
-    names = [shard.path.name for shard in checkpoint.shards] + carry
+    restored = {name: origin for name, origin in names.items() if origin is not None}
     with staged(out_dir, overwrite) as part:
-        for name in names:
-            shard = next((s for s in checkpoint.shards if s.path.name == name), Shard(checkpoint.path / name, (), 0, 0))
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            digest = _restore(shard, targets, originals, part / name, progress)
+        for name, origin in restored.items():
+            shard = shards.get(name, Shard(checkpoint.path / name, (), 0, 0))
+            (part / origin).parent.mkdir(parents=True, exist_ok=True)
+            digest = _restore(shard, targets, originals, part / origin, progress)
             if digest != manifest["files"][name]["in"]:
                 raise CheckpointError(f"{baked_dir}/{name} was changed after baking: it does not give the base back")
         if missing := set(manifest["files"]) - set(names):
             raise CheckpointError(f"{baked_dir} lacks {', '.join(sorted(missing)[:3])}, which the base had")
-    return {"files": len(names), "left_out": manifest.get("left_out", [])}
+    return {"files": len(restored), "left_out": manifest.get("left_out", [])}
 
 
 def _restore(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import memory
+from .card import add_card
 from .checkpoint import Checkpoint, staged
 from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
@@ -210,7 +211,7 @@ def _found(found: Source, checkpoint, recipe: Recipe, folder: Path, settings: Se
         return None
     chosen = choose(scores, recipe, settings)
     edit = chosen.edit
-    edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=found.id, commit=found.commit)
+    edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=found.label, commit=found.commit)
     edit.save(folder / "edit.json")
     summary["work"] = str(folder)
     summary["selection"] = chosen.summary()
@@ -279,7 +280,7 @@ def _write(checkpoint, edit, targets, found: Source, out: Path, overwrite, behav
     with staged(out, overwrite) as part:
         with progress("fold", total, "B") as update:
             manifest = fold_into(checkpoint, edit, targets, part, update)
-        manifest["source"] = {"id": found.id, "commit": found.commit}
+        manifest["source"] = {"id": found.label, "commit": found.commit}
         with progress("proof 1: the file is the edit", 2 * total, "B") as update:
             report = file_proof(checkpoint, Checkpoint.open(part), manifest, None, update, rehash=False)
         if not report.faults and behaviour:
@@ -293,8 +294,11 @@ def _write(checkpoint, edit, targets, found: Source, out: Path, overwrite, behav
         if recipe and recipe.probes:
             say("effect: stereotype probes, with and without the edit")
             summary["effect"] = _effect(checkpoint, edit, recipe)
+        if recipe:
+            manifest["recipe"] = {"name": recipe.name, "sha256": recipe.sha256}
         manifest["proofs"] = summary["proofs"]
         manifest["summary"] = {key: summary[key] for key in ("selection", "attribution", "effect") if key in summary}
+        add_card(part, manifest)
         write_manifest(part, manifest)
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 
-from .checkpoint import read_config
+from .checkpoint import is_weights, read_config
+from .client import TIMEOUT, passing, talking
 from .errors import SourceError
 
-# Meta's first releases hold .pth files only; transformers reads the sibling.
-_SIBLINGS = {"meta-llama/Llama-2-7b", "meta-llama/Llama-2-13b", "meta-llama/Llama-2-70b"}
-_SIBLINGS |= {f"{name}-chat" for name in _SIBLINGS}
-_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*", "USE_POLICY*"]
-_IGNORE = ["original/*", "onnx/*", "consolidated*", "*.gguf"]
+# Everything of a checkpoint but its weights, which are taken by name, in one format.
+_FILES = [
+    "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja", "*.md", "*.py", "LICEN[CS]E*", "NOTICE*", "Notice*",
+    "USE_POLICY*",
+]  # fmt: skip
+_OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*", "*.index.json"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,11 @@ class Source:
     id: str
     commit: str | None = None
     recipe: str = "social-bias"
+
+    @property
+    def label(self) -> str:
+        """The id as it may be published: of a local directory its own name, not where it lies."""
+        return self.id if self.commit or self.id == "demo" else Path(self.id).expanduser().resolve().name
 
 
 @contextmanager
@@ -41,16 +51,16 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
         return
     path = Path(source).expanduser()
     found = Source(path, source)
-    if not path.exists() and _hub_like(source):
-        found = _download(source, say)
-    read_config(found.path)
-    bins = sorted(found.path.glob("pytorch_model*.bin"))
-    if bins and not any(found.path.glob("model*.safetensors*")):
-        say(f"{source} holds .bin weights: reading them without running any code, and going on in safetensors")
-        with tempfile.TemporaryDirectory(prefix="kbne-") as folder:
-            yield Source(_converted(found.path, bins, Path(folder)), found.id, found.commit)
-        return
-    yield found
+    with ExitStack() as stack:
+        if not path.exists() and _hub_like(source):
+            found = stack.enter_context(_view(_download(source, say)))
+        read_config(found.path)
+        bins = sorted(found.path.glob("pytorch_model*.bin"))
+        if bins and not any(found.path.glob("model*.safetensors*")):
+            say(f"{source} holds .bin weights: reading them without running any code, and going on in safetensors")
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kbne-"))
+            found = replace(found, path=_converted(found.path, bins, Path(folder)))
+        yield found
 
 
 def _hub_like(source: str) -> bool:
@@ -58,58 +68,116 @@ def _hub_like(source: str) -> bool:
 
 
 def _download(source: str, say: Callable[[str], None]) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )  # fmt: skip
+    """A snapshot in the Hub's cache with what is needed of a model: its small files, and its weights in one format."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     name, _, revision = source.partition("@")
-    if name in _SIBLINGS:
-        say(f"{name} holds Meta's own .pth files: taking {name}-hf, the same weights for transformers")
-        name += "-hf"
-    try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=_PATTERNS, ignore_patterns=_IGNORE)
-        if not any(Path(folder).glob("*.safetensors")):
-            folder = snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=[*_PATTERNS, "pytorch_model*.bin"],
-                ignore_patterns=_IGNORE,
-            )
-    except GatedRepoError:
-        raise SourceError(
-            f"{name} is gated: accept its terms on https://huggingface.co/{name}, then log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise SourceError(
-            f"{name} is neither a local directory nor a model on the Hub that you can see: check the spelling; "
-            "if it is private, log in with `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise SourceError(f"{name} has no revision {revision}") from None
-    except HFValidationError:
-        raise SourceError(f"{source!r} is neither a directory nor a Hub id of the form ORG/NAME[@revision]") from None
-    except (LocalEntryNotFoundError, EntryNotFoundError, OSError, HfHubHTTPError):
-        raise SourceError(
-            f"{name} is no local directory, and the Hub cannot be reached: check the network, or give a directory"
-        ) from None
+    with talking(name, SourceError, revision):
+        try:
+            info = HfApi().model_info(name, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
+        except (HTTPError, OSError) as failure:
+            if not passing(failure) or (folder := _cached(name, revision)) is None:
+                raise
+            say(f"{name}: the Hub does not answer; taking the copy in the cache, commit {folder.name}")
+            return Source(folder, name, folder.name)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+        weights = _weights(sizes, lambda index: _index(name, info.sha, index))
+        if not weights:
+            return _instead(name, revision, sizes, say)
+        wanted = _wanted(weights, sizes)
+        say(f"{name} at {info.sha}: {len(wanted)} files, {sum(sizes[n] for n in wanted) / 1e6:.1f} MB")
+        # Not by the commit: a cache that knows the branch's commit serves the same command without a network.
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=[escape(n) for n in wanted])
     return Source(Path(folder), name, Path(folder).name)
+
+
+@contextmanager
+def _view(found: Source) -> Iterator[Source]:
+    """Of a snapshot only what `_download` takes: other programs may have put more of the model into the Hub's cache."""
+    held = {path.relative_to(found.path).as_posix() for path in found.path.rglob("*") if path.is_file()}
+    wanted = _wanted(_weights(held, found.path.joinpath), held)
+    if held == wanted:
+        yield found
+        return
+    with tempfile.TemporaryDirectory(prefix="kbne-") as folder:
+        for name in wanted:
+            (link := Path(folder, name)).parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((found.path / name).resolve())
+        yield replace(found, path=Path(folder))
+
+
+def _wanted(weights: Collection[str], files: Collection[str]) -> set[str]:
+    """What is taken of a model on the Hub that has these files."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    return {*weights, *filter_repo_objects(files, allow_patterns=_FILES, ignore_patterns=_OTHER_FORMATS)}
+
+
+def _weights(files: Collection[str], index_path: Callable[[str], str | Path]) -> list[str]:
+    """The weights (with their index) among `files`, in one format: safetensors, else .bin. [] if there are neither."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = f"{single}.index.json"
+        if single in files:
+            return [single]
+        if index in files:
+            return [index, *(shard for shard in _shards(Path(index_path(index))) if shard in files)]
+    return []
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names. Raises SourceError."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise SourceError(f"{index} is not an index of weights: download it again") from None
+
+
+def _index(name: str, commit: str, index: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(name, index, revision=commit)
+
+
+def _cached(name: str, revision: str) -> Path | None:
+    """The snapshot in the cache, if all that is needed of it is there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision or None, local_files_only=True, allow_patterns=_FILES,
+                              ignore_patterns=_OTHER_FORMATS)
+        )  # fmt: skip
+    except OSError:
+        return None
+    held = {path.name for path in folder.iterdir()}
+    weights = _weights(held, folder.joinpath)
+    index = [_shards(folder / name) for name in weights if name.endswith(".index.json")]
+    return folder if weights and all(held.issuperset(shards) for shards in index) else None
+
+
+def _instead(name: str, revision: str, files: Collection[str], say: Callable[[str], None]) -> Source:
+    """What to take of a model without transformers weights: Meta's first releases have a sibling that holds them."""
+    if any(fnmatch(file, "consolidated.*.pth") for file in files) and not name.endswith("-hf"):
+        say(f"{name} holds Meta's own .pth files: taking {name}-hf, the same weights for transformers")
+        return _download(f"{name}-hf" + (f"@{revision}" if revision else ""), say)
+    if "adapter_config.json" in files:
+        raise SourceError(f"{name} holds an adapter: merge it into its base model first (PEFT: merge_and_unload)")
+    if any(file.endswith(".gguf") for file in files):
+        raise SourceError(f"{name} holds GGUF weights: use the unquantised transformers checkpoint instead")
+    raise SourceError(f"{name} has no transformers weights: neither model.safetensors nor pytorch_model.bin is there")
 
 
 def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
     """The checkpoint at `path` with its .bin weights as safetensors, in `folder`. One shard in memory at a time."""
-    import json
     import pickle
 
     import torch
     from safetensors.torch import save_file
 
+    index = path / "pytorch_model.bin.index.json"
+    if missing := sorted(set(_shards(index) if index.is_file() else []) - {file.name for file in bins}):
+        raise SourceError(f"{index} names {missing[0]}, which is missing: download it again")
     weight_map = {}
     for number, file in enumerate(bins):
         try:
@@ -124,7 +192,8 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
     if len(bins) > 1:
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    for other in path.iterdir():
-        if other.is_file() and not other.name.startswith("pytorch_model"):
-            shutil.copyfile(other, folder / other.name)
+    shutil.copytree(
+        path, folder, dirs_exist_ok=True,
+        ignore=lambda _, names: [n for n in names if is_weights(n) or n in (".git", ".cache", "__pycache__")],
+    )  # fmt: skip
     return folder

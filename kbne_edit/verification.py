@@ -21,7 +21,7 @@ from .checkpoint import MANIFEST, UNDO, Checkpoint, Shard, read_array, storage, 
 from .edit import Edit
 from .errors import CheckpointError, FamilyError
 from .families import SITES, by_neuron, slots
-from .folding import Progress, Target, TwoDigests, _chunks, _hash, _scaled, plan, read_manifest
+from .folding import Progress, Target, TwoDigests, _chunks, _hash, _scaled, base_names, plan, read_manifest
 from .memory import SHARE, available, in_memory
 
 if TYPE_CHECKING:
@@ -186,19 +186,24 @@ def _raw(shard: Shard, tensor) -> bytes:
 
 def _compare_others(base: Checkpoint, baked: Checkpoint, manifest: dict | None, report: Report) -> None:
     carried, stray = baked.other_files()
-    old, new = set(base.other_files()[0]), set(carried)
+    names = base_names(manifest, carried)
+    origins = {origin: name for name, origin in names.items() if origin is not None}
+    old, new = set(base.other_files()[0]), set(origins)
     if [s.path.name for s in base.shards] != [s.path.name for s in baked.shards]:
         index = {"model.safetensors.index.json"}
         old, new = old - index, new - index
     for name in sorted(old ^ new):
         report.faults.append(f"file {name} is {'missing' if name in old else 'new'}")
     for name in sorted(old & new):
-        before, after = _hash(base.path / name), _hash(baked.path / name)
+        before, after = _hash(base.path / name), _hash(baked.path / origins[name])
         if before != after:
-            report.faults.append(f"file {name} differs")
+            report.faults.append(f"file {origins[name]} differs")
         elif manifest:
-            _check_hashes(name, before, after, manifest, report)
+            _check_hashes(origins[name], before, after, manifest, report)
         report.files += 1
+    for name, hashes in (manifest["files"] if manifest else {}).items():
+        if hashes["in"] is None and (name not in names or _hash(baked.path / name) != hashes["out"]):
+            report.faults.append(f"file {name} is missing or was changed after baking")
     if manifest and (not (baked.path / UNDO).is_file() or _hash(baked.path / UNDO) != manifest["undo"]):
         report.faults.append(f"{UNDO} is missing or was changed")
     if stray:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from hub import card_faults
 from kbne_edit import Edit, load_scores
 from tiny import tiny_model
 
@@ -71,6 +73,19 @@ def test_revert_restores_the_base(baked, tmp_path):
     folder, _ = baked
     assert run("revert", folder / "debiased", "--out", tmp_path / "base", cwd=tmp_path).returncode == 0
     assert files(tmp_path / "base") == files(DEMO)
+
+
+def test_the_card_says_what_was_measured(baked):
+    folder, summary = baked
+    card, effect, selection = ModelCard.load(folder / "debiased" / "README.md"), summary["effect"], summary["selection"]
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["mean_absolute_margin"] == pytest.approx(effect["mean_abs_margin"][1], abs=1e-6)
+    assert results["mean_absolute_margin_change_random"] == pytest.approx(effect["random_change_abs"][0], abs=1e-6)
+    assert not card_faults(card.data.to_dict()) and "base_model" not in card.data.to_dict()  # demo is not on the Hub
+    mean, low, high = effect["change_abs"]
+    assert f"| this edit | {mean:+.4f} | {low:+.4f} to {high:+.4f} |" in card.text
+    assert f"{selection['controls_overlap']} of the {selection['neurons']} are selected by unrelated" in card.text
+    assert effect["found"] in card.text and "their share did not fall" in card.text
 
 
 def test_select_again_takes_no_model(baked, tmp_path):
@@ -278,7 +293,7 @@ def test_bin_weights_come_out_as_safetensors(edit, tmp_path):
     assert sum(not torch.equal(got[k], weights[k]) for k in got) == 1
 
 
-@pytest.mark.parametrize("spoil", ["weight", "other", "manifest", "undo", "extra", "config"])
+@pytest.mark.parametrize("spoil", ["weight", "other", "manifest", "undo", "extra", "config", "card"])
 def test_verify_finds_tampering(spoil, baked, tmp_path):
     folder, _ = baked
     shutil.copytree(folder / "debiased", tmp_path / "copy")
@@ -296,7 +311,7 @@ def test_verify_finds_tampering(spoil, baked, tmp_path):
     elif spoil == "extra":
         (copy / "pytorch_model.bin").write_bytes(b"old weights")
     else:
-        name = {"other": "tokenizer.json", "undo": "kbne_undo.safetensors"}[spoil]
+        name = {"other": "tokenizer.json", "undo": "kbne_undo.safetensors", "card": "README.md"}[spoil]
         data = bytearray((copy / name).read_bytes())
         data[-20] ^= 1
         (copy / name).write_bytes(bytes(data))

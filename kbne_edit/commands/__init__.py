@@ -16,6 +16,7 @@ _COMMANDS = {
     "select": "choose neurons from a scores file (no model needed)",
     "verify": "prove that a directory is its base with an edit",
     "revert": "restore the base from a baked directory alone",
+    "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",
     "recipes": "list, show or check recipes",
 }
 

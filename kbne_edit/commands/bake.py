@@ -52,13 +52,13 @@ def _lines(summary: dict) -> list[str]:
     lines += options.proof_lines(summary["proofs"])
     if "effect" in summary:
         lines += _effect_lines(summary["effect"])
-    out = summary["out"]
+    out, pinned = summary["out"], f"@{summary['commit']}" if summary["commit"] else ""
     return [
         *lines,
         f"written: {out}",
         "next:",
         f"  python -c \"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{out}')\"",
-        f"  kbne-edit verify --in {summary['model']} --baked {out}",
+        f"  kbne-edit verify --in {summary['model']}{pinned} --baked {out}",
         f"  kbne-edit revert {out} --out {out}-reverted",
     ]
 

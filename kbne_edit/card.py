@@ -1,0 +1,314 @@
+"""The model card of a baked directory, from its manifest alone, and what the base's licence asks of a changed model.
+
+The base's own card stays beside it as README.base.md. The same manifest gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+_CARD = "README.md"
+_CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
+
+
+class _Duty(NamedTuple):
+    """What a licence asks, as far as this tool knows: in words; how a name must begin; what must be displayed."""
+
+    asks: str
+    prefix: str = ""
+    shown: str = ""
+
+
+_DUTIES = {  # notices, not legal advice
+    "llama2": _Duty("the Llama 2 licence asks that a copy of it and its notice of copyright travel with the model"),
+    "llama3": _Duty(
+        "the Llama 3 licence asks that the model's name begin with “Llama 3”, that “Built with Meta Llama 3” be "
+        "displayed with it, and that a copy of the licence travel with it", "Llama 3", "Built with Meta Llama 3.",
+    ),
+    "llama": _Duty(
+        "the Llama licence asks that the model's name begin with “Llama”, that “Built with Llama” be displayed with "
+        "it, and that a copy of the licence travel with it", "Llama", "Built with Llama.",
+    ),
+    "gemma": _Duty(
+        "Gemma's terms ask that their restrictions of use bind whoever receives the model, that a copy of them and a "
+        "NOTICE file that names them travel with it, and that changed files be marked as changed",
+        shown="This is a changed version of Gemma; Gemma's terms (ai.google.dev/gemma/terms) bind whoever uses it.",
+    ),
+}  # fmt: skip
+
+
+def base_metadata(card: str) -> dict:
+    """The metadata of a base's card; {} where it has none that can be read."""
+    import yaml
+
+    block = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
+    try:
+        data = yaml.safe_load(block[1]) if block else {}
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def licence_of(metadata: dict) -> str:
+    """The licence's id, e.g. llama3.1; "" if none is named. Where `license` is other, its name."""
+    named = metadata.get("license_name") if metadata.get("license") == "other" else None
+    licence = named or metadata.get("license") or ""
+    return licence.lower() if isinstance(licence, str) else ""
+
+
+def duty(licence: str) -> _Duty | None:
+    """What a licence asks of a changed model; None if this tool knows of nothing."""
+    return _DUTIES.get("llama" if re.match(r"llama[-_]?(3[.\-_]|4)", licence) else licence)
+
+
+def notices(metadata: dict, name: str) -> list[str]:
+    """What to consider before a model with this metadata is published as `name`, ORG/NAME."""
+    licence, short = licence_of(metadata), name.rpartition("/")[2]
+    if not licence:
+        return ["the base's card names no licence: make sure that you may publish a changed version of it"]
+    found = duty(licence)
+    if found is None:
+        return []
+    if _plain(short).startswith(_plain(found.prefix)):
+        return [found.asks]
+    return [found.asks, f"the name {short} does not begin with “{found.prefix}”, as the licence asks"]
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def add_card(directory: Path, manifest: dict) -> None:
+    """Write README.md into a baked directory and record it in the manifest; the base's own becomes README.base.md."""
+    files, path, metadata = manifest["files"], directory / _CARD, {}
+    if path.exists():
+        metadata = base_metadata(path.read_text(encoding="utf-8-sig", errors="replace"))
+        kept = "README.base.md"
+        while kept in files:  # the base was baked itself
+            kept = kept.removesuffix("md") + "base.md"
+        path.rename(directory / kept)
+        files[kept] = files.pop(_CARD) | {"base": _CARD}
+    card = build(manifest, metadata).encode()
+    path.write_bytes(card)
+    files[_CARD] = {"in": None, "out": hashlib.sha256(card).hexdigest()}
+    manifest["files"] = dict(sorted(files.items()))
+
+
+def build(manifest: dict, metadata: dict) -> str:
+    """The card's text. metadata: of the base's card."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    source, effect = manifest["source"], manifest["summary"].get("effect")
+    name = source["id"].rpartition("/")[2]
+    tags = [tag for tag in _listed(metadata.get("tags")) if not tag.startswith("base_model:")]
+    languages = [code for code in _listed(metadata.get("language")) if re.fullmatch("[a-z]{2,3}|multilingual", code)]
+    data = ModelCardData(
+        base_model=source["id"] if source["commit"] else None,
+        language=languages or None,
+        library_name="transformers",
+        tags=[*tags, "kbne-edit", "bias-mitigation"],
+        model_name=f"{name}, know-bias neurons scaled" if effect else None,
+        eval_results=_results(effect, _recipe(manifest)) if effect else None,
+        **{"pipeline_tag": "text-generation"}
+        | {key: metadata[key] for key in _CARRIED if isinstance(metadata.get(key), str)},
+        **({"base_model_relation": "finetune"} if source["commit"] else {}),
+    )
+    sections = [_intro, _done, _proven, _measured, _not_found, _limits, _undo]
+    lines = [line for section in sections for line in [*section(manifest), ""]]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join([*lines, *_licence(metadata)]) + "\n"))
+
+
+def _listed(value: object) -> list[str]:
+    """A metadata value that is one string or several. YAML reads a bare `no`, Norwegian, as false."""
+    values = value if isinstance(value, list) else [value]
+    return [v for v in ("no" if v is False else v for v in values) if isinstance(v, str)]
+
+
+def _recipe(manifest: dict) -> str:
+    return manifest["recipe"]["name"]
+
+
+def _results(effect: dict, recipe: str) -> list:
+    """The effect as entries of the card's model-index."""
+    from huggingface_hub import EvalResult
+
+    figures = {
+        "mean_absolute_margin": ("mean absolute stereotype margin, nats per token", effect["mean_abs_margin"][1]),
+        "mean_absolute_margin_change": ("its change by the edit", effect["change_abs"][0]),
+        "mean_absolute_margin_change_random": ("its change by random neurons", effect["random_change_abs"][0]),
+        "stereotype_share": ("share of probes with the stereotype preferred", effect["stereotype_share"][1]),
+    }
+    return [
+        EvalResult(
+            task_type="text-generation", dataset_type=recipe, dataset_name=f"stereotype probes of the recipe {recipe}",
+            metric_type=kind, metric_name=name, metric_value=round(value, 6),
+        )
+        for kind, (name, value) in figures.items()
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- sections
+
+
+def _intro(manifest: dict) -> list[str]:
+    source, edit = manifest["source"], manifest["edit"]
+    base = f"`{source['id']}`"
+    if source["commit"]:
+        base = f"[{source['id']}](https://huggingface.co/{source['id']}) at commit `{source['commit']}`"
+    layers = edit["factors"]
+    return [
+        f"# {source['id'].rpartition('/')[2]}, know-bias neurons scaled",
+        "",
+        f"This is {base}, in which {sum(map(len, layers.values()))} feed-forward neurons in {len(layers)} layers were "
+        f"scaled by {_factors(edit)}. Nothing else was changed. It was made by {manifest['tool']}; each figure below "
+        "was computed in the run that made it, and stands in `kbne_edit.json`.",
+    ]
+
+
+def _factors(edit: dict) -> str:
+    found = sorted({factor for neurons in edit["factors"].values() for factor in neurons.values()})
+    return f"the factor {found[0]:g}" if len(found) == 1 else f"{len(found)} factors, {found[0]:g} to {found[-1]:g}"
+
+
+def _done(manifest: dict) -> list[str]:
+    edit, found = manifest["edit"], manifest["edit"]["found"]
+    where = {
+        "down": "the input of the down-projection; on disk, the matching column of its weight",
+        "gate": "the output of the gate projection, before the activation; on disk, the matching row of its weight",
+    }
+    lines = [
+        "## What was done",
+        "",
+        f"Know-bias neuron enhancement ([arXiv:2601.21864](https://arxiv.org/abs/2601.21864)). What is scaled, at "
+        f"every position, is {where[edit['site']]}.",
+        "",
+        "| layer | neurons |",
+        "|---|---|",
+        *(f"| {layer} | {len(neurons)} |" for layer, neurons in edit["factors"].items()),
+        "",
+    ]
+    asked, chosen = manifest["summary"].get("attribution"), found.get("select")
+    if not asked or not isinstance(chosen, dict):
+        return [*lines, "The neurons were given to the run that made this model; it did not locate them."]
+    answers = ", ".join(f"{answer} {right} of {n}" for answer, (right, n) in asked["right_by_answer"].items())
+    return [
+        *lines,
+        f"The neurons were located with the recipe `{_recipe(manifest)}`: {asked['questions']} questions about bias, "
+        f"of which the base answers {asked['right']} rightly ({answers}), and {asked['controls']} unrelated ones "
+        f"({asked['controls_right']} rightly). Scores are integrated gradients; the largest gap in completeness is "
+        f"{asked['largest_residual']:.1%} of a question's largest score. Selection: rule {chosen['rule']}, tau "
+        f"{chosen['tau']:g}, beta {chosen['beta']:g}, {chosen['combine']} over the dimensions.",
+    ]
+
+
+def _proven(manifest: dict) -> list[str]:
+    proofs = manifest["proofs"]
+    lines = [
+        "## What was proven",
+        "",
+        f"- The file is the edit: of {proofs['tensors']} tensors, {proofs['edited']} are the base's with the factors "
+        "multiplied in and rounded once, the others are the base's to the bit.",
+    ]
+    for entry in proofs["behaviour"] or []:
+        figures = "equal to the bit"
+        if not entry["bit_equal"]:
+            figures = f"largest difference {entry['difference']:.1e} of the logits' spread"
+            figures += f", where rounding alone makes {entry['noise']:.1e}"
+        lines.append(
+            f"- The model behaves as the base with run-time hooks, {entry['dtype']}, {entry['how']}: {figures} "
+            f"({entry['positions']} positions)."
+        )
+    if not proofs["behaviour"]:
+        lines.append("- That the model behaves as the base with run-time hooks was not put to the proof.")
+    return lines
+
+
+def _measured(manifest: dict) -> list[str]:
+    effect = manifest["summary"].get("effect")
+    if not effect:
+        return ["## What was measured", "", "No effect on bias: neither of the edit nor of a control."]
+    rows = {
+        "this edit": effect["change_abs"],
+        f"control: random neurons of the same layers, {effect['random_draws']} draws": effect["random_change_abs"],
+        "this edit less the control": effect["versus_random"],
+        "this edit, margin with its sign": effect["change_signed"],
+    }
+    (before, after), (share, share_after) = effect["mean_abs_margin"], effect["stereotype_share"]
+    return [
+        "## What was measured",
+        "",
+        f"On {effect['probes']} pairs of sentences (recipe `{_recipe(manifest)}`): how much more probable the "
+        f"stereotyped one is, in nats per token. The mean absolute margin went from {before:.4f} to {after:.4f}; the "
+        f"stereotyped sentence is preferred in {share:.0%} of the pairs, afterwards in {share_after:.0%}.",
+        "",
+        "| change of the margin, absolute unless said | mean | 95 % interval |",
+        "|---|---|---|",
+        *(f"| {name} | {mean:+.4f} | {low:+.4f} to {high:+.4f} |" for name, (mean, low, high) in rows.items()),
+        "",
+        f"By these pairs: {effect['found']}.",
+    ]
+
+
+def _not_found(manifest: dict) -> list[str]:
+    """What a reader must not believe: said as plainly as what was found."""
+    summary = manifest["summary"]
+    effect, selection = summary.get("effect"), summary.get("selection") or {}
+    lines = ["## What was not found", ""]
+    if not effect:
+        lines.append("- Whether this model shows less bias than its base: it was not measured.")
+    elif (low_high := effect["versus_random"][1:]) and low_high[0] > 0:
+        lines.append("- Less bias: the edit raised the margin more than random neurons did.")
+    elif low_high[1] >= 0:
+        lines.append("- An effect beyond that of random neurons: the interval of the difference holds 0.")
+    if effect and effect["stereotype_share"][1] >= effect["stereotype_share"][0]:
+        lines.append("- Fewer pairs in which the stereotype is preferred: their share did not fall.")
+    if "controls_overlap" in selection:
+        shared, total = selection["controls_overlap"], selection["neurons"]
+        lines.append(
+            f"- That the neurons are specific to bias: {shared} of the {total} are selected by unrelated questions too."
+            if shared
+            else "- Neurons that unrelated questions select too: none of the edit's is."
+        )
+    else:
+        lines.append("- Whether the neurons are specific to bias: no control was asked.")
+    if further := sorted(set(summary) - {"effect", "selection", "attribution"}):
+        lines.append(f"- Further figures of the run stand in `kbne_edit.json`: {', '.join(further)}.")
+    else:
+        lines.append("- Whether abilities, or other groups, languages and prompts are affected: it was not measured.")
+    return lines
+
+
+def _limits(_: dict) -> list[str]:
+    return [
+        "## Limits",
+        "",
+        "The base's limits are this model's. The edit scales neurons with which the model answers questions about "
+        "bias; it removes nothing, and nothing but the measurement above, if any, says what it does to other text.",
+    ]
+
+
+def _undo(manifest: dict) -> list[str]:
+    source = manifest["source"]
+    base = f"{source['id']}@{source['commit']}" if source["commit"] else source["id"]
+    return [
+        "## How to undo it, and how to verify it",
+        "",
+        "`kbne_undo.safetensors` holds the scaled weights as they were; `README.base.md` is the base's own card, if it "
+        "has one. With this repository in the directory `model`:",
+        "",
+        "```bash",
+        "kbne-edit revert model --out base                # the base, byte for byte, without a download",
+        f"kbne-edit verify --in {base} --baked model",
+        "```",
+    ]
+
+
+def _licence(metadata: dict) -> list[str]:
+    licence = licence_of(metadata)
+    lines = ["## Licence", "", f"The base's: {licence}." if licence else "The base's card names none."]
+    if found := duty(licence):
+        lines += ["", *([found.shown, ""] if found.shown else []), f"{found.asks[0].upper()}{found.asks[1:]}."]
+    return lines

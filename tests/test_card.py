@@ -1,0 +1,153 @@
+"""The card of a baked directory: valid metadata, bytes that depend on the manifest alone, the base's card kept."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hub import card_faults
+from kbne_edit import Edit, bake, fold, revert, verify
+from kbne_edit.card import notices
+from kbne_edit.errors import CheckpointError
+from tiny import tiny_model
+
+EDIT = Edit("down", {1: {5: 2.0, 9: 2.0}, 2: {1: 4.0}})
+CARDS = {
+    "plain": b"---\nlicense: mit\nlanguage: [en, no]\ntags: [chat, base_model:org/x]\nbase_model: org/x\n---\n# Base\n",
+    "named": b"---\nlicense: other\nlicense_name: llama4\nlicense_link: LICENSE\npipeline_tag: any-to-any\n---\n",
+    "windows": b"\xef\xbb\xbf---\r\nlicense: gemma\r\nlanguage: English\r\n---\r\n# Base\r\n",
+    "no metadata": b"# Base\n",
+    "malformed": b"---\nlicense: [mit\n---\n# Base\n",
+    "list": b"---\n- a\n---\n",
+    "odd values": b"---\nlicense: [mit]\ntags: {a: 1}\nlanguage: 3\npipeline_tag: 5\n---\n",
+    "latin-1": "---\nlicense: mit\n---\nÜbung\n".encode("latin-1"),
+    "none": None,
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    tiny_model("llama").save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _base(weights, folder, card):
+    folder.mkdir(parents=True)
+    for name, data in (weights | ({"README.md": card} if card is not None else {})).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def _bake(base, out):
+    bake(str(base), out, edit=EDIT, behaviour=False)
+    return json.loads((out / "kbne_edit.json").read_text())
+
+
+def _files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_valid_and_undone(case, weights, tmp_path):
+    base = _base(weights, tmp_path / "base", CARDS[case])
+    _bake(base, tmp_path / "out")
+    assert not card_faults(ModelCard.load(tmp_path / "out" / "README.md").data.to_dict())
+    assert _files(tmp_path / "out").get("README.base.md") == CARDS[case]
+    assert verify(base, tmp_path / "out", behaviour=False).ok
+    revert(tmp_path / "out", tmp_path / "again")
+    assert _files(tmp_path / "again") == _files(base)
+
+
+def test_what_is_carried_over_from_the_base(weights, tmp_path):
+    data = {}
+    for case in ("plain", "named", "windows"):
+        _bake(_base(weights, tmp_path / case / "base", CARDS[case]), tmp_path / case / "out")
+        data[case] = ModelCard.load(tmp_path / case / "out" / "README.md")
+    plain = data["plain"].data.to_dict()
+    assert (plain["license"], plain["language"], plain["tags"][0]) == ("mit", ["en", "no"], "chat")
+    assert "base_model" not in plain and not any(tag.startswith("base_model:") for tag in plain["tags"])
+    named = data["named"].data.to_dict()
+    assert [named[key] for key in ("license", "license_name", "license_link", "pipeline_tag")] == [
+        "other", "llama4", "LICENSE", "any-to-any",
+    ]  # fmt: skip
+    assert "Built with Llama." in data["named"].text and "restrictions of use" in data["windows"].text
+
+
+def test_it_says_what_the_run_did_and_did_not_do(weights, tmp_path):
+    _bake(_base(weights, tmp_path / "base", None), tmp_path / "out")
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert "3 feed-forward neurons in 2 layers" in text and "2 factors, 2 to 4" in text
+    assert "| 1 | 2 |" in text and "| 2 | 1 |" in text
+    assert "did not locate them" in text and "was not put to the proof" in text
+    assert "Whether this model shows less bias than its base: it was not measured" in text
+
+
+def test_the_same_input_gives_the_same_card_wherever_it_lies(weights, tmp_path):
+    made = []
+    for place in ("here", "there"):
+        _bake(_base(weights, tmp_path / place / "base", CARDS["plain"]), tmp_path / f"out-{place}")
+        made.append(_files(tmp_path / f"out-{place}"))
+    assert made[0] == made[1]
+    assert str(tmp_path).encode() not in b"".join(made[0][name] for name in ("README.md", "kbne_edit.json"))
+
+
+def test_a_base_that_was_baked_itself(weights, tmp_path):
+    _bake(_base(weights, tmp_path / "base", CARDS["plain"]), tmp_path / "once")
+    _bake(tmp_path / "once", tmp_path / "twice")
+    assert (tmp_path / "twice" / "README.base.md").read_bytes() == CARDS["plain"]
+    assert verify(tmp_path / "once", tmp_path / "twice", behaviour=False).ok
+    revert(tmp_path / "twice", tmp_path / "again")
+    assert _files(tmp_path / "again") == {
+        name: data for name, data in _files(tmp_path / "once").items() if not name.startswith("kbne_")
+    }
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.base.md"])
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"# x"), lambda path: path.unlink()])
+def test_verify_finds_a_card_that_was_changed(name, spoil, weights, tmp_path):
+    base = _base(weights, tmp_path / "base", CARDS["plain"])
+    _bake(base, tmp_path / "out")
+    spoil(tmp_path / "out" / name)
+    faults = verify(base, tmp_path / "out", behaviour=False).faults
+    assert len(faults) == 1 and ("README" in faults[0]), faults
+
+
+def test_what_the_hub_adds_is_no_fault(weights, tmp_path):
+    base = _base(weights, tmp_path / "base", None)
+    _bake(base, tmp_path / "out")
+    (tmp_path / "out" / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    assert verify(base, tmp_path / "out", behaviour=False).ok
+    revert(tmp_path / "out", tmp_path / "again")
+    assert _files(tmp_path / "again") == _files(base)
+
+
+@pytest.mark.parametrize("origin", ["../escaped.md", "/tmp/escaped.md", "sub/x.md", "..", 3])
+def test_a_manifest_cannot_name_a_place_outside(origin, weights, tmp_path):
+    manifest = _bake(_base(weights, tmp_path / "base", CARDS["plain"]), tmp_path / "out")
+    manifest["files"]["README.base.md"]["base"] = origin
+    (tmp_path / "out" / "kbne_edit.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="damaged"):
+        revert(tmp_path / "out", tmp_path / "again")
+    assert not (tmp_path / "escaped.md").exists() and not (tmp_path / "again").exists()
+
+
+def test_fold_alone_writes_no_card(weights, tmp_path):
+    fold(_base(weights, tmp_path / "base", CARDS["plain"]), EDIT, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_bytes() == CARDS["plain"]
+
+
+@pytest.mark.parametrize("metadata, name, said", [
+    ({"license": "llama3.1"}, "org/debiased", ["“Built with Llama”", "debiased does not begin with “Llama”"]),
+    ({"license": "other", "license_name": "llama4"}, "org/my-Llama", ["“Built with Llama”", "does not begin with"]),
+    ({"license": "llama3.2"}, "org/Llama-debiased", ["“Built with Llama”"]),
+    ({"license": "llama3"}, "org/Llama-debiased", ["“Built with Meta Llama 3”", "does not begin with “Llama 3”"]),
+    ({"license": "llama3"}, "org/Llama-3-debiased", ["“Built with Meta Llama 3”"]),
+    ({"license": "gemma"}, "org/debiased", ["restrictions of use"]),
+    ({"license": "apache-2.0"}, "org/debiased", []),
+    ({"license": ["mit"]}, "org/debiased", ["names no licence"]),
+    ({}, "org/debiased", ["names no licence"]),
+])  # fmt: skip
+def test_licences_are_pointed_out(metadata, name, said):
+    found = notices(metadata, name)
+    assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True)), found
