@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import Checkpoint, staged
+from .checkpoint import Checkpoint, check_out, staged
 from .edit import Edit
-from .errors import OutputError, ProofError
+from .errors import ProofError
 from .families import Site, slots
 from .folding import Target, fold_into, forbid_overlap, plan, write_manifest
 from .progress import progress, say
@@ -53,30 +54,28 @@ def locate(source: str, out: str | Path, settings: Settings | None = None) -> Sc
 def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings) -> Scores:
     from .prompts import answer_tokens, encode
     from .scores import ScoresWriter, load_scores
-    from .verification import load_tokenizer
+    from .verification import foreign, load_tokenizer
 
     asked = recipe.ask(settings.questions)
     places = slots(checkpoint.shapes, checkpoint.config, settings.site)
     tokenizer = load_tokenizer(checkpoint.path)
-    tokens = answer_tokens(tokenizer, recipe.answers, settings.answers)
+    with foreign(checkpoint.path):
+        tokens = answer_tokens(tokenizer, recipe.answers, settings.answers)
     about = {
         "model": found.id, "commit": found.commit, "base": checkpoint.fingerprint(), "recipe": recipe.name,
         "recipe_sha256": recipe.sha256, "site": settings.site, "quadrature": settings.quadrature,
         "dtype": settings.dtype, "answer_tokens": tokens,
     }  # fmt: skip
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        writer = ScoresWriter(out, asked, len(places), places[0][0].neurons, about)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror}") from None
-    todo = [q for q, done in enumerate(writer.done) if not done]
-    if todo:
-        if len(todo) < len(asked):
-            say(f"{out}: {len(asked) - len(todo)} of {len(asked)} questions are done already")
-        for answer, surfaces in tokens.items():
-            say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
-        prompts = [encode(tokenizer, recipe, question) for question in asked]
-        _attribute(checkpoint, asked, prompts, tokens, writer, todo, settings)
+    with closing(ScoresWriter(out, asked, len(places), places[0][0].neurons, about)) as writer:
+        todo = [q for q, done in enumerate(writer.done) if not done]
+        if todo:
+            if len(todo) < len(asked):
+                say(f"{out}: {len(asked) - len(todo)} of {len(asked)} questions are done already")
+            for answer, surfaces in tokens.items():
+                say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
+            with foreign(checkpoint.path):
+                prompts = [encode(tokenizer, recipe, question) for question in asked]
+            _attribute(checkpoint, asked, prompts, tokens, writer, todo, settings)
     return load_scores(out)
 
 
@@ -136,8 +135,7 @@ def bake(
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
         forbid_overlap(checkpoint.path, out)
-        if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise OutputError(f"{out} exists: choose another --out, or pass --overwrite")
+        check_out(out, overwrite)
         recipe = load_recipe(settings.recipe or found.recipe) if settings.recipe or not edit else None
         summary: dict = {"model": found.id, "commit": found.commit, "out": str(out)}
         if edit is None:
