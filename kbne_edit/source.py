@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import read_config
-from .errors import SourceError
+from .errors import OutputError, SourceError, short
+from .files import open_input
 
 # Meta's first releases hold .pth files only; transformers reads the sibling.
 _SIBLINGS = {"meta-llama/Llama-2-7b", "meta-llama/Llama-2-13b", "meta-llama/Llama-2-70b"}
@@ -39,7 +41,7 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
     if source == "demo":
         yield Source(Path(__file__).parent / "demo", "demo", None, "demo")
         return
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     found = Source(path, source)
     if not path.exists() and _hub_like(source):
         found = _download(source, say)
@@ -105,21 +107,18 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
 def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
     """The checkpoint at `path` with its .bin weights as safetensors, in `folder`. One shard in memory at a time."""
     import json
-    import pickle
 
-    import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     weight_map = {}
     for number, file in enumerate(bins):
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-            reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            raise SourceError(f"{file} cannot be read as plain weights ({reason}): nothing of it was run") from None
+        state = _plain_weights(file)
         name = "model.safetensors" if len(bins) == 1 else f"model-{number + 1:05}-of-{len(bins):05}.safetensors"
-        # Cloned: tensors that share storage stay under each of their names, as plain bytes.
-        save_file({k: v.clone().contiguous() for k, v in state.items()}, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(state, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {folder / name}: {short(error)}") from None
         weight_map |= dict.fromkeys(state, name)
     if len(bins) > 1:
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
@@ -128,3 +127,21 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
         if other.is_file() and not other.name.startswith("pytorch_model"):
             shutil.copyfile(other, folder / other.name)
     return folder
+
+
+def _plain_weights(file: Path) -> dict:
+    """The tensors of a .bin file, {name: tensor}. Raises SourceError; runs nothing of it."""
+    import torch
+
+    try:
+        open_input(file).close()  # torch would wait for a pipe
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        most = file.stat().st_size  # a view can claim more elements than there are
+        if not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.nbytes <= most for k, v in state.items()):
+            raise ValueError("not a table of tensors")
+        # Cloned: tensors that share storage stay under each of their names, as plain bytes.
+        return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged archives make the unpickler raise nearly anything
+        raise SourceError(f"{file} cannot be read as plain weights ({short(error)}): nothing of it was run") from None
