@@ -14,17 +14,17 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from .errors import CheckpointError, OutputError
+from .errors import CheckpointError, OutputError, shown
+from .files import MOST_JSON, open_input, parse_json, read_json
 
 CHUNK = 2 << 20  # bytes read at once: memory is independent of tensors, and the chunk stays in the cache while hashed
-_MAX_HEADER = 100 << 20
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -57,62 +57,48 @@ class Shard:
     @classmethod
     def open(cls, path: Path) -> Shard:
         """Read and check the header. Raises CheckpointError."""
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                head = file.read(8)
-                length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-                if head.startswith(b"version "):
-                    raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
-                if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                    raise CheckpointError(f"{path} is not a safetensors file, or is truncated: download it again")
-                header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: damaged header ({_short(error)}): download it again") from None
+        with open_input(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if head.startswith(b"version "):
+                raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+            if not 2 <= length <= size - 8:
+                raise CheckpointError(f"{path} is not a safetensors file, or is truncated: download it again")
+            text = file.read(min(length, MOST_JSON + 1))
+        header = parse_json(text, f"the header of {path}", cure="download it again")
         return cls(path, _tensors(path, header, 8 + length, size), 8 + length, size)
-
-
-def _short(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
 
 
 def _tensors(path: Path, header: object, data_start: int, size: int) -> tuple[TensorInfo, ...]:
     """Check that the tensors fill the file without hole or overlap, as the format demands."""
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: damaged header (not an object): download it again")
-    found = []
+    metadata, found = header.pop("__metadata__", {}), []
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: damaged header (metadata is not text): download it again")
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            whole = all(type(n) is int and n >= 0 for n in (*shape, start, end)) and isinstance(dtype, str)
+            whole &= isinstance(entry["shape"], list) and len(entry) == 3
         except (TypeError, KeyError, ValueError):
             whole = False
         if not whole:
-            raise CheckpointError(f"{path}: the header's entry for {name!r} is malformed: download it again")
+            raise CheckpointError(f"{path}: the header's entry for {shown(name)} is malformed: download it again")
         if dtype not in _BITS:
-            raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r}")
-        count = 1
+            raise CheckpointError(f"{path}: {shown(name)} has the unknown dtype {shown(dtype)}")
+        count = 0 if 0 in shape else 1
         for n in shape:
-            count *= n
+            count = min(count * n, 8 * size + 1)  # more than the file holds is too much: no product of huge numbers
         if end - start != (count * _BITS[dtype] + 7) // 8:
-            raise CheckpointError(f"{path}: {name} does not have the size that its shape demands: download it again")
+            raise CheckpointError(f"{path}: {shown(name)} has not the size that its shape demands: download it again")
         found.append(TensorInfo(name, dtype, shape, data_start + start, data_start + end))
     found.sort(key=lambda t: (t.start, t.end))
     position = data_start
     for tensor in found:
         if tensor.start != position:
-            raise CheckpointError(f"{path}: tensors overlap or leave a hole at {tensor.name}: download it again")
+            raise CheckpointError(f"{path}: tensors overlap or leave a hole at {shown(tensor.name)}: download it again")
         position = tensor.end
     if position != size:
         state = "truncated" if position > size else "longer than its header says"
@@ -161,7 +147,7 @@ class Checkpoint:
         milliseconds. It says "made for this model", not "undamaged": the manifest's full hashes say that.
         """
         digest = hashlib.sha256()
-        files = {shard.path: open(shard.path, "rb") for shard in self.shards}
+        files = {shard.path: open_input(shard.path) for shard in self.shards}
         try:
             for name, (shard, tensor) in sorted(self.tensors.items()):
                 middle = (tensor.start + tensor.end) // 2
@@ -176,18 +162,28 @@ class Checkpoint:
     def other_files(self) -> tuple[list[str], list[str]]:
         """(files to carry over, weight files to leave out), as sorted paths relative to the directory.
 
-        Left out: the same weights in other formats. A loader could prefer them, and they are not edited.
+        Left out: the same weights in other formats. A loader could prefer them, and they are not edited. Links to
+        files are followed. Raises CheckpointError for what cannot be carried over: links to folders, pipes, devices.
         """
         shards = {shard.path.name for shard in self.shards}
         carry, leave = [], []
-        for root, folders, names in os.walk(self.path):
+        for root, folders, names in os.walk(self.path, onerror=_cannot_list):
             folders[:] = sorted(f for f in folders if f not in (".git", ".cache", "__pycache__"))
-            for name in sorted(names):
+            for name in sorted(names + [f for f in folders if os.path.islink(os.path.join(root, f))]):
                 relative = (Path(root) / name).relative_to(self.path).as_posix()
                 if relative in shards or relative in (MANIFEST, UNDO):
                     continue
+                if not os.path.isfile(os.path.join(root, name)):
+                    raise CheckpointError(
+                        f"{self.path} holds {shown(relative)}, which is no file (a pipe, a device, a link to a folder "
+                        "or to nothing): remove it, or put a copy of what is meant in its place"
+                    )
                 (leave if is_weights(relative) else carry).append(relative)
         return carry, leave
+
+
+def _cannot_list(error: OSError) -> None:
+    raise CheckpointError(f"cannot read {error.filename}: {error.strerror}")
 
 
 def is_weights(name: str) -> bool:
@@ -197,12 +193,15 @@ def is_weights(name: str) -> bool:
 
 def read_config(path: Path) -> dict:
     """config.json of a checkpoint that can be edited. Raises CheckpointError for everything else, with the way out."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is a file: give the directory that holds config.json and the weights")
-    if not any(path.iterdir()):
-        raise CheckpointError(f"{path} is empty: a checkpoint directory holds config.json and the weights")
+    try:
+        if not os.listdir(path):
+            raise CheckpointError(f"{path} is empty: a checkpoint directory holds config.json and the weights")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except NotADirectoryError:
+        raise CheckpointError(f"{path} is a file: give the directory that holds config.json and the weights") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} holds an adapter: merge it into its base model first (PEFT: merge_and_unload)")
     if not (path / "config.json").is_file():
@@ -214,14 +213,11 @@ def read_config(path: Path) -> dict:
                 "or take the '-hf' sibling from the Hub, e.g. --in meta-llama/Llama-2-7b-hf"
             )
         raise CheckpointError(f"{path} has no config.json: it does not hold a transformers checkpoint")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / 'config.json'} cannot be read ({_short(error)})") from None
+    config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / 'config.json'} is not a JSON object")
     if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        method = shown(quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown")
         raise CheckpointError(
             f"{path / 'config.json'} has quantization_config ({method}): kbne-edit needs full-precision weights. "
             "Edit the unquantised model and quantise the result"
@@ -244,15 +240,16 @@ def _no_weights(path: Path) -> str:
 
 def _sharded(path: Path, index: Path) -> tuple[Shard, ...]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         names = list(dict.fromkeys(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} cannot be read as an index ({_short(error)})") from None
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} has no weight_map {{tensor: file}}: download it again") from None
+    present = set(os.listdir(path))
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {str(name)[:80]!r}, which is not a safetensors file beside it")
-        if not (path / name).is_file():
-            raise CheckpointError(f"{index} names {name}, which is missing: download it again")
+            raise CheckpointError(f"{index} names {shown(name)}, which is not a safetensors file beside it")
+        if name not in present:
+            raise CheckpointError(f"{index} names {shown(name)}, which is missing: download it again")
     shards = tuple(Shard.open(path / name) for name in sorted(names))
     held = {tensor.name: shard.path.name for shard in shards for tensor in shard.tensors}
     total = sum(len(shard.tensors) for shard in shards)
@@ -260,7 +257,7 @@ def _sharded(path: Path, index: Path) -> tuple[Shard, ...]:
         raise CheckpointError(f"{path}: a tensor stands in two shards: download it again")
     if held != weight_map:
         wrong = sorted(set(held.items()) ^ set(weight_map.items()))[0][0]
-        raise CheckpointError(f"{index} and the shards disagree about {wrong}: download them again")
+        raise CheckpointError(f"{index} and the shards disagree about {shown(wrong)}: download them again")
     return shards
 
 
@@ -297,7 +294,7 @@ def storage(dtype: str, where: str) -> np.dtype:
 
 def read_array(shard: Shard, tensor: TensorInfo) -> np.ndarray:
     """A whole tensor in its storage dtype (BF16 as uint16)."""
-    with open(shard.path, "rb") as file:
+    with open_input(shard.path) as file:
         file.seek(tensor.start)
         return np.frombuffer(file.read(tensor.end - tensor.start), storage(tensor.dtype, tensor.name)).reshape(
             tensor.shape
@@ -311,59 +308,115 @@ def read_array(shard: Shard, tensor: TensorInfo) -> np.ndarray:
 def staged(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of `out` that takes its name when the block ends well, and vanishes when it does not.
 
-    A sibling left by a killed run is recognised by its name and its free lock, and removed. Raises OutputError.
+    A sibling left by a killed run is recognised by its name and its free lock, and removed. With `overwrite` there is
+    a moment at which the old output has left its name and the new one has not taken it: a run killed there leaves the
+    old one whole as `.NAME.kbne-old`, and the next run puts it back. Raises OutputError.
     """
-    out = Path(out)
-    if not overwrite and (out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))):
-        raise OutputError(f"{out} exists: choose another --out, or pass --overwrite")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file: choose another --out")
-    part = out.absolute().parent / f".{out.name}.kbne-partial"
-    lock = None
+    with _claimed(Path(out), overwrite) as part, write_errors(out):
+        yield part
+        _sync_tree(part)
+        _swap(part, Path(os.path.abspath(out)))
+    with suppress(OSError):  # the files are safe; if the name is not, the output is lost as a whole
+        _sync(part.parent)
+
+
+def check_out(out: str | Path, overwrite: bool = False) -> None:
+    """Raise OutputError unless `staged` could begin now: asked before work that takes long."""
+    with _claimed(Path(out), overwrite):
+        pass
+
+
+@contextmanager
+def _claimed(given: Path, overwrite: bool) -> Iterator[Path]:
+    """The sibling, empty and locked; it is removed at the end unless it has taken the output's name by then."""
+    out = Path(os.path.abspath(given))
+    part, old, lock = _sibling(out, "partial"), _sibling(out, "old"), None
     try:
-        with _write_errors(out):
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.mkdir(exist_ok=True)
-            lock = _lock(part, out)
-            for old in part.iterdir():
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-        with _write_errors(out):
-            yield part
-            _sync_tree(part)
-            _swap(part, out)
-            _sync(out.absolute().parent)
-    except BaseException:
-        if lock is not None:
-            shutil.rmtree(part, ignore_errors=True)
-        raise
+        with write_errors(given):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            lock = _lock(part, given)
+            if old.exists() and _is_free(out):
+                os.rename(old, out)
+            _discard(out)
+            for left in part.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            if out.is_symlink() or (out.exists() and not out.is_dir()):
+                raise OutputError(f"{given} exists and is no folder: choose another --out")
+            if not overwrite and not _is_free(out):
+                raise OutputError(f"{given} exists: choose another --out, or pass --overwrite")
+            if not _is_free(out) and not (out / "config.json").is_file():
+                raise OutputError(f"{given} holds no checkpoint, and --overwrite replaces nothing else: remove it")
+        yield part
     finally:
         if lock is not None:
+            if _holds(lock, part):
+                shutil.rmtree(part, ignore_errors=True)
             os.close(lock)
 
 
+def _sibling(out: Path, state: str) -> Path:
+    return out.parent / f".{out.name}.kbne-{state}"
+
+
+def _is_free(out: Path) -> bool:
+    return not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
+
+
 def _lock(part: Path, out: Path) -> int:
-    handle = os.open(part, os.O_RDONLY)
+    while True:
+        part.mkdir(exist_ok=True)
+        try:
+            handle = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # renamed in this moment by a run that ended well
+            continue
+        claim(handle, out)
+        if _holds(handle, part):
+            return handle
+        os.close(handle)
+
+
+def claim(handle: int, out: Path) -> None:
+    """Lock an open file or folder until it is closed. Raises OutputError, and closes it, if another run has it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
         raise OutputError(f"another run is writing to {out}: wait for it, or choose another --out") from None
-    return handle
+
+
+def _holds(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _swap(part: Path, out: Path) -> None:
-    if not out.exists() or not any(out.iterdir()):
+    if _is_free(out):
         os.rename(part, out)
         return
-    old = out.absolute().parent / f".{out.name}.kbne-old"
-    shutil.rmtree(old, ignore_errors=True)
+    old = _sibling(out, "old")
     os.rename(out, old)
-    os.rename(part, out)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.rename(part, out)
+    except OSError:
+        os.rename(old, out)
+        raise
+    _discard(out)
+
+
+def _discard(out: Path) -> None:
+    """Remove a replaced output. It loses its name first: what is called old is whole, or it could not be put back."""
+    gone = _sibling(out, "gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):
+        os.rename(_sibling(out, "old"), gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager
-def _write_errors(out: Path) -> Iterator[None]:
+def write_errors(out: str | Path) -> Iterator[None]:
+    """Failures of the operating system become an OutputError; inputs name themselves (see files.open_input)."""
     try:
         yield
     except OSError as error:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import EditError
+from .errors import EditError, one_line, shown
 from .families import SITES, Site
+from .files import read_json, write_json
 
 VERSION = 1
 
@@ -34,7 +35,11 @@ class Edit:
 
     def __post_init__(self) -> None:
         if self.site not in SITES:
-            raise EditError(f"edit: site is {self.site!r}; it must be one of {', '.join(SITES)}")
+            raise EditError(f"edit: site is {shown(self.site)}; it must be one of {', '.join(SITES)}")
+        try:
+            json.dumps(self.found, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise EditError("edit: found must be plain JSON") from None
         clean: dict[int, dict[int, float]] = {}
         for layer, neurons in sorted(self.factors.items()):
             clean[_index(layer, "layer")] = {
@@ -90,46 +95,43 @@ class Edit:
         if not isinstance(data, dict) or data.get("kbne_edit") != VERSION:
             raise EditError(f'{where}: not an edit of kbne-edit (expected "kbne_edit": {VERSION})')
         if unknown := sorted(set(data) - {"kbne_edit", "site", "base", "found", "factors"}):
-            raise EditError(f"{where}: unknown key {', '.join(unknown)}")
+            raise EditError(f"{where}: unknown key {one_line(', '.join(unknown)[:80])}")
         base, found, factors = data.get("base"), data.get("found", {}), data.get("factors")
         if not (base is None or isinstance(base, str)) or not isinstance(found, dict):
             raise EditError(f"{where}: base must be a string or null, found an object")
         if not isinstance(factors, dict) or not all(isinstance(n, dict) for n in factors.values()):
             raise EditError(f"{where}: factors must be an object of objects, {{layer: {{neuron: factor}}}}")
         try:
-            parsed = {int(layer): {int(n): f for n, f in neurons.items()} for layer, neurons in factors.items()}
-        except ValueError:
-            raise EditError(f"{where}: layers and neurons must be whole numbers") from None
-        try:
+            parsed = {_number(layer): {_number(n): f for n, f in neurons.items()} for layer, neurons in factors.items()}
             return cls(data.get("site"), parsed, base, found)
         except EditError as error:
             raise EditError(f"{where}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write canonical JSON: the same edit gives the same bytes."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write canonical JSON: the same edit gives the same bytes. Raises OutputError."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
         """Read an edit. Raises EditError."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise EditError(f"cannot read the edit {path}: {error.strerror}") from None
-        except (ValueError, RecursionError):
-            raise EditError(
-                f"{path} is not JSON: an edit is a file that `kbne-edit locate` or `select` wrote"
-            ) from None
+        data = read_json(path, EditError, "an edit is a file that `kbne-edit bake` or `select` wrote")
         return cls.from_dict(data, str(path))
+
+
+def _number(key: str) -> int:
+    """A layer or a neuron as a key of JSON. One spelling only: "7" and "07" would be two keys for one neuron."""
+    if not (key.isascii() and key.isdecimal() and len(key) < 19 and str(int(key)) == key):
+        raise EditError(f"{shown(key)} is not a layer or a neuron: they are whole numbers from 0")
+    return int(key)
 
 
 def _index(value: object, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise EditError(f"edit: {what} is {value!r}; it must be a whole number, 0 or more")
+        raise EditError(f"edit: {what} is {shown(value)}; it must be a whole number, 0 or more")
     return value
 
 
 def _factor(value: object, layer: int, neuron: int) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 2.0**64:
-        raise EditError(f"edit: factor {value!r} of neuron {neuron} in layer {layer} is not a number of use")
+        raise EditError(f"edit: factor {shown(value)} of neuron {neuron} in layer {layer} is not a number of use")
     return float(value)

@@ -38,11 +38,11 @@ class FamilyError(InputError):
 
 
 class RecipeError(InputError):
-    """A recipe has faults; `faults` lists all of them."""
+    """A recipe has faults; `faults` lists all of them, the message the first twenty."""
 
     def __init__(self, where: str, faults: list[str]):
         self.faults = faults
-        listed = "; ".join(faults)
+        listed = "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
         super().__init__(f"{where}: {len(faults)} fault{'s' * (len(faults) != 1)}: {listed}")
 
 
@@ -66,3 +66,22 @@ class ProofError(KbneError):
     def __init__(self, message: str, report: object = None):
         self.report = report
         super().__init__(message)
+
+
+def short(error: BaseException) -> str:
+    """The first line of another library's message."""
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0][:120])
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: one line of at most 80 characters, whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write integers of more than 4300 digits
+        text = f"a huge {type(value).__name__}"
+    return one_line(text if len(text) <= 80 else text[:79] + "…")
+
+
+def one_line(text: str) -> str:
+    """Names from outside may hold line breaks, terminal codes and bytes that are no text: those are escaped."""
+    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)

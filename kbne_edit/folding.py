@@ -33,8 +33,9 @@ from .checkpoint import (
     to_float,
 )  # fmt: skip
 from .edit import Edit
-from .errors import CheckpointError, EditError, OutputError
+from .errors import CheckpointError, EditError, OutputError, shown
 from .families import Slot, end, slots
+from .files import json_text, open_input, read_json
 
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
 
@@ -133,7 +134,20 @@ def fold_into(
 
 
 def write_manifest(directory: Path, manifest: dict) -> None:
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the manifest with its own SHA-256, so that what no file can be compared with is covered as well."""
+    text = json_text({**manifest, "sha256": _seal(manifest)})
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _seal(manifest: dict) -> str:
+    """SHA-256 of the manifest's text, the seal left out."""
+    return hashlib.sha256(json_text({k: v for k, v in manifest.items() if k != "sha256"}).encode()).hexdigest()
+
+
+def is_sealed(directory: str | Path, manifest: dict) -> bool:
+    """False if the manifest's file is not to the byte what `write_manifest` wrote."""
+    written = (Path(directory) / MANIFEST).read_bytes()
+    return manifest["sha256"] == _seal(manifest) and written == json_text(manifest).encode()
 
 
 def _chunks(path: Path, tensors: tuple[TensorInfo, ...], edited: dict) -> Iterator[tuple[TensorInfo | None, int, int]]:
@@ -182,7 +196,7 @@ def _rewrite(
 ) -> tuple[str, str]:
     """Copy one file with its targets scaled. Returns SHA-256 of what was read and of what was written."""
     digests = TwoDigests(pool)
-    with open(shard.path, "rb") as file:
+    with open_input(shard.path) as file:
         for tensor, start, end in _chunks(shard.path, shard.tensors, targets):
             old = file.read(end - start)
             if len(old) != end - start:
@@ -249,12 +263,11 @@ def _write_undo(path: Path, undo: dict, checkpoint: Checkpoint) -> None:
 
 
 def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+    digest = hashlib.sha256()
+    with open_input(path) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------ revert
@@ -265,16 +278,18 @@ def read_manifest(directory: str | Path) -> dict | None:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         return None
+    manifest = read_json(path)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
         Edit.from_dict(manifest["edit"], str(path))
-        files = manifest["files"]
-        if not all({"in", "out"} <= set(hashes) for hashes in files.values()) or not isinstance(manifest["undo"], str):
-            raise ValueError("hashes are missing")
-        if not all(re.fullmatch(r"\w[\w.-]*", hashes.get("base", "as_here")) for hashes in files.values()):
-            raise ValueError("the base's name of a file is no plain file name")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, EditError) as error:
-        raise CheckpointError(f"{path} is damaged ({str(error)[:100]})") from None
+        entries = manifest["files"].values()
+        hashes = [h for entry in entries for h in (entry["out"], *([] if entry["in"] is None else [entry["in"]]))]
+        texts = [*hashes, *manifest["tensors"], *manifest["left_out"], manifest["undo"], manifest["sha256"]]
+        if manifest["kbne_manifest"] != 1 or not all(isinstance(text, str) for text in texts):
+            raise TypeError
+        if not all(re.fullmatch(r"\w[\w.-]*", entry.get("base", "as_here")) for entry in entries):
+            raise TypeError
+    except (KeyError, TypeError, AttributeError, EditError):
+        raise CheckpointError(f"{path} is damaged: it is no manifest that kbne-edit wrote") from None
     return manifest
 
 
@@ -302,18 +317,19 @@ def revert(
     manifest = read_manifest(baked_dir)
     if manifest is None:
         raise CheckpointError(f"{baked_dir} has no {MANIFEST}: only a directory that kbne-edit baked can be reverted")
+    if not is_sealed(baked_dir, manifest):
+        raise CheckpointError(f"{Path(baked_dir) / MANIFEST} was changed after baking: the base is not certain")
     forbid_overlap(checkpoint.path, Path(out_dir))
     undo_path = checkpoint.path / UNDO
     if not undo_path.is_file() or _hash(undo_path) != manifest["undo"]:
         raise CheckpointError(f"{undo_path} is missing or was changed: the base cannot be restored from it")
-    edit = Edit.from_dict({**manifest["edit"], "base": None})
-    targets = plan(checkpoint, edit)
-    saved = Shard.open(undo_path)
-    originals = {tensor.name: read_array(saved, tensor) for tensor in saved.tensors}
+    targets = plan(checkpoint, Edit.from_dict({**manifest["edit"], "base": None}))
+    originals = _originals(undo_path, targets, checkpoint)
     shards = {shard.path.name: shard for shard in checkpoint.shards}
     names = base_names(manifest, [*shards, *checkpoint.other_files()[0]])
-    if extra := set(names) - set(manifest["files"]):
-        raise CheckpointError(f"{baked_dir} has files that its manifest does not know: {', '.join(sorted(extra)[:3])}")
+    if wrong := sorted(set(names) ^ set(manifest["files"])):
+        where = "its manifest does not know" if wrong[0] in names else "are missing in it"
+        raise CheckpointError(f"{baked_dir} was changed after baking: files that {where}, {shown(wrong[0])}")
     restored = {name: origin for name, origin in names.items() if origin is not None}
     with staged(out_dir, overwrite) as part:
         for name, origin in restored.items():
@@ -322,9 +338,21 @@ def revert(
             digest = _restore(shard, targets, originals, part / origin, progress)
             if digest != manifest["files"][name]["in"]:
                 raise CheckpointError(f"{baked_dir}/{name} was changed after baking: it does not give the base back")
-        if missing := set(manifest["files"]) - set(names):
-            raise CheckpointError(f"{baked_dir} lacks {', '.join(sorted(missing)[:3])}, which the base had")
-    return {"files": len(restored), "left_out": manifest.get("left_out", [])}
+    return {"files": len(restored), "left_out": manifest["left_out"]}
+
+
+def _originals(path: Path, targets: dict[str, Target], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """What the undo file keeps for each target: [D, k], [k, D] or [k]. Raises CheckpointError if it does not fit."""
+    saved, expected = Shard.open(path), {}
+    for name, target in targets.items():
+        shape = list(checkpoint.shapes[name])
+        shape[target.slot.axis] = len(target.index)
+        if target.expert is not None:
+            shape = [len(target.index), *(size for axis, size in enumerate(shape) if axis not in (0, target.slot.axis))]
+        expected[name] = (checkpoint.tensors[name][1].dtype, tuple(shape))
+    if {tensor.name: (tensor.dtype, tensor.shape) for tensor in saved.tensors} != expected:
+        raise CheckpointError(f"{path} does not hold what the manifest's edit changed: the base cannot be restored")
+    return {tensor.name: read_array(saved, tensor) for tensor in saved.tensors}
 
 
 def _restore(
@@ -332,7 +360,7 @@ def _restore(
 ) -> str:
     """Copy one file with the originals [D, k] or [k, …] put back. Returns its SHA-256."""
     digest = hashlib.sha256()
-    with open(shard.path, "rb") as file, open(out, "wb") as sink:
+    with open_input(shard.path) as file, open(out, "wb") as sink:
         for tensor, start, end in _chunks(shard.path, shard.tensors, targets):
             data = file.read(end - start)
             if tensor is not None:

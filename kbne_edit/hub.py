@@ -16,7 +16,7 @@ from .card import base_metadata, notices
 from .checkpoint import MANIFEST, UNDO, Checkpoint, is_weights
 from .client import TIMEOUT, talking
 from .errors import CheckpointError, OutputError, ProofError
-from .folding import _hash, read_manifest
+from .folding import _hash, is_sealed, read_manifest
 from .progress import say
 
 Progress = Callable[[int], None]  # called with the number of bytes checked since the last call
@@ -63,6 +63,8 @@ def _manifest(directory: Path) -> dict:
     manifest = read_manifest(directory)
     if manifest is None:
         raise CheckpointError(f"{directory} has no {MANIFEST}: only a directory that kbne-edit baked can be pushed")
+    if not is_sealed(directory, manifest):
+        raise CheckpointError(f"{directory / MANIFEST} was changed after baking: bake again, and push the result")
     try:
         proofs = manifest.get("proofs") or {}
         held = proofs.get("file_proof"), all(entry["ok"] for entry in proofs.get("behaviour") or [{"ok": False}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,10 @@ import numpy as np
 
 from . import memory
 from .card import add_card
-from .checkpoint import Checkpoint, staged
+from .checkpoint import Checkpoint, check_out, staged
 from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
-from .errors import InputError, OutputError, ProofError
+from .errors import InputError, ProofError
 from .families import Site, end, slots
 from .folding import Target, fold_into, forbid_overlap, plan, write_manifest
 from .progress import progress, say
@@ -66,21 +67,25 @@ def locate(source: str, out: str | Path, settings: Settings | None = None) -> Sc
 
 def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings) -> Scores | None:
     from .prompts import answer_tokens, encode
-    from .scores import load_scores
-    from .verification import load_tokenizer
+    from .scores import ScoresWriter, load_scores
+    from .verification import foreign, load_tokenizer
 
     asked = recipe.ask(settings.questions)
     places = slots(checkpoint.shapes, checkpoint.config, settings.site)
     tokenizer = load_tokenizer(checkpoint.path)
-    tokens = answer_tokens(tokenizer, recipe.answers, settings.answers)
+    with foreign(checkpoint.path):
+        tokens = answer_tokens(tokenizer, recipe.answers, settings.answers)
+        prompts = [encode(tokenizer, recipe, question) for question in asked]
     about = {
         "model": found.id, "commit": found.commit, "base": checkpoint.fingerprint(), "recipe": recipe.name,
         "recipe_sha256": recipe.sha256, "site": settings.site, "quadrature": settings.quadrature,
         "dtype": settings.dtype, "answer_tokens": tokens,
     }  # fmt: skip
-    prompts = [encode(tokenizer, recipe, question) for question in asked]
-    with team() as processes:
-        writer = _writer(out, asked, places, about) if processes.rank == 0 else None
+    with ExitStack() as stack:
+        processes, writer = stack.enter_context(team()), None
+        if processes.rank == 0:
+            width = max(map(end, places.values()))
+            writer = stack.enter_context(closing(ScoresWriter(out, asked, len(places), width, about)))
         todo = processes.share([q for q, done in enumerate(writer.done) if not done] if writer else None)
         if todo:
             if len(todo) < len(asked):
@@ -88,17 +93,7 @@ def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, se
             for answer, surfaces in tokens.items():
                 say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
             _attribute(checkpoint, asked, prompts, tokens, writer, todo, settings, processes)
-        return load_scores(out) if processes.rank == 0 else None
-
-
-def _writer(out: Path, asked: tuple[Question, ...], places: dict, about: dict):
-    from .scores import ScoresWriter
-
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        return ScoresWriter(out, asked, len(places), max(map(end, places.values())), about)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror}") from None
+    return load_scores(out) if writer else None
 
 
 def _attribute(
@@ -185,8 +180,7 @@ def bake(
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
         forbid_overlap(checkpoint.path, out)
-        if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise OutputError(f"{out} exists: choose another --out, or pass --overwrite")
+        check_out(out, overwrite)
         recipe = load_recipe(settings.recipe or found.recipe) if settings.recipe or not edit else None
         summary: dict = {"model": found.id, "commit": found.commit, "out": str(out)}
         if edit is None:

@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import string
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from .errors import RecipeError
+from .errors import InputError, RecipeError, shown
+from .files import open_input
 
 _KEYS = {
     "kbne_recipe", "name", "language", "description", "prompt", "answers", "factor", "select", "subsets", "questions",
     "controls", "probes",
 }  # fmt: skip
+_MOST_BYTES, _MOST_QUESTIONS = 1 << 20, 10_000  # a YAML reader in Python takes seconds for a megabyte
 RULES, COMBINE = ("paper", "contrastive"), ("union", "intersection")
 
 
@@ -88,22 +92,34 @@ def load_recipe(source: str | Path) -> Recipe:
                 f"recipe {source}", [f"no such recipe; there are: {', '.join(recipe_names())}, or a path"]
             )
     try:
-        raw = path.read_bytes()
+        with open_input(path, InputError) as file:
+            raw = file.read(_MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES >> 20} MB")
         data = yaml.load(raw.decode("utf-8"), _Loader)
-    except OSError as error:
-        raise RecipeError(str(path), [f"cannot be read: {error.strerror}"]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(str(path), ["not YAML: " + " ".join(str(error).split())[:200]]) from None
+    except InputError as error:
+        raise RecipeError(str(path), [str(error)]) from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        # The library raises nearly all of these for a value that its explicit tag does not fit.
+        raise RecipeError(str(path), ["not YAML that can be read: " + " ".join(str(error).split())[:200]]) from None
     return _Parser(str(path)).recipe(data, hashlib.sha256(raw).hexdigest())
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 on the two points that hurt: bare yes/no are strings, and a key may stand only once."""
+    """YAML 1.2 on the two points that hurt: bare yes/no are strings, and a key may stand only once.
+
+    No aliases: a few lines of them describe more text than memory holds.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*name) are not read, line {self.peek_event().start_mark.line + 1}")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        if twice := {str(k) for k in keys if keys.count(k) > 1}:
-            raise yaml.YAMLError(f"key {', '.join(sorted(twice))} stands twice in line {node.start_mark.line + 1}")
+        counts = Counter(str(key.value) for key, _ in node.value)
+        if twice := sorted(key for key, count in counts.items() if count > 1):
+            raise yaml.YAMLError(f"key {', '.join(twice)} stands twice in line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 
@@ -125,7 +141,7 @@ class _Parser:
             raise RecipeError(self.where, ["not a mapping of keys; `kbne-edit recipes show social-bias` prints one"])
         self.unknown(data, _KEYS, "recipe")
         if data.get("kbne_recipe") != 1:
-            self.faults.append(f"kbne_recipe is {data.get('kbne_recipe')!r}; this version reads 1")
+            self.faults.append(f"kbne_recipe is {shown(data.get('kbne_recipe'))}; this version reads 1")
         answers = tuple(self.strings(data.get("answers"), "answers"))
         if len(answers) < 2 or len({a.casefold() for a in answers}) != len(answers):
             self.faults.append("answers must list two or more different answers")
@@ -134,8 +150,8 @@ class _Parser:
         controls = self.section(data.get("controls") or {}, "controls", answers, True)
         if not questions:
             self.faults.append("questions: there are none")
-        texts = [q.text for q in questions + controls]
-        self.faults += [f"question stands twice: {t!r}" for t in sorted({t for t in texts if texts.count(t) > 1})]
+        texts = Counter(q.text for q in questions + controls)
+        self.faults += [f"question stands twice: {shown(t)}" for t, count in sorted(texts.items()) if count > 1]
         result = Recipe(
             self.string(data.get("name"), "name"), self.string(data.get("description", ""), "description"),
             self.string(data.get("language", "en"), "language"), prompt, answers,
@@ -148,12 +164,13 @@ class _Parser:
         return result
 
     def unknown(self, data: dict, known: set[str], where: str) -> None:
-        self.faults += [f"{where}: unknown key {str(key)!r}" for key in data if key not in known]
+        self.faults += [f"{where}: unknown key {shown(key)}" for key in data if key not in known]
 
     def string(self, value: object, where: str) -> str:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):  # half a character
             self.faults.append(f"{where} must be text")
-        return str(value)
+            return ""
+        return value
 
     def strings(self, value: object, where: str) -> list[str]:
         if not isinstance(value, list):
@@ -163,7 +180,7 @@ class _Parser:
 
     def number(self, value: object, where: str, low: float = -1e6, high: float = 1e6) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            self.faults.append(f"{where} is {value!r}; it must be a number from {low:g} to {high:g}")
+            self.faults.append(f"{where} is {shown(value)}; it must be a number from {low:g} to {high:g}")
             return 0.0
         return float(value)
 
@@ -175,7 +192,7 @@ class _Parser:
         for key, text in value.items():
             if "{question}" not in self.string(text, f"prompt.{key}"):
                 self.faults.append(f"prompt.{key} lacks {{question}}")
-        return {str(k): str(v) for k, v in value.items()}
+        return value
 
     def select(self, value: object) -> dict:
         if not isinstance(value, dict):
@@ -185,7 +202,7 @@ class _Parser:
         result = {"rule": value.get("rule", "paper"), "combine": value.get("combine", "union")}
         for key, known in (("rule", RULES), ("combine", COMBINE)):
             if result[key] not in known:
-                self.faults.append(f"select.{key} is {result[key]!r}; it must be one of {', '.join(known)}")
+                self.faults.append(f"select.{key} is {shown(result[key])}; it must be one of {', '.join(known)}")
         for key in ("tau", "beta"):
             result[key] = self.number(value.get(key, 0.1), f"select.{key}", 0, 1)
         return result
@@ -217,11 +234,11 @@ class _Parser:
                 continue
             self.unknown(item, {"text", "answer", "dimension", "form"}, spot)
             if item["answer"] not in answers:
-                self.faults.append(f"{spot}: answer {item['answer']!r} is none of {', '.join(answers)}")
-            questions.append(
-                Question(self.string(item["text"], spot), str(item["answer"]), str(item["dimension"]),
-                         str(item.get("form", "")), control)
-            )  # fmt: skip
+                self.faults.append(f"{spot}: answer {shown(item['answer'])} is none of {', '.join(answers)}")
+            text, answer, dimension, form = (
+                self.string(item.get(key, ""), f"{spot}: {key}") for key in ("text", "answer", "dimension", "form")
+            )
+            questions.append(Question(text, answer, dimension, form, control))
         return tuple(questions)
 
     def grid(self, value: dict, where: str) -> list[tuple[str, dict, str, str]]:
@@ -233,33 +250,41 @@ class _Parser:
         if not all(isinstance(p, dict) and p and all(isinstance(v, dict) for v in p.values()) for p in parts):
             self.faults.append(f"{where}: a grid needs forms, dimensions and concepts, each a mapping of mappings")
             return []
+        if math.prod(map(len, parts)) > _MOST_QUESTIONS:
+            self.faults.append(f"{where}: the grid has more than {_MOST_QUESTIONS} questions")
+            return []
         rows = []
         for number, (concept, fields) in enumerate(concepts.items()):
             for dimension, about in dimensions.items():
                 pairs = about.get("pairs", [])
                 if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-                    self.faults.append(f"{where}: pairs of dimension {dimension} must be a list of [a, b]")
+                    self.faults.append(f"{where}: pairs of dimension {shown(dimension)} must be a list of [a, b]")
                     pairs = []
                 pair = dict(zip("ab", pairs[number % len(pairs)], strict=True)) if pairs else {}
                 values = {k: v for k, v in about.items() if k != "pairs"} | fields | pair
                 for name, form in forms.items():
-                    text = self.fill(form.get("text"), values, f"{where}: form {name} with {concept}, {dimension}")
+                    spot = f"{where}: form {shown(name)} with {shown(concept)}, {shown(dimension)}"
+                    text = self.fill(form.get("text"), values, spot)
                     rows.append((text, form, str(name), str(dimension)))
         return rows
 
     def fill(self, text: object, values: dict, where: str) -> str:
+        """The text with its fields filled in once: neither format(), which would let a recipe reach into attributes,
+        nor the fields of a field."""
         try:
-            fields = [name for _, name, _, _ in string.Formatter().parse(self.string(text, where)) if name is not None]
+            pieces = list(string.Formatter().parse(self.string(text, where)))
         except ValueError as error:
             self.faults.append(f"{where}: {error}")
-            return str(text)
-        if missing := [name for name in fields if name not in values]:
-            self.faults.append(f"{where}: no value for {', '.join('{' + m + '}' for m in missing)}")
-            return str(text)
-        result = str(text)
-        for name in fields:  # plain replacement: format() would let a recipe reach into attributes
-            result = result.replace("{" + name + "}", str(values[name]))
-        return result
+            return ""
+        if odd := sorted({name for _, name, form, kind in pieces if name is not None and (form or kind)}):
+            self.faults.append(f"{where}: {shown(odd[0])} has a format; a field is a name alone")
+        if missing := [name for _, name, *_ in pieces if name is not None and name not in values]:
+            self.faults.append(f"{where}: no value for {', '.join('{' + m + '}' for m in missing)[:80]}")
+            return ""
+        return "".join(
+            before + (self.string(values[name], f"{where}: {{{name}}}") if name is not None else "")
+            for before, name, *_ in pieces
+        )
 
     def probes(self, value: object) -> tuple[Probe, ...]:
         items = value.get("items", []) if isinstance(value, dict) else None
@@ -272,5 +297,5 @@ class _Parser:
             if not isinstance(item, dict) or set(item) != {"stereotype", "anti_stereotype", "dimension"}:
                 self.faults.append(f"probe {i + 1}: needs exactly stereotype, anti_stereotype and dimension")
                 continue
-            found.append(Probe(*(str(item[k]) for k in ("stereotype", "anti_stereotype", "dimension"))))
+            found.append(Probe(**{key: self.string(text, f"probe {i + 1}: {key}") for key, text in item.items()}))
         return tuple(found)

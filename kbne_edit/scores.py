@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import Shard
+from .checkpoint import Shard, claim, write_errors
 from .errors import CheckpointError, ScoresError
+from .families import SITES
+from .files import open_input, parse_json
 from .recipe import Question
 
 _PLAN = {
@@ -51,74 +53,122 @@ def load_scores(path: str | Path) -> Scores:
     arrays, meta = _read(Path(path))
     if not arrays["done"].all():
         raise ScoresError(f"{path} is unfinished ({int(arrays['done'].sum())} questions done): run locate again")
-    questions = tuple(Question(**q) for q in meta["questions"])
+    for name in ("p", "p_best_wrong", "residual", "scores"):
+        if not all(np.isfinite(row).all() for row in arrays[name]):
+            raise ScoresError(f"{path} holds {name} that are no numbers: it is damaged, run locate again")
     return Scores(
-        arrays["scores"], arrays["p"], arrays["p_best_wrong"], arrays["residual"], arrays["nodes"], questions, meta,
-        meta["site"], meta["base"],
+        arrays["scores"], arrays["p"], arrays["p_best_wrong"], arrays["residual"], arrays["nodes"],
+        tuple(Question(**q) for q in meta["questions"]), meta, meta["site"], meta["base"],
     )  # fmt: skip
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         shard = Shard.open(path)
-        with open(path, "rb") as file:
-            header = json.loads(file.read(shard.data_start)[8:])
-        meta = json.loads(header["__metadata__"]["kbne"])
-        arrays = {
-            t.name: np.memmap(path, _DTYPE[t.dtype], "r", t.start, t.shape) for t in shard.tensors if t.name in _PLAN
-        }
-        if set(arrays) != set(_PLAN) or not {"questions", "site", "base"} <= set(meta):
-            raise KeyError
+        with open_input(path) as file:
+            header = parse_json(file.read(shard.data_start)[8:], f"the header of {path}")
+        meta = parse_json(header["__metadata__"]["kbne"].encode(), f"the metadata of {path}")
+        known = {field.name: bool if field.name == "control" else str for field in fields(Question)}
+        if not all({k: type(v) for k, v in q.items()} == known for q in meta["questions"]):
+            raise TypeError
+        if meta["site"] not in SITES or not all(isinstance(meta[k], str) for k in ("base", "model", "recipe")):
+            raise TypeError
+        found = {tensor.name: tensor for tensor in shard.tensors}
+        sizes = dict(zip("QLF", found["scores"].shape, strict=True))
+        if sizes["Q"] != len(meta["questions"]) or _layout(sizes) != {n: (t.dtype, t.shape) for n, t in found.items()}:
+            raise TypeError
+        arrays = {t.name: np.memmap(path, _DTYPE[t.dtype], "r", t.start, t.shape) for t in shard.tensors}
     except CheckpointError as error:
         raise ScoresError(str(error)) from None
-    except (OSError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise ScoresError(f"{path} is not a scores file of `kbne-edit locate`") from None
     return arrays, meta
 
 
+def _layout(sizes: dict[str, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (dtype, tuple(sizes[axis] for axis in axes)) for name, (dtype, axes) in _PLAN.items()}
+
+
 class ScoresWriter:
-    """Writes a scores file in place; `done` lists the questions that an earlier run finished."""
+    """Writes a scores file in place; `done` lists the questions that an earlier run finished.
+
+    The file is locked until `close`. Raises ScoresError if it belongs to another run's settings, OutputError if it
+    cannot be written or another run is writing it.
+    """
 
     def __init__(self, path: Path, questions: tuple[Question, ...], layers: int, neurons: int, settings: dict):
-        self.path, self._sizes = path, {"Q": len(questions), "L": layers, "F": neurons}
+        self.path = path
         meta = json.dumps({**settings, "questions": [asdict(q) for q in questions]}, sort_keys=True)
-        if path.exists():
-            _, found = _read(path)
+        with write_errors(path):
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+            self._handle = self._open(meta, {"Q": len(questions), "L": layers, "F": neurons})
+        try:
+            arrays, found = _read(path)
             if json.dumps(found, sort_keys=True) != meta:
                 raise ScoresError(
                     f"{path} was begun with another model, recipe or setting: move it away, or choose another --out"
                 )
-        else:
-            self._lay_out(meta)
-        shard = Shard.open(path)
-        self._arrays = {
-            t.name: np.memmap(path, _DTYPE[t.dtype], "r+", t.start, t.shape) for t in shard.tensors if t.name in _PLAN
-        }
+        except BaseException:
+            self.close()
+            raise
+        self._tensors = {tensor.name: tensor for tensor in Shard.open(path).tensors}
+        self.done = np.array(arrays["done"], bool)
 
-    def _lay_out(self, meta: str) -> None:
-        header, position = {"__metadata__": {"kbne": meta}}, 0
-        for name, (dtype, axes) in _PLAN.items():
-            shape = [self._sizes[a] for a in axes]
-            size = int(np.prod(shape)) * np.dtype(_DTYPE[dtype]).itemsize
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
-            position += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        fresh = self.path.with_name(self.path.name + ".new")
-        with open(fresh, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + position)
-            os.fsync(file.fileno())
-        os.rename(fresh, self.path)
-
-    @property
-    def done(self) -> np.ndarray:
-        return np.array(self._arrays["done"], bool)
+    def _open(self, meta: str, sizes: dict[str, int]) -> int:
+        """An open file, locked. A new one is laid out under another name: who finds it by its name finds it whole."""
+        if not self.path.exists():
+            fresh = self.path.with_name(self.path.name + ".new")
+            handle = os.open(fresh, os.O_RDWR | os.O_CREAT, 0o666)
+            claim(handle, self.path)
+            if not self.path.exists():
+                try:
+                    _lay_out(handle, meta, sizes)
+                    os.rename(fresh, self.path)
+                except OSError:
+                    fresh.unlink()
+                    raise
+                return handle
+            fresh.unlink()  # another run was quicker
+            os.close(handle)
+        handle = os.open(self.path, os.O_RDWR)
+        claim(handle, self.path)
+        return handle
 
     def write(self, q: int, values: dict[str, np.ndarray | float]) -> None:
-        """Store question q: every tensor of the plan except `done`."""
-        for name, value in values.items():
-            self._arrays[name][q] = value
-            self._arrays[name].flush()
-        self._arrays["done"][q] = 1
-        self._arrays["done"].flush()
+        """Store question q: every tensor of the plan except `done`. Raises ScoresError, OutputError."""
+        if not all(np.isfinite(np.asarray(value)).all() for value in values.values()):
+            raise ScoresError(
+                f"question {q + 1} has scores that are no numbers: the model overflows, try --dtype float32"
+            )
+        with write_errors(self.path):
+            for name, value in values.items():
+                self._put(name, q, value)
+            os.fsync(self._handle)
+            self._put("done", q, 1)
+            os.fsync(self._handle)
+
+    def _put(self, name: str, q: int, value: np.ndarray | float) -> None:
+        """Not through a memory map: on a full disk that would end the process by a signal."""
+        tensor = self._tensors[name]
+        row = np.broadcast_to(np.asarray(value, _DTYPE[tensor.dtype]), tensor.shape[1:]).tobytes()
+        position = tensor.start + q * len(row)
+        while row:
+            written = os.pwrite(self._handle, row, position)
+            row, position = row[written:], position + written
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+def _lay_out(handle: int, meta: str, sizes: dict[str, int]) -> None:
+    header, position = {"__metadata__": {"kbne": meta}}, 0
+    for name, (dtype, shape) in _layout(sizes).items():
+        size = int(np.prod(shape)) * np.dtype(_DTYPE[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    os.truncate(handle, 0)
+    os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
+    os.truncate(handle, 8 + len(text) + position)
+    os.fsync(handle)

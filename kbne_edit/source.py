@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from .checkpoint import is_weights, read_config
 from .client import TIMEOUT, passing, talking
-from .errors import SourceError
+from .errors import OutputError, SourceError, short
+from .files import open_input
 
 # Everything of a checkpoint but its weights, which are taken by name, in one format.
 _FILES = [
@@ -49,7 +51,7 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
     if source == "demo":
         yield Source(Path(__file__).parent / "demo", "demo", None, "demo")
         return
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     found = Source(path, source)
     with ExitStack() as stack:
         if not path.exists() and _hub_like(source):
@@ -170,9 +172,8 @@ def _instead(name: str, revision: str, files: Collection[str], say: Callable[[st
 
 def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
     """The checkpoint at `path` with its .bin weights as safetensors, in `folder`. One shard in memory at a time."""
-    import pickle
 
-    import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     index = path / "pytorch_model.bin.index.json"
@@ -180,14 +181,12 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
         raise SourceError(f"{index} names {missing[0]}, which is missing: download it again")
     weight_map = {}
     for number, file in enumerate(bins):
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-            reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            raise SourceError(f"{file} cannot be read as plain weights ({reason}): nothing of it was run") from None
+        state = _plain_weights(file)
         name = "model.safetensors" if len(bins) == 1 else f"model-{number + 1:05}-of-{len(bins):05}.safetensors"
-        # Cloned: tensors that share storage stay under each of their names, as plain bytes.
-        save_file({k: v.clone().contiguous() for k, v in state.items()}, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(state, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {folder / name}: {short(error)}") from None
         weight_map |= dict.fromkeys(state, name)
     if len(bins) > 1:
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
@@ -197,3 +196,21 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
         ignore=lambda _, names: [n for n in names if is_weights(n) or n in (".git", ".cache", "__pycache__")],
     )  # fmt: skip
     return folder
+
+
+def _plain_weights(file: Path) -> dict:
+    """The tensors of a .bin file, {name: tensor}. Raises SourceError; runs nothing of it."""
+    import torch
+
+    try:
+        open_input(file).close()  # torch would wait for a pipe
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        most = file.stat().st_size  # a view can claim more elements than there are
+        if not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.nbytes <= most for k, v in state.items()):
+            raise ValueError("not a table of tensors")
+        # Cloned: tensors that share storage stay under each of their names, as plain bytes.
+        return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged archives make the unpickler raise nearly anything
+        raise SourceError(f"{file} cannot be read as plain weights ({short(error)}): nothing of it was run") from None

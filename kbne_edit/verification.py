@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .checkpoint import MANIFEST, UNDO, Checkpoint, Shard, read_array, storage, to_float
+from .checkpoint import MANIFEST, UNDO, Checkpoint, Shard, from_float, read_array, storage, to_float
 from .edit import Edit
-from .errors import CheckpointError, FamilyError
+from .errors import CheckpointError, FamilyError, KbneError, short
 from .families import SITES, by_neuron, slots
-from .folding import Progress, Target, TwoDigests, _chunks, _hash, _scaled, base_names, plan, read_manifest
+from .files import open_input
+from .folding import Progress, Target, TwoDigests, _chunks, _hash, _scaled, base_names, is_sealed, plan, read_manifest
 from .memory import SHARE, available, in_memory
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 NOISE_FACTOR = 4  # the largest of some 10^5 near-normal differences varies by less than this between two draws
 _NOISE_DRAWS = 3
+# Of each stored dtype: the smallest number of full precision, and how many bits that is.
+_NORMAL = {"BF16": (2.0**-126, 8), "F16": (2.0**-14, 11), "F32": (2.0**-126, 24), "F64": (2.0**-1022, 53)}
 _TEXTS = (
     "The committee read both applications twice before it",
     "Water boils sooner on a mountain because",
@@ -75,6 +78,8 @@ def verify(
     base, baked = Checkpoint.open(base_dir), Checkpoint.open(baked_dir)
     manifest = read_manifest(baked_dir)
     report = file_proof(base, baked, manifest, edit, progress)
+    if manifest and not is_sealed(baked_dir, manifest):
+        report.faults.append(f"{MANIFEST} was changed after baking (its own SHA-256 differs)")
     if behaviour and not report.faults:
         report.behaviour = behaviour_proof(base, baked, report.edit)
     return report
@@ -126,7 +131,7 @@ def _compare_files(
         return _compare_shards({t.name: (old, t) for t in old.tensors}, {t.name: (new, t) for t in new.tensors},
                                targets, report, progress)  # fmt: skip
     name = new.path.name
-    with open(old.path, "rb") as a, open(new.path, "rb") as b, ThreadPoolExecutor(2) as pool:
+    with open_input(old.path) as a, open_input(new.path) as b, ThreadPoolExecutor(2) as pool:
         digests = TwoDigests(pool)
         for tensor, start, end in _chunks(old.path, old.tensors, targets):
             before, after = a.read(end - start), b.read(end - start)
@@ -179,7 +184,7 @@ def _compare_shards(old: dict, new: dict, targets, report: Report, progress: Pro
 
 
 def _raw(shard: Shard, tensor) -> bytes:
-    with open(shard.path, "rb") as file:
+    with open_input(shard.path) as file:
         file.seek(tensor.start)
         return file.read(tensor.end - tensor.start)
 
@@ -201,11 +206,17 @@ def _compare_others(base: Checkpoint, baked: Checkpoint, manifest: dict | None, 
         elif manifest:
             _check_hashes(origins[name], before, after, manifest, report)
         report.files += 1
+    present = {*names, *(shard.path.name for shard in baked.shards)}
     for name, hashes in (manifest["files"] if manifest else {}).items():
         if hashes["in"] is None and (name not in names or _hash(baked.path / name) != hashes["out"]):
             report.faults.append(f"file {name} is missing or was changed after baking")
-    if manifest and (not (baked.path / UNDO).is_file() or _hash(baked.path / UNDO) != manifest["undo"]):
+        elif name not in present and hashes.get("base", name) not in old:  # those that the base has were named above
+            report.faults.append(f"the manifest names a file that is not there: {name}")
+    undo = baked.path / UNDO
+    if manifest and (not undo.is_file() or _hash(undo) != manifest["undo"]):
         report.faults.append(f"{UNDO} is missing or was changed")
+    if not manifest and undo.exists():
+        report.faults.append(f"{UNDO} is there without {MANIFEST}: the manifest was removed")
     if stray:
         report.faults.append(f"unedited weights lie beside the edited ones: {', '.join(stray[:3])}")
 
@@ -238,13 +249,31 @@ def _recover_slot(old, new, slot) -> dict[int, float]:
     a, b = (by_neuron(read_array(*pair), slot) for pair in (old, new))
     found = {}
     for i in np.flatnonzero((a != b).any(1)).tolist():
-        x, y = (to_float(v, kind).astype(np.float64) for v in (a[i], b[i]))
-        ratio = float(x @ y / (x @ x)) if (x @ x) > 0 else 1.0
-        # The shortest decimal that is within the estimate's error: a person's factor, not a regression's.
-        found[i] = next(
-            (r for n in range(1, 9) if abs((r := float(f"{ratio:.{n}g}")) - ratio) < 1e-3 * abs(ratio)), ratio
-        )
+        if (factor := _recover_factor(a[i], b[i], kind)) is not None:
+            found[i] = factor
     return found
+
+
+def _recover_factor(x: np.ndarray, y: np.ndarray, kind: str) -> float | None:
+    """The shortest decimal (a person's factor, not a regression's) that scales stored x [D] to exactly the stored y.
+
+    Each weight confines the factor to the numbers that round to its y; the middle of what all of them allow is the
+    factor to within a rounding step, and its decimals are tried from the shortest on. None: y is no multiple of x.
+    """
+    wide, after = (to_float(v, kind).astype(np.float64) for v in (x, y))
+    use = np.isfinite(wide) & np.isfinite(after) & (np.abs(after) > _NORMAL[kind][0]) & (wide != 0)
+    middle = 0.0
+    if use.any():
+        ratio = after[use] / wide[use]
+        slack = np.ldexp(1.0, np.frexp(after[use])[1] - _NORMAL[kind][1] - 1) / np.abs(wide[use])
+        middle = float((np.max(ratio - slack) + np.min(ratio + slack)) / 2)
+    for digits in range(1, 10):  # nine tell every float32 from its neighbours
+        factor = float(f"{middle:.{digits}g}")
+        with np.errstate(over="ignore"):
+            scaled = from_float(to_float(x, kind) * np.float32(factor), kind)
+        if scaled.tobytes() == y.tobytes():
+            return factor
+    return None
 
 
 # --------------------------------------------------------------------------------------------- second proof: behaviour
@@ -277,36 +306,49 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def foreign(path: Path) -> Iterator[None]:
+    """Around transformers at work on files from outside: whatever it stumbles over becomes a CheckpointError.
+
+    Such files can make it raise nearly anything, so this is the one place that catches everything.
+    """
+    try:
+        with quiet():
+            yield
+    except (KbneError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"transformers cannot use {path}: {short(error)}") from error
+
+
 def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
-    """The causal model of a directory, by plain transformers. Never runs code from the checkpoint."""
+    """The causal model of a directory, by plain transformers. Never runs code from the checkpoint.
+
+    Raises CheckpointError.
+    """
     from transformers import AutoModelForCausalLM
 
-    with quiet():
-        try:
-            # experts: the hooks run them one by one, as "eager" does; other kernels add in another order.
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, local_files_only=True, experts_implementation="eager"
-            )
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot load {path}: {str(error).splitlines()[0][:200]}") from None
-    return model.eval().requires_grad_(False).to(device)
+    with foreign(path):
+        # experts: the hooks run them one by one, as "eager" does; other kernels add in another order.
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, experts_implementation="eager"
+        )
+        return model.eval().requires_grad_(False).to(device)
 
 
 def load_tokenizer(path: Path):
-    """The tokenizer of a directory. Raises CheckpointError."""
+    """The tokenizer of a directory. Never runs code from it. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
-    with quiet():
-        try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (ValueError, KeyError, OSError, ImportError) as error:
-            raise CheckpointError(f"{path} has no usable tokenizer ({str(error).splitlines()[0][:120]})") from None
+    with foreign(path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _probes(base: Checkpoint) -> list[list[int]]:
     try:
         tokenizer = load_tokenizer(base.path)
-        probes = [tokenizer(text)["input_ids"] for text in _TEXTS]
+        with foreign(base.path):
+            probes = [tokenizer(text)["input_ids"] for text in _TEXTS]
         if all(probes):
             return probes
     except CheckpointError:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hub import SIGNATURE, Fault, serving, sha256
 from kbne_edit import Edit
+from kbne_edit.folding import write_manifest
 from tiny import tiny_model
 
 CLI = Path(__file__).resolve().parent.parent / "cli.py"
@@ -351,7 +352,7 @@ def _flip(path):
 def _manifest(out, change):
     manifest = json.loads((out / "kbne_edit.json").read_text())
     change(manifest)
-    (out / "kbne_edit.json").write_text(json.dumps(manifest))
+    write_manifest(out, manifest)  # sealed again: what it says must be refused, not that it was changed
 
 
 SPOILT = {
@@ -362,6 +363,8 @@ SPOILT = {
     "other weights": (2, "pytorch_model.bin is not in the manifest", lambda out: _add(out / "pytorch_model.bin")),
     "unknown": (2, "secrets.txt is not in the manifest", lambda out: _add(out / "secrets.txt")),
     "no manifest": (2, "has no kbne_edit.json", lambda out: (out / "kbne_edit.json").unlink()),
+    "manifest": (2, "kbne_edit.json was changed", lambda out: (out / "kbne_edit.json").write_text(
+        (out / "kbne_edit.json").read_text() + "\n")),
     "no proof": (1, "the model behaves as the hooks", lambda out: _manifest(
         out, lambda m: m["proofs"].update(behaviour=None))),
     "failed proof": (1, "the model behaves as the hooks", lambda out: _manifest(

@@ -8,7 +8,7 @@ from importlib import import_module
 import click
 
 from .. import __version__
-from ..errors import KbneError
+from ..errors import KbneError, one_line
 
 _COMMANDS = {
     "bake": "locate the neurons, fold the factors, prove the result",
@@ -47,6 +47,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; errors become one line and an exit status (0 done, 1 proof failed, 2 wrong input)."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tensors need not be text
     try:
         status = cli.main(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -57,11 +58,11 @@ def main() -> None:
         click.echo("interrupted: nothing was published; run the same command again to go on", err=True)
         sys.exit(130)
     except KbneError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {one_line(str(error))}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        click.echo(f"error: {error.strerror or error}{where}", err=True)
+        click.echo(one_line(f"error: {error.strerror or error}{where}"), err=True)
         sys.exit(2)
     except MemoryError:
         click.echo("error: out of memory: use fewer --questions or a machine with more", err=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ..errors import one_line
 from ..recipe import COMBINE, RULES
 
 SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Directory, ORG/NAME[@REVISION], or demo.")
@@ -69,7 +70,7 @@ def settings(answers: str | None = None, **values):
 
 def show(result: dict, as_json: bool, lines: list[str]) -> None:
     """Results go to stdout: as JSON, or as lines."""
-    click.echo(json.dumps(result, indent=1, default=str) if as_json else "\n".join(lines))
+    click.echo(json.dumps(result, indent=1, default=str) if as_json else "\n".join(map(one_line, lines)))
 
 
 def selection_lines(summary: dict) -> list[str]:

@@ -1,0 +1,107 @@
+"""Files from outside: opened only if they are regular, JSON read strictly and written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import CheckpointError, InputError, OutputError, short
+
+MOST_JSON = 24 << 20  # bytes: the objects can take thirty times as much, and memory is to stay below 1 GB
+_DEEPEST = 50
+
+
+class _Input(io.FileIO):
+    """Names itself where it cannot be read, so that a failing input is not taken for a failing output."""
+
+    def __init__(self, path: Path, kind: type[InputError]):
+        self._path, self._kind = path, kind
+        try:
+            # A pipe without a writer would wait for one; of a regular file O_NONBLOCK changes nothing.
+            super().__init__(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        except OSError as error:
+            raise self._error(error.strerror) from None
+        if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
+            self.close()
+            raise self._error("it is no regular file")
+
+    def _error(self, reason: str | None) -> InputError:
+        return self._kind(f"cannot read {self._path}: {reason}")
+
+    def readinto(self, buffer) -> int | None:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            raise self._error(error.strerror) from None
+
+    def readall(self) -> bytes:
+        try:
+            return super().readall()
+        except OSError as error:
+            raise self._error(error.strerror) from None
+
+
+def open_input(path: str | Path, kind: type[InputError] = CheckpointError) -> BinaryIO:
+    """Open a regular file for reading. Raises `kind`, now and whenever it cannot be read later."""
+    return io.BufferedReader(_Input(Path(path), kind))
+
+
+def read_json(path: str | Path, kind: type[InputError] = CheckpointError, cure: str = "download it again") -> object:
+    """The JSON document in a file. Raises `kind`."""
+    with open_input(path, kind) as file:
+        return parse_json(file.read(MOST_JSON + 1), str(path), kind, cure)
+
+
+def parse_json(raw: bytes, where: str, kind: type[InputError] = CheckpointError, cure: str = "") -> object:
+    """JSON that is UTF-8, of bearable size and depth, and gives no key twice. Raises `kind` that names `where`."""
+    try:
+        if len(raw) > MOST_JSON:
+            raise ValueError(f"more than {MOST_JSON >> 20} MB")
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        if _depth(data) > _DEEPEST:
+            raise ValueError(f"nested deeper than {_DEEPEST} levels")
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{where} is not JSON that can be read ({short(error)}): {cure}") from None
+    return data
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands twice")
+    return result
+
+
+def _depth(data: object) -> int:
+    depth, level = 0, [data]
+    while level := [v for v in level if isinstance(v, (dict, list))]:
+        depth += 1
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
+def json_text(data: object) -> str:
+    """The one form in which kbne-edit writes JSON: the same data gives the same bytes, in ASCII."""
+    return json.dumps(data, indent=1) + "\n"
+
+
+def write_json(path: str | Path, data: object) -> None:
+    """Write a JSON file so that it is there whole or not at all. Raises OutputError."""
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f".{target.name}.kbne-partial")
+    try:
+        if target.exists() and not target.is_file():  # /dev/stdout cannot be replaced
+            target.write_text(json_text(data), encoding="utf-8")
+            return
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(json_text(data))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, target)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
