@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -63,7 +63,7 @@ def _moe(block: str, expert_down: str, **kwargs) -> Family:
 
 _TABLE: dict[Family, str] = {
     _GATED: "llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 olmo3 cohere cohere2 granite "
-    "smollm3 stablelm seed_oss exaone4 helium",
+    "smollm3 stablelm seed_oss exaone4 helium qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
     _PACKED: "phi3 glm glm4",
     Family("model.layers", "mlp.fc2"): "phi",
     Family("model.layers", "mlp.down_proj"): "nemotron arcee",
@@ -104,12 +104,20 @@ def family_of(config: dict) -> Family:
         raise FamilyError(f"{model_type} is an encoder-decoder model: kbne-edit edits decoder-only language models")
     if config.get("alibi"):  # its position table is cut for the prompt's batch, and rows of one batch entry do not fit
         raise FamilyError(f"{model_type} with ALiBi positions is not supported: kbne-edit reads its rotary variants")
+    if model_type not in FAMILIES and text_part(config).get("model_type") in FAMILIES:
+        return replace(FAMILIES[text_part(config)["model_type"]], layers="model.language_model.layers")
     if model_type not in FAMILIES:
         raise FamilyError(
             f"unknown architecture {model_type!r} ({_architectures(config)}); known: {', '.join(sorted(FAMILIES))}. "
             "To add one: a line in kbne_edit/families.py and a tiny configuration in tests/tiny.py"
         )
     return FAMILIES[model_type]
+
+
+def text_part(config: dict) -> dict:
+    """The language model's part of a multimodal model's configuration; {} if there is none."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else {}
 
 
 def unknown_family_hint(names: Iterable[str]) -> str:
@@ -126,9 +134,10 @@ def _architectures(config: dict) -> str:
 
 def num_layers(config: dict) -> int:
     """L, whatever the family calls it."""
-    for key in ("num_hidden_layers", "n_layer", "num_layers"):
-        if isinstance(config.get(key), int) and config[key] > 0:
-            return config[key]
+    for part in (config, text_part(config)):
+        for key in ("num_hidden_layers", "n_layer", "num_layers"):
+            if isinstance(part.get(key), int) and part[key] > 0:
+                return part[key]
     raise FamilyError("config.json names no number of layers (num_hidden_layers, n_layer)")
 
 
@@ -222,7 +231,7 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[
     stem = family.layers.rsplit(".", 1)[-1]
     by_tail: dict[str, list[str]] = {}
     for name in shapes:
-        if match := re.search(rf"(?:^|\.){stem}\.(\d+\..+)$", name):
+        if (match := re.search(rf"(?:^|\.){stem}\.(\d+\..+)$", name)) and not _OTHER_PARTS.search(name):
             by_tail.setdefault(match[1], []).append(name)
     found = {}
     for layer in range(count):
@@ -234,6 +243,9 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[
                 f"feed-forward tensors found: {unknown_family_hint(shapes) or 'none'}"
             )
     return found
+
+
+_OTHER_PARTS = re.compile(r"(?:^|[._])(?:vision|visual|audio)")  # towers have layers, too; only the text is edited
 
 
 def _only(names: list[str]) -> str:

@@ -29,7 +29,7 @@ from .errors import CheckpointError, InputError
 from .families import decoder_layers, family_of, num_neurons
 from .memory import OVERHEAD, in_memory
 from .progress import progress, say
-from .verification import quiet
+from .verification import foreign, load_config, model_class, quiet
 
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -141,11 +141,9 @@ class _Unallocated(TorchFunctionMode):
 
 
 def _skeleton(checkpoint: Checkpoint) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with quiet(), _Unallocated():
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with foreign(checkpoint.path), _Unallocated():
+        config = load_config(checkpoint.path)
+        model = model_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
     return model.eval().requires_grad_(False)
 
 

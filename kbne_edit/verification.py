@@ -20,7 +20,7 @@ import numpy as np
 from .checkpoint import MANIFEST, UNDO, Checkpoint, Shard, from_float, read_array, storage, to_float
 from .edit import Edit
 from .errors import CheckpointError, FamilyError, KbneError, short
-from .families import SITES, by_neuron, slots
+from .families import SITES, by_neuron, slots, text_part
 from .files import open_input
 from .folding import Progress, Target, TwoDigests, _chunks, _hash, _scaled, base_names, is_sealed, plan, read_manifest
 from .memory import SHARE, available, in_memory
@@ -326,14 +326,30 @@ def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
 
     Raises CheckpointError.
     """
-    from transformers import AutoModelForCausalLM
-
+    spread = {"device_map": "auto"} if device == "auto" else {}
     with foreign(path):
+        config = load_config(path)
         # experts: the hooks run them one by one, as "eager" does; other kernels add in another order.
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, experts_implementation="eager"
-        )
-        return model.eval().requires_grad_(False).to(device)
+        model = model_class(config).from_pretrained(
+            path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False,
+            experts_implementation="eager", **spread,
+        )  # fmt: skip
+        model = model.eval().requires_grad_(False)
+        return model if spread else model.to(device)
+
+
+def load_config(path: Path):
+    """transformers' configuration of a directory. Never runs code from it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def model_class(config):
+    """transformers' class that has a language model's head for this configuration; of multimodal models, theirs."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if text_part(config.to_dict()) else AutoModelForCausalLM
 
 
 def load_tokenizer(path: Path):

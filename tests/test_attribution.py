@@ -11,7 +11,7 @@ from kbne_edit import attribute
 from kbne_edit.attribution import attributions
 from kbne_edit.errors import InputError
 from kbne_edit.families import decoder_layers
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, MULTIMODAL, tiny_model
 
 PROMPT, ANSWER = [5, 17, 40, 8, 22, 31], [11, 12]
 
@@ -33,7 +33,7 @@ def test_published_scores(shared):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *MULTIMODAL])
 def test_captum(name):
     """Captum scales h of one layer in the whole model's forward pass: no cache, no rows, one layer at a time."""
     from captum.attr import IntegratedGradients
@@ -84,6 +84,16 @@ def test_the_model_is_left_as_it_was():
     attribute(model, [PROMPT], [ANSWER])
     assert model.training and [p.requires_grad for p in model.parameters()] == before
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+def test_a_model_that_a_dispatcher_has_wrapped():
+    from accelerate import dispatch_model
+
+    want = attribute(tiny_model("llama"), [PROMPT], [ANSWER])
+    model = dispatch_model(tiny_model("llama"), {"": "cpu"}, force_hooks=True)
+    wrapped = model.model.layers[0].forward
+    assert torch.equal(attribute(model, [PROMPT], [ANSWER]), want)
+    assert model.model.layers[0].forward == wrapped
 
 
 @pytest.mark.parametrize("bad", ["gauss-0", "simpson", "riemann", "gauss-x"])

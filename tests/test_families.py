@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
 
 from kbne_edit import Edit, fold, hooked, revert
 from kbne_edit.families import family_of, num_neurons, places
-from tiny import FAMILIES, MIXTURES, tiny_model
+from tiny import FAMILIES, MIXTURES, MULTIMODAL, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
 NEURONS = {0: (3, 47), 2: (0, 10, 11)}
@@ -105,7 +105,24 @@ def test_ia3_of_peft(name):
     assert torch.equal(ours, _logits(adapted))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_the_text_part_of_multimodal_models(name, dtype, tmp_path):
+    tiny_model(name, dtype).save_pretrained(tmp_path / "base")
+    base, baked = tmp_path / "base", tmp_path / "baked"
+    manifest = fold(base, _edit(2.0), baked)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype).eval()
+    with hooked(model, _edit(2.0)):
+        reference = _logits(model)
+    assert torch.equal(_logits(AutoModelForImageTextToText.from_pretrained(baked, dtype=dtype).eval()), reference)
+    assert not torch.equal(_logits(model), reference)
+    before, after = load_file(base / "model.safetensors"), load_file(baked / "model.safetensors")
+    assert any("vision" in key or "visual" in key for key in before)
+    assert {key for key, old in before.items() if not torch.equal(old, after[key])} == set(manifest["tensors"])
+
+
 def test_every_family_is_under_the_contract():
     from kbne_edit.families import FAMILIES as known
 
-    assert set(known) == {name.split("-")[0] for name in [*FAMILIES, *MIXTURES]}
+    text_parts = {tiny_config(name).text_config.model_type for name in MULTIMODAL}
+    assert set(known) == {name.split("-")[0] for name in [*FAMILIES, *MIXTURES]} | text_parts

@@ -7,14 +7,14 @@ from kbne_edit.attribution import attributions
 from kbne_edit.checkpoint import Checkpoint
 from kbne_edit.errors import InputError
 from kbne_edit.streaming import Streamed
-from tiny import FAMILIES, MIXTURES, tiny_model
+from tiny import FAMILIES, MIXTURES, MULTIMODAL, tiny_model
 
 PROMPTS = [[5, 17, 40, 8, 22, 31], [5, 17, 40, 9], [5, 17, 40, 8, 60, 3, 7]]
 ANSWERS = [[11, 12], [13], [11]]
 PLENTY = 64e9
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES])
+@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES, *MULTIMODAL])
 def test_same_scores_as_in_memory(name, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path, max_shard_size="30KB")

@@ -1,7 +1,7 @@
 """Tiny seeded models, one per family, made from their configuration class: nothing is downloaded."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 _COMMON = dict(vocab_size=97, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 _LLAMA = _COMMON | dict(
@@ -80,13 +80,30 @@ MIXTURES: dict[str, dict] = {
     "gpt_oss": _MOE | dict(sliding_window=8),
 }
 
+_VISION = dict(
+    hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
+)  # fmt: skip
+_ROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]})
+_QWEN_VISION = dict(depth=2, hidden_size=32, intermediate_size=40, num_heads=2, out_hidden_size=32, embed_dim=32)
+MULTIMODAL: dict[str, dict] = {
+    "gemma3": dict(text_config=_LLAMA | dict(model_type="gemma3_text"), vision_config=_VISION, mm_tokens_per_image=4),
+    "mistral3": dict(text_config=_LLAMA | dict(model_type="mistral"), vision_config=_VISION | dict(head_dim=16)),
+    "qwen2_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
+    "qwen2_5_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
+    "qwen3_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
+}
+
+
+def tiny_config(name: str):
+    model_type, *_ = name.split("-")
+    return AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES | MULTIMODAL)[name])
+
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32):
     """A seeded causal model of the family; weights wide enough that layers and biases matter."""
-    model_type, *_ = name.split("-")
-    config = AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES)[name])
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
+    build = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
+    model = build.from_config(tiny_config(name), dtype=torch.float32, experts_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
