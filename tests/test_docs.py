@@ -1,0 +1,72 @@
+"""What the README says is so."""
+
+import importlib.metadata
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+import kbne_edit
+from kbne_edit.commands import cli
+from kbne_edit.families import FAMILIES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].split("kbne-edit ", 1)[1]
+    for _, block in BLOCKS
+    for line in block.splitlines()
+    if re.match(r"(\$ |  |.*&& \.venv/bin/)?kbne-edit ", line)
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_line_is_understood(line):
+    command, arguments = cli, shlex.split(line)
+    context = click.Context(command)
+    while isinstance(command, click.Group):
+        command = command.get_command(context, arguments.pop(0))
+        assert command is not None, line
+    command.make_context("kbne-edit", arguments)  # parses options and arguments; a wrong one raises
+
+
+def test_every_command_is_shown():
+    assert {line.split()[0] for line in COMMANDS} == set(cli.list_commands(click.Context(cli)))
+
+
+def test_the_python_block_runs_as_far_as_it_can():
+    (block,) = (text for kind, text in BLOCKS if kind == "python")
+    compile(block, "README", "exec")
+    names = re.search(r"from kbne_edit import (.*)", block)[1].split(", ")
+    assert all(callable(getattr(kbne_edit, name)) for name in names)
+
+
+def test_the_file_tree_is_complete():
+    listed = re.findall(r"^├── (\w+)\.py ", README, re.MULTILINE)
+    modules = {path.stem for path in (ROOT / "kbne_edit").glob("*.py")} - {"__init__", "__main__"}
+    assert sorted(listed) == sorted(modules)
+
+
+def test_every_architecture_is_named():
+    section = README.split("## Architectures")[1].split("##")[0]
+    assert set(re.findall(r"`([a-z0-9_]+)`", section)) == {name for name in FAMILIES if not name.endswith("vl_text")}
+
+
+def test_an_installation_brings_one_module():
+    try:
+        installed = importlib.metadata.distribution("kbne-edit")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("not installed: the checkout itself is tested")
+    top = {path.parts[0] for path in installed.files if path.parts[0] != ".."}
+    assert top == {"kbne_edit", f"kbne_edit-{kbne_edit.__version__}.dist-info"}
+
+
+def test_modules_import_only_what_stands_above_them():
+    order = re.findall(r"^├── (\w+)\.py ", README, re.MULTILINE)
+    for place, name in enumerate(order):
+        source = (ROOT / "kbne_edit" / f"{name}.py").read_text(encoding="utf-8")
+        used = {m for a, b in re.findall(r"from \.(\w+) import|from \. import (\w+)", source) for m in (a, b) if m}
+        assert used & set(order) <= set(order[:place]), name
