@@ -40,12 +40,14 @@ def _wrong(verdicts):
     return {number: verdict for number, verdict in verdicts.items() if verdict[1].startswith("WRONG")}
 
 
+@pytest.mark.slow
 def test_mutated_inputs(ground):
     verdicts = faults.judged(lambda n, case: mutants.mutant(SEED, n, ground, case), range(192))
     assert len(verdicts) == 192 and not _wrong(verdicts)
     assert len({verdict.split(":")[0] for _, verdict in verdicts.values()}) == 3  # refused, right, found: all occur
 
 
+@pytest.mark.slow
 def test_mutated_tokenizers_and_configurations():
     verdicts = faults.judged(lambda n, case: mutants.model_mutant(SEED, n, case), range(24))
     assert len(verdicts) == 24 and not _wrong(verdicts)
@@ -87,6 +89,7 @@ def _undisturbed(work, prepare, folder):
     return contents(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["locate", "bake", "overwrite"])
 def test_kills(name, inputs, tmp_path):
     """At every change of a file where there are few, at some of them in `locate`, and at a few random times."""
@@ -194,6 +197,7 @@ def test_permissions(case, message, inputs, tmp_path):
     assert not list((tmp_path / "target").iterdir())
 
 
+@pytest.mark.slow
 def test_code_of_a_checkpoint_is_carried_over_and_never_run(inputs, tmp_path):
     shutil.copytree(inputs, tmp_path / "base")
     for name, classes in (
