@@ -16,11 +16,11 @@ import torch
 
 from kbne_edit.attribution import Resident, attributions, sweep
 from kbne_edit.families import num_neurons
+from kbne_edit.models import load_model, load_tokenizer
 from kbne_edit.prompts import answer_tokens, encode
 from kbne_edit.quadrature import Nodes
 from kbne_edit.recipe import load_recipe
 from kbne_edit.rows import Prompt
-from kbne_edit.verification import load_model, load_tokenizer
 
 
 def main():

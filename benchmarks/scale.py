@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from kbne_edit.attribution import attributions
 from kbne_edit.checkpoint import Checkpoint
 from kbne_edit.memory import parse
+from kbne_edit.models import load_model, load_tokenizer
 from kbne_edit.prompts import answer_tokens, encode
 from kbne_edit.recipe import load_recipe
 from kbne_edit.streaming import Streamed
-from kbne_edit.verification import load_model, load_tokenizer
 
 LLAMA_2_7B = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=4096, intermediate_size=11008,

@@ -128,7 +128,7 @@ def fold_into(
         "edit": {**edit.to_dict(), "base": checkpoint.fingerprint()},
         "tensors": sorted(targets),
         "files": dict(sorted(files.items())),
-        "undo": _hash(part / UNDO),
+        "undo": file_hash(part / UNDO),
         "left_out": leave,
     }
 
@@ -150,7 +150,7 @@ def is_sealed(directory: str | Path, manifest: dict) -> bool:
     return manifest["sha256"] == _seal(manifest) and written == json_text(manifest).encode()
 
 
-def _chunks(path: Path, tensors: tuple[TensorInfo, ...], edited: dict) -> Iterator[tuple[TensorInfo | None, int, int]]:
+def chunks(path: Path, tensors: tuple[TensorInfo, ...], edited: dict) -> Iterator[tuple[TensorInfo | None, int, int]]:
     """(tensor or None, start, end) in file order; chunks of an edited tensor hold whole rows."""
     position, size = 0, os.path.getsize(path)
     for tensor in (t for t in tensors if t.name in edited):
@@ -197,11 +197,11 @@ def _rewrite(
     """Copy one file with its targets scaled. Returns SHA-256 of what was read and of what was written."""
     digests = TwoDigests(pool)
     with open_input(shard.path) as file:
-        for tensor, start, end in _chunks(shard.path, shard.tensors, targets):
+        for tensor, start, end in chunks(shard.path, shard.tensors, targets):
             old = file.read(end - start)
             if len(old) != end - start:
                 raise CheckpointError(f"{shard.path} became shorter while it was read: start again")
-            new = old if tensor is None else _scaled(old, tensor, start, targets[tensor.name], undo)
+            new = old if tensor is None else scaled(old, tensor, start, targets[tensor.name], undo)
             digests.update(old, new)
             out.write(new)
             if progress:
@@ -228,7 +228,7 @@ def _place(raw: bytes, tensor: TensorInfo, start: int, target: Target) -> tuple[
     return rows, (row[inside] - first, *between, index[inside]), inside
 
 
-def _scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: dict) -> bytes:
+def scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: dict) -> bytes:
     """Scale the target's neurons in a chunk of whole rows, and keep what was there in `undo`."""
     rows, where, kept = _place(raw, tensor, start, target)
     old = rows[where]
@@ -262,7 +262,8 @@ def _write_undo(path: Path, undo: dict, checkpoint: Checkpoint) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with open_input(path) as file:
         while chunk := file.read(CHUNK):
@@ -321,7 +322,7 @@ def revert(
         raise CheckpointError(f"{Path(baked_dir) / MANIFEST} was changed after baking: the base is not certain")
     forbid_overlap(checkpoint.path, Path(out_dir))
     undo_path = checkpoint.path / UNDO
-    if not undo_path.is_file() or _hash(undo_path) != manifest["undo"]:
+    if not undo_path.is_file() or file_hash(undo_path) != manifest["undo"]:
         raise CheckpointError(f"{undo_path} is missing or was changed: the base cannot be restored from it")
     targets = plan(checkpoint, Edit.from_dict({**manifest["edit"], "base": None}))
     originals = _originals(undo_path, targets, checkpoint)
@@ -361,7 +362,7 @@ def _restore(
     """Copy one file with the originals [D, k] or [k, …] put back. Returns its SHA-256."""
     digest = hashlib.sha256()
     with open_input(shard.path) as file, open(out, "wb") as sink:
-        for tensor, start, end in _chunks(shard.path, shard.tensors, targets):
+        for tensor, start, end in chunks(shard.path, shard.tensors, targets):
             data = file.read(end - start)
             if tensor is not None:
                 rows, where, kept = _place(data, tensor, start, targets[tensor.name])

@@ -16,7 +16,7 @@ from .card import base_metadata, notices
 from .checkpoint import MANIFEST, UNDO, Checkpoint, is_weights
 from .client import TIMEOUT, talking
 from .errors import CheckpointError, OutputError, ProofError
-from .folding import _hash, is_sealed, read_manifest
+from .folding import file_hash, is_sealed, read_manifest
 from .progress import say
 
 Progress = Callable[[int], None]  # called with the number of bytes checked since the last call
@@ -91,11 +91,11 @@ def _checked(directory: Path, manifest: dict, progress: Progress | None) -> dict
     for name, digest in known.items():
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory}/{name} is missing: bake again")
-        if _hash(directory / name) != digest:
+        if file_hash(directory / name) != digest:
             raise CheckpointError(f"{directory}/{name} was changed after baking: bake again, and push the result")
         if progress:
             progress((directory / name).stat().st_size)
-    return dict(sorted((known | {MANIFEST: _hash(directory / MANIFEST)}).items()))
+    return dict(sorted((known | {MANIFEST: file_hash(directory / MANIFEST)}).items()))
 
 
 def _metadata(directory: Path) -> dict:

@@ -66,9 +66,9 @@ def locate(source: str, out: str | Path, settings: Settings | None = None) -> Sc
 
 
 def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings) -> Scores | None:
+    from .models import foreign, load_tokenizer
     from .prompts import answer_tokens, encode
     from .scores import ScoresWriter, load_scores
-    from .verification import foreign, load_tokenizer
 
     asked = recipe.ask(settings.questions)
     places = slots(checkpoint.shapes, checkpoint.config, settings.site)
@@ -129,8 +129,8 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     """The model in memory, or its layers one by one where it does not fit."""
     import torch
 
+    from .models import load_model
     from .streaming import Streamed
-    from .verification import load_model
 
     dtype = getattr(torch, settings.dtype)
     budget = memory.parse(settings.memory) if settings.memory else memory.SHARE * memory.available() / LOCAL_SIZE
@@ -300,7 +300,7 @@ def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> dict:
     import torch
 
     from .evaluation import effect
-    from .verification import load_model, load_tokenizer
+    from .models import load_model, load_tokenizer
 
     neurons = [end(found) for _, found in sorted(slots(checkpoint.shapes, checkpoint.config, edit.site).items())]
     model = load_model(checkpoint.path, torch.float32)

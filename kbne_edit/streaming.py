@@ -28,8 +28,8 @@ from .checkpoint import Checkpoint
 from .errors import CheckpointError, InputError
 from .families import decoder_layers, family_of, num_neurons
 from .memory import OVERHEAD, in_memory
+from .models import foreign, load_config, model_class, quiet
 from .progress import progress, say
-from .verification import foreign, load_config, model_class, quiet
 
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 

@@ -8,9 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,11 +17,12 @@ import numpy as np
 
 from .checkpoint import MANIFEST, UNDO, Checkpoint, Shard, from_float, read_array, storage, to_float
 from .edit import Edit
-from .errors import CheckpointError, FamilyError, KbneError, short
-from .families import SITES, by_neuron, slots, text_part
+from .errors import CheckpointError, FamilyError
+from .families import SITES, by_neuron, slots
 from .files import open_input
-from .folding import Progress, Target, TwoDigests, _chunks, _hash, _scaled, base_names, is_sealed, plan, read_manifest
+from .folding import Progress, Target, TwoDigests, base_names, chunks, file_hash, is_sealed, plan, read_manifest, scaled
 from .memory import SHARE, available, in_memory
+from .models import foreign, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -133,11 +132,11 @@ def _compare_files(
     name = new.path.name
     with open_input(old.path) as a, open_input(new.path) as b, ThreadPoolExecutor(2) as pool:
         digests = TwoDigests(pool)
-        for tensor, start, end in _chunks(old.path, old.tensors, targets):
+        for tensor, start, end in chunks(old.path, old.tensors, targets):
             before, after = a.read(end - start), b.read(end - start)
             if rehash:
                 digests.update(before, before if before == after else after)
-            expected = before if tensor is None else _scaled(before, tensor, start, targets[tensor.name], {})
+            expected = before if tensor is None else scaled(before, tensor, start, targets[tensor.name], {})
             if expected != after and not (manifest is None and end <= old.data_start):
                 what = tensor.name if tensor else _tensor_at(old, start, before, after)
                 report.faults.append(f"{name}: {what} is not what the edit gives")
@@ -176,7 +175,7 @@ def _compare_shards(old: dict, new: dict, targets, report: Report, progress: Pro
             continue
         before, after = _raw(shard, a), _raw(other, b)
         if name in targets:
-            before = _scaled(before, a, a.start, targets[name], {})
+            before = scaled(before, a, a.start, targets[name], {})
         if before != after:
             report.faults.append(f"{name} is not what the edit gives")
         if progress:
@@ -200,7 +199,7 @@ def _compare_others(base: Checkpoint, baked: Checkpoint, manifest: dict | None, 
     for name in sorted(old ^ new):
         report.faults.append(f"file {name} is {'missing' if name in old else 'new'}")
     for name in sorted(old & new):
-        before, after = _hash(base.path / name), _hash(baked.path / origins[name])
+        before, after = file_hash(base.path / name), file_hash(baked.path / origins[name])
         if before != after:
             report.faults.append(f"file {origins[name]} differs")
         elif manifest:
@@ -208,12 +207,12 @@ def _compare_others(base: Checkpoint, baked: Checkpoint, manifest: dict | None, 
         report.files += 1
     present = {*names, *(shard.path.name for shard in baked.shards)}
     for name, hashes in (manifest["files"] if manifest else {}).items():
-        if hashes["in"] is None and (name not in names or _hash(baked.path / name) != hashes["out"]):
+        if hashes["in"] is None and (name not in names or file_hash(baked.path / name) != hashes["out"]):
             report.faults.append(f"file {name} is missing or was changed after baking")
         elif name not in present and hashes.get("base", name) not in old:  # those that the base has were named above
             report.faults.append(f"the manifest names a file that is not there: {name}")
     undo = baked.path / UNDO
-    if manifest and (not undo.is_file() or _hash(undo) != manifest["undo"]):
+    if manifest and (not undo.is_file() or file_hash(undo) != manifest["undo"]):
         report.faults.append(f"{UNDO} is missing or was changed")
     if not manifest and undo.exists():
         report.faults.append(f"{UNDO} is there without {MANIFEST}: the manifest was removed")
@@ -288,76 +287,6 @@ def behaviour_proof(base: Checkpoint, baked: Checkpoint, edit: Edit) -> list[dic
     stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
     own = stored[base.tensors[next(iter(plan(base, edit)))][1].dtype]
     return [_whole_model(base, baked, edit, dtype, own) for dtype in dict.fromkeys((torch.float32, own))]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No chatter of transformers while it loads a model."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def foreign(path: Path) -> Iterator[None]:
-    """Around transformers at work on files from outside: whatever it stumbles over becomes a CheckpointError.
-
-    Such files can make it raise nearly anything, so this is the one place that catches everything.
-    """
-    try:
-        with quiet():
-            yield
-    except (KbneError, MemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointError(f"transformers cannot use {path}: {short(error)}") from error
-
-
-def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
-    """The causal model of a directory, by plain transformers. Never runs code from the checkpoint.
-
-    Raises CheckpointError.
-    """
-    spread = {"device_map": "auto"} if device == "auto" else {}
-    with foreign(path):
-        config = load_config(path)
-        # experts: the hooks run them one by one, as "eager" does; other kernels add in another order.
-        model = model_class(config).from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False,
-            experts_implementation="eager", **spread,
-        )  # fmt: skip
-        model = model.eval().requires_grad_(False)
-        return model if spread else model.to(device)
-
-
-def load_config(path: Path):
-    """transformers' configuration of a directory. Never runs code from it."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-
-
-def model_class(config):
-    """transformers' class that has a language model's head for this configuration; of multimodal models, theirs."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText if text_part(config.to_dict()) else AutoModelForCausalLM
-
-
-def load_tokenizer(path: Path):
-    """The tokenizer of a directory. Never runs code from it. Raises CheckpointError."""
-    from transformers import AutoTokenizer
-
-    with foreign(path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _probes(base: Checkpoint) -> list[list[int]]:

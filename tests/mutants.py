@@ -447,10 +447,10 @@ def spoil_meta(rng, data):
 def reseal(baked):
     """Make the manifest's own hash, and that of the undo file, right again."""
     from kbne_edit.checkpoint import MANIFEST, UNDO
-    from kbne_edit.folding import _hash, write_manifest
+    from kbne_edit.folding import file_hash, write_manifest
 
     try:
         manifest = json.loads((baked / MANIFEST).read_text())
-        write_manifest(baked, {**manifest, "undo": _hash(baked / UNDO) if manifest["undo"] else 0})
+        write_manifest(baked, {**manifest, "undo": file_hash(baked / UNDO) if manifest["undo"] else 0})
     except (ValueError, TypeError, KeyError, RecursionError):
         pass  # no longer a manifest
