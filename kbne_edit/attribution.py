@@ -172,7 +172,7 @@ Wanted = list[tuple[Prompt, dict[int, Nodes]]]
 
 def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted) -> list[dict[int, Found]]:
     """`sweep`, with half as many rows at once wherever a device runs out of memory."""
-    rows = sum(len(nodes.values) + len(nodes.edges) for _, request in wanted for nodes in request.values())
+    rows = sum(nodes.count for _, request in wanted for nodes in request.values())
     divisible = any(len(request) > 1 for _, request in wanted)
     if rows <= layers.max_rows or not divisible:
         try:

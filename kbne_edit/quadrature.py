@@ -28,7 +28,8 @@ class Nodes(NamedTuple):
     values: Tensor
     edges: Tensor
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         return len(self.values) + len(self.edges)
 
 

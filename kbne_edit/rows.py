@@ -110,14 +110,15 @@ class Rows:
         """Append the rows of layer `index`, if any, and go through it."""
         nodes, start = self.nodes.get(index), 0 if self._hidden is None else len(self._hidden)
         if nodes is not None:
-            own = self.prompt.base[index].expand(len(nodes), -1, -1)
+            own = self.prompt.base[index].expand(nodes.count, -1, -1)
             self._hidden = own if self._hidden is None else torch.cat([self._hidden.to(own.device), own])
             self._wanted += range(start, start + len(nodes.values))
         if self._hidden is None:
             return
         gammas = torch.cat(nodes) if nodes is not None else None
         if self._keep:
-            self._held[index] = held = self._run(index, layer, self._hidden, start, gammas)
+            with torch.enable_grad():
+                self._held[index] = held = self._run(index, layer, self._hidden, start, gammas)
             self._hidden = held.output.detach()
             return
         wanted = [r for r in self._wanted if r < start]
@@ -174,7 +175,7 @@ class Rows:
         found = torch.autograd.grad(held.output, leaves + inputs, self._gradient.to(held.output.device))
         if nodes is not None:
             self.found[index] = self.found[index]._replace(gradient=self._gathered(held, found, len(nodes.values)))
-        own = 0 if nodes is None else len(nodes) if self._keep else len(nodes.values)
+        own = 0 if nodes is None else nodes.count if self._keep else len(nodes.values)
         self._gradient = found[-1][: len(held.input) - own] if inputs else None
 
     def _gathered(self, held: _Held, found: Sequence[Tensor], count: int) -> Tensor:
