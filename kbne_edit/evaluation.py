@@ -1,25 +1,42 @@
-"""What an edit does to a stereotyped preference, beside random neurons of the same number and layers.
+"""What an edit does, beside its controls: `effect` on the recipe's probes (for `bake`), `evaluate` on benchmarks.
 
 m = mean log-probability per token of the stereotyped sentence minus that of the anti-stereotyped one. Items are paired
 before and after; intervals are 95 % bootstrap intervals over items (percentile, seeded).
+
+An effect is about bias only if it goes beyond what else could have made it: as many random neurons, neurons found with
+questions that have nothing to do with bias, the same neurons turned down instead of up, and a mere flattening of the
+model's distribution (a temperature with the same KL from the base on neutral text).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .checkpoint import Checkpoint
 from .edit import Edit
+from .errors import InputError, ScoresError
+from .families import slots
+from .folding import plan, read_manifest
 from .hooks import hooked
-from .recipe import Probe
+from .progress import progress, say
+from .recipe import Probe, load_recipe
+from .source import resolved
+from .statistics import change, holm, interval, mcnemar, permutation
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from .tasks import Benchmark, Figure
+
 RANDOM_DRAWS = 5
-_RESAMPLES = 2000
+_ALPHA = 0.05  # of the whole report, shared out by Holm
 
 
 def margins(model: nn.Module, tokenizer, probes: Sequence[Probe]) -> np.ndarray:
@@ -64,11 +81,11 @@ def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neu
         "stereotype_share": [float((m > 0).mean()) for m in (before, after)],
         "mean_margin": [float(before.mean()), float(after.mean())],
         "mean_abs_margin": [float(np.abs(before).mean()), float(np.abs(after).mean())],
-        "change_abs": _interval(np.abs(after) - np.abs(before)),
-        "change_signed": _interval(after - before),
-        "random_change_abs": _interval(np.mean([np.abs(d) for d in draws], 0) - np.abs(before)),
+        "change_abs": interval(np.abs(after) - np.abs(before)),
+        "change_signed": interval(after - before),
+        "random_change_abs": interval(np.mean([np.abs(d) for d in draws], 0) - np.abs(before)),
         "random_draws": RANDOM_DRAWS,
-        "versus_random": _interval(np.abs(after) - np.mean([np.abs(d) for d in draws], 0)),
+        "versus_random": interval(np.abs(after) - np.mean([np.abs(d) for d in draws], 0)),
     }
     low, high = result["versus_random"][1:]
     result["found"] = (
@@ -79,8 +96,218 @@ def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neu
     return result
 
 
-def _interval(values: np.ndarray) -> list[float]:
-    """[mean, low, high], 95 % by bootstrap over items."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (_RESAMPLES, len(values)))].mean(1)
-    return [float(values.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975]))]
+# -------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def evaluate(
+    source: str,
+    *,
+    edit: Edit | None = None,
+    baked: str | Path | None = None,
+    tasks: Sequence[str] | None = None,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    recipe: str | Path | None = None,
+    scores: str | Path | None = None,
+    draws: int = 3,
+    margin: float = 5.0,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> dict:
+    """Figures of the base, of the edit and of its controls on the same items, and what can be said about them.
+
+    edit: by hooks; baked: a directory instead, whose edit (from its manifest) the controls are made of; neither: the
+    base alone. tasks: names (None: all that there are data for); data: a folder with their files (None: from the Hub);
+    limit: items of each. recipe: of the questions. scores: a scores file, for the control neurons. draws: of random
+    neurons. margin: in points of accuracy, the loss that a capability must exclude.
+    Raises InputError and its kin, also where lm-eval is not installed.
+    """
+    from .tasks import benchmarks
+
+    if edit and baked:
+        raise InputError("evaluate takes an edit or a baked directory, not both")
+    with resolved(source, say) as found:
+        checkpoint = Checkpoint.open(found.path)
+        if baked:
+            edit = _edit_of(Path(baked))
+        others = _controls(edit, checkpoint, draws, scores) if edit else {}
+        asked = load_recipe(recipe or found.recipe)
+        load = partial(benchmarks, tasks, Path(data) if data else None, limit, asked)
+        marks, runs, heat = _runs(checkpoint, edit, baked, others, load, device, dtype)
+    report = {
+        "model": found.id, "commit": found.commit, "recipe": asked.name, "limit": limit, "margin": margin,
+        "edit": edit and {"site": edit.site, "neurons": edit.num_neurons, "factors": edit.distinct_factors,
+                          "how": str(baked) if baked else "hooks"},
+        "controls": {name: control.num_neurons for name, control in others.items()}, "temperature": heat,
+    }  # fmt: skip
+    return report | _report(marks, runs, margin)
+
+
+def _edit_of(baked: Path) -> Edit:
+    manifest = read_manifest(baked)
+    if manifest is None:
+        raise InputError(f"{baked} has no manifest, so its controls cannot be made: give its edit with --edit instead")
+    return Edit.from_dict(manifest["edit"])
+
+
+def _controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: str | Path | None) -> dict[str, Edit]:
+    """Edits that an edit about bias must outdo. Raises EditError if the edit does not fit the model."""
+    plan(checkpoint, edit)
+    neurons = slots(checkpoint.shapes, checkpoint.config, edit.site)[0][0].neurons
+    found = {f"random {seed + 1}": random_edit(edit, neurons, seed) for seed in range(draws)}
+    if scores:
+        found["control questions"] = _by_controls(edit, checkpoint, scores)
+    inverse = {la: {n: 1 / f for n, f in ns.items() if f} for la, ns in edit.factors.items()}
+    return found | {"inverse factor": Edit(edit.site, inverse)}
+
+
+def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
+    """Neurons that the controls select by the rule of the edit, with its (most frequent) factor."""
+    from .scores import load_scores
+    from .selection import selection
+
+    scores = load_scores(path)
+    if (scores.base, scores.site) != (checkpoint.fingerprint(), edit.site):
+        raise ScoresError(f"{path} was made for another model or site than the edit: locate again")
+    rule = {k: v for k, v in edit.found.get("select", {}).items() if k in ("rule", "tau", "beta", "combine")}
+    mask = selection(scores, **rule).controls
+    if mask is None or not mask.any():
+        raise ScoresError(f"{path} has no control questions that select a neuron: leave --scores out")
+    every = [factor for factors in edit.factors.values() for factor in factors.values()]
+    factor = max(edit.distinct_factors, key=every.count)
+    chosen: dict[int, dict[int, float]] = {}
+    for layer, neuron in np.argwhere(mask).tolist():
+        chosen.setdefault(layer, {})[neuron] = factor
+    return Edit(edit.site, chosen)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one model gave: columns [n, k] of each task, and of the neutral texts."""
+
+    columns: dict[str, np.ndarray]
+    neutral: np.ndarray
+
+
+def _runs(checkpoint, edit, baked, others: dict[str, Edit], load, device: str, dtype: str):
+    """(benchmarks, {name: run}, temperature). One model in memory at a time; a baked directory comes first."""
+    import torch
+
+    from . import neutral
+    from .scoring import Scorer
+    from .verification import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint.path)
+    scorer = Scorer(load_model(baked or checkpoint.path, getattr(torch, dtype), device), tokenizer)
+    marks, texts = load(scorer, tokenizer), neutral.rows(scorer)
+
+    def measured(name: str, change: Edit | None = None) -> tuple[dict, torch.Tensor]:
+        with hooked(scorer.model, change) if change else nullcontext():
+            return _answers(scorer, marks, name), neutral.logits(scorer, texts)
+
+    edited = measured("edit", None if baked else edit) if edit else None
+    if baked:
+        del scorer
+        scorer = Scorer(load_model(checkpoint.path, getattr(torch, dtype), device), tokenizer)
+    columns, base = measured("base")
+    runs = {"base": _Run(columns, neutral.columns(texts, base, base))}
+    if not edit:
+        return marks, runs, None
+    runs["edit"] = _Run(edited[0], neutral.columns(texts, edited[1], base))
+    for name, control in others.items():
+        columns, logits = measured(name, control)
+        runs[name] = _Run(columns, neutral.columns(texts, logits, base))
+    heat = neutral.temperature(base, float(neutral.KL.of(runs["edit"].neutral.mean(0))))
+    if heat:
+        scorer.temperature = heat
+        columns, logits = measured("flattened")
+        runs["flattened"] = _Run(columns, neutral.columns(texts, logits, base))
+    return marks, runs, heat
+
+
+def _answers(scorer, marks: list[Benchmark], name: str) -> dict[str, np.ndarray]:
+    """Columns of each task. All tasks are scored in one go, so that like lengths meet in a batch."""
+    pairs = [pair for mark in marks for pair in mark.pairs]
+    with progress(f"evaluate: {name}", len(pairs), "request") as update:
+        answers = iter(scorer.score(pairs, update))
+    return {mark.name: mark.columns([next(answers) for _ in mark.pairs]) for mark in marks}
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def _report(marks: list[Benchmark], runs: dict[str, _Run], margin: float) -> dict:
+    """Every figure for every run; for the edit also changes, tests and verdicts."""
+    from . import neutral
+
+    tasks = {mark.name: _task_report(mark, runs, margin) for mark in marks}
+    tested = [entry for task in tasks.values() for entry in task["figures"].values() if "p" in entry]
+    for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
+        entry["p_holm"] = p
+        entry["verdict"] = _verdict(entry)
+    text = {
+        figure.name: {name: interval(run.neutral, figure.of) for name, run in runs.items()}
+        for figure in (neutral.PERPLEXITY, neutral.KL)
+    }
+    return {"comparisons": len(tested), "tasks": tasks, "neutral": {"texts": len(neutral.TEXTS)} | text}
+
+
+def _task_report(mark: Benchmark, runs: dict[str, _Run], margin: float) -> dict:
+    columns = {name: run.columns[mark.name] for name, run in runs.items()}
+    figures = {figure.name: _figure_report(figure, columns) for figure in mark.figures}
+    groups = {}
+    for group in sorted({*mark.groups} - {""}) if len({*mark.groups}) > 1 else []:
+        chosen = np.array([g == group for g in mark.groups])
+        of_group = {name: columns[name][chosen] for name in ("base", "edit") if name in columns}
+        groups[group] = {"items": int(chosen.sum())} | {f.name: _values(f, of_group) for f in mark.figures}
+    if mark.kind == "capability" and "edit" in columns:
+        lowest = figures["accuracy"]["change"][1]
+        figures["accuracy"]["non_inferior"] = {"margin": margin, "lowest": lowest, "shown": lowest > -margin}
+    return {"kind": mark.kind, "items": len(mark.sizes), "figures": figures, "groups": groups}
+
+
+def _values(figure: Figure, columns: dict[str, np.ndarray]) -> dict:
+    """Value of each run, and the change from base to edit with its interval."""
+    found: dict = {name: float(figure.of(values.mean(0))) for name, values in columns.items()}
+    if "edit" in columns:
+        found["change"] = change([columns["base"]], [columns["edit"]], figure.of)
+    return found
+
+
+def _figure_report(figure: Figure, columns: dict[str, np.ndarray]) -> dict:
+    """`_values`, the changes by the controls, how far the edit goes beyond each, and the p of the edit's change.
+
+    beyond: [d, low, high], d = the edit's distance from the ideal less the control's: below 0, the edit is nearer.
+    """
+    found = _values(figure, columns)
+    if "edit" not in columns or figure.ideal is None or not np.isfinite([found["base"], found["edit"]]).all():
+        return found
+    before, after = columns["base"], columns["edit"]
+    draws = [values for name, values in columns.items() if name.startswith("random ")]
+    controls = {"random neurons": draws} if draws else {}
+    controls |= {n: [v] for n, v in columns.items() if n not in ("base", "edit") and not n.startswith("random ")}
+
+    def distance(means: np.ndarray) -> np.ndarray:
+        return np.abs(figure.of(means) - figure.ideal)
+
+    found["ideal"] = figure.ideal
+    found["controls"] = {name: change([before], values, figure.of) for name, values in controls.items()}
+    found["beyond"] = {name: change(values, [after], distance) for name, values in controls.items()}
+    if figure.binary is not None:
+        found["p"] = mcnemar(before[:, figure.binary], after[:, figure.binary])
+    else:
+        found["p"] = permutation(before, after, figure.of)
+    return found
+
+
+def _verdict(entry: dict) -> str:
+    """One line on a tested figure."""
+    if entry["p_holm"] >= _ALPHA:
+        return "no effect found"
+    ideal = entry["ideal"]
+    nearer = abs(entry["edit"] - ideal) < abs(entry["base"] - ideal)
+    better, worse = ("better", "worse") if ideal == 100 else ("less bias", "more bias")
+    same = [name for name, (_, low, high) in entry["beyond"].items() if (high >= 0 if nearer else low <= 0)]
+    if same:
+        return f"{better if nearer else worse}, but not beyond {', '.join(same)}"
+    return f"{better if nearer else worse}, beyond every control"

@@ -16,6 +16,7 @@ _COMMANDS = {
     "select": "choose neurons from a scores file (no model needed)",
     "verify": "prove that a directory is its base with an edit",
     "revert": "restore the base from a baked directory alone",
+    "evaluate": "measure an edit on benchmarks, beside its controls",
     "recipes": "list, show or check recipes",
 }
 
