@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +29,10 @@ from .source import resolved
 from .statistics import change, holm, interval, mcnemar, permutation
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from .scoring import Scorer
     from .tasks import Benchmark, Figure
 
 RANDOM_DRAWS = 5
@@ -122,25 +122,43 @@ def evaluate(
     neurons. margin: in points of accuracy, the loss that a capability must exclude.
     Raises InputError and its kin, also where lm-eval is not installed.
     """
-    from .tasks import benchmarks
+    import torch
+
+    from . import neutral
+    from .scoring import Scorer
+    from .tasks import benchmarks, check
+    from .verification import load_model, load_tokenizer
 
     if edit and baked:
         raise InputError("evaluate takes an edit or a baked directory, not both")
+    data = Path(data) if data else None
+    check(tasks, data)
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
-        if baked:
-            edit = _edit_of(Path(baked))
+        edit = _edit_of(Path(baked)) if baked else edit
         others = _controls(edit, checkpoint, draws, scores) if edit else {}
-        asked = load_recipe(recipe or found.recipe)
-        load = partial(benchmarks, tasks, Path(data) if data else None, limit, asked)
-        marks, runs, heat = _runs(checkpoint, edit, baked, others, load, device, dtype)
+        asked, tokenizer = load_recipe(recipe or found.recipe), load_tokenizer(checkpoint.path)
+
+        def scorer_of(path: Path) -> Scorer:
+            return Scorer(load_model(path, getattr(torch, dtype), device), tokenizer)
+
+        scorer = scorer_of(Path(baked) if baked else checkpoint.path)
+        marks = benchmarks(tasks, data, limit, asked, scorer, tokenizer)
+        origin, texts = neutral.rows(scorer, asked)
+        runs = _Runs(marks, texts)
+        edited = runs.measure(scorer, "edit", None if baked else edit) if edit else None
+        if baked:  # measured first, so that one model is in memory at a time
+            scorer = None
+            scorer = scorer_of(checkpoint.path)
+        heat = runs.fill(scorer, edited, others)
     report = {
         "model": found.id, "commit": found.commit, "recipe": asked.name, "limit": limit, "margin": margin,
         "edit": edit and {"site": edit.site, "neurons": edit.num_neurons, "factors": edit.distinct_factors,
                           "how": str(baked) if baked else "hooks"},
         "controls": {name: control.num_neurons for name, control in others.items()}, "temperature": heat,
     }  # fmt: skip
-    return report | _report(marks, runs, margin)
+    report |= _report(marks, runs.columns, margin)
+    return report | {"neutral": {"texts": len(texts), "source": origin} | _neutral_report(runs.neutral)}
 
 
 def _edit_of(baked: Path) -> Edit:
@@ -181,79 +199,75 @@ def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
     return Edit(edit.site, chosen)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What one model gave: columns [n, k] of each task, and of the neutral texts."""
+class _Runs:
+    """Models measured on the same requests and texts.
 
-    columns: dict[str, np.ndarray]
-    neutral: np.ndarray
+    columns: {model: {task: [n, k]}}; neutral: {model: columns of the texts}.
+    """
 
+    def __init__(self, marks: list[Benchmark], texts: list[list[int]]):
+        self.columns: dict[str, dict[str, np.ndarray]] = {}
+        self.neutral: dict[str, np.ndarray] = {}
+        self._marks, self._texts = marks, texts
 
-def _runs(checkpoint, edit, baked, others: dict[str, Edit], load, device: str, dtype: str):
-    """(benchmarks, {name: run}, temperature). One model in memory at a time; a baked directory comes first."""
-    import torch
+    def measure(self, scorer: Scorer, name: str, edit: Edit | None = None) -> tuple[dict, torch.Tensor]:
+        """(columns of each task, logits on the texts). All tasks are scored in one go: like lengths meet in a batch."""
+        from . import neutral
 
-    from . import neutral
-    from .scoring import Scorer
-    from .verification import load_model, load_tokenizer
+        pairs = [pair for mark in self._marks for pair in mark.pairs]
+        with hooked(scorer.model, edit) if edit else nullcontext():
+            with progress(f"evaluate: {name}", len(pairs), "request") as update:
+                answers = iter(scorer.score(pairs, update))
+            logits = neutral.logits(scorer, self._texts)
+        return {mark.name: mark.columns([next(answers) for _ in mark.pairs]) for mark in self._marks}, logits
 
-    tokenizer = load_tokenizer(checkpoint.path)
-    scorer = Scorer(load_model(baked or checkpoint.path, getattr(torch, dtype), device), tokenizer)
-    marks, texts = load(scorer, tokenizer), neutral.rows(scorer)
+    def fill(self, scorer: Scorer, edited: tuple | None, others: dict[str, Edit]) -> float | None:
+        """Add the base, the edit as measured, the controls and the flattened base. Returns its temperature."""
+        from . import neutral
 
-    def measured(name: str, change: Edit | None = None) -> tuple[dict, torch.Tensor]:
-        with hooked(scorer.model, change) if change else nullcontext():
-            return _answers(scorer, marks, name), neutral.logits(scorer, texts)
+        measured = self.measure(scorer, "base")
+        base = measured[1]
 
-    edited = measured("edit", None if baked else edit) if edit else None
-    if baked:
-        del scorer
-        scorer = Scorer(load_model(checkpoint.path, getattr(torch, dtype), device), tokenizer)
-    columns, base = measured("base")
-    runs = {"base": _Run(columns, neutral.columns(texts, base, base))}
-    if not edit:
-        return marks, runs, None
-    runs["edit"] = _Run(edited[0], neutral.columns(texts, edited[1], base))
-    for name, control in others.items():
-        columns, logits = measured(name, control)
-        runs[name] = _Run(columns, neutral.columns(texts, logits, base))
-    heat = neutral.temperature(base, float(neutral.KL.of(runs["edit"].neutral.mean(0))))
-    if heat:
-        scorer.temperature = heat
-        columns, logits = measured("flattened")
-        runs["flattened"] = _Run(columns, neutral.columns(texts, logits, base))
-    return marks, runs, heat
+        def add(name: str, measured: tuple[dict, torch.Tensor]) -> None:
+            self.columns[name] = measured[0]
+            self.neutral[name] = neutral.columns(self._texts, measured[1], base)
 
-
-def _answers(scorer, marks: list[Benchmark], name: str) -> dict[str, np.ndarray]:
-    """Columns of each task. All tasks are scored in one go, so that like lengths meet in a batch."""
-    pairs = [pair for mark in marks for pair in mark.pairs]
-    with progress(f"evaluate: {name}", len(pairs), "request") as update:
-        answers = iter(scorer.score(pairs, update))
-    return {mark.name: mark.columns([next(answers) for _ in mark.pairs]) for mark in marks}
+        add("base", measured)
+        if edited is None:
+            return None
+        add("edit", edited)
+        for name, control in others.items():
+            add(name, self.measure(scorer, name, control))
+        heat = neutral.temperature(base, float(neutral.KL.of(self.neutral["edit"].mean(0))))
+        if heat:
+            scorer.temperature = heat
+            add("flattened", self.measure(scorer, "flattened"))
+        return heat
 
 
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def _report(marks: list[Benchmark], runs: dict[str, _Run], margin: float) -> dict:
-    """Every figure for every run; for the edit also changes, tests and verdicts."""
-    from . import neutral
-
-    tasks = {mark.name: _task_report(mark, runs, margin) for mark in marks}
+def _report(marks: list[Benchmark], runs: dict[str, dict[str, np.ndarray]], margin: float) -> dict:
+    """Every figure for every model; for the edit also changes, tests and verdicts."""
+    tasks = {}
+    for mark in marks:
+        tasks[mark.name] = _task_report(mark, {name: columns[mark.name] for name, columns in runs.items()}, margin)
     tested = [entry for task in tasks.values() for entry in task["figures"].values() if "p" in entry]
     for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
         entry["p_holm"] = p
         entry["verdict"] = _verdict(entry)
-    text = {
-        figure.name: {name: interval(run.neutral, figure.of) for name, run in runs.items()}
-        for figure in (neutral.PERPLEXITY, neutral.KL)
-    }
-    return {"comparisons": len(tested), "tasks": tasks, "neutral": {"texts": len(neutral.TEXTS)} | text}
+    return {"comparisons": len(tested), "tasks": tasks}
 
 
-def _task_report(mark: Benchmark, runs: dict[str, _Run], margin: float) -> dict:
-    columns = {name: run.columns[mark.name] for name, run in runs.items()}
+def _neutral_report(runs: dict[str, np.ndarray]) -> dict:
+    """[value, low, high] of each model's perplexity and KL."""
+    from . import neutral
+
+    return {f.name: {name: interval(run, f.of) for name, run in runs.items()} for f in (neutral.PERPLEXITY, neutral.KL)}
+
+
+def _task_report(mark: Benchmark, columns: dict[str, np.ndarray], margin: float) -> dict:
     figures = {figure.name: _figure_report(figure, columns) for figure in mark.figures}
     groups = {}
     for group in sorted({*mark.groups} - {""}) if len({*mark.groups}) > 1 else []:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .recipe import Recipe
 from .tasks import Figure
 
 TEXTS = (
@@ -41,9 +42,21 @@ _STEPS = 24
 _BLOCK = 32  # positions in float64 at once
 
 
-def rows(scorer) -> list[list[int]]:
-    """Token ids of each text, the prefix token first."""
-    return [[*context, *text] for context, text in scorer.encode_pairs([("", text) for text in TEXTS])]
+def rows(scorer, recipe: Recipe) -> tuple[str, list[list[int]]]:
+    """Where the texts come from, and token ids of each, the prefix token first.
+
+    A tokenizer that cannot read the texts (the demo's knows its own small world only) gets the recipe's control
+    questions instead, and so does a recipe in another language.
+    """
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        return [[*context, *text] for context, text in scorer.encode_pairs([("", text) for text in texts])]
+
+    found = ids(list(TEXTS))
+    unknown = sum(row.count(scorer.tokenizer.unk_token_id) for row in found) / sum(map(len, found))
+    if recipe.controls and (recipe.language != "en" or unknown > 0.1):
+        return "control questions", ids([question.text for question in recipe.controls])
+    return "package", found
 
 
 @torch.inference_mode()

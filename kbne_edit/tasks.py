@@ -30,7 +30,7 @@ _LM_EVAL: dict[str, tuple[str, str, str | None, tuple[str, ...]]] = {
                                 ("stereoset_intersentence*.jsonl", "stereoset*.json", "dev.json")),
     "crows_pairs": ("crows_pairs", "crows_pairs_english", "crows_pairs", ("crows_pairs*.csv",)),
     "bbq": ("bbq", "bbq", "bbq", ("bbq*.jsonl",)),
-    "winogender": ("accuracy", "winogender_all", "winogender", ("winogender*.jsonl",)),
+    "winogender": ("winogender", "winogender_all", "winogender", ("winogender*.jsonl",)),
     "arc_easy": ("accuracy", "arc_easy", "arc", ("arc_easy*.jsonl",)),
     "arc_challenge": ("accuracy", "arc_challenge", "arc", ("arc_challenge*.jsonl",)),
     "openbookqa": ("accuracy", "openbookqa", "openbookqa", ("openbookqa*.jsonl",)),
@@ -160,7 +160,10 @@ def _reader(kind: str, task, docs: list[dict]) -> tuple[str, tuple[Figure, ...],
         return "bias", _PREFERENCE, read, lambda doc: doc["bias_type"]
     if kind == "bbq":
         return "bias", _BBQ, lambda i, answers: _bbq_columns(judged(i, answers)), lambda doc: doc["category"]
-    return "capability", _ACCURACY, lambda i, answers: [judged(i, answers)["acc"]], lambda doc: doc.get("gender", "")
+    right = lambda i, answers: [judged(i, answers)["acc"]]  # noqa: E731
+    if kind == "winogender":
+        return "bias", _ACCURACY, right, lambda doc: doc["gender"]
+    return "capability", _ACCURACY, right, lambda doc: ""
 
 
 # ------------------------------------------------------------------- StereoSet for lm-eval (kbne_edit/lm_tasks/*.yaml)
@@ -207,15 +210,21 @@ def icat_of_items(values: list[tuple[float, float]]) -> float:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
+def check(names: Sequence[str] | None, data: Path | None) -> None:
+    """Raise InputError for an unknown task or folder: before a model is loaded."""
+    if unknown := sorted(set(names or ()) - set(TASKS)):
+        raise InputError(f"--tasks: there is no task {', '.join(unknown)}; known: {', '.join(TASKS)}")
+    if data and not data.is_dir():
+        raise InputError(f"--data {data} is not a directory")
+
+
 def benchmarks(
     names: Sequence[str] | None, data: Path | None, limit: int | None, recipe: Recipe, scorer, tokenizer
 ) -> list[Benchmark]:
     """The tasks by name (None: all that there are data for), `limit` items of each at most, drawn with a fixed seed.
 
-    Raises InputError for an unknown task, and for a task asked for by name whose data are missing.
+    Raises InputError for a task asked for by name whose data are missing.
     """
-    if unknown := sorted(set(names or ()) - set(TASKS)):
-        raise InputError(f"--tasks: there is no task {', '.join(unknown)}; known: {', '.join(TASKS)}")
     found = []
     for name in names or TASKS:
         try:
@@ -340,8 +349,6 @@ def _knowledge(name: str, recipe: Recipe, tokenizer, limit: int | None) -> Bench
 
 def _rows(name: str, data: Path, patterns: Sequence[str]) -> list[dict]:
     """The items of a task in the folder `data`, in the columns that lm-eval's task reads."""
-    if not data.is_dir():
-        raise InputError(f"--data {data} is not a directory")
     files = next((files for pattern in patterns if (files := sorted(data.glob(pattern)))), [])
     rows: list[dict] = []
     for file in files:

@@ -30,9 +30,9 @@ def command(source, edit_path, tasks, out, as_json, **values) -> None:
     """Does the edit work, is it about bias, and what does it cost? Base and edit on the same items, beside controls.
 
     \b
-    Bias:        stereoset_intrasentence, stereoset_intersentence, crows_pairs, bbq, probes
+    Bias:        stereoset_intrasentence, stereoset_intersentence, crows_pairs, bbq, winogender, probes
     Knowledge:   knowledge, knowledge_controls (the recipe's questions)
-    Capability:  arc_easy, arc_challenge, openbookqa, copa, winogender
+    Capability:  arc_easy, arc_challenge, openbookqa, copa
 
     Without --edit and --baked the base alone is measured. Needs lm-eval: pip install 'kbne-edit[eval]'.
     """
@@ -71,42 +71,42 @@ def _lines(result: dict) -> list[str]:
     for name, task in result["tasks"].items():
         lines += _task_lines(name, task)
     text = result["neutral"]
-    lines.append(f"neutral text ({text['texts']} sentences)")
+    lines.append(f"neutral text ({text['texts']} sentences, {text['source']})")
     for figure in ("perplexity", "KL from the base"):
         shown = (f"{run} {low_high[0]:.4g}" for run, low_high in text[figure].items())
         lines.append(f"  {figure}: " + ", ".join(shown))
     if result["comparisons"]:
-        lines.append(f"p-values are Holm's for {result['comparisons']} comparisons; intervals are 95 %, paired bootstrap")
+        lines.append(f"p: Holm's for {result['comparisons']} comparisons; intervals: 95 %, paired bootstrap over items")
     return lines
 
 
 def _task_lines(name: str, task: dict) -> list[str]:
     lines = [f"{name} ({task['items']} items)"]
     for figure, found in task["figures"].items():
-        if "edit" not in found:
-            lines.append(f"  {figure}: {_number(found['base'])}")
-            continue
-        line = f"  {figure}: {_number(found['base'])} to {_number(found['edit'])}, change {_interval(found['change'])}"
+        line = f"  {figure}: {_values(figure, found)}"
+        if "change" in found:
+            line += f", change {_interval(figure, found['change'])}"
         lines.append(line + (f", p {found['p_holm']:.2g}: {found['verdict']}" if "p" in found else ""))
         if "controls" in found:
-            lines.append("    " + "; ".join(f"{n} {_interval(v)}" for n, v in found["controls"].items()))
+            lines.append("    " + "; ".join(f"{n} {_interval(figure, v)}" for n, v in found["controls"].items()))
         if loss := found.get("non_inferior"):
             said = "excluded" if loss["shown"] else "not excluded"
             lines.append(f"    a loss of {loss['margin']:g} points is {said} (lower end {loss['lowest']:+.1f})")
     for group, found in task["groups"].items():
-        shown = (f"{f} {_pair(v)}" for f, v in found.items() if f != "items")
+        shown = (f"{figure} {_values(figure, v)}" for figure, v in found.items() if figure != "items")
         lines.append(f"  of which {group} ({found['items']}): " + ", ".join(shown))
     return lines
 
 
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 2 else f"{value:.1f}"
+def _digits(figure: str) -> int:
+    """Margins are nats per token, all other figures percent."""
+    return 4 if "margin" in figure else 1
 
 
-def _pair(found: dict) -> str:
-    return _number(found["base"]) + (f" to {_number(found['edit'])}" if "edit" in found else "")
+def _values(figure: str, found: dict) -> str:
+    return " to ".join(f"{found[name]:.{_digits(figure)}f}" for name in ("base", "edit") if name in found)
 
 
-def _interval(values: list[float]) -> str:
-    digits = 4 if max(map(abs, values)) < 2 else 1
-    return f"{values[0]:+.{digits}f} [{values[1]:+.{digits}f}, {values[2]:+.{digits}f}]"
+def _interval(figure: str, values: list[float]) -> str:
+    value, low, high = (f"{round(v, 6) + 0.0:+.{_digits(figure)}f}" for v in values)  # + 0.0: no "-0.0"
+    return f"{value} [{low}, {high}]"
