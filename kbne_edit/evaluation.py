@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint
 from .edit import Edit
 from .errors import InputError, ScoresError
 from .families import slots
-from .folding import plan, read_manifest
+from .folding import plan
 from .hooks import hooked
 from .progress import progress, say
 from .recipe import Probe, load_recipe
@@ -116,10 +116,10 @@ def evaluate(
 ) -> dict:
     """Figures of the base, of the edit and of its controls on the same items, and what can be said about them.
 
-    edit: by hooks; baked: a directory instead, whose edit (from its manifest) the controls are made of; neither: the
-    base alone. tasks: names (None: all that there are data for); data: a folder with their files (None: from the Hub);
-    limit: items of each. recipe: of the questions. scores: a scores file, for the control neurons. draws: of random
-    neurons. margin: in points of accuracy, the loss that a capability must exclude.
+    edit: by hooks; baked: a directory instead, from whose edit the controls are made; neither: the base alone.
+    tasks: names (None: all that there are data for); data: a folder with their files (None: from the Hub); limit: items
+    of each. recipe: of the questions. scores: a scores file, for the control neurons. draws: of random neurons.
+    margin: in points of accuracy, the loss that a capability must exclude.
     Raises InputError and its kin, also where lm-eval is not installed.
     """
     import torch
@@ -135,7 +135,7 @@ def evaluate(
     check(tasks, data)
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
-        edit = _edit_of(Path(baked)) if baked else edit
+        edit = _edit_in(Path(baked), checkpoint.path) if baked else edit
         others = _controls(edit, checkpoint, draws, scores) if edit else {}
         asked, tokenizer = load_recipe(recipe or found.recipe), load_tokenizer(checkpoint.path)
 
@@ -161,11 +161,15 @@ def evaluate(
     return report | {"neutral": {"texts": len(texts), "source": origin} | _neutral_report(runs.neutral)}
 
 
-def _edit_of(baked: Path) -> Edit:
-    manifest = read_manifest(baked)
-    if manifest is None:
-        raise InputError(f"{baked} has no manifest, so its controls cannot be made: give its edit with --edit instead")
-    return Edit.from_dict(manifest["edit"])
+def _edit_in(baked: Path, base: Path) -> Edit:
+    """The edit of a baked directory, by the first proof: what is evaluated is `base` with it, and nothing else."""
+    from .verification import verify
+
+    say(f"reading the edit of {baked}")
+    report = verify(base, baked, behaviour=False)
+    if report.faults:
+        raise InputError(f"{baked} is not {base} with an edit alone ({report.faults[0]}): `kbne-edit verify` lists all")
+    return report.edit
 
 
 def _controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: str | Path | None) -> dict[str, Edit]:
@@ -268,16 +272,23 @@ def _neutral_report(runs: dict[str, np.ndarray]) -> dict:
 
 
 def _task_report(mark: Benchmark, columns: dict[str, np.ndarray], margin: float) -> dict:
-    figures = {figure.name: _figure_report(figure, columns) for figure in mark.figures}
+    figures = {figure.name: _figure_report(figure, columns) for figure in _defined(mark.figures, columns)}
     groups = {}
     for group in sorted({*mark.groups} - {""}) if len({*mark.groups}) > 1 else []:
         chosen = np.array([g == group for g in mark.groups])
         of_group = {name: columns[name][chosen] for name in ("base", "edit") if name in columns}
-        groups[group] = {"items": int(chosen.sum())} | {f.name: _values(f, of_group) for f in mark.figures}
+        groups[group] = {"items": int(chosen.sum())} | {
+            figure.name: _values(figure, of_group) for figure in _defined(mark.figures, of_group)
+        }
     if mark.kind == "capability" and "edit" in columns:
         lowest = figures["accuracy"]["change"][1]
         figures["accuracy"]["non_inferior"] = {"margin": margin, "lowest": lowest, "shown": lowest > -margin}
     return {"kind": mark.kind, "items": len(mark.sizes), "figures": figures, "groups": groups}
+
+
+def _defined(figures: Sequence[Figure], columns: dict[str, np.ndarray]) -> list[Figure]:
+    """Figures that these items can give: a few items of BBQ may hold none that is ambiguous."""
+    return [f for f in figures if all(np.isfinite(f.of(values.mean(0))) for values in columns.values())]
 
 
 def _values(figure: Figure, columns: dict[str, np.ndarray]) -> dict:
@@ -294,7 +305,7 @@ def _figure_report(figure: Figure, columns: dict[str, np.ndarray]) -> dict:
     beyond: [d, low, high], d = the edit's distance from the ideal less the control's: below 0, the edit is nearer.
     """
     found = _values(figure, columns)
-    if "edit" not in columns or figure.ideal is None or not np.isfinite([found["base"], found["edit"]]).all():
+    if "edit" not in columns or figure.ideal is None:
         return found
     before, after = columns["base"], columns["edit"]
     draws = [values for name, values in columns.items() if name.startswith("random ")]

@@ -7,8 +7,8 @@ the fewest tokens to compute. A run's beginning is run once and leaves a key/val
 
 Runs with the same L go together in one batch: so no beginning is padded, the ends are padded on the right only, where
 causal attention never looks, and no mask or position has to be made by hand, for any architecture. Ends of unlike
-length go in passes of their own where the padding would cost more than a pass. The output head
-and the normalisation over the vocabulary, a third of the work on a small model, are computed at scored positions only.
+length go in passes of their own where the padding would cost more than a pass. The output head and the normalisation
+over the vocabulary, a third of the work on a small model, are computed at scored positions only.
 
 Legend: R rows of a batch, T positions, N kept positions, V vocabulary.
 """
@@ -35,9 +35,7 @@ from .progress import say
 try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    raise InputError(
-        f"evaluate needs lm-eval ({error}): install it with `pip install 'kbne-edit[eval]'`"
-    ) from None
+    raise InputError(f"evaluate needs lm-eval ({error}): install it with `pip install 'kbne-edit[eval]'`") from None
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of the context and of the continuation
 

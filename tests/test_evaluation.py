@@ -300,8 +300,20 @@ def edit_report(data):
 def test_hooks_and_baked_directory_give_the_same_figures(data, tmp_path, edit_report):
     fold(DEMO, EDIT, tmp_path / "baked")
     baked = evaluate("demo", baked=tmp_path / "baked", data=data, limit=10, draws=2)
-    assert baked["edit"].pop("how") != edit_report["edit"].pop("how")
-    assert baked == edit_report  # to the bit: the factors are powers of two
+    expected = edit_report | {"edit": edit_report["edit"] | {"how": str(tmp_path / "baked")}}
+    assert baked == expected  # to the bit: the factors are powers of two
+    (tmp_path / "baked" / "kbne_edit.json").unlink()
+    (tmp_path / "baked" / "kbne_undo.safetensors").unlink()
+    alone = evaluate("demo", baked=tmp_path / "baked", draws=2, tasks=["probes"], limit=10)
+    assert alone["tasks"]["probes"]["figures"]["SS"]["edit"] == edit_report["tasks"]["probes"]["figures"]["SS"]["edit"]
+
+
+def test_a_directory_with_other_changes_is_refused(tmp_path):
+    fold(DEMO, EDIT, tmp_path / "baked")
+    path = tmp_path / "baked" / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with pytest.raises(InputError, match="config.json"):
+        evaluate("demo", baked=tmp_path / "baked", tasks=["probes"])
 
 
 def test_the_base_is_measured_without_the_edit(data, edit_report, base_report):
@@ -436,6 +448,7 @@ def run(*args, cwd):
                           cwd=cwd, capture_output=True, text=True, timeout=300)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_command(data, tmp_path):
     EDIT.save(tmp_path / "edit.json")
     result = run("--edit", "edit.json", "--data", data, "--limit", 6, "--draws", 1, "--out", "r.json", cwd=tmp_path)
@@ -448,6 +461,7 @@ def test_command(data, tmp_path):
     assert f"p {entry['p_holm']:.2g}: {entry['verdict']}" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_task_without_data_ends_the_command_only_if_asked_for(data, tmp_path):
     result = run("--data", data, "--tasks", "copa", cwd=tmp_path)
     assert result.returncode == 2 and "holds none of its files (copa*.jsonl)" in result.stderr
@@ -460,7 +474,7 @@ def test_a_task_without_data_ends_the_command_only_if_asked_for(data, tmp_path):
     (dict(data="damaged", tasks=["crows_pairs"]), "not in the layout of crows_pairs"),
     (dict(data="damaged", tasks=["arc_easy"]), "arc_easy.jsonl is not in the layout"),
     (dict(edit=EDIT, baked="damaged"), "not both"),
-    (dict(baked="damaged"), "has no manifest"),
+    (dict(baked="damaged"), "config.json"),
     (dict(edit=Edit("down", {1: {100000: 2.0}})), "neuron 100000"),
 ])  # fmt: skip
 def test_wrong_arguments(values, message, tmp_path, monkeypatch):
