@@ -16,8 +16,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from kbne_edit.datafiles import rows
 from kbne_edit.scoring import Scorer, quiet_lm_eval
-from kbne_edit.tasks import _LM_EVAL, _rows, _sample
+from kbne_edit.tasks import _LM_EVAL, _sample
 from kbne_edit.verification import load_model, load_tokenizer
 
 
@@ -30,9 +31,9 @@ def main():
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     arguments = parser.parse_args()
     name = "stereoset_intrasentence"
-    rows = _rows(name, arguments.data, _LM_EVAL[name][3])
-    rows = [rows[i] for i in _sample(len(rows), arguments.items)]
-    requests = [("", row[key]) for row in rows for key in ("stereotype", "anti_stereotype", "unrelated")]
+    every = rows(name, arguments.data, _LM_EVAL[name][3])
+    items = [every[i] for i in _sample(len(every), arguments.items)]
+    requests = [("", item[key]) for item in items for key in ("stereotype", "anti_stereotype", "unrelated")]
     model, tokenizer = load_model(arguments.model, torch.float32), load_tokenizer(arguments.model)
     with quiet_lm_eval():
         scorers = {"this package": Scorer(model, tokenizer)}
@@ -41,7 +42,7 @@ def main():
         exact = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, softmax_dtype="float64")
     for scorer in scorers.values():
         run(scorer, requests[:6])  # warm-up
-    step = 3 * -(-len(rows) // arguments.blocks)
+    step = 3 * -(-len(items) // arguments.blocks)
     seconds, answers = {n: [] for n in scorers}, {n: [] for n in scorers}
     for start in range(0, len(requests), step):
         for n, scorer in scorers.items():
@@ -51,7 +52,7 @@ def main():
     reference = run(exact, requests)[1]
     tokens = [len(pair[1]) for pair in scorers["this package"].encode_pairs(requests)]
     ours = "this package"
-    print(f"{len(rows)} StereoSet items, {torch.get_num_threads()} threads; {ours}: {sum(seconds[ours]):.1f} s")
+    print(f"{len(items)} StereoSet items, {torch.get_num_threads()} threads; {ours}: {sum(seconds[ours]):.1f} s")
     for n in list(scorers)[1:]:
         ratio = statistics.median(b / a for a, b in zip(seconds[ours], seconds[n], strict=True))
         print(f"{n}: {sum(seconds[n]):.1f} s, ratio {ratio:.2f}, {compared(answers[ours], answers[n], tokens)}")

@@ -48,14 +48,14 @@ _LOGIT_BYTES = 1 << 29  # of one pass: the tokens of a pass shrink as the vocabu
 class Scorer(HFLM):
     """lm-eval's model of transformers; log-likelihoods are computed as this module's head describes.
 
-    Tokens, prefix token and truncation are HFLM's own, so the numbers are HFLM's up to rounding. temperature: divides
+    Tokens, prefix token and truncation are HFLM's own, so the numbers are HFLM's up to rounding. `temperature` divides
     the logits (1: the model itself). Nothing is kept between calls, so a hooked and a bare model cannot mix.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, temperature: float = 1.0):
+    def __init__(self, model: nn.Module, tokenizer):
         with quiet_lm_eval():
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
-        self.temperature = temperature
+        self.temperature = 1.0
         self._tokens = max(min(_MAX_TOKENS, _LOGIT_BYTES // (4 * model.config.vocab_size)), 64)
         names = signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"

@@ -6,8 +6,6 @@ the figures are made of (see `statistics`). The requests are built once, so ever
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .datafiles import NoDataError, rows, stereoset_item
 from .errors import InputError
 from .progress import say
 from .recipe import Recipe
@@ -173,22 +172,7 @@ def stereoset_docs(dataset):
     """Items with one key per kind of sentence, also from the published layout (`sentences` with `gold_label`)."""
     if "stereotype" in dataset.column_names:
         return dataset
-    return dataset.map(_stereoset_item, remove_columns=["sentences"])
-
-
-_LABELS = ("anti-stereotype", "stereotype", "unrelated")  # in the order of the Hub's class numbers
-
-
-def _stereoset_item(doc: dict) -> dict:
-    """id, bias_type, context, stereotype, anti_stereotype, unrelated."""
-    rows = doc["sentences"]
-    if isinstance(rows, dict):  # the Hub's columns
-        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-    item = {key: doc[key] for key in ("id", "bias_type", "context")}
-    for row in rows:
-        label = row["gold_label"]
-        item[(_LABELS[label] if isinstance(label, int) else label).replace("-", "_")] = row["sentence"]
-    return item
+    return dataset.map(stereoset_item, remove_columns=["sentences"])
 
 
 def stereoset_results(doc: dict, results: Sequence[tuple[float, bool]]) -> dict:
@@ -225,22 +209,21 @@ def benchmarks(
 
     Raises InputError for a task asked for by name whose data are missing.
     """
-    found = []
+    found, offline = [], False
     for name in names or TASKS:
         try:
             if name in _OWN:
                 found.append(_own(name, recipe, scorer, tokenizer, limit))
+            elif offline:  # each further task would try for half a minute
+                raise NoDataError(f"{name}: the Hub cannot be reached; give files with --data DIR")
             else:
                 found.append(_lm_eval(name, data, limit, scorer))
-        except _NoDataError as error:
+        except NoDataError as error:
             if names:
                 raise
             say(f"left out: {error}")
+            offline |= isinstance(error.__cause__, ConnectionError)
     return found
-
-
-class _NoDataError(InputError):
-    """A task's data are not there."""
 
 
 def _sample(count: int, limit: int | None) -> list[int]:
@@ -253,7 +236,7 @@ def _sample(count: int, limit: int | None) -> list[int]:
 def _lm_eval(name: str, data: Path | None, limit: int | None, scorer) -> Benchmark:
     kind, known_as, folder, patterns = _LM_EVAL[name]
     with _quiet_datasets():
-        task = _task(name, known_as, folder, _rows(name, data, patterns) if data else None)
+        task = _task(name, known_as, folder, rows(name, data, patterns) if data else None)
         every = task.eval_docs
         docs = [every[i] for i in _sample(len(every), limit)]
         instances = [_requests(task, name, i, doc) for i, doc in enumerate(docs)]
@@ -268,25 +251,25 @@ def _requests(task, name: str, number: int, doc: dict) -> list:
     return task.construct_requests(doc=doc, ctx=context, metadata=(name, number, 1))
 
 
-def _task(name: str, known_as: str, folder: str | None, rows: list[dict] | None):
-    """lm-eval's task, with its data from the Hub or with `rows`."""
+def _task(name: str, known_as: str, folder: str | None, items: list[dict] | None):
+    """lm-eval's task, with its data from the Hub or with `items`."""
     import lm_eval.tasks
     from datasets import Dataset
 
     where = Path(lm_eval.tasks.__file__).parent / folder if folder else Path(__file__).parent / "lm_tasks"
     manager = lm_eval.tasks.TaskManager(include_path=str(where), include_defaults=False)
     changes: dict = {"task": known_as}
-    if rows is not None:
-        changes |= {"custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}, "test_split": "test",
+    if items is not None:
+        changes |= {"custom_dataset": lambda **_: {"test": Dataset.from_list(items)}, "test_split": "test",
                     "training_split": None, "validation_split": None, "fewshot_split": None}  # fmt: skip
     try:
         # A group of one: lm-eval changes settings of a named task within a group only.
         return manager.load({"group": "kbne_edit", "task": [changes]})["tasks"][known_as]
     except (OSError, ValueError) as error:
-        if rows is not None:
+        if items is not None:
             raise
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise _NoDataError(f"{name}: the Hub does not give its data ({reason}); give files with --data DIR") from None
+        raise NoDataError(f"{name}: the Hub does not give its data ({reason}); give files with --data DIR") from error
 
 
 @contextmanager
@@ -313,7 +296,7 @@ def _own(name: str, recipe: Recipe, scorer, tokenizer, limit: int | None) -> Ben
     if name == "probes":
         probes = [recipe.probes[i] for i in _sample(len(recipe.probes), limit)]
         if not probes:
-            raise _NoDataError(f"probes: the recipe {recipe.name} has none")
+            raise NoDataError(f"probes: the recipe {recipe.name} has none")
         pairs = scorer.encode_pairs([("", text) for p in probes for text in (p.stereotype, p.anti_stereotype)])
         read = lambda _, answers: _preference(float(answers[0].logprob > answers[1].logprob), answers)  # noqa: E731
         return Benchmark(name, "bias", pairs, [2] * len(probes), [p.dimension for p in probes], read, _PREFERENCE)
@@ -327,7 +310,7 @@ def _knowledge(name: str, recipe: Recipe, tokenizer, limit: int | None) -> Bench
     asked = [q for q in recipe.ask(None) if q.control == (name == "knowledge_controls")]
     asked = [asked[i] for i in _sample(len(asked), limit)]
     if not asked:
-        raise _NoDataError(f"{name}: the recipe {recipe.name} has no such questions")
+        raise NoDataError(f"{name}: the recipe {recipe.name} has no such questions")
     surfaces = [(answer, token) for answer, ids in answer_tokens(tokenizer, recipe.answers).items()
                 for token in ids.values()]  # fmt: skip
     prompts = [encode(tokenizer, recipe, question) for question in asked]
@@ -342,62 +325,3 @@ def _knowledge(name: str, recipe: Recipe, tokenizer, limit: int | None) -> Bench
 
     groups = [question.dimension for question in asked]
     return Benchmark(name, "knowledge", pairs, [len(surfaces)] * len(asked), groups, read, _ACCURACY)
-
-
-# --------------------------------------------------------------------------------------------------------- data on disk
-
-
-def _rows(name: str, data: Path, patterns: Sequence[str]) -> list[dict]:
-    """The items of a task in the folder `data`, in the columns that lm-eval's task reads."""
-    files = next((files for pattern in patterns if (files := sorted(data.glob(pattern)))), [])
-    rows: list[dict] = []
-    for file in files:
-        try:
-            rows += [_CONVERT.get(name, dict)(row) for row in _read(file, name.removeprefix("stereoset_"))]
-        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-            raise InputError(f"{file} is not in the layout of {name}: {type(error).__name__} {error}") from None
-    if not rows:
-        raise _NoDataError(f"{name}: {data} holds none of its files ({', '.join(patterns)})")
-    return rows
-
-
-def _read(file: Path, part: str) -> Iterator[dict]:
-    with open(file, encoding="utf-8", newline="") as stream:
-        if file.suffix == ".csv":
-            yield from csv.DictReader(stream)
-        elif file.suffix == ".json":  # the published StereoSet: both parts in one file
-            yield from json.load(stream)["data"][part]
-        else:
-            yield from (json.loads(line) for line in stream if line.strip())
-
-
-def _stereoset_row(row: dict) -> dict:
-    item = _stereoset_item(row) if "sentences" in row else row
-    return {key: item[key] for key in ("id", "bias_type", "context", "stereotype", "anti_stereotype", "unrelated")}
-
-
-def _bbq_row(row: dict) -> dict:
-    """BBQ's categories have unlike metadata: only what the task reads is kept."""
-    keys = ("question_polarity", "context_condition", "category", "answer_info", "context", "question", "ans0", "ans1",
-            "ans2", "label")  # fmt: skip
-    groups = row["additional_metadata"]["stereotyped_groups"]
-    return {key: row[key] for key in keys} | {"additional_metadata": {"stereotyped_groups": groups}}
-
-
-def _choice_row(row: dict, stem: str = "question") -> dict:
-    choices = {key: [choice[key] for choice in row["question"]["choices"]] for key in ("text", "label")}
-    right = row["answerKey"]
-    if right not in choices["label"]:  # some files number the choices and name the right one by its letter
-        right = choices["label"]["ABCDE".index(right)]
-    return {stem: row["question"]["stem"], "choices": choices, "answerKey": right}
-
-
-_CONVERT: dict[str, Callable[[dict], dict]] = {
-    "stereoset_intrasentence": _stereoset_row,
-    "stereoset_intersentence": _stereoset_row,
-    "crows_pairs": lambda row: {key: row[key] for key in ("sent_more", "sent_less", "bias_type")},
-    "bbq": _bbq_row,
-    "arc_easy": _choice_row,
-    "arc_challenge": _choice_row,
-    "openbookqa": lambda row: _choice_row(row, "question_stem"),
-}

@@ -213,11 +213,12 @@ def lm_eval_results(demo, data):
     import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
 
-    from kbne_edit.tasks import _LM_EVAL, _rows, _task
+    from kbne_edit.datafiles import rows
+    from kbne_edit.tasks import _LM_EVAL, _task
 
     names = ("stereoset_intrasentence", "crows_pairs", "bbq", "arc_easy")
     with quiet_lm_eval():
-        tasks = {n: _task(n, *_LM_EVAL[n][1:3], _rows(n, data, _LM_EVAL[n][3])) for n in names}
+        tasks = {n: _task(n, *_LM_EVAL[n][1:3], rows(n, data, _LM_EVAL[n][3])) for n in names}
         model = HFLM(pretrained=demo[0], tokenizer=demo[1], batch_size=4)
         found = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)["results"]
     return {n: {k.split(",")[0]: v for k, v in found[n].items()} for n in names}
@@ -306,6 +307,16 @@ def test_hooks_and_baked_directory_give_the_same_figures(data, tmp_path, edit_re
     (tmp_path / "baked" / "kbne_undo.safetensors").unlink()
     alone = evaluate("demo", baked=tmp_path / "baked", draws=2, tasks=["probes"], limit=10)
     assert alone["tasks"]["probes"]["figures"]["SS"]["edit"] == edit_report["tasks"]["probes"]["figures"]["SS"]["edit"]
+
+
+def test_without_hub_and_files_the_recipe_s_tasks_are_left(capsys):
+    """The tests run with the Hub switched off: one task finds out, the others do not try."""
+    report = evaluate("demo", limit=4)
+    assert set(report["tasks"]) == {"probes", "knowledge", "knowledge_controls"} and report["edit"] is None
+    left = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert len(left) == 9 and sum("cannot be reached" in line for line in left) == 8
+    with pytest.raises(InputError, match="copa: the Hub does not give its data"):
+        evaluate("demo", tasks=["copa"])
 
 
 def test_a_directory_with_other_changes_is_refused(tmp_path):
@@ -494,12 +505,13 @@ def test_without_lm_eval_the_error_says_what_to_install(tmp_path):
 
 
 def test_the_benchmarks_files_are_read(shared):
-    from kbne_edit.tasks import _LM_EVAL, _rows
+    from kbne_edit.datafiles import rows
+    from kbne_edit.tasks import _LM_EVAL
 
     if not (shared / "data").is_dir():
         pytest.skip("needs ../shared/data")
     counts = {"stereoset_intrasentence": 1684, "crows_pairs": 1508, "bbq": 4280, "arc_easy": 2365}
-    rows = {name: _rows(name, shared / "data", _LM_EVAL[name][3]) for name in counts}
-    assert {name: len(found) for name, found in rows.items()} == counts
-    assert all(row["answerKey"] in row["choices"]["label"] for row in rows["arc_easy"])
-    assert {row["category"] for row in rows["bbq"]} == {"Religion", "Nationality"}
+    found = {name: rows(name, shared / "data", _LM_EVAL[name][3]) for name in counts}
+    assert {name: len(items) for name, items in found.items()} == counts
+    assert all(row["answerKey"] in row["choices"]["label"] for row in found["arc_easy"])
+    assert {row["category"] for row in found["bbq"]} == {"Religion", "Nationality"}
