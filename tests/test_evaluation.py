@@ -477,6 +477,8 @@ def test_a_task_without_data_ends_the_command_only_if_asked_for(data, tmp_path):
     result = run("--data", data, "--tasks", "copa", cwd=tmp_path)
     assert result.returncode == 2 and "holds none of its files (copa*.jsonl)" in result.stderr
     assert "Traceback" not in result.stderr
+    result = run("--data", data, "--out", "absent/r.json", cwd=tmp_path)
+    assert result.returncode == 2 and "its folder does not exist" in result.stderr
 
 
 @pytest.mark.parametrize("values, message", [

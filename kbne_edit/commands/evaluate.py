@@ -37,8 +37,11 @@ def command(source, edit_path, tasks, out, as_json, **values) -> None:
     Without --edit and --baked the base alone is measured. Needs lm-eval: pip install 'kbne-edit[eval]'.
     """
     from ..edit import Edit
+    from ..errors import OutputError
     from ..evaluation import evaluate
 
+    if out and not out.absolute().parent.is_dir():  # said now, not after an hour
+        raise OutputError(f"cannot write {out}: its folder does not exist")
     edit = Edit.load(edit_path) if edit_path else None
     names = [name.strip() for name in tasks.split(",")] if tasks else None
     result = evaluate(source, edit=edit, tasks=names, **values)
