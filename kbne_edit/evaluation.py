@@ -215,15 +215,13 @@ class _Runs:
         self._marks, self._texts = marks, texts
 
     def measure(self, scorer: Scorer, name: str, edit: Edit | None = None) -> tuple[dict, torch.Tensor]:
-        """(columns of each task, logits on the texts). All tasks are scored in one go: like lengths meet in a batch."""
+        """(columns of each task, logits on the texts). Task by task: no figure depends on what else is asked."""
         from . import neutral
 
-        pairs = [pair for mark in self._marks for pair in mark.pairs]
         with hooked(scorer.model, edit) if edit else nullcontext():
-            with progress(f"evaluate: {name}", len(pairs), "request") as update:
-                answers = iter(scorer.score(pairs, update))
-            logits = neutral.logits(scorer, self._texts)
-        return {mark.name: mark.columns([next(answers) for _ in mark.pairs]) for mark in self._marks}, logits
+            with progress(f"evaluate: {name}", sum(len(mark.pairs) for mark in self._marks), "request") as update:
+                columns = {mark.name: mark.columns(scorer.score(mark.pairs, update)) for mark in self._marks}
+            return columns, neutral.logits(scorer, self._texts)
 
     def fill(self, scorer: Scorer, edited: tuple | None, others: dict[str, Edit]) -> float | None:
         """Add the base, the edit as measured, the controls and the flattened base. Returns its temperature."""

@@ -59,11 +59,12 @@ def rows(scorer, recipe: Recipe) -> tuple[str, list[list[int]]]:
     return "package", found
 
 
-@torch.inference_mode()
 def logits(scorer, texts: list[list[int]]) -> Tensor:
     """[N, V] float32 on the CPU, at every position that predicts a token of the texts."""
-    places = [(row, position) for row, ids in enumerate(texts) for position in range(len(ids) - 1)]
-    return scorer.logits_at([ids[:-1] for ids in texts], places).cpu()
+    from .scoring import Tree
+
+    tree = Tree([ids[:-1] for ids in texts])
+    return scorer.logits_at(tree, [node for path in tree.paths for node in path]).cpu()
 
 
 def columns(texts: list[list[int]], found: Tensor, base: Tensor) -> np.ndarray:

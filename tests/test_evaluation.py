@@ -1,6 +1,5 @@
 """Evaluation against plain loops over the model, against lm-eval's own scoring, and hooks against the fold."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -11,10 +10,10 @@ import pytest
 import torch
 
 import bench_data
-from kbne_edit import Edit, evaluate, fold, hooked, load_recipe, neutral, scoring
+from kbne_edit import Edit, evaluate, fold, hooked, load_recipe, neutral
 from kbne_edit.errors import InputError, ScoresError
 from kbne_edit.evaluation import random_edit
-from kbne_edit.scoring import Scorer, _cut, _runs, quiet_lm_eval
+from kbne_edit.scoring import Scorer, Tree, _packs, quiet_lm_eval
 from kbne_edit.tasks import benchmarks
 from kbne_edit.verification import load_model, load_tokenizer
 from tiny import FAMILIES, tiny_model
@@ -92,20 +91,23 @@ def test_nothing_is_kept_between_models(demo):
     assert all(a[0] != b[0] for a, b in zip(before, during, strict=True))
 
 
-def test_out_of_memory_halves_the_batch(demo, monkeypatch, capsys):
-    """The real scorer on the real model; only the allocator is made to refuse what is larger than four rows."""
+def test_out_of_memory_halves_the_pass(demo, monkeypatch, capsys):
+    """The real scorer on the real model; only the allocator is made to refuse more than forty tokens."""
     scorer, pairs = Scorer(*demo), _random_pairs()
     expected, inner = scorer.score(pairs), scorer.logits_at
 
-    def small(tokens, *rest):
-        if len(tokens) > 4:
+    def small(tree, keep):
+        if len(tree.tokens) > 40:
             raise torch.OutOfMemoryError
-        return inner(tokens, *rest)
+        return inner(tree, keep)
 
     monkeypatch.setattr(scorer, "logits_at", small)
-    got = scorer.score([*pairs, *_random_pairs(1)])[: len(pairs)]
+    got = scorer.score(pairs)
     assert "out of memory" in capsys.readouterr().err
-    np.testing.assert_allclose([a for a, _ in got], [a for a, _ in expected], atol=1e-4)
+    np.testing.assert_allclose([a for a, _ in got], [a for a, _ in expected], atol=12 * PER_TOKEN)
+    monkeypatch.setattr(scorer, "logits_at", lambda tree, keep: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(InputError, match="out of memory"):
+        scorer.score(pairs)
 
 
 def test_too_long_a_request_loses_its_beginning(demo):
@@ -120,40 +122,27 @@ def test_too_long_a_request_loses_its_beginning(demo):
         scorer.score([([], [1])])
 
 
-def test_the_cuts_save_the_most():
-    """Against every cut there is."""
+def test_a_tree_holds_each_beginning_once():
+    """As many tokens as there are different beginnings; a token sees its own beginning and nothing else."""
     rng = np.random.default_rng(0)
     for _ in range(20):
-        rows = sorted({tuple(rng.integers(0, 2, rng.integers(1, 6)).tolist()) for _ in range(7)})
-        every = []
-        for inner in itertools.product([False, True], repeat=len(rows) - 1):
-            edges = [0, *(i + 1 for i, cut in enumerate(inner) if cut), len(rows)]
-            every.append(sum(_tokens(rows[a:b]) for a, b in zip(edges, edges[1:], strict=False)))
-        runs = _runs(rows)
-        assert sorted(i for run in runs for i in range(run.start, run.end)) == list(range(len(rows)))
-        assert sum(_tokens(rows[run.start : run.end]) for run in runs) == min(every)
+        rows = sorted({tuple(rng.integers(0, 3, rng.integers(1, 7)).tolist()) for _ in range(12)})
+        tree = Tree(rows)
+        assert len(tree.tokens) == len({row[: i + 1] for row in rows for i in range(len(row))})
+        for row, path in zip(rows, tree.paths, strict=True):
+            assert [tree.tokens[node] for node in path] == list(row)
+            assert [tree.depth[node] for node in path] == list(range(len(row)))
+            assert all(np.flatnonzero(tree.seen[node]).tolist() == path[: i + 1] for i, node in enumerate(path))
 
 
-def _tokens(rows):
-    shared = 0
-    while all(len(row) > shared and row[shared] == rows[0][shared] for row in rows):
-        shared += 1
-    return shared + sum(len(row) - shared for row in rows)
-
-
-def test_passes_hold_their_limit_and_cost_the_least():
+def test_passes_hold_their_limit():
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        sizes = sorted(rng.integers(1, 30, 8).tolist(), reverse=True)
-        every = []
-        for inner in itertools.product([False, True], repeat=len(sizes) - 1):
-            edges = [0, *(i + 1 for i, cut in enumerate(inner) if cut), len(sizes)]
-            parts = [sizes[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-            if all(len(part) * part[0] <= 60 for part in parts):
-                every.append(sum(scoring._PASS + len(part) * part[0] for part in parts))
-        cut = [sizes[a:b] for a, b in _cut(sizes, 60)]
-        assert sum(map(len, cut)) == len(sizes)
-        assert sum(scoring._PASS + len(part) * part[0] for part in cut) == min(every)
+    for limit in (4, 7, 20):
+        rows = sorted({tuple(rng.integers(0, 3, rng.integers(1, 7)).tolist()) for _ in range(40)})
+        parts = list(_packs(rows, limit))
+        assert [row for part in parts for row in rows[part]] == rows
+        assert all(len(Tree(rows[part]).tokens) <= limit or part.stop - part.start == 1 for part in parts)
+    assert list(_packs([], 5)) == []
 
 
 # --------------------------------------------------------------------------------------------- figures against oracles
