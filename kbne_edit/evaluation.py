@@ -26,7 +26,7 @@ from .hooks import hooked
 from .progress import progress, say
 from .recipe import Probe, load_recipe
 from .source import resolved
-from .statistics import change, holm, interval, mcnemar, permutation
+from .statistics import change, holm, interval, least_change, mcnemar, permutation
 
 if TYPE_CHECKING:
     import torch
@@ -279,7 +279,8 @@ def _task_report(mark: Benchmark, columns: dict[str, np.ndarray], margin: float)
             figure.name: _values(figure, of_group) for figure in _defined(mark.figures, of_group)
         }
     if mark.kind == "capability" and "edit" in columns:
-        lowest = figures["accuracy"]["change"][1]
+        lowest = 100 * least_change(columns["base"][:, 0], columns["edit"][:, 0])
+        lowest = min(lowest, figures["accuracy"]["change"][1])
         figures["accuracy"]["non_inferior"] = {"margin": margin, "lowest": lowest, "shown": lowest > -margin}
     return {"kind": mark.kind, "items": len(mark.sizes), "figures": figures, "groups": groups}
 

@@ -61,10 +61,7 @@ def rows(scorer, recipe: Recipe) -> tuple[str, list[list[int]]]:
 
 def logits(scorer, texts: list[list[int]]) -> Tensor:
     """[N, V] float32 on the CPU, at every position that predicts a token of the texts."""
-    from .scoring import Tree
-
-    tree = Tree([ids[:-1] for ids in texts])
-    return scorer.logits_at(tree, [node for path in tree.paths for node in path]).cpu()
+    return scorer.logits_of([ids[:-1] for ids in texts])
 
 
 def columns(texts: list[list[int]], found: Tensor, base: Tensor) -> np.ndarray:

@@ -52,11 +52,12 @@ class Scorer(HFLM):
         with quiet_lm_eval():
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.temperature = 1.0
-        self._tokens = max(min(self._most_tokens(), _LOGIT_BYTES // (4 * model.config.vocab_size)), 64)
+        self._tokens = self._tokens_of_a_pass()
 
-    def _most_tokens(self) -> int:
-        """Some older models keep a causal mask by index, of their longest input or of a local window."""
+    def _tokens_of_a_pass(self) -> int:
         most = _TOKENS_CPU if self.device.type == "cpu" else _TOKENS
+        most = min(most, max(_LOGIT_BYTES // (4 * self.model.config.vocab_size), 64))
+        # Some older models mask by index beside the mask they are given: beyond their length, or a local window.
         return min(most, self.max_length, getattr(self.model.config, "window_size", None) or most)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs=None) -> list[tuple[float, bool]]:
@@ -118,6 +119,11 @@ class Scorer(HFLM):
         values = logits[places, wanted] - torch.cat([block.logsumexp(-1) for block in blocks])[places]
         hits = torch.cat([block.argmax(-1) for block in blocks])[places] == wanted
         return np.array(owner), values.double().cpu().numpy(), hits.cpu().numpy()
+
+    def logits_of(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [sum of lengths, V] float32 on the CPU, of every token of the rows."""
+        trees = [Tree(rows[part]) for part in _packs(rows, self._tokens)]
+        return torch.cat([self.logits_at(tree, [n for path in tree.paths for n in path]).cpu() for tree in trees])
 
     @torch.inference_mode()
     def logits_at(self, tree: Tree, keep: list[int]) -> Tensor:
@@ -208,8 +214,8 @@ def _unique(pairs: Sequence[Pair], max_length: int) -> tuple[list[tuple[int, ...
     return rows, [found[row] for row in rows]
 
 
-def _packs(rows: list[tuple[int, ...]], tokens: int) -> Iterator[slice]:
-    """Cut sorted rows into trees of at most `tokens` tokens (but one row at least)."""
+def _packs(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[slice]:
+    """Cut rows, in their order, into trees of at most `tokens` tokens (but one row at least)."""
     start, size = 0, 0
     for i, row in enumerate(rows):
         added = len(row) - (_common(rows[i - 1], row) if i > start else 0)
