@@ -4,7 +4,8 @@
 
 The items are cut into blocks; on each, both scorers run in turn, so that a change of the machine's load meets both.
 Printed are the seconds, the median of the ratios block by block, and the largest differences per token: to HFLM as it
-is, and to HFLM with its softmax in float64 (its float32 log_softmax over a large vocabulary is the larger error).
+is, and to HFLM with its softmax in float64. What remains is the model's float32 noise: compare with the same model in
+float64 before blaming either scorer.
 """
 
 import argparse
