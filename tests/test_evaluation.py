@@ -427,6 +427,30 @@ def test_a_destroyed_model_is_found_out(data):
     assert report["neutral"]["perplexity"]["edit"][0] > 10 * report["neutral"]["perplexity"]["base"][0]
 
 
+@pytest.mark.parametrize("of_random, of_flattened, verdict", [
+    (1.0, 1.0, "less bias, beyond every control"),
+    (1.0, 0.5, "less bias, but not beyond flattened"),
+    (0.4, 0.4, "less bias, but not beyond random neurons, flattened"),
+])  # fmt: skip
+def test_verdicts(of_random, of_flattened, verdict):
+    """The edit halves every margin; a control multiplies them by what is given."""
+    from kbne_edit.evaluation import _report
+    from kbne_edit.tasks import _PREFERENCE, Benchmark
+
+    margin = np.random.default_rng(0).normal(0, 1, 200)
+
+    def columns(factor):
+        m = factor * margin
+        return {"own": np.stack([m > 0, m, np.abs(m), m > 0], 1).astype(float)}
+
+    runs = {"base": columns(1), "edit": columns(0.5), "random 1": columns(of_random)}
+    runs["flattened"] = columns(of_flattened)
+    mark = Benchmark("own", "bias", [], [1] * 200, [""] * 200, None, _PREFERENCE)
+    figures = _report([mark], runs, 5.0)["tasks"]["own"]["figures"]
+    assert figures["absolute margin"]["verdict"] == verdict
+    assert figures["SS"]["verdict"] == "no effect found"
+
+
 def test_non_inferiority_is_the_lower_end_of_the_paired_change():
     from kbne_edit.evaluation import _task_report
     from kbne_edit.tasks import _ACCURACY, Benchmark
