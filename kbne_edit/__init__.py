@@ -17,6 +17,7 @@ _PUBLIC = {
     "InputError": "errors",
     "ProofError": "errors",
     "attribute": "attribution",
+    "evaluate": "evaluation",
     "hooked": "hooks",
     "load_recipe": "recipe",
     "load_scores": "scores",

@@ -1,25 +1,42 @@
-"""What an edit does to a stereotyped preference, beside random neurons of the same number and layers.
+"""What an edit does, beside its controls: `effect` on the recipe's probes (for `bake`), `evaluate` on benchmarks.
 
 m = mean log-probability per token of the stereotyped sentence minus that of the anti-stereotyped one. Items are paired
 before and after; intervals are 95 % bootstrap intervals over items (percentile, seeded).
+
+An effect is about bias only if it goes beyond what else could have made it: as many random neurons, neurons found with
+questions that have nothing to do with bias, the same neurons turned down instead of up, and a mere flattening of the
+model's distribution (a temperature with the same KL from the base on neutral text).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .checkpoint import Checkpoint
 from .edit import Edit
+from .errors import InputError, ScoresError
+from .families import layer_sizes, slots
+from .folding import plan
 from .hooks import hooked
-from .recipe import Probe
+from .progress import progress, say
+from .recipe import Probe, load_recipe
+from .source import resolved
+from .statistics import change, holm, interval, least_change, mcnemar, permutation
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from .scoring import Scorer
+    from .tasks import Benchmark, Figure
+
 RANDOM_DRAWS = 5
-_RESAMPLES = 2000
+_ALPHA = 0.05  # of the whole report, shared out by Holm
 
 
 def margins(model: nn.Module, tokenizer, probes: Sequence[Probe]) -> np.ndarray:
@@ -67,11 +84,11 @@ def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neu
         "stereotype_share": [float((m > 0).mean()) for m in (before, after)],
         "mean_margin": [float(before.mean()), float(after.mean())],
         "mean_abs_margin": [float(np.abs(before).mean()), float(np.abs(after).mean())],
-        "change_abs": _interval(np.abs(after) - np.abs(before)),
-        "change_signed": _interval(after - before),
-        "random_change_abs": _interval(np.mean([np.abs(d) for d in draws], 0) - np.abs(before)),
+        "change_abs": interval(np.abs(after) - np.abs(before)),
+        "change_signed": interval(after - before),
+        "random_change_abs": interval(np.mean([np.abs(d) for d in draws], 0) - np.abs(before)),
         "random_draws": RANDOM_DRAWS,
-        "versus_random": _interval(np.abs(after) - np.mean([np.abs(d) for d in draws], 0)),
+        "versus_random": interval(np.abs(after) - np.mean([np.abs(d) for d in draws], 0)),
     }
     low, high = result["versus_random"][1:]
     result["found"] = (
@@ -82,8 +99,242 @@ def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neu
     return result
 
 
-def _interval(values: np.ndarray) -> list[float]:
-    """[mean, low, high], 95 % by bootstrap over items."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (_RESAMPLES, len(values)))].mean(1)
-    return [float(values.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975]))]
+# -------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def evaluate(
+    source: str,
+    *,
+    edit: Edit | None = None,
+    baked: str | Path | None = None,
+    tasks: Sequence[str] | None = None,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    recipe: str | Path | None = None,
+    scores: str | Path | None = None,
+    draws: int = 3,
+    margin: float = 5.0,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> dict:
+    """Figures of the base, of the edit and of its controls on the same items, and what can be said about them.
+
+    edit: by hooks; baked: a directory instead, from whose edit the controls are made; neither: the base alone.
+    tasks: names (None: all that there are data for); data: a folder with their files (None: from the Hub); limit: items
+    of each. recipe: of the questions. scores: a scores file, for the control neurons. draws: of random neurons.
+    margin: in points of accuracy, the loss that a capability must exclude.
+    Raises InputError and its kin, also where lm-eval is not installed.
+    """
+    import torch
+
+    from . import neutral
+    from .models import load_model, load_tokenizer
+    from .scoring import Scorer
+    from .tasks import benchmarks, check
+
+    if edit and baked:
+        raise InputError("evaluate takes an edit or a baked directory, not both")
+    data = Path(data) if data else None
+    check(tasks, data)
+    with resolved(source, say) as found:
+        checkpoint = Checkpoint.open(found.path)
+        edit = _edit_in(Path(baked), checkpoint.path) if baked else edit
+        others = _controls(edit, checkpoint, draws, scores) if edit else {}
+        asked, tokenizer = load_recipe(recipe or found.recipe), load_tokenizer(checkpoint.path)
+
+        def scorer_of(path: Path) -> Scorer:
+            return Scorer(load_model(path, getattr(torch, dtype), device), tokenizer)
+
+        scorer = scorer_of(Path(baked) if baked else checkpoint.path)
+        marks = benchmarks(tasks, data, limit, asked, scorer, tokenizer)
+        origin, texts = neutral.rows(scorer, asked)
+        runs = _Runs(marks, texts)
+        edited = runs.measure(scorer, "edit", None if baked else edit) if edit else None
+        if baked:  # measured first, so that one model is in memory at a time
+            scorer = None
+            scorer = scorer_of(checkpoint.path)
+        heat = runs.fill(scorer, edited, others)
+    report = {
+        "model": found.id, "commit": found.commit, "recipe": asked.name, "limit": limit, "margin": margin,
+        "edit": edit and {"site": edit.site, "neurons": edit.num_neurons, "factors": edit.distinct_factors,
+                          "how": str(baked) if baked else "hooks"},
+        "controls": {name: control.num_neurons for name, control in others.items()}, "temperature": heat,
+    }  # fmt: skip
+    report |= _report(marks, runs.columns, margin)
+    return report | {"neutral": {"texts": len(texts), "source": origin} | _neutral_report(runs.neutral)}
+
+
+def _edit_in(baked: Path, base: Path) -> Edit:
+    """The edit of a baked directory, by the first proof: what is evaluated is `base` with it, and nothing else."""
+    from .verification import verify
+
+    say(f"reading the edit of {baked}")
+    report = verify(base, baked, behaviour=False)
+    if report.faults:
+        raise InputError(f"{baked} is not {base} with an edit alone ({report.faults[0]}): `kbne-edit verify` lists all")
+    return report.edit
+
+
+def _controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: str | Path | None) -> dict[str, Edit]:
+    """Edits that an edit about bias must outdo. Raises EditError if the edit does not fit the model."""
+    plan(checkpoint, edit)
+    neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, edit.site))
+    found = {f"random {seed + 1}": random_edit(edit, neurons, seed) for seed in range(draws)}
+    if scores:
+        found["control questions"] = _by_controls(edit, checkpoint, scores)
+    inverse = {la: {n: 1 / f for n, f in ns.items() if f} for la, ns in edit.factors.items()}
+    return found | {"inverse factor": Edit(edit.site, inverse)}
+
+
+def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
+    """Neurons that the controls select by the rule of the edit, with its (most frequent) factor."""
+    from .scores import load_scores
+    from .selection import selection
+
+    scores = load_scores(path)
+    if (scores.base, scores.site) != (checkpoint.fingerprint(), edit.site):
+        raise ScoresError(f"{path} was made for another model or site than the edit: locate again")
+    rule = {k: v for k, v in edit.found.get("select", {}).items() if k in ("rule", "tau", "beta", "combine")}
+    mask = selection(scores, **rule).controls
+    if mask is None or not mask.any():
+        raise ScoresError(f"{path} has no control questions that select a neuron: leave --scores out")
+    every = [factor for factors in edit.factors.values() for factor in factors.values()]
+    factor = max(edit.distinct_factors, key=every.count)
+    chosen: dict[int, dict[int, float]] = {}
+    for layer, neuron in np.argwhere(mask).tolist():
+        chosen.setdefault(layer, {})[neuron] = factor
+    return Edit(edit.site, chosen)
+
+
+class _Runs:
+    """Models measured on the same requests and texts.
+
+    columns: {model: {task: [n, k]}}; neutral: {model: columns of the texts}.
+    """
+
+    def __init__(self, marks: list[Benchmark], texts: list[list[int]]):
+        self.columns: dict[str, dict[str, np.ndarray]] = {}
+        self.neutral: dict[str, np.ndarray] = {}
+        self._marks, self._texts = marks, texts
+
+    def measure(self, scorer: Scorer, name: str, edit: Edit | None = None) -> tuple[dict, torch.Tensor]:
+        """(columns of each task, logits on the texts). Task by task: no figure depends on what else is asked."""
+        from . import neutral
+
+        with hooked(scorer.model, edit) if edit else nullcontext():
+            with progress(f"evaluate: {name}", sum(len(mark.pairs) for mark in self._marks), "request") as update:
+                columns = {mark.name: mark.columns(scorer.score(mark.pairs, update)) for mark in self._marks}
+            return columns, neutral.logits(scorer, self._texts)
+
+    def fill(self, scorer: Scorer, edited: tuple | None, others: dict[str, Edit]) -> float | None:
+        """Add the base, the edit as measured, the controls and the flattened base. Returns its temperature."""
+        from . import neutral
+
+        measured = self.measure(scorer, "base")
+        base = measured[1]
+
+        def add(name: str, measured: tuple[dict, torch.Tensor]) -> None:
+            self.columns[name] = measured[0]
+            self.neutral[name] = neutral.columns(self._texts, measured[1], base)
+
+        add("base", measured)
+        if edited is None:
+            return None
+        add("edit", edited)
+        for name, control in others.items():
+            add(name, self.measure(scorer, name, control))
+        heat = neutral.temperature(base, float(neutral.KL.of(self.neutral["edit"].mean(0))))
+        if heat:
+            scorer.temperature = heat
+            add("flattened", self.measure(scorer, "flattened"))
+        return heat
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def _report(marks: list[Benchmark], runs: dict[str, dict[str, np.ndarray]], margin: float) -> dict:
+    """Every figure for every model; for the edit also changes, tests and verdicts."""
+    tasks = {}
+    for mark in marks:
+        tasks[mark.name] = _task_report(mark, {name: columns[mark.name] for name, columns in runs.items()}, margin)
+    tested = [entry for task in tasks.values() for entry in task["figures"].values() if "p" in entry]
+    for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
+        entry["p_holm"] = p
+        entry["verdict"] = _verdict(entry)
+    return {"comparisons": len(tested), "tasks": tasks}
+
+
+def _neutral_report(runs: dict[str, np.ndarray]) -> dict:
+    """[value, low, high] of each model's perplexity and KL."""
+    from . import neutral
+
+    return {f.name: {name: interval(run, f.of) for name, run in runs.items()} for f in (neutral.PERPLEXITY, neutral.KL)}
+
+
+def _task_report(mark: Benchmark, columns: dict[str, np.ndarray], margin: float) -> dict:
+    figures = {figure.name: _figure_report(figure, columns) for figure in _defined(mark.figures, columns)}
+    groups = {}
+    for group in sorted({*mark.groups} - {""}) if len({*mark.groups}) > 1 else []:
+        chosen = np.array([g == group for g in mark.groups])
+        of_group = {name: columns[name][chosen] for name in ("base", "edit") if name in columns}
+        groups[group] = {"items": int(chosen.sum())} | {
+            figure.name: _values(figure, of_group) for figure in _defined(mark.figures, of_group)
+        }
+    if mark.kind == "capability" and "edit" in columns:
+        lowest = 100 * least_change(columns["base"][:, 0], columns["edit"][:, 0])
+        lowest = min(lowest, figures["accuracy"]["change"][1])
+        figures["accuracy"]["non_inferior"] = {"margin": margin, "lowest": lowest, "shown": lowest > -margin}
+    return {"kind": mark.kind, "items": len(mark.sizes), "figures": figures, "groups": groups}
+
+
+def _defined(figures: Sequence[Figure], columns: dict[str, np.ndarray]) -> list[Figure]:
+    """Figures that these items can give: a few items of BBQ may hold none that is ambiguous."""
+    return [f for f in figures if all(np.isfinite(f.of(values.mean(0))) for values in columns.values())]
+
+
+def _values(figure: Figure, columns: dict[str, np.ndarray]) -> dict:
+    """Value of each run, and the change from base to edit with its interval."""
+    found: dict = {name: float(figure.of(values.mean(0))) for name, values in columns.items()}
+    if "edit" in columns:
+        found["change"] = change([columns["base"]], [columns["edit"]], figure.of)
+    return found
+
+
+def _figure_report(figure: Figure, columns: dict[str, np.ndarray]) -> dict:
+    """`_values`, the changes by the controls, how far the edit goes beyond each, and the p of the edit's change.
+
+    beyond: [d, low, high], d = the edit's distance from the ideal less the control's: below 0, the edit is nearer.
+    """
+    found = _values(figure, columns)
+    if "edit" not in columns or figure.ideal is None:
+        return found
+    before, after = columns["base"], columns["edit"]
+    draws = [values for name, values in columns.items() if name.startswith("random ")]
+    controls = {"random neurons": draws} if draws else {}
+    controls |= {n: [v] for n, v in columns.items() if n not in ("base", "edit") and not n.startswith("random ")}
+
+    def distance(means: np.ndarray) -> np.ndarray:
+        return np.abs(figure.of(means) - figure.ideal)
+
+    found["ideal"] = figure.ideal
+    found["controls"] = {name: change([before], values, figure.of) for name, values in controls.items()}
+    found["beyond"] = {name: change(values, [after], distance) for name, values in controls.items()}
+    if figure.binary is not None:
+        found["p"] = mcnemar(before[:, figure.binary], after[:, figure.binary])
+    else:
+        found["p"] = permutation(before, after, figure.of)
+    return found
+
+
+def _verdict(entry: dict) -> str:
+    """One line on a tested figure."""
+    if entry["p_holm"] >= _ALPHA:
+        return "no effect found"
+    ideal = entry["ideal"]
+    nearer = abs(entry["edit"] - ideal) < abs(entry["base"] - ideal)
+    better, worse = ("better", "worse") if ideal == 100 else ("less bias", "more bias")
+    same = [name for name, (_, low, high) in entry["beyond"].items() if (high >= 0 if nearer else low <= 0)]
+    if same:
+        return f"{better if nearer else worse}, but not beyond {', '.join(same)}"
+    return f"{better if nearer else worse}, beyond every control"

@@ -245,6 +245,11 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[
     return found
 
 
+def layer_sizes(found: dict[int, list[Slot]]) -> list[int]:
+    """How many neurons each layer has, [L]."""
+    return [end(found[layer]) for layer in sorted(found)]
+
+
 _OTHER_PARTS = re.compile(r"(?:^|[._])(?:vision|visual|audio)")  # towers have layers, too; only the text is edited
 
 

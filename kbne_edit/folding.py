@@ -34,7 +34,7 @@ from .checkpoint import (
 )  # fmt: skip
 from .edit import Edit
 from .errors import CheckpointError, EditError, OutputError, shown
-from .families import Slot, end, slots
+from .families import Slot, end, layer_sizes, slots
 from .files import json_text, open_input, read_json
 
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
@@ -61,7 +61,7 @@ class Target:
 def plan(checkpoint: Checkpoint, edit: Edit) -> dict[str, Target]:
     """Which tensors change, and how: {tensor name: Target}. Raises EditError if the edit does not fit."""
     found = slots(checkpoint.shapes, checkpoint.config, edit.site)
-    edit.check([end(found[layer]) for layer in sorted(found)], checkpoint.fingerprint())
+    edit.check(layer_sizes(found), checkpoint.fingerprint())
     targets = {}
     for layer, factors in edit.factors.items():
         neurons, values = np.fromiter(factors, np.int64), np.fromiter(factors.values(), np.float32)

@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint, check_out, staged
 from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
 from .errors import InputError, ProofError
-from .families import Site, end, slots
+from .families import Site, layer_sizes, slots
 from .folding import Target, fold_into, forbid_overlap, plan, write_manifest
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
@@ -84,7 +84,7 @@ def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, se
     with ExitStack() as stack:
         processes, writer = stack.enter_context(team()), None
         if processes.rank == 0:
-            width = max(map(end, places.values()))
+            width = max(layer_sizes(places))
             writer = stack.enter_context(closing(ScoresWriter(out, asked, len(places), width, about)))
         todo = processes.share([q for q, done in enumerate(writer.done) if not done] if writer else None)
         if todo:
@@ -250,7 +250,7 @@ def _wilson(k: int, n: int) -> tuple[float, float]:
 
 def _size(edit: Edit, checkpoint: Checkpoint) -> dict:
     places = slots(checkpoint.shapes, checkpoint.config, edit.site)
-    total = sum(map(end, places.values()))
+    total = sum(layer_sizes(places))
     return {
         "site": edit.site, "neurons": edit.num_neurons, "share": edit.num_neurons / total,
         "layers": {layer: len(neurons) for layer, neurons in edit.factors.items()}, "factors": edit.distinct_factors,
@@ -302,6 +302,6 @@ def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> dict:
     from .evaluation import effect
     from .models import load_model, load_tokenizer
 
-    neurons = [end(found) for _, found in sorted(slots(checkpoint.shapes, checkpoint.config, edit.site).items())]
+    neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, edit.site))
     model = load_model(checkpoint.path, torch.float32)
     return effect(model, load_tokenizer(checkpoint.path), recipe.probes, edit, neurons)

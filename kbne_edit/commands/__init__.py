@@ -17,6 +17,7 @@ _COMMANDS = {
     "verify": "prove that a directory is its base with an edit",
     "revert": "restore the base from a baked directory alone",
     "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",
+    "evaluate": "measure an edit on benchmarks, beside its controls",
     "recipes": "list, show or check recipes",
 }
 

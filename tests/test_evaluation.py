@@ -1,0 +1,548 @@
+"""Evaluation against plain loops over the model, against lm-eval's own scoring, and hooks against the fold."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import bench_data
+from kbne_edit import Edit, evaluate, fold, hooked, load_recipe, neutral
+from kbne_edit.errors import InputError, ScoresError
+from kbne_edit.evaluation import random_edit
+from kbne_edit.models import load_model, load_tokenizer
+from kbne_edit.scoring import Scorer, Tree, _packs, quiet_lm_eval
+from kbne_edit.tasks import benchmarks
+from tiny import FAMILIES, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "kbne_edit" / "demo"
+# Per token. The same float32 model on other shapes sums in another order: a logit near 10 is spaced by 2^-20 = 1e-6,
+# and some ten such roundings meet in it (three or four layers, two sums each, the head). The log-softmax of the oracles
+# is taken in float64: torch's float32 one alone errs by 5e-5 over a vocabulary of 150 000. A large model whose first
+# position carries huge activations is noisier (5e-4 between any two ways); the tiny ones and the demo are not.
+PER_TOKEN = 1e-5
+EDIT = Edit("down", {1: {3: 2.0, 7: 2.0, 90: 2.0}, 2: {5: 2.0, 31: 2.0}})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return bench_data.write(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """(model, tokenizer) of the demo."""
+    return load_model(DEMO, torch.float32), load_tokenizer(DEMO)
+
+
+def plain(model, context, continuation):
+    """(log-probs [tokens] in float64, greedy?) of one pair, the whole sentence alone."""
+    ids = torch.tensor([[*context, *continuation]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(context) - 1 : -1].double()
+    target = ids[0, len(context) :]
+    return logits.log_softmax(-1).gather(1, target[:, None])[:, 0].numpy(), bool((logits.argmax(-1) == target).all())
+
+
+def sentence(demo, text):
+    model, tokenizer = demo
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return plain(model, [prefix], tokenizer(text, add_special_tokens=False)["input_ids"])[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+def _random_pairs(seed=0):
+    """Pairs that share beginnings of any length, answers of one token, one pair twice, and pairs that share nothing."""
+    rng = np.random.default_rng(seed)
+
+    def draw(n):
+        return rng.integers(3, 97, n).tolist()
+
+    pairs = []
+    for length in (1, 1, 2, 5, 5, 9):
+        context, stem = draw(length), draw(2)
+        pairs += [(context, stem + draw(int(n))) for n in rng.integers(1, 6, 3)]
+        pairs += [(context, [token]) for token in draw(3)]
+    return pairs + [pairs[0], (draw(12), draw(12))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scorer_equals_a_plain_loop(family, demo):
+    model = tiny_model(family)
+    pairs = _random_pairs()
+    got = Scorer(model, demo[1]).score(pairs)
+    for (context, continuation), (logprob, greedy) in zip(pairs, got, strict=True):
+        expected, best = plain(model, context, continuation)
+        assert logprob == pytest.approx(expected.sum(), abs=PER_TOKEN * len(continuation)) and greedy == best
+
+
+def test_local_windows_by_index(demo):
+    """GPT-Neo masks its local layers by index, whatever mask it is given: a pass must stay within the window."""
+    config = AutoConfig.for_model("gpt_neo", **FAMILIES["gpt_neo"] | dict(
+        attention_types=[[["global", "local"], 1], [["global"], 1]], window_size=8))  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    pairs = _random_pairs()
+    for (context, continuation), (logprob, _) in zip(pairs, Scorer(model, demo[1]).score(pairs), strict=True):
+        expected, _ = plain(model, context, continuation)
+        assert logprob == pytest.approx(expected.sum(), abs=PER_TOKEN * len(continuation))
+
+
+def test_nothing_is_kept_between_models(demo):
+    model, tokenizer = demo
+    scorer, pairs = Scorer(model, tokenizer), _random_pairs()
+    before = scorer.score(pairs)
+    with hooked(model, EDIT):
+        during = scorer.score(pairs)
+    assert scorer.score(pairs) == before
+    assert all(a[0] != b[0] for a, b in zip(before, during, strict=True))
+
+
+def test_out_of_memory_halves_the_pass(demo, monkeypatch, capsys):
+    """The real scorer on the real model; only the allocator is made to refuse more than forty tokens."""
+    scorer, pairs = Scorer(*demo), _random_pairs()
+    expected, inner = scorer.score(pairs), scorer.logits_at
+
+    def small(tree, keep):
+        if len(tree.tokens) > 40:
+            raise torch.OutOfMemoryError
+        return inner(tree, keep)
+
+    monkeypatch.setattr(scorer, "logits_at", small)
+    got = scorer.score(pairs)
+    assert "out of memory" in capsys.readouterr().err
+    np.testing.assert_allclose([a for a, _ in got], [a for a, _ in expected], atol=12 * PER_TOKEN)
+    monkeypatch.setattr(scorer, "logits_at", lambda tree, keep: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(InputError, match="out of memory"):
+        scorer.score(pairs)
+
+
+def test_too_long_a_request_loses_its_beginning(demo):
+    model = demo[0]
+    scorer = Scorer(*demo)
+    size = scorer.max_length
+    row = np.random.default_rng(0).integers(3, 97, size + 9).tolist()
+    (got, _), = scorer.score([(row[:-3], row[-3:])])
+    expected, _ = plain(model, row[-(size + 1) : -3], row[-3:])
+    assert got == pytest.approx(expected.sum(), abs=3 * PER_TOKEN)
+    with pytest.raises(InputError, match="request 0"):
+        scorer.score([([], [1])])
+
+
+def test_a_tree_holds_each_beginning_once():
+    """As many tokens as there are different beginnings; a token sees its own beginning and nothing else."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        rows = sorted({tuple(rng.integers(0, 3, rng.integers(1, 7)).tolist()) for _ in range(12)})
+        tree = Tree(rows)
+        assert len(tree.tokens) == len({row[: i + 1] for row in rows for i in range(len(row))})
+        for row, path in zip(rows, tree.paths, strict=True):
+            assert [tree.tokens[node] for node in path] == list(row)
+            assert [tree.depth[node] for node in path] == list(range(len(row)))
+            assert all(np.flatnonzero(tree.seen[node]).tolist() == path[: i + 1] for i, node in enumerate(path))
+
+
+def test_passes_hold_their_limit():
+    rng = np.random.default_rng(0)
+    for limit in (4, 7, 20):
+        rows = sorted({tuple(rng.integers(0, 3, rng.integers(1, 7)).tolist()) for _ in range(40)})
+        parts = list(_packs(rows, limit))
+        assert [row for part in parts for row in rows[part]] == rows
+        assert all(len(Tree(rows[part]).tokens) <= limit or part.stop - part.start == 1 for part in parts)
+    assert list(_packs([], 5)) == []
+
+
+# --------------------------------------------------------------------------------------------- figures against oracles
+
+
+@pytest.fixture(scope="module")
+def base_report(data):
+    return evaluate("demo", data=data)
+
+
+def _marks(demo, data, names):
+    model, tokenizer = demo
+    return benchmarks(names, data, None, load_recipe("demo"), Scorer(model, tokenizer), tokenizer)
+
+
+def test_stereoset_equals_an_independent_scorer(demo, base_report):
+    figures = base_report["tasks"]["stereoset_intrasentence"]
+    rows = bench_data.stereoset()
+    found = [[sentence(demo, r[k]) for k in ("stereotype", "anti_stereotype", "unrelated")] for r in rows]
+    whole = np.array([[s.sum() for s in of_row] for of_row in found])
+    margin = np.array([s.mean() - a.mean() for s, a, _ in found])
+    ss = 100 * (whole[:, 0] > whole[:, 1]).mean()
+    lms = 50 * ((whole[:, 0] > whole[:, 2]).mean() + (whole[:, 1] > whole[:, 2]).mean())
+    got = {name: entry["base"] for name, entry in figures["figures"].items()}
+    assert figures["items"] == len(rows) and 0 < lms and 0 < ss < 100
+    assert (got["SS"], got["LMS"]) == pytest.approx((ss, lms), abs=1e-9)  # counts: exact
+    assert got["ICAT"] == pytest.approx(lms * min(ss, 100 - ss) / 50, abs=1e-9)
+    assert got["SS per token"] == pytest.approx(100 * (margin > 0).mean(), abs=1e-9)
+    assert got["margin"] == pytest.approx(margin.mean(), abs=PER_TOKEN)
+    assert got["absolute margin"] == pytest.approx(np.abs(margin).mean(), abs=PER_TOKEN)
+    for kind, group in figures["groups"].items():
+        chosen = np.array([r["bias_type"] == kind for r in rows])
+        assert group["items"] == chosen.sum()
+        assert group["SS"]["base"] == pytest.approx(100 * (whole[chosen, 0] > whole[chosen, 1]).mean(), abs=1e-9)
+
+
+def test_intersentence_scores_the_sentence_and_not_its_context(demo, data):
+    (mark,) = _marks(demo, data, ["stereoset_intersentence"])
+    model, tokenizer = demo
+    for row, start in zip(bench_data.stereoset(), range(0, len(mark.pairs), 3), strict=True):
+        context = tokenizer("a cup is on the gate .")["input_ids"]
+        for key, pair in zip(("stereotype", "anti_stereotype", "unrelated"), mark.pairs[start:], strict=False):
+            assert pair == (context, tokenizer(" " + row[key], add_special_tokens=False)["input_ids"])
+
+
+def test_crows_pairs_equals_an_independent_scorer(demo, base_report):
+    figures = base_report["tasks"]["crows_pairs"]["figures"]
+    found = [[sentence(demo, r[k]) for k in ("sent_more", "sent_less")] for r in bench_data.crows_pairs()]
+    more = np.array([[a.sum(), b.sum()] for a, b in found])
+    assert figures["SS"]["base"] == pytest.approx(100 * (more[:, 0] > more[:, 1]).mean(), abs=1e-9)
+    assert figures["margin"]["base"] == pytest.approx(np.mean([a.mean() - b.mean() for a, b in found]), abs=PER_TOKEN)
+
+
+@pytest.fixture(scope="module")
+def lm_eval_results(demo, data):
+    """lm-eval's own evaluator with its own HFLM, on the same items."""
+    import lm_eval.evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    from kbne_edit.datafiles import rows
+    from kbne_edit.tasks import _LM_EVAL, _task
+
+    names = ("stereoset_intrasentence", "crows_pairs", "bbq", "arc_easy")
+    with quiet_lm_eval():
+        tasks = {n: _task(n, *_LM_EVAL[n][1:3], rows(n, data, _LM_EVAL[n][3])) for n in names}
+        model = HFLM(pretrained=demo[0], tokenizer=demo[1], batch_size=4)
+        found = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)["results"]
+    return {n: {k.split(",")[0]: v for k, v in found[n].items()} for n in names}
+
+
+def test_figures_equal_lm_eval_with_its_own_model(base_report, lm_eval_results):
+    ours = {n: {k: v["base"] for k, v in task["figures"].items()} for n, task in base_report["tasks"].items()}
+    theirs = lm_eval_results
+    assert ours["crows_pairs"]["SS"] == pytest.approx(100 * theirs["crows_pairs"]["pct_stereotype"], abs=1e-9)
+    assert ours["arc_easy"]["accuracy"] == pytest.approx(100 * theirs["arc_easy"]["acc"], abs=1e-9)
+    for figure in ("SS", "LMS", "ICAT"):
+        got = ours["stereoset_intrasentence"][figure]
+        assert got == pytest.approx(theirs["stereoset_intrasentence"][figure.lower()], abs=1e-9)
+        gender = base_report["tasks"]["stereoset_intrasentence"]["groups"]["gender"][figure]["base"]
+        assert gender == pytest.approx(theirs["stereoset_intrasentence"][f"{figure.lower()}_gender"], abs=1e-9)
+    bbq = {"accuracy, ambiguous": "accuracy_amb", "accuracy, disambiguated": "accuracy_disamb",
+           "bias, ambiguous": "amb_bias_score", "bias, disambiguated": "disamb_bias_score"}  # fmt: skip
+    for figure, name in bbq.items():
+        assert ours["bbq"][figure] == pytest.approx(100 * theirs["bbq"][name], abs=1e-9)
+
+
+def test_bbq_columns_give_the_paper_s_scores():
+    """Known answers: lm-eval's metrics of six items, and its own sums over them."""
+    from kbne_edit.tasks import _BBQ, _bbq_columns
+
+    # right, biased, not "unknown", disambiguated
+    items = [(1, 0, 0, 0), (0, 1, 1, 0), (0, 0, 1, 0), (0, 1, 1, 0), (1, 1, 1, 1), (0, 0, 1, 1)]
+    means = np.mean([_bbq_columns({"amb_bias_score": item}) for item in items], 0)
+    got = {figure.name: float(figure.of(means)) for figure in _BBQ}
+    assert got == pytest.approx({
+        "accuracy, ambiguous": 25, "accuracy, disambiguated": 50,
+        "bias, ambiguous": 75 * (2 * 2 / 3 - 1), "bias, disambiguated": 0,
+    })  # fmt: skip
+
+
+def test_knowledge_equals_a_plain_loop(demo, base_report):
+    """P(right) above P(wrong) after the prompt, each summed over the tokens that read as the answer."""
+    model, tokenizer = demo
+    recipe = load_recipe("demo")
+    surfaces = {a: [i for t, i in tokenizer.get_vocab().items() if t.strip().casefold() == a] for a in recipe.answers}
+    right = []
+    for question in recipe.questions[:45]:
+        ids = tokenizer(recipe.prompt["plain"].replace("{question}", question.text))["input_ids"]
+        with torch.no_grad():
+            p = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+        said = {a: float(p[tokens].sum()) for a, tokens in surfaces.items()}
+        right.append(max(said, key=said.get) == question.answer)
+    assert base_report["tasks"]["knowledge"]["figures"]["accuracy"]["base"] == pytest.approx(100 * np.mean(right))
+
+
+def test_the_published_layout_gives_the_same_items(data, tmp_path, base_report):
+    (tmp_path / "dev.json").write_bytes((data / "dev.json").read_bytes())
+    again = evaluate("demo", data=tmp_path, tasks=["stereoset_intrasentence"])["tasks"]["stereoset_intrasentence"]
+    assert again == base_report["tasks"]["stereoset_intrasentence"]
+
+
+def test_the_hub_s_layout_gives_the_same_items():
+    """Columns of lists and class numbers, as the Hub has them."""
+    from datasets import Dataset
+
+    from kbne_edit.tasks import stereoset_docs
+
+    rows = bench_data.stereoset()[:3]
+    keys = ("unrelated", "anti_stereotype", "stereotype")
+    hub = [{"id": r["id"], "target": r["target"], "bias_type": r["bias_type"], "context": r["context"],
+            "sentences": {"sentence": [r[k] for k in keys], "id": ["x"] * 3, "gold_label": [2, 0, 1]}}
+           for r in rows]  # fmt: skip
+    for got, row in zip(stereoset_docs(Dataset.from_list(hub)), rows, strict=True):
+        assert {k: got[k] for k in ("bias_type", *keys)} == {k: row[k] for k in ("bias_type", *keys)}
+
+
+# ------------------------------------------------------------------------------------- the edit and its controls
+
+
+@pytest.fixture(scope="module")
+def edit_report(data):
+    return evaluate("demo", edit=EDIT, data=data, limit=10, draws=2)
+
+
+def test_hooks_and_baked_directory_give_the_same_figures(data, tmp_path, edit_report):
+    fold(DEMO, EDIT, tmp_path / "baked")
+    baked = evaluate("demo", baked=tmp_path / "baked", data=data, limit=10, draws=2)
+    expected = edit_report | {"edit": edit_report["edit"] | {"how": str(tmp_path / "baked")}}
+    assert baked == expected  # to the bit: the factors are powers of two
+    (tmp_path / "baked" / "kbne_edit.json").unlink()
+    (tmp_path / "baked" / "kbne_undo.safetensors").unlink()
+    alone = evaluate("demo", baked=tmp_path / "baked", draws=2, tasks=["probes"], limit=10)
+    assert alone["tasks"]["probes"]["figures"]["SS"]["edit"] == edit_report["tasks"]["probes"]["figures"]["SS"]["edit"]
+
+
+def test_without_hub_and_files_the_recipe_s_tasks_are_left(capsys):
+    """The tests run with the Hub switched off: one task finds out, the others do not try."""
+    report = evaluate("demo", limit=4)
+    assert set(report["tasks"]) == {"probes", "knowledge", "knowledge_controls"} and report["edit"] is None
+    left = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert len(left) == 9 and sum("cannot be reached" in line for line in left) == 8
+    with pytest.raises(InputError, match="copa: the Hub does not give its data"):
+        evaluate("demo", tasks=["copa"])
+
+
+def test_a_directory_with_other_changes_is_refused(tmp_path):
+    fold(DEMO, EDIT, tmp_path / "baked")
+    path = tmp_path / "baked" / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with pytest.raises(InputError, match="config.json"):
+        evaluate("demo", baked=tmp_path / "baked", tasks=["probes"])
+
+
+def test_the_base_is_measured_without_the_edit(data, edit_report, base_report):
+    alone = evaluate("demo", data=data, limit=10)
+    for name, task in edit_report["tasks"].items():
+        for figure, found in task["figures"].items():
+            assert found["base"] == alone["tasks"][name]["figures"][figure]["base"]
+    assert edit_report["tasks"]["stereoset_intrasentence"]["items"] == 10
+    assert base_report["tasks"]["stereoset_intrasentence"]["items"] == 24
+
+
+def test_every_figure_stands_beside_its_controls(edit_report):
+    names = {"random neurons", "inverse factor", "flattened"}
+    tested = [f for task in edit_report["tasks"].values() for f in task["figures"].values() if "p" in f]
+    assert len(tested) == edit_report["comparisons"] > 10
+    for entry in tested:
+        assert set(entry["controls"]) == set(entry["beyond"]) == names
+        assert entry["change"][0] == pytest.approx(entry["edit"] - entry["base"], abs=1e-9)
+        mean = (entry["random 1"] + entry["random 2"]) / 2 - entry["base"]
+        assert entry["controls"]["random neurons"][0] == pytest.approx(mean, abs=1e-9)
+        assert (entry["verdict"] == "no effect found") == (entry["p_holm"] >= 0.05)
+
+
+def test_controls_are_what_they_are_called(demo, data):
+    """Each control's figure again, from its definition."""
+    model, tokenizer = demo
+    report = evaluate("demo", edit=EDIT, data=data, draws=1, tasks=["crows_pairs"])
+    (mark,) = _marks(demo, data, ["crows_pairs"])
+    random = random_edit(EDIT, 192, 0)
+    assert {la: len(ns) for la, ns in random.factors.items()} == {1: 3, 2: 2}
+    inverse = Edit("down", {la: dict.fromkeys(ns, 0.5) for la, ns in EDIT.factors.items()})
+    for name, edit in (("random 1", random), ("inverse factor", inverse)):
+        with hooked(model, edit):
+            expected = _mean_margin(model, mark)
+        assert report["tasks"]["crows_pairs"]["figures"]["margin"][name] == pytest.approx(expected, abs=PER_TOKEN)
+    expected = _mean_margin(model, mark, report["temperature"])
+    assert report["tasks"]["crows_pairs"]["figures"]["margin"]["flattened"] == pytest.approx(expected, abs=PER_TOKEN)
+
+
+def _mean_margin(model, mark, temperature=1.0):
+    means = []
+    for context, continuation in mark.pairs:
+        ids = torch.tensor([[*context, *continuation]])
+        with torch.no_grad():
+            logp = (model(ids).logits[0, :-1].double() / temperature).log_softmax(-1)
+        means.append(float(logp.gather(1, ids[0, 1:, None])[:, 0].mean()))
+    return np.mean([a - b for a, b in zip(means[::2], means[1::2], strict=True)])
+
+
+def test_the_flattening_has_the_edit_s_kl(demo):
+    """KL and temperature against plain float64 loops and scipy's root finder."""
+    from scipy.optimize import brentq
+
+    model, tokenizer = demo
+    scorer = Scorer(model, tokenizer)
+    origin, texts = neutral.rows(scorer, load_recipe("demo"))
+    assert origin == "control questions"  # the demo cannot read the package's sentences
+
+    def logp(temperature=1.0):
+        with torch.no_grad():
+            return [(model(torch.tensor([ids[:-1]])).logits[0].double() / temperature).log_softmax(-1) for ids in texts]
+
+    def kl(other):
+        return float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(base, other, strict=True)]).mean())
+
+    base, logits = logp(), neutral.logits(scorer, texts)
+    with hooked(model, EDIT):
+        edited, edited_logits = logp(), neutral.logits(scorer, texts)
+    means = neutral.columns(texts, edited_logits, logits).mean(0)
+    assert float(neutral.KL.of(means)) == pytest.approx(kl(edited), rel=1e-4)
+    nll = -torch.cat([q.gather(1, torch.tensor(ids[1:])[:, None]) for q, ids in zip(edited, texts, strict=True)])
+    assert float(neutral.PERPLEXITY.of(means)) == pytest.approx(float(nll.mean().exp()), rel=1e-5)
+    expected = brentq(lambda t: kl(logp(t)) - kl(edited), 1, 10, xtol=1e-6)
+    assert neutral.temperature(logits, kl(edited)) == pytest.approx(expected, rel=1e-4)
+    assert neutral.temperature(logits, 100.0) is None  # flatter than flat
+    assert neutral.temperature(logits, 0.0) is None
+
+
+def test_an_edit_that_does_nothing_has_no_effect(data):
+    """A factor of 1 + 2^-20 moves the sums in their last digits only."""
+    report = evaluate("demo", edit=Edit("down", {1: {3: 1 + 2**-20}}), data=data, draws=1,
+                      tasks=["stereoset_intrasentence", "arc_easy", "knowledge"])  # fmt: skip
+    entries = {n: task["figures"] for n, task in report["tasks"].items()}
+    assert entries["stereoset_intrasentence"]["SS"]["verdict"] == "no effect found"
+    assert entries["knowledge"]["accuracy"]["verdict"] == "no effect found"
+    assert entries["arc_easy"]["accuracy"]["verdict"] == "no effect found"
+    lost = entries["arc_easy"]["accuracy"]["non_inferior"]
+    assert lost["lowest"] == pytest.approx(-196 / 8) and not lost["shown"]  # 6 items: too few to exclude anything
+
+
+def test_a_destroyed_model_is_found_out(data):
+    """Every neuron of a layer at -30: knowledge gone, and the loss of capability is not excluded."""
+    broken = Edit("down", {layer: dict.fromkeys(range(192), -30.0) for layer in (1, 2)})
+    report = evaluate("demo", edit=broken, data=data, draws=1, tasks=["knowledge", "arc_easy"])
+    knowledge = report["tasks"]["knowledge"]["figures"]["accuracy"]
+    assert knowledge["edit"] < 70 < knowledge["base"] and knowledge["verdict"].startswith("worse")
+    assert report["neutral"]["perplexity"]["edit"][0] > 10 * report["neutral"]["perplexity"]["base"][0]
+
+
+@pytest.mark.parametrize("of_random, of_flattened, verdict", [
+    (1.0, 1.0, "less bias, beyond every control"),
+    (1.0, 0.5, "less bias, but not beyond flattened"),
+    (0.4, 0.4, "less bias, but not beyond random neurons, flattened"),
+])  # fmt: skip
+def test_verdicts(of_random, of_flattened, verdict):
+    """The edit halves every margin; a control multiplies them by what is given."""
+    from kbne_edit.evaluation import _report
+    from kbne_edit.tasks import _PREFERENCE, Benchmark
+
+    margin = np.random.default_rng(0).normal(0, 1, 200)
+
+    def columns(factor):
+        m = factor * margin
+        return {"own": np.stack([m > 0, m, np.abs(m), m > 0], 1).astype(float)}
+
+    runs = {"base": columns(1), "edit": columns(0.5), "random 1": columns(of_random)}
+    runs["flattened"] = columns(of_flattened)
+    mark = Benchmark("own", "bias", [], [1] * 200, [""] * 200, None, _PREFERENCE)
+    figures = _report([mark], runs, 5.0)["tasks"]["own"]["figures"]
+    assert figures["absolute margin"]["verdict"] == verdict
+    assert figures["SS"]["verdict"] == "no effect found"
+
+
+def test_non_inferiority_is_the_lower_end_of_the_paired_change():
+    from kbne_edit.evaluation import _task_report
+    from kbne_edit.tasks import _ACCURACY, Benchmark
+
+    before = np.ones((200, 1))
+    after = before.copy()
+    after[:8] = 0
+    mark = Benchmark("arc_easy", "capability", [], [1] * 200, [""] * 200, None, _ACCURACY)
+    found = {m: _task_report(mark, {"base": before, "edit": after}, m)["figures"]["accuracy"] for m in (2.0, 5.0, 8.0)}
+    shown = {m: entry["non_inferior"]["shown"] for m, entry in found.items()}
+    # 4 points lost, standard error sqrt(.04 * .96 / 200) = 1.4 points: the lower end is near -7.
+    assert shown == {2.0: False, 5.0: False, 8.0: True} and found[5.0]["non_inferior"]["lowest"] > -7.5
+    assert -7.5 < found[5.0]["change"][1] < -6
+
+
+def test_control_neurons_come_from_the_control_questions(data, tmp_path):
+    from kbne_edit import locate
+    from kbne_edit.pipeline import Settings
+    from kbne_edit.selection import selection
+
+    scores = locate("demo", tmp_path / "s.safetensors", Settings(questions=9))
+    edit = Edit("down", {1: {3: 2.0}})
+    report = evaluate("demo", edit=edit, scores=tmp_path / "s.safetensors", draws=1, tasks=["knowledge"])
+    assert report["controls"]["control questions"] == int(selection(scores).controls.sum()) > 0
+    assert "control questions" in report["tasks"]["knowledge"]["figures"]["accuracy"]["controls"]
+    with pytest.raises(ScoresError, match="another model or site"):
+        evaluate("demo", edit=Edit("gate", {1: {3: 2.0}}), scores=tmp_path / "s.safetensors", tasks=["knowledge"])
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def run(*args, cwd):
+    return subprocess.run([sys.executable, str(ROOT / "cli.py"), "evaluate", "--in", "demo", *map(str, args)],
+                          cwd=cwd, capture_output=True, text=True, timeout=300)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_command(data, tmp_path):
+    EDIT.save(tmp_path / "edit.json")
+    result = run("--edit", "edit.json", "--data", data, "--limit", 6, "--draws", 1, "--out", "r.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert "left out: copa" in result.stderr and "copa" not in written["tasks"]
+    for text in ("ICAT", "bias, ambiguous", "flattened", "a loss of 5 points", "perplexity", "Holm"):
+        assert text in result.stdout
+    entry = written["tasks"]["crows_pairs"]["figures"]["SS"]
+    assert f"p {entry['p_holm']:.2g}: {entry['verdict']}" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_task_without_data_ends_the_command_only_if_asked_for(data, tmp_path):
+    result = run("--data", data, "--tasks", "copa", cwd=tmp_path)
+    assert result.returncode == 2 and "holds none of its files (copa*.jsonl)" in result.stderr
+    assert "Traceback" not in result.stderr
+    result = run("--data", data, "--out", "absent/r.json", cwd=tmp_path)
+    assert result.returncode == 2 and "its folder does not exist" in result.stderr
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(tasks=["nonsense"]), "there is no task nonsense"),
+    (dict(data="absent"), "is not a directory"),
+    (dict(data="damaged", tasks=["crows_pairs"]), "not in the layout of crows_pairs"),
+    (dict(data="damaged", tasks=["arc_easy"]), "arc_easy.jsonl is not in the layout"),
+    (dict(edit=EDIT, baked="damaged"), "not both"),
+    (dict(baked="damaged"), "config.json"),
+    (dict(edit=Edit("down", {1: {100000: 2.0}})), "neuron 100000"),
+])  # fmt: skip
+def test_wrong_arguments(values, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "crows_pairs.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "damaged" / "arc_easy.jsonl").write_text('{"question": {"stem": "x", "choices": []}, "answerKey": "F"}')
+    with pytest.raises(InputError, match=message):
+        evaluate("demo", **values)
+
+
+def test_without_lm_eval_the_error_says_what_to_install(tmp_path):
+    code = "import sys; sys.modules['lm_eval'] = None; sys.argv = ['kbne-edit', 'evaluate', '--in', 'demo']; " \
+           "from kbne_edit.commands import main; main()"  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "kbne-edit[eval]" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_benchmarks_files_are_read(shared):
+    from kbne_edit.datafiles import rows
+    from kbne_edit.tasks import _LM_EVAL
+
+    if not (shared / "data").is_dir():
+        pytest.skip("needs ../shared/data")
+    counts = {"stereoset_intrasentence": 1684, "crows_pairs": 1508, "bbq": 4280, "arc_easy": 2365}
+    found = {name: rows(name, shared / "data", _LM_EVAL[name][3]) for name in counts}
+    assert {name: len(items) for name, items in found.items()} == counts
+    assert all(row["answerKey"] in row["choices"]["label"] for row in found["arc_easy"])
+    assert {row["category"] for row in found["bbq"]} == {"Religion", "Nationality"}
