@@ -35,9 +35,9 @@ TOLERANCE = 0.01  # completeness residual of a layer, relative to the question's
 class Attribution:
     """One question's scores and what they cost.
 
-    scores: [L, F] float32. p: P(a*). p_zero: P(a* | h of layer l = 0), [L]. residual: |sum_i score_i - (p - p_zero)|
-    relative to the largest |score| of the question, [L]. nodes: gradient evaluations spent on each layer, [L].
-    next_token: the model's distribution after the prompt, [V] float32.
+    scores: [L, F] float32. p: P(a*). p_zero: what is attributed, with h of layer l = 0, [L]. residual: |sum_i score_i -
+    (value - p_zero)| relative to the largest |score| of the question, [L], where value is what is attributed. nodes:
+    gradient evaluations spent on each layer, [L]. next_token: the model's distribution after the prompt, [V] float32.
     """
 
     scores: Tensor
@@ -91,6 +91,7 @@ def attribute(
     site: Site = "down",
     quadrature: str = "gauss",
     tolerance: float = TOLERANCE,
+    other_ids: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Integrated-gradient scores of every neuron for every question, float32 [Q, L, F] on the CPU.
 
@@ -98,9 +99,12 @@ def attribute(
     input_ids: Q prompts as token ids. answer_ids: Q lists with the ids of the right answer's surface forms; P(a*) is
     the sum of their probabilities. quadrature: "gauss" (Gauss-Legendre, refined per layer until the completeness
     residual is below `tolerance`), "gauss-N" (N nodes, fixed), "riemann-N" (N nodes linspace(0, 1, N), sum / N; the
-    published code uses N = 20). Raises InputError for an empty prompt or answer or an unknown quadrature.
+    published code uses N = 20). other_ids: Q lists with the ids of the wrong answers' surface forms; with them not
+    P(a*) is attributed but the log-odds log P(a*) / P(others), which do not saturate. Raises InputError for an empty
+    prompt or answer or an unknown quadrature.
     """
-    results = [result.scores for result in attributions(model, input_ids, answer_ids, site, quadrature, tolerance)]
+    found = attributions(model, input_ids, answer_ids, site, quadrature, tolerance, other_ids=other_ids)
+    results = [result.scores for result in found]
     if not results:
         raise InputError("attribute: no questions given")
     return torch.stack(results)
@@ -114,6 +118,7 @@ def attributions(
     quadrature: str = "gauss",
     tolerance: float = TOLERANCE,
     only: Sequence[int] | None = None,
+    other_ids: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Attribution]:
     """`attribute`, question by question as they are finished.
 
@@ -137,7 +142,11 @@ def attributions(
         while todo:
             fit = layers.group([len(input_ids[q]) for q in todo], trunk.length if trunk else 0, nodes)
             group, todo = todo[:fit], todo[fit:]
-            prompts = [Prompt(layers.model, input_ids[q], answer_ids[q], site, trunk) for q in group]
+            others = [other_ids[q] if other_ids else None for q in group]
+            prompts = [
+                Prompt(layers.model, input_ids[q], answer_ids[q], site, trunk, other)
+                for q, other in zip(group, others, strict=True)
+            ]
             rules = [_quadrature(quadrature, count, tolerance) for _ in group]
             yield from _group(layers, fresh, prompts, rules)
             fresh = None
@@ -162,7 +171,7 @@ def _group(
         found = _answer(layers, climbing, [(prompts[q], nodes) for q, nodes in requests.items()])
         climbing = []
         for q, answer in zip(requests, found, strict=True):
-            rules[q].accept(prompts[q].h, prompts[q].p, answer)
+            rules[q].accept(prompts[q].h, prompts[q].value, answer)
     for prompt, rule in zip(prompts, rules, strict=True):
         yield _finish(prompt, rule)
 
@@ -232,5 +241,5 @@ def _still(model: nn.Module) -> Iterator[None]:
 def _finish(prompt: Prompt, rule: Fixed | Adaptive) -> Attribution:
     scores = prompt.h * rule.gradients
     largest = max(scores.abs().max().item(), 1e-30)
-    residual = np.abs(scores.sum(1).double().numpy() - (prompt.p - rule.p_zero)) / largest
+    residual = np.abs(scores.sum(1).double().numpy() - (prompt.value - rule.p_zero)) / largest
     return Attribution(scores, prompt.p, rule.p_zero, residual, rule.nodes, prompt.next_token)

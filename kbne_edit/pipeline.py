@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 class Settings:
     """How to locate. None: as the recipe says. answers: {answer: [surface, …]} fixes the surface forms by hand.
 
+    objective: what is attributed, "probability" of the right answer (the paper's) or its "log-odds" against the others.
+
     memory: what attribution may use, e.g. "8GB" (None: most of what is free); a model that does not fit is read layer
     by layer.
     """
@@ -48,6 +50,7 @@ class Settings:
     answers: dict[str, list[str]] | None = None
     drop_wrong: bool = False
     device: str = "cpu"
+    objective: str = "probability"
     dtype: str = "float32"
     memory: str | None = None
 
@@ -79,7 +82,7 @@ def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, se
     about = {
         "model": found.id, "commit": found.commit, "base": checkpoint.fingerprint(), "recipe": recipe.name,
         "recipe_sha256": recipe.sha256, "site": settings.site, "quadrature": settings.quadrature,
-        "dtype": settings.dtype, "answer_tokens": tokens,
+        "dtype": settings.dtype, "objective": settings.objective, "answer_tokens": tokens,
     }  # fmt: skip
     with ExitStack() as stack:
         processes, writer = stack.enter_context(team()), None
@@ -103,9 +106,16 @@ def _attribute(
     from .attribution import attributions
 
     answers = [list(tokens[question.answer].values()) for question in asked]
+    others = [sorted({i for a, ids in tokens.items() if a != q.answer for i in ids.values()}) for q in asked]
     mine = todo[processes.rank :: processes.size]
     stream = attributions(
-        _supplier(checkpoint, settings), prompts, answers, settings.site, settings.quadrature, only=mine
+        _supplier(checkpoint, settings),
+        prompts,
+        answers,
+        settings.site,
+        settings.quadrature,
+        only=mine,
+        other_ids=others if settings.objective == "log-odds" else None,
     )
     with progress("attribution", len(asked), "question", len(asked) - len(todo)) as update:
         for _ in range(0, len(todo), processes.size):

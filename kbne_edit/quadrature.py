@@ -34,7 +34,10 @@ class Nodes(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What one layer gave. gradient: dP/dh at `values`, [n, F]; p_values [n], p_edges [m]: P(a* | gamma h)."""
+    """What one layer gave. gradient: dP/dh at `values`, [n, F]; p_values [n], p_edges [m]: P(a* | gamma h).
+
+    P stands for whatever is attributed: a probability, or log-odds.
+    """
 
     gradient: Tensor
     p_values: Tensor

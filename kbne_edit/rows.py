@@ -56,14 +56,23 @@ class Segment:
 class Prompt(Segment):
     """A question's tokens, as far as they are its own. What is known once it has climbed:
 
-    h: the site's values at the last position, [L, F] float32 on the CPU; p: P(a*); next_token: the model's
-    distribution after the prompt, [V] float32 on the CPU.
+    h: the site's values at the last position, [L, F] float32 on the CPU; p: P(a*); value: the objective (P(a*), or
+    with `other_ids` the log-odds of a* against the other answers); next_token: the model's distribution after the
+    prompt, [V] float32 on the CPU.
     """
 
-    def __init__(self, model: nn.Module, input_ids: Sequence[int], answer_ids: Sequence[int], site: Site, before=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        input_ids: Sequence[int],
+        answer_ids: Sequence[int],
+        site: Site,
+        before: Segment | None = None,
+        other_ids: Sequence[int] | None = None,
+    ):
         super().__init__(model, input_ids[before.length if before else 0 :], before)
         self.site, self.places, self.neurons = site, places(model, site), num_neurons(model)
-        self.answer = torch.tensor(list(answer_ids))
+        self._answer, self._other = list(answer_ids), other_ids and list(other_ids)
         self.base: list[Tensor]  # the last position's input to each layer, [1, 1, D]
         self.last_token = self._ids[:, -1:]
 
@@ -86,8 +95,16 @@ class Prompt(Segment):
         """The head, once the last layer is done."""
         with torch.no_grad():
             logits = head(self, self.hidden[:, -1:])
-        self.h, self.p = torch.stack(self._h), probability(logits, self.answer).item()
+        self.h, self.value = torch.stack(self._h), self.objective(logits).item()
         self.next_token = logits[0].softmax(-1).cpu()
+        self.p = float(self.next_token[self._answer].sum())
+
+    def objective(self, logits: Tensor) -> Tensor:
+        """What is attributed. logits: [R, V] -> [R]."""
+        answer = torch.logsumexp(logits[:, self._answer], -1)
+        if self._other:
+            return answer - torch.logsumexp(logits[:, self._other], -1)
+        return torch.exp(answer - torch.logsumexp(logits, -1))
 
 
 class Rows:
@@ -147,12 +164,12 @@ class Rows:
         return _Held(hidden, leaves, output)
 
     def head(self) -> None:
-        """P(a*) of every row, and its gradient with respect to the last layer's output."""
+        """The objective of every row, and its gradient with respect to the last layer's output."""
         p, gradients = [], []
         for part in self._hidden.split(_HEAD_ROWS):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                value = probability(head(self.prompt, part), self.prompt.answer)
+                value = self.prompt.objective(head(self.prompt, part))
                 gradients.append(torch.autograd.grad(value.sum(), part)[0])
             p.append(value.detach().cpu())
         self._hidden, gradient = None, torch.cat(gradients)
@@ -202,11 +219,6 @@ class _Held(NamedTuple):
     input: Tensor
     leaves: list[_Leaf]
     output: Tensor
-
-
-def probability(logits: Tensor, answer: Tensor) -> Tensor:
-    """P(a*), summed over the answer's tokens. logits: [R, V] -> [R]."""
-    return torch.exp(torch.logsumexp(logits[:, answer.to(logits.device)], -1) - torch.logsumexp(logits, -1))
 
 
 # ----------------------------------------------------------------------------------------------- the model's own code

@@ -78,6 +78,27 @@ def test_completeness_reaches_the_tolerance():
     assert (refined.scores - reference.scores).abs().max() <= 5e-3 * reference.scores.abs().max()
 
 
+def test_log_odds_against_captum():
+    from captum.attr import IntegratedGradients
+
+    model, other = tiny_model("llama"), [20, 21]
+    scores = attribute(model, [PROMPT], [ANSWER], quadrature="gauss-16", other_ids=[other])[0]
+    module, seen = model.model.layers[1].mlp.down_proj, []
+    with module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())), torch.no_grad():
+        model(torch.tensor([PROMPT]))
+
+    def log_odds(h):
+        def put(_, args):
+            return (torch.cat([args[0][:, :-1], h[:, None]], 1), *args[1:])
+
+        with module.register_forward_pre_hook(put):
+            p = model(torch.tensor([PROMPT] * len(h))).logits[:, -1].softmax(-1)
+        return torch.log(p[:, ANSWER].sum(-1) / p[:, other].sum(-1))
+
+    want = IntegratedGradients(log_odds).attribute(seen[0][:, -1], n_steps=16, method="gausslegendre")[0]
+    assert (scores[1] - want).abs().max() <= 1e-5 * scores.abs().max()
+
+
 def test_the_model_is_left_as_it_was():
     model = tiny_model("llama").train()
     before = [p.requires_grad for p in model.parameters()]

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
 
-from kbne_edit import Edit, fold, hooked, revert
+from kbne_edit import Edit, fold, hooked, revert, verification, verify
+from kbne_edit.checkpoint import Checkpoint
 from kbne_edit.families import family_of, num_neurons, places
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, tiny_config, tiny_model
 
@@ -61,6 +62,37 @@ def test_other_factors_round_once(name, factor, tmp_path):
             expected.index_copy_(axis, index, scaled)
         assert after[key].dtype == old.dtype and torch.equal(after[key], expected), key
     assert num_neurons(model) == 48
+
+
+@pytest.mark.parametrize("site", ["down", "gate"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_factors_stay_within_the_rounding_bound(name, site, tmp_path):
+    """`verify` computes the bound: see `kbne_edit.noise`. Both factors in one edit, on bf16 weights, in both dtypes."""
+    model = tiny_model(name, torch.bfloat16)
+    if site == "gate" and family_of(model.config.to_dict()).gate is None:
+        pytest.skip("plain feed-forward: no gate")
+    model.save_pretrained(tmp_path / "base")
+    edit = Edit(site=site, factors={0: {3: 3.5, 47: 0.3}, 2: {0: 0.3, 10: 3.5, 11: 3.5}})
+    fold(tmp_path / "base", edit, tmp_path / "baked")
+    report = verify(tmp_path / "base", tmp_path / "baked")
+    assert report.ok and [entry["dtype"] for entry in report.behaviour] == ["float32", "bfloat16"]
+    assert all(0 < entry["noise"] < 0.2 for entry in report.behaviour)  # the bound says something
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "gpt2", "phi3"])
+@pytest.mark.parametrize("site", ["down", "gate"])
+@pytest.mark.parametrize("factor", [2.0, 3.5])
+def test_site_by_site_where_the_model_does_not_fit(name, site, factor, tmp_path, monkeypatch):
+    if site == "gate" and name == "gpt2":
+        pytest.skip("plain feed-forward: no gate")
+    monkeypatch.setattr(verification, "available", lambda: 1.0)
+    tiny_model(name, torch.bfloat16).save_pretrained(tmp_path / "base")
+    fold(tmp_path / "base", _edit(factor, site), tmp_path / "baked")
+    base, baked = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "baked")
+    (entry,) = verify(tmp_path / "base", tmp_path / "baked").behaviour
+    assert entry["how"] == "site by site" and entry["ok"] and entry["bit_equal"] == (factor == 2.0)
+    (entry,) = verification.behaviour_proof(base, baked, _edit(factor * 1.01, site))
+    assert not entry["ok"]  # one percent off in the factor is seen
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "llama-tied"])

@@ -28,6 +28,8 @@ def locating(command):
                      help="Input of the down-projection, or output of the gate projection."),
         click.option("--quadrature", default="gauss", show_default=True,
                      help="gauss (refined until complete), gauss-N, riemann-N (riemann-20: the published sum)."),
+        click.option("--objective", type=click.Choice(["probability", "log-odds"]), default="probability",
+                     show_default=True, help="What is attributed: P of the right answer, or its log-odds."),
         click.option("--answers", metavar="JSON", help='Surface tokens by hand: {"yes": ["Yes"], "no": ["No"]}.'),
         click.option("--device", default="cpu", show_default=True, help="Torch device for the attribution."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
