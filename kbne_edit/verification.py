@@ -407,7 +407,7 @@ def _site_by_site(base: Checkpoint, baked: Checkpoint, edit: Edit) -> dict:
         else:
             reference, got = (x @ old.T) * scale, x @ new.T
             spread = np.sqrt((x**2) @ (old[index] ** 2).T) * np.abs(target.factors)
-        unit = {"BF16": 2.0**-8, "F16": 2.0**-11}.get(tensor.dtype, 2.0**-24)
+        unit = {"BF16": 2.0**-8, "F16": 2.0**-11}.get(tensor.dtype, 2.0**-24) / 3**0.5  # as in `noise`
         worst = max(worst, float(np.abs(got - reference).max() / max(float(reference.std()), 1e-30)))
         noise = max(noise, float(unit * spread.max() / max(float(reference.std()), 1e-30)))
         equal &= np.array_equal(got, reference)

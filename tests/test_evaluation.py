@@ -356,7 +356,7 @@ def test_controls_are_what_they_are_called(demo, data):
     model, tokenizer = demo
     report = evaluate("demo", edit=EDIT, data=data, draws=1, tasks=["crows_pairs"])
     (mark,) = _marks(demo, data, ["crows_pairs"])
-    random = random_edit(EDIT, 192, 0)
+    random = random_edit(EDIT, [192] * 4, 0)
     assert {la: len(ns) for la, ns in random.factors.items()} == {1: 3, 2: 2}
     inverse = Edit("down", {la: dict.fromkeys(ns, 0.5) for la, ns in EDIT.factors.items()})
     for name, edit in (("random 1", random), ("inverse factor", inverse)):
