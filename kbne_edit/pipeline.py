@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 class Settings:
     """How to locate. None: as the recipe says. answers: {answer: [surface, …]} fixes the surface forms by hand.
 
+    prompt: "chat" (through the template where there is one) or "plain"; before: text that comes before each question.
     objective: what is attributed, "probability" of the right answer (the paper's) or its "log-odds" against the others.
 
     memory: what attribution may use, e.g. "8GB" (None: most of what is free); a model that does not fit is read layer
@@ -48,7 +49,10 @@ class Settings:
     combine: str | None = None
     factor: float | None = None
     answers: dict[str, list[str]] | None = None
+    prompt: str = "chat"
+    before: str = ""
     drop_wrong: bool = False
+    min_stability: float | None = None
     device: str = "cpu"
     objective: str = "probability"
     dtype: str = "float32"
@@ -78,11 +82,13 @@ def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, se
     tokenizer = load_tokenizer(checkpoint.path)
     with foreign(checkpoint.path):
         tokens = answer_tokens(tokenizer, recipe.answers, settings.answers)
-        prompts = [encode(tokenizer, recipe, question) for question in asked]
+        plain = settings.prompt == "plain"
+        prompts = [encode(tokenizer, recipe, question, plain, settings.before) for question in asked]
     about = {
         "model": found.id, "commit": found.commit, "base": checkpoint.fingerprint(), "recipe": recipe.name,
         "recipe_sha256": recipe.sha256, "site": settings.site, "quadrature": settings.quadrature,
-        "dtype": settings.dtype, "objective": settings.objective, "answer_tokens": tokens,
+        "dtype": settings.dtype, "objective": settings.objective, "prompt": settings.prompt, "before": settings.before,
+        "answer_tokens": tokens,
     }  # fmt: skip
     with ExitStack() as stack:
         processes, writer = stack.enter_context(team()), None
@@ -155,15 +161,23 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     return Streamed(checkpoint, budget)
 
 
+def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> dict:
+    """Rule and thresholds that recipe and settings ask for, as arguments of `select`."""
+    given = {key: getattr(settings, key) for key in ("rule", "tau", "beta", "combine")}
+    only = [bool(c) or not settings.drop_wrong for c in scores.correct]
+    return recipe.select | {key: value for key, value in given.items() if value is not None} | {"only": only}
+
+
 def choose(scores: Scores, recipe: Recipe, settings: Settings):
     """The selection that recipe and settings ask for, from finished scores. Returns a `Selection`."""
     from .selection import selection
+    from .stability import stability
 
-    chosen = {key: getattr(settings, key) for key in ("rule", "tau", "beta", "combine")}
-    chosen = recipe.select | {key: value for key, value in chosen.items() if value is not None}
-    factor = recipe.factor if settings.factor is None else settings.factor
-    only = [bool(c) or not settings.drop_wrong for c in scores.correct]
-    return selection(scores, **chosen, factor=factor, only=only)
+    rule = choosing(scores, recipe, settings)
+    chosen = selection(scores, **rule, factor=recipe.factor if settings.factor is None else settings.factor)
+    if settings.min_stability is None:
+        return chosen
+    return chosen.stable(stability(scores, **rule)["neurons"], settings.min_stability)
 
 
 def bake(

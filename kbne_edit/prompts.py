@@ -10,16 +10,19 @@ if TYPE_CHECKING:
     from .recipe import Question, Recipe
 
 
-def encode(tokenizer, recipe: Recipe, question: Question) -> list[int]:
-    """Token ids [T] of the prompt: through the chat template where tokenizer and recipe have one, else plain."""
-    if "chat" in recipe.prompt and getattr(tokenizer, "chat_template", None):
-        message = {"role": "user", "content": recipe.prompt["chat"].replace("{question}", question.text)}
+def encode(tokenizer, recipe: Recipe, question: Question, plain: bool = False, before: str = "") -> list[int]:
+    """Token ids [T] of the prompt: through the chat template where tokenizer and recipe have one, else plain.
+
+    plain: without the template in any case. before: text that comes first, such as a conversation.
+    """
+    if not plain and "chat" in recipe.prompt and getattr(tokenizer, "chat_template", None):
+        message = {"role": "user", "content": before + recipe.prompt["chat"].replace("{question}", question.text)}
         # enable_thinking: templates that know it would otherwise open a chain of thought before the answer.
         text = tokenizer.apply_chat_template(
             [message], add_generation_prompt=True, tokenize=False, enable_thinking=False
         )
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer(recipe.prompt["plain"].replace("{question}", question.text))["input_ids"]
+    return tokenizer(before + recipe.prompt["plain"].replace("{question}", question.text))["input_ids"]
 
 
 def answer_tokens(tokenizer, answers: tuple[str, ...], fixed: dict[str, list[str]] | None = None) -> dict[str, dict]:

@@ -12,9 +12,9 @@ Then: kept for a dimension if it counts in at least beta of its questions; the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,17 @@ class Selection:
     edit: Edit
     dimensions: dict[str, np.ndarray]
     controls: np.ndarray | None
+
+    def stable(self, shares: dict[int, dict[int, float]], least: float) -> Selection:
+        """Only the neurons whose share {layer: {neuron: share}} is at least `least`. Raises EditError if none is."""
+        factors = {
+            layer: {n: factor for n, factor in neurons.items() if shares[layer][n] >= least}
+            for layer, neurons in self.edit.factors.items()
+        }
+        if not any(factors.values()):
+            raise EditError(f"no neuron is selected in {least:.0%} of the resamples: lower --min-stability or --tau")
+        found = {**self.edit.found, "select": {**self.edit.found["select"], "min_stability": least}}
+        return replace(self, edit=Edit(self.edit.site, factors, self.edit.base, found))
 
     def summary(self) -> dict:
         """Per dimension: neurons and layers; overlaps between dimensions; overlap with the controls' selection."""
@@ -88,11 +99,17 @@ def select(
     ).edit  # fmt: skip
 
 
-def selection(
-    scores, *, dimensions=None, answers=None, forms=None, controls=None, rule="paper", tau=0.1, beta=0.1,
-    combine="union", factor=2.0, site="down", base=None, only=None,
-) -> Selection:  # fmt: skip
-    """`select`, with the masks that the report needs."""
+class Ballot(NamedTuple):
+    """What each question votes for. counts: index of a question -> mask [L, F]; dimensions: {name: its questions}."""
+
+    counts: Callable[[int], np.ndarray]
+    dimensions: dict[str, np.ndarray]
+    compared: np.ndarray
+    site: Site
+    base: str | None
+
+
+def ballot(scores, dimensions, answers, forms, controls, rule, tau, beta, combine, site, base, only) -> Ballot:
     if rule not in RULES or combine not in COMBINE or not (0 <= tau <= 1 and 0 <= beta <= 1):
         raise InputError(f"select: rule is one of {RULES}, combine one of {COMBINE}, tau and beta lie from 0 to 1")
     if hasattr(scores, "questions"):
@@ -112,14 +129,20 @@ def selection(
         raise InputError("select: no question is left to select from")
     if rule == "contrastive" and not compared.any():
         raise InputError("select: the contrastive rule needs control questions")
+    named = {n: np.flatnonzero(asked & (dimensions == n)) for n in dict.fromkeys(dimensions[asked].tolist())}
     counts = _counting(scores, groups, forms, compared, rule, tau, beta)
-    masks = {
-        name: _kept(counts, np.flatnonzero(asked & (dimensions == name)), beta)
-        for name in dict.fromkeys(dimensions[asked].tolist())
-    }
-    stacked = np.stack(list(masks.values()))
-    union = stacked.any(0) if combine == "union" else stacked.all(0)
-    by_controls = _kept(counts, np.flatnonzero(compared), beta) if compared.any() else None
+    return Ballot(counts, named, np.flatnonzero(compared), site, base)
+
+
+def selection(
+    scores, *, dimensions=None, answers=None, forms=None, controls=None, rule="paper", tau=0.1, beta=0.1,
+    combine="union", factor=2.0, site="down", base=None, only=None,
+) -> Selection:  # fmt: skip
+    """`select`, with the masks that the report needs."""
+    votes = ballot(scores, dimensions, answers, forms, controls, rule, tau, beta, combine, site, base, only)
+    masks = {name: _kept(votes.counts, questions, beta) for name, questions in votes.dimensions.items()}
+    union = combined(list(masks.values()), combine)
+    by_controls = _kept(votes.counts, votes.compared, beta) if len(votes.compared) else None
     factors: dict[int, dict[int, float]] = {}
     for layer, neuron in np.argwhere(union).tolist():
         factors.setdefault(layer, {})[neuron] = float(factor)
@@ -128,9 +151,17 @@ def selection(
         raise EditError(
             f"no neuron counts{above} (rule {rule}, tau {tau:g}, beta {beta:g}, {combine}): lower --tau or --beta"
         )
-    settings = {"rule": rule, "tau": tau, "beta": beta, "combine": combine, "questions": int(asked.sum()),
-                "controls": int(compared.sum())}  # fmt: skip
-    return Selection(Edit(site, factors, base, {"select": settings}), masks, by_controls)
+    settings = {"rule": rule, "tau": tau, "beta": beta, "combine": combine, "controls": len(votes.compared),
+                "questions": sum(map(len, votes.dimensions.values()))}  # fmt: skip
+    return Selection(Edit(votes.site, factors, votes.base, {"select": settings}), masks, by_controls)
+
+
+def combined(masks: Sequence[np.ndarray], combine: str) -> np.ndarray:
+    return np.any(masks, 0) if combine == "union" else np.all(masks, 0)
+
+
+def needed(beta: float, count: int) -> int:
+    return max(math.ceil(beta * count - 1e-9), 1)
 
 
 def _counting(scores, groups, forms, compared, rule, tau, beta):
@@ -170,14 +201,13 @@ def _halves(groups: np.ndarray, forms: np.ndarray, compared: np.ndarray) -> np.n
 
 def _level(shares: list[np.ndarray], beta: float) -> np.ndarray:
     """What at least beta of these controls (and one) reach, neuron by neuron and never below 0, [L, F]."""
-    rank = max(math.ceil(beta * len(shares) - 1e-9), 1)
+    rank = needed(beta, len(shares))
     return np.maximum(np.partition(np.stack(shares), len(shares) - rank, axis=0)[len(shares) - rank], 0)
 
 
 def _kept(counts, questions: np.ndarray, beta: float) -> np.ndarray:
     """Neurons that count in at least beta of these questions (and in at least one)."""
-    needed = max(math.ceil(beta * len(questions) - 1e-9), 1)
-    return sum(counts(q).astype(np.int32) for q in questions) >= needed
+    return sum(counts(q).astype(np.int32) for q in questions) >= needed(beta, len(questions))
 
 
 def _mask(edit: Edit, shape: tuple[int, int]) -> np.ndarray:

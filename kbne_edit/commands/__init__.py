@@ -14,6 +14,7 @@ _COMMANDS = {
     "bake": "locate the neurons, fold the factors, prove the result",
     "locate": "attribute questions to neurons, into a scores file",
     "select": "choose neurons from a scores file (no model needed)",
+    "stability": "how far a selection depends on which questions were asked",
     "verify": "prove that a directory is its base with an edit",
     "revert": "restore the base from a baked directory alone",
     "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",

@@ -30,6 +30,10 @@ def locating(command):
                      help="gauss (refined until complete), gauss-N, riemann-N (riemann-20: the published sum)."),
         click.option("--objective", type=click.Choice(["probability", "log-odds"]), default="probability",
                      show_default=True, help="What is attributed: P of the right answer, or its log-odds."),
+        click.option("--prompt", type=click.Choice(["chat", "plain"]), default="chat", show_default=True,
+                     help="Through the chat template where there is one, or plain."),
+        click.option("--before", default="", metavar="TEXT",
+                     help="Put before each question: a conversation, steps of reasoning."),
         click.option("--answers", metavar="JSON", help='Surface tokens by hand: {"yes": ["Yes"], "no": ["No"]}.'),
         click.option("--device", default="cpu", show_default=True, help="Torch device for the attribution."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
@@ -49,6 +53,8 @@ def selecting(command):
         click.option("--beta", type=click.FloatRange(0, 1), help="Share of a dimension's questions.  [default: 0.1]"),
         click.option("--combine", type=click.Choice(COMBINE), help="Over dimensions.  [default: union]"),
         click.option("--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"),
+        click.option("--min-stability", type=click.FloatRange(0, 1), help="Keep neurons that at least this share of "
+                     "200 resamples of the questions selects."),
         click.option("--drop-wrong", is_flag=True, help="Leave out questions that the model answers wrongly."),
     ]):  # fmt: skip
         command = option(command)
