@@ -15,6 +15,7 @@ _COMMANDS = {
     "locate": "attribute questions to neurons, into a scores file",
     "select": "choose neurons from a scores file (no model needed)",
     "verify": "prove that a directory is its base with an edit",
+    "apply": "put a delta into a copy of its base",
     "revert": "restore the base from a baked directory alone",
     "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",
     "recipes": "list, show or check recipes",
