@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import string
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import InputError, RecipeError, shown
+from .errors import InputError, OutputError, RecipeError, shown
 from .files import open_input
 
 _KEYS = {
@@ -80,6 +81,20 @@ def _folder() -> Path:
     """Inside the wheel the recipes lie in the package, in a checkout beside it."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def new_recipe(name: str, path: str | Path) -> None:
+    """Write an annotated skeleton, in order as it stands, to a file that is not there yet. Raises OutputError."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise InputError(f"{shown(name)} is no name for a recipe: letters, digits, - and _ are")
+    text = (Path(__file__).parent / "skeleton.yaml").read_text(encoding="utf-8")
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text.replace("NAME", name))
+    except FileExistsError:
+        raise OutputError(f"{path} exists: choose another --out") from None
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def load_recipe(source: str | Path) -> Recipe:

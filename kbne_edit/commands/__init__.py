@@ -18,7 +18,7 @@ _COMMANDS = {
     "apply": "put a delta into a copy of its base",
     "revert": "restore the base from a baked directory alone",
     "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",
-    "recipes": "list, show or check recipes",
+    "recipes": "list, show, check or begin recipes",
 }
 
 
