@@ -135,7 +135,7 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
 
     dtype = getattr(torch, settings.dtype)
     budget = memory.parse(settings.memory) if settings.memory else memory.SHARE * memory.available() / LOCAL_SIZE
-    need = memory.in_memory(checkpoint, dtype.itemsize) + memory.OVERHEAD
+    need = memory.needed(checkpoint, dtype.itemsize)
     if settings.device != "cpu" or need <= budget:
         say(f"loading {checkpoint.path} in {settings.dtype}")
         device = f"cuda:{LOCAL_RANK}" if settings.device == "cuda" and LOCAL_SIZE > 1 else settings.device

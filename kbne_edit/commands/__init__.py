@@ -19,6 +19,7 @@ _COMMANDS = {
     "revert": "restore the base from a baked directory alone",
     "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",
     "recipes": "list, show, check or begin recipes",
+    "doctor": "show what this machine can do, and how it would treat a model",
 }
 
 
