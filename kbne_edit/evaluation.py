@@ -1,6 +1,7 @@
-"""What an edit does to a stereotyped preference, beside random neurons of the same number and layers.
+"""What an edit does to a preference, beside random neurons of the same number and layers.
 
-m = mean log-probability per token of the stereotyped sentence minus that of the anti-stereotyped one. Items are paired
+m = mean log-probability per token of a probe's first sentence (the stereotyped or the unwanted one) minus that of its
+second. With the aim "balance" |m| should fall, neither sentence preferred; with "avoid", m itself. Items are paired
 before and after; intervals are 95 % bootstrap intervals over items (percentile, seeded).
 """
 
@@ -25,7 +26,7 @@ _RESAMPLES = 2000
 def margins(model: nn.Module, tokenizer, probes: Sequence[Probe]) -> np.ndarray:
     """m of every probe, [n]."""
     return np.array(
-        [_score(model, tokenizer, p.stereotype) - _score(model, tokenizer, p.anti_stereotype) for p in probes]
+        [_score(model, tokenizer, p.first) - _score(model, tokenizer, p.second) for p in probes]
     )
 
 
@@ -50,8 +51,10 @@ def random_edit(edit: Edit, neurons: Sequence[int], seed: int) -> Edit:
     return Edit(edit.site, factors)
 
 
-def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neurons: Sequence[int]) -> dict:
-    """The edit's effect on m, and that of random neurons. neurons: as of `random_edit`.
+def effect(
+    model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neurons: Sequence[int], aim: str = "balance"
+) -> dict:
+    """The edit's effect on m, and that of random neurons. neurons: as of `random_edit`. aim: of the recipe's probes.
 
     Computed with hooks, which the fold equals.
     """
@@ -62,7 +65,9 @@ def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neu
     for seed in range(RANDOM_DRAWS):
         with hooked(model, random_edit(edit, neurons, seed)):
             draws.append(margins(model, tokenizer, probes))
+    size, what = (np.abs, "bias") if aim == "balance" else (np.asarray, "of what is unwanted")
     result = {
+        "aim": aim,
         "probes": len(before),
         "stereotype_share": [float((m > 0).mean()) for m in (before, after)],
         "mean_margin": [float(before.mean()), float(after.mean())],
@@ -70,14 +75,15 @@ def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neu
         "change_abs": _interval(np.abs(after) - np.abs(before)),
         "change_signed": _interval(after - before),
         "random_change_abs": _interval(np.mean([np.abs(d) for d in draws], 0) - np.abs(before)),
+        "random_change_signed": _interval(np.mean(draws, 0) - before),
         "random_draws": RANDOM_DRAWS,
-        "versus_random": _interval(np.abs(after) - np.mean([np.abs(d) for d in draws], 0)),
+        "versus_random": _interval(size(after) - np.mean([size(d) for d in draws], 0)),
     }
     low, high = result["versus_random"][1:]
     result["found"] = (
-        "less bias than random neurons"
+        f"less {what} than random neurons"
         if high < 0
-        else ("more bias than random neurons" if low > 0 else "no effect found beyond random neurons")
+        else (f"more {what} than random neurons" if low > 0 else "no effect found beyond random neurons")
     )
     return result
 

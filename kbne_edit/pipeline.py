@@ -319,7 +319,7 @@ def _write_alone(form: str, checkpoint, edit, targets, found: Source, out: Path,
 
 def _add_effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe | None, summary: dict) -> None:
     if recipe and recipe.probes:
-        say("effect: stereotype probes, with and without the edit")
+        say("effect: probes, with and without the edit")
         summary["effect"] = _effect(checkpoint, edit, recipe)
 
 
@@ -331,4 +331,4 @@ def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> dict:
 
     neurons = [end(found) for _, found in sorted(slots(checkpoint.shapes, checkpoint.config, edit.site).items())]
     model = load_model(checkpoint.path, torch.float32)
-    return effect(model, load_tokenizer(checkpoint.path), recipe.probes, edit, neurons)
+    return effect(model, load_tokenizer(checkpoint.path), recipe.probes, edit, neurons, recipe.aim)

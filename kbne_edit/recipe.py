@@ -24,6 +24,9 @@ _KEYS = {
 }  # fmt: skip
 _MOST_BYTES, _MOST_QUESTIONS = 1 << 20, 10_000  # a YAML reader in Python takes seconds for a megabyte
 RULES, COMBINE = ("paper", "contrastive"), ("union", "intersection")
+# What is asked of probes: that neither sentence of a pair is preferred, or that the first becomes less probable than
+# the second. The keys of the two sentences in a recipe.
+AIMS = {"balance": ("stereotype", "anti_stereotype"), "avoid": ("unwanted", "wanted")}
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Probe:
-    """Two sentences that differ in the group only."""
+    """Two sentences that differ in one point only: the group, or the behaviour."""
 
-    stereotype: str
-    anti_stereotype: str
+    first: str
+    second: str
     dimension: str
 
 
@@ -61,6 +64,7 @@ class Recipe:
     questions: tuple[Question, ...]
     controls: tuple[Question, ...]
     probes: tuple[Probe, ...]
+    aim: str
     sha256: str
 
     def ask(self, count: int | None) -> tuple[Question, ...]:
@@ -172,7 +176,7 @@ class _Parser:
             self.string(data.get("language", "en"), "language"), prompt, answers,
             self.number(data.get("factor", 2), "factor"), self.select(data.get("select", {})),
             self.subsets(data.get("subsets", []), len(questions)), questions, controls,
-            self.probes(data.get("probes") or {}), digest,
+            *self.probes(data.get("probes") or {}), digest,
         )  # fmt: skip
         if self.faults:
             raise RecipeError(self.where, self.faults)
@@ -301,16 +305,22 @@ class _Parser:
             for before, name, *_ in pieces
         )
 
-    def probes(self, value: object) -> tuple[Probe, ...]:
+    def probes(self, value: object) -> tuple[tuple[Probe, ...], str]:
+        """The pairs, and their aim."""
         items = value.get("items", []) if isinstance(value, dict) else None
         if not isinstance(items, list):
             self.faults.append("probes must be a mapping with items")
-            return ()
-        self.unknown(value, {"items"}, "probes")
+            return (), "balance"
+        self.unknown(value, {"aim", "items"}, "probes")
+        aim = value.get("aim", "balance")
+        if aim not in list(AIMS):  # of a list, since a value from outside need not be hashable
+            self.faults.append(f"probes.aim is {shown(aim)}; it must be one of {', '.join(AIMS)}")
+            aim = "balance"
+        keys = (*AIMS[aim], "dimension")
         found = []
         for i, item in enumerate(items):
-            if not isinstance(item, dict) or set(item) != {"stereotype", "anti_stereotype", "dimension"}:
-                self.faults.append(f"probe {i + 1}: needs exactly stereotype, anti_stereotype and dimension")
+            if not isinstance(item, dict) or set(item) != set(keys):
+                self.faults.append(f"probe {i + 1}: needs exactly {keys[0]}, {keys[1]} and dimension")
                 continue
-            found.append(Probe(**{key: self.string(text, f"probe {i + 1}: {key}") for key, text in item.items()}))
-        return tuple(found)
+            found.append(Probe(*(self.string(item[key], f"probe {i + 1}: {key}") for key in keys)))
+        return tuple(found), aim

@@ -85,6 +85,17 @@ def _effect_lines(effect: dict) -> list[str]:
     def interval(values: list[float]) -> str:
         return f"{values[0]:+.4f} [{values[1]:+.4f}, {values[2]:+.4f}]"
 
+    if effect["aim"] == "avoid":
+        before, after = effect["mean_margin"]
+        return [
+            f"effect on {effect['probes']} probes (mean margin of the unwanted sentence, nats per token; "
+            "95 % intervals):",
+            f"  this edit: {before:+.4f} to {after:+.4f}, change {interval(effect['change_signed'])}",
+            f"  random neurons, same layers ({effect['random_draws']} draws): "
+            f"{interval(effect['random_change_signed'])}",
+            "  unwanted sentence preferred in {:.0%}, afterwards {:.0%}".format(*effect["stereotype_share"]),
+            f"  verdict: {effect['found']}",
+        ]
     before, after = effect["mean_abs_margin"]
     return [
         f"effect on {effect['probes']} stereotype probes (mean absolute margin, nats per token; 95 % intervals):",
