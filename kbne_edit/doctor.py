@@ -31,7 +31,7 @@ def examine(checkpoint: Checkpoint | None = None) -> dict:
     folders = {"here": os.getcwd(), "temp": tempfile.gettempdir()}
     result = {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in (*NEEDED, *OPTIONAL)},
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory": free,
         "disk": {place: shutil.disk_usage(path).free for place, path in folders.items()},
         "devices": _devices(),

@@ -19,7 +19,7 @@ from .checkpoint import DELTA, Checkpoint, Shard, read_array, staged, to_float
 from .edit import Edit
 from .errors import CheckpointError, EditError, FamilyError, ProofError, shown
 from .families import SITES, Site, family_of, slots, text_part
-from .files import json_text, parse_json, read_json
+from .files import json_text, open_input, parse_json, read_json
 from .folding import (
     Progress,
     Target,
@@ -41,7 +41,7 @@ def check_form(form: str, checkpoint: Checkpoint) -> None:
     if form == "peft" and family_of(checkpoint.config).experts:
         raise FamilyError(
             f"{checkpoint.config['model_type']} is a mixture of experts: IA3 scales whole modules, and routed experts "
-            "are none. Use --as checkpoint or --as delta"
+            "are none. Its edits are kept as an edit.json, a checkpoint or a delta"
         )
 
 
@@ -149,10 +149,10 @@ def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Edit:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(path, "numpy") as file:
-        return file.metadata() or {}
+    """The metadata of a safetensors file whose header `Shard.open` has checked."""
+    with open_input(path) as file:
+        header = parse_json(file.read(int.from_bytes(file.read(8), "little")), str(path))
+    return header.get("__metadata__", {})
 
 
 # -------------------------------------------------------------------------------------------------------------- delta
@@ -232,7 +232,7 @@ def apply(
 
 def _about(path: Path) -> dict:
     """What a delta says of itself. Raises CheckpointError if it is none."""
-    Shard.open(path)  # the header is checked in full before another library reads it
+    Shard.open(path)
     about = parse_json(_metadata(path).get("kbne", "null").encode(), str(path), cure="download it again")
     try:
         hashes = [entry[way] for entry in about["files"].values() for way in ("in", "out")]

@@ -1,6 +1,7 @@
 """Other forms of an edit: PEFT makes of the adapter, and `apply` of the delta, what `bake` writes."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from kbne_edit import Edit, apply, bake, hooked, revert, verify
 from kbne_edit.checkpoint import Checkpoint
-from kbne_edit.errors import EditError, FamilyError, OutputError, ProofError
+from kbne_edit.errors import CheckpointError, EditError, FamilyError, KbneError, OutputError, ProofError
 from kbne_edit.formats import read_adapter
 from tiny import MULTIMODAL, tiny_model
 
@@ -238,6 +239,44 @@ def test_a_delta_that_was_tampered_with_proves_nothing(base, tmp_path):
         with pytest.raises(ProofError, match="first proof failed"):
             apply(tmp_path / "delta", base, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_damaged_deltas_and_adapters_never_pass(base, tmp_path):
+    """Bytes changed anywhere: an error of the tool's own, or (in what is not read) the same weights."""
+    rng = random.Random(0)
+    bake(base, tmp_path / "baked", edit=_edit(2.0), behaviour=False)
+    bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
+    bake(base, tmp_path / "adapter", edit=_edit(2.0), form="peft")
+    weights, refused = _bytes(tmp_path / "baked", "*.safetensors*"), 0
+    for name in ["delta/kbne_delta.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]:
+        sound = (tmp_path / name).read_bytes()
+        for _ in range(40):
+            data = bytearray(sound)
+            data[rng.randrange(len(data))] = rng.randrange(256)
+            (tmp_path / name).write_bytes(data[: rng.choice([len(data), len(data), rng.randrange(len(data))])])
+            try:
+                if name.startswith("delta"):
+                    apply(tmp_path / "delta", base, tmp_path / "out", overwrite=True)
+                    assert _bytes(tmp_path / "out", "*.safetensors*") == weights
+                else:
+                    read_adapter(tmp_path / "adapter", Checkpoint.open(base))
+            except KbneError as error:
+                assert "\n" not in str(error)
+                refused += 1
+        (tmp_path / name).write_bytes(sound)
+    assert refused > 60
+
+
+@pytest.mark.parametrize("path, message", [("nothing", "cannot read"), ("base", "cannot read"),
+                                           ("base/config.json", "not a safetensors file")])  # fmt: skip
+def test_what_is_no_delta(path, message, base, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        apply(tmp_path / path, base, tmp_path / "out")
+
+
+def test_a_checkpoint_is_no_delta(base, tmp_path):
+    with pytest.raises(CheckpointError, match="is no delta"):
+        apply(Checkpoint.open(base).shards[0].path, base, tmp_path / "out")
 
 
 def test_overwrite_replaces_a_delta_and_nothing_else(base, tmp_path):
