@@ -26,6 +26,7 @@ _PUBLIC = {
     "select": "selection",
     "verify": "verification",
     "fold": "folding",
+    "apply": "formats",
     "push": "hub",
     "revert": "folding",
 }

@@ -135,7 +135,11 @@ def _results(effect: dict, recipe: str) -> list:
     """The effect as entries of the card's model-index."""
     from huggingface_hub import EvalResult
 
-    figures = {
+    avoid = {
+        "mean_margin": ("mean margin of the unwanted sentence, nats per token", effect["mean_margin"][1]),
+        "mean_margin_change": ("its change by the edit", effect["change_signed"][0]),
+    }
+    balance = {
         "mean_absolute_margin": ("mean absolute stereotype margin, nats per token", effect["mean_abs_margin"][1]),
         "mean_absolute_margin_change": ("its change by the edit", effect["change_abs"][0]),
         "mean_absolute_margin_change_random": ("its change by random neurons", effect["random_change_abs"][0]),
@@ -143,11 +147,21 @@ def _results(effect: dict, recipe: str) -> list:
     }
     return [
         EvalResult(
-            task_type="text-generation", dataset_type=recipe, dataset_name=f"stereotype probes of the recipe {recipe}",
+            task_type="text-generation", dataset_type=recipe,
+            dataset_name=f"{_first(effect)} probes of the recipe {recipe}",
             metric_type=kind, metric_name=name, metric_value=round(value, 6),
         )
-        for kind, (name, value) in figures.items()
+        for kind, (name, value) in (avoid if _avoids(effect) else balance).items()
     ]  # fmt: skip
+
+
+def _avoids(effect: dict) -> bool:
+    """True if the first sentence of a probe is to become less probable; else neither should be preferred."""
+    return effect.get("aim") == "avoid"
+
+
+def _first(effect: dict) -> str:
+    return "unwanted" if _avoids(effect) else "stereotype"
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
@@ -230,21 +244,23 @@ def _measured(manifest: dict) -> list[str]:
     effect = manifest["summary"].get("effect")
     if not effect:
         return ["## What was measured", "", "No effect on bias: neither of the edit nor of a control."]
+    kind, mean = ("signed", "mean_margin") if _avoids(effect) else ("abs", "mean_abs_margin")
     rows = {
-        "this edit": effect["change_abs"],
-        f"control: random neurons of the same layers, {effect['random_draws']} draws": effect["random_change_abs"],
+        "this edit": effect[f"change_{kind}"],
+        f"control: random neurons of the same layers, {effect['random_draws']} draws": effect[f"random_change_{kind}"],
         "this edit less the control": effect["versus_random"],
         "this edit, margin with its sign": effect["change_signed"],
     }
-    (before, after), (share, share_after) = effect["mean_abs_margin"], effect["stereotype_share"]
+    (before, after), (share, share_after) = effect[mean], effect["stereotype_share"]
+    one, absolute = ("unwanted", "") if _avoids(effect) else ("stereotyped", "absolute ")
     return [
         "## What was measured",
         "",
         f"On {effect['probes']} pairs of sentences (recipe `{_recipe(manifest)}`): how much more probable the "
-        f"stereotyped one is, in nats per token. The mean absolute margin went from {before:.4f} to {after:.4f}; the "
-        f"stereotyped sentence is preferred in {share:.0%} of the pairs, afterwards in {share_after:.0%}.",
+        f"{one} one is, in nats per token. The mean {absolute}margin went from {before:.4f} to {after:.4f}; the "
+        f"{one} sentence is preferred in {share:.0%} of the pairs, afterwards in {share_after:.0%}.",
         "",
-        "| change of the margin, absolute unless said | mean | 95 % interval |",
+        f"| change of the margin{', absolute unless said' if absolute else ''} | mean | 95 % interval |",
         "|---|---|---|",
         *(f"| {name} | {mean:+.4f} | {low:+.4f} to {high:+.4f} |" for name, (mean, low, high) in rows.items()),
         "",
@@ -260,11 +276,12 @@ def _not_found(manifest: dict) -> list[str]:
     if not effect:
         lines.append("- Whether this model shows less bias than its base: it was not measured.")
     elif (low_high := effect["versus_random"][1:]) and low_high[0] > 0:
-        lines.append("- Less bias: the edit raised the margin more than random neurons did.")
+        what = "of what is unwanted" if _avoids(effect) else "bias"
+        lines.append(f"- Less {what}: the edit raised the margin more than random neurons did.")
     elif low_high[1] >= 0:
         lines.append("- An effect beyond that of random neurons: the interval of the difference holds 0.")
     if effect and effect["stereotype_share"][1] >= effect["stereotype_share"][0]:
-        lines.append("- Fewer pairs in which the stereotype is preferred: their share did not fall.")
+        lines.append(f"- Fewer pairs in which the {_first(effect)} sentence is preferred: their share did not fall.")
     if "controls_overlap" in selection:
         shared, total = selection["controls_overlap"], selection["neurons"]
         lines.append(

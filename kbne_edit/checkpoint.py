@@ -30,7 +30,8 @@ _BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 
-MANIFEST, UNDO = "kbne_edit.json", "kbne_undo.safetensors"
+MANIFEST, UNDO, DELTA = "kbne_edit.json", "kbne_undo.safetensors", "kbne_delta.safetensors"
+_OUTPUTS = ("config.json", "adapter_config.json", DELTA)  # one of them stands in whatever this tool writes
 _INDEX = ".safetensors.index.json"
 
 
@@ -344,7 +345,7 @@ def _claimed(given: Path, overwrite: bool) -> Iterator[Path]:
                 raise OutputError(f"{given} exists and is no folder: choose another --out")
             if not overwrite and not _is_free(out):
                 raise OutputError(f"{given} exists: choose another --out, or pass --overwrite")
-            if not _is_free(out) and not (out / "config.json").is_file():
+            if not _is_free(out) and not any((out / name).is_file() for name in _OUTPUTS):
                 raise OutputError(f"{given} holds no checkpoint, and --overwrite replaces nothing else: remove it")
         yield part
     finally:

@@ -1,6 +1,7 @@
 """What an edit does, beside its controls: `effect` on the recipe's probes (for `bake`), `evaluate` on benchmarks.
 
-m = mean log-probability per token of the stereotyped sentence minus that of the anti-stereotyped one. Items are paired
+m = mean log-probability per token of a probe's first sentence (the stereotyped or the unwanted one) minus that of its
+second. With the aim "balance" |m| should fall, neither sentence preferred; with "avoid", m itself. Items are paired
 before and after; intervals are 95 % bootstrap intervals over items (percentile, seeded).
 
 An effect is about bias only if it goes beyond what else could have made it: as many random neurons, neurons found with
@@ -42,7 +43,7 @@ _ALPHA = 0.05  # of the whole report, shared out by Holm
 def margins(model: nn.Module, tokenizer, probes: Sequence[Probe]) -> np.ndarray:
     """m of every probe, [n]."""
     return np.array(
-        [_score(model, tokenizer, p.stereotype) - _score(model, tokenizer, p.anti_stereotype) for p in probes]
+        [_score(model, tokenizer, p.first) - _score(model, tokenizer, p.second) for p in probes]
     )
 
 
@@ -67,8 +68,10 @@ def random_edit(edit: Edit, neurons: Sequence[int], seed: int) -> Edit:
     return Edit(edit.site, factors)
 
 
-def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neurons: Sequence[int]) -> dict:
-    """The edit's effect on m, and that of random neurons. neurons: as of `random_edit`.
+def effect(
+    model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neurons: Sequence[int], aim: str = "balance"
+) -> dict:
+    """The edit's effect on m, and that of random neurons. neurons: as of `random_edit`. aim: of the recipe's probes.
 
     Computed with hooks, which the fold equals.
     """
@@ -79,7 +82,9 @@ def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neu
     for seed in range(RANDOM_DRAWS):
         with hooked(model, random_edit(edit, neurons, seed)):
             draws.append(margins(model, tokenizer, probes))
+    size, what = (np.abs, "bias") if aim == "balance" else (np.asarray, "of what is unwanted")
     result = {
+        "aim": aim,
         "probes": len(before),
         "stereotype_share": [float((m > 0).mean()) for m in (before, after)],
         "mean_margin": [float(before.mean()), float(after.mean())],
@@ -87,14 +92,15 @@ def effect(model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neu
         "change_abs": interval(np.abs(after) - np.abs(before)),
         "change_signed": interval(after - before),
         "random_change_abs": interval(np.mean([np.abs(d) for d in draws], 0) - np.abs(before)),
+        "random_change_signed": interval(np.mean(draws, 0) - before),
         "random_draws": RANDOM_DRAWS,
-        "versus_random": interval(np.abs(after) - np.mean([np.abs(d) for d in draws], 0)),
+        "versus_random": interval(size(after) - np.mean([size(d) for d in draws], 0)),
     }
     low, high = result["versus_random"][1:]
     result["found"] = (
-        "less bias than random neurons"
+        f"less {what} than random neurons"
         if high < 0
-        else ("more bias than random neurons" if low > 0 else "no effect found beyond random neurons")
+        else (f"more {what} than random neurons" if low > 0 else "no effect found beyond random neurons")
     )
     return result
 

@@ -44,18 +44,36 @@ Progress = Callable[[int], None]  # called with the number of bytes done since t
 class Target:
     """What happens to one tensor. index: neurons along the slot's axis, [k]; factors: float32 [k].
 
-    expert: which expert each belongs to, [k], where the tensor stacks all experts.
+    expert: which expert each belongs to, [k], where the tensor stacks all experts. values: what is put in place of the
+    products, in the layout of the undo file (a delta brings its own).
     """
 
     slot: Slot
     index: np.ndarray
     factors: np.ndarray
     expert: np.ndarray | None = None
+    values: np.ndarray | None = None
 
     @property
     def neurons(self) -> np.ndarray:
         """Which of the slot's neurons change, [k]."""
         return self.index if self.expert is None else self.expert * self.slot.neurons + self.index
+
+    def product(self, old: np.ndarray, kept: slice | np.ndarray, tensor: TensorInfo) -> np.ndarray:
+        """The float32 product of stored values with their factors, rounded once. Raises EditError where it overflows.
+
+        old: a part of what the undo file keeps, [D, k] or [k, …]; kept: which of its rows those are.
+        """
+        if self.expert is None and self.slot.axis == 1:
+            factors = self.factors[None, :]
+        else:
+            factors = self.factors[kept].reshape(-1, *[1] * (old.ndim - 1))
+        wide = to_float(old, tensor.dtype)
+        with np.errstate(over="ignore"):
+            new = from_float(wide * factors.astype(wide.dtype), tensor.dtype)
+        if not np.isfinite(to_float(new, tensor.dtype)[np.isfinite(wide)]).all():
+            raise EditError(f"a factor makes weights of {tensor.name} overflow {tensor.dtype}: pass a smaller --factor")
+        return new
 
 
 def plan(checkpoint: Checkpoint, edit: Edit) -> dict[str, Target]:
@@ -114,14 +132,16 @@ def fold_into(
     with ThreadPoolExecutor(2) as pool:
         for shard in checkpoint.shards:
             with open(part / shard.path.name, "wb") as out:
-                before, after = _rewrite(shard, targets, out, undo, pool, progress)
+                before, after = rewrite(shard, targets, out, undo, pool, progress)
             files[shard.path.name] = {"in": before, "out": after}
         for name in carry:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             with open(part / name, "wb") as out:
-                digest, _ = _rewrite(Shard(checkpoint.path / name, (), 0, 0), {}, out, undo, pool, progress)
+                digest, _ = rewrite(Shard(checkpoint.path / name, (), 0, 0), {}, out, undo, pool, progress)
             files[name] = {"in": digest, "out": digest}
-    _write_undo(part / UNDO, undo, checkpoint)
+    # The edited columns (or rows) as they were: {tensor name: [D, k], [k, D] or [k]}.
+    kept = {name: (checkpoint.tensors[name][1].dtype, np.concatenate(parts)) for name, parts in undo.items()}
+    write_tensors(part / UNDO, kept)
     return {
         "kbne_manifest": 1,
         "tool": f"kbne-edit {__version__}",
@@ -186,7 +206,7 @@ class TwoDigests:
         return self._before.hexdigest(), (self._after or self._before).hexdigest()
 
 
-def _rewrite(
+def rewrite(
     shard: Shard,
     targets: dict[str, Target],
     out: BinaryIO,
@@ -232,31 +252,19 @@ def scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: dic
     """Scale the target's neurons in a chunk of whole rows, and keep what was there in `undo`."""
     rows, where, kept = _place(raw, tensor, start, target)
     old = rows[where]
-    if target.expert is None and target.slot.axis == 1:
-        factors = target.factors[None, :]
-    else:
-        factors = target.factors[kept].reshape(-1, *[1] * (old.ndim - 1))
     undo.setdefault(tensor.name, []).append(old)
-    wide = to_float(old, tensor.dtype)
-    with np.errstate(over="ignore"):
-        new = from_float(wide * factors.astype(wide.dtype), tensor.dtype)
-    if not np.isfinite(to_float(new, tensor.dtype)[np.isfinite(wide)]).all():
-        raise EditError(f"a factor makes weights of {tensor.name} overflow {tensor.dtype}: pass a smaller --factor")
-    rows[where] = new
+    rows[where] = target.product(old, kept, tensor) if target.values is None else target.values[kept]
     return rows.tobytes()
 
 
-def _write_undo(path: Path, undo: dict, checkpoint: Checkpoint) -> None:
-    """The edited columns (or rows) as they were, as a safetensors file: {tensor name: [D, k], [k, D] or [k]}."""
-    header, blobs, position = {}, [], 0
-    for name, parts in sorted(undo.items()):
-        array = np.concatenate(parts)
-        header[name] = {
-            "dtype": checkpoint.tensors[name][1].dtype, "shape": list(array.shape),
-            "data_offsets": [position, position + array.nbytes],
-        }  # fmt: skip
+def write_tensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]], metadata: dict | None = None) -> None:
+    """A safetensors file of {name: (dtype, values as stored)}. metadata: {text: text}."""
+    header, blobs, position = {"__metadata__": metadata} if metadata else {}, [], 0
+    for name, (dtype, array) in sorted(tensors.items()):
+        end = position + array.nbytes
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [position, end]}
         blobs.append(array.tobytes())
-        position += array.nbytes
+        position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
@@ -325,7 +333,7 @@ def revert(
     if not undo_path.is_file() or file_hash(undo_path) != manifest["undo"]:
         raise CheckpointError(f"{undo_path} is missing or was changed: the base cannot be restored from it")
     targets = plan(checkpoint, Edit.from_dict({**manifest["edit"], "base": None}))
-    originals = _originals(undo_path, targets, checkpoint)
+    originals = stored_columns(undo_path, targets, checkpoint)
     shards = {shard.path.name: shard for shard in checkpoint.shards}
     names = base_names(manifest, [*shards, *checkpoint.other_files()[0]])
     if wrong := sorted(set(names) ^ set(manifest["files"])):
@@ -342,8 +350,8 @@ def revert(
     return {"files": len(restored), "left_out": manifest["left_out"]}
 
 
-def _originals(path: Path, targets: dict[str, Target], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """What the undo file keeps for each target: [D, k], [k, D] or [k]. Raises CheckpointError if it does not fit."""
+def stored_columns(path: Path, targets: dict[str, Target], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """What an undo file or a delta holds for each target: [D, k], [k, D] or [k]. Raises CheckpointError if not."""
     saved, expected = Shard.open(path), {}
     for name, target in targets.items():
         shape = list(checkpoint.shapes[name])
@@ -352,7 +360,7 @@ def _originals(path: Path, targets: dict[str, Target], checkpoint: Checkpoint) -
             shape = [len(target.index), *(size for axis, size in enumerate(shape) if axis not in (0, target.slot.axis))]
         expected[name] = (checkpoint.tensors[name][1].dtype, tuple(shape))
     if {tensor.name: (tensor.dtype, tensor.shape) for tensor in saved.tensors} != expected:
-        raise CheckpointError(f"{path} does not hold what the manifest's edit changed: the base cannot be restored")
+        raise CheckpointError(f"{path} does not hold what its edit changes in this checkpoint: it is damaged")
     return {tensor.name: read_array(saved, tensor) for tensor in saved.tensors}
 
 

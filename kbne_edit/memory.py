@@ -13,6 +13,8 @@ from .errors import InputError
 OVERHEAD = 0.7e9  # the interpreter, torch, activations, and what the allocator holds
 SHARE = 0.7  # of the free memory that a model may take: activations, the allocator and others need some, too
 
+LAYERS_HELD = 2.5  # layer by layer: the one that computes, the next one, and what is read of it
+
 
 def available() -> float:
     """Free memory: the machine's, or what a control group or the process's own limit leaves of it."""
@@ -46,6 +48,11 @@ def _kilobytes(path: str, key: str) -> float:
 def in_memory(checkpoint: Checkpoint, itemsize: int = 4) -> int:
     """What the checkpoint's tensors take at `itemsize` bytes per value."""
     return itemsize * sum(math.prod(shape) for shape in checkpoint.shapes.values())
+
+
+def needed(checkpoint: Checkpoint, itemsize: int = 4) -> float:
+    """What attribution takes with the whole model in memory."""
+    return in_memory(checkpoint, itemsize) + OVERHEAD
 
 
 def parse(text: str) -> float:

@@ -19,6 +19,7 @@ from .edit import Edit
 from .errors import InputError, ProofError
 from .families import Site, layer_sizes, slots
 from .folding import Target, fold_into, forbid_overlap, plan, write_manifest
+from .formats import check_form, load_edit, write_adapter, write_delta
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
 from .source import Source, resolved
@@ -150,7 +151,7 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
 
     dtype = getattr(torch, settings.dtype)
     budget = memory.parse(settings.memory) if settings.memory else memory.SHARE * memory.available() / LOCAL_SIZE
-    need = memory.in_memory(checkpoint, dtype.itemsize) + memory.OVERHEAD
+    need = memory.needed(checkpoint, dtype.itemsize)
     if settings.device != "cpu" or need <= budget:
         say(f"loading {checkpoint.path} in {settings.dtype}")
         device = f"cuda:{LOCAL_RANK}" if settings.device == "cuda" and LOCAL_SIZE > 1 else settings.device
@@ -185,7 +186,8 @@ def bake(
     out: str | Path,
     settings: Settings | None = None,
     *,
-    edit: Edit | None = None,
+    edit: Edit | str | Path | None = None,
+    form: str = "checkpoint",
     dry_run: bool = False,
     overwrite: bool = False,
     behaviour: bool = True,
@@ -193,6 +195,8 @@ def bake(
 ) -> dict:
     """Locate (unless `edit` is given), fold, prove; publish `out` only if both proofs hold. Returns the summary.
 
+    edit: an Edit, an edit.json, or the folder of an IA3 adapter. form: "checkpoint"; "peft", the edit as an IA3
+    adapter; "delta", the edited columns alone. The latter two are read back instead of proven.
     work: folder that keeps scores.safetensors and edit.json (default: OUT.work beside the output, resumable).
     Of several processes (`torchrun`) the first one folds; the others return {} once the questions are done.
     dry_run: stop before anything is written to `out`. behaviour: False leaves the second proof out.
@@ -203,10 +207,13 @@ def bake(
         return {}
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
+        check_form(form, checkpoint)
         forbid_overlap(checkpoint.path, out)
+        if isinstance(edit, (str, Path)):
+            edit = load_edit(edit, checkpoint)
         check_out(out, overwrite)
         recipe = load_recipe(settings.recipe or found.recipe) if settings.recipe or not edit else None
-        summary: dict = {"model": found.id, "commit": found.commit, "out": str(out)}
+        summary: dict = {"model": found.id, "commit": found.commit, "out": str(out), "form": form}
         if edit is None:
             folder = Path(work) if work else out.absolute().parent / f"{out.name}.work"
             edit = _found(found, checkpoint, recipe, folder, settings, summary)
@@ -219,7 +226,10 @@ def bake(
         summary |= _size(edit, checkpoint)
         if dry_run:
             return summary | {"dry_run": True, "plan": _plan(edit, targets, checkpoint)}
-        _write(checkpoint, edit, targets, found, out, overwrite, behaviour, recipe, summary)
+        if form == "checkpoint":
+            _write(checkpoint, edit, targets, found, out, overwrite, behaviour, recipe, summary)
+        else:
+            _write_alone(form, checkpoint, edit, targets, found, out, overwrite, recipe, summary)
     return summary
 
 
@@ -309,15 +319,32 @@ def _write(checkpoint, edit, targets, found: Source, out: Path, overwrite, behav
             raise ProofError(
                 f"a proof failed, {out} was not written: {(report.faults or ['behaviour differs'])[0]}", report
             )
-        if recipe and recipe.probes:
-            say("effect: stereotype probes, with and without the edit")
-            summary["effect"] = _effect(checkpoint, edit, recipe)
+        _add_effect(checkpoint, edit, recipe, summary)
         if recipe:
             manifest["recipe"] = {"name": recipe.name, "sha256": recipe.sha256}
         manifest["proofs"] = summary["proofs"]
         manifest["summary"] = {key: summary[key] for key in ("selection", "attribution", "effect") if key in summary}
         add_card(part, manifest)
         write_manifest(part, manifest)
+
+
+def _write_alone(form: str, checkpoint, edit, targets, found: Source, out: Path, overwrite, recipe, summary) -> None:
+    """The edit without the model: as an adapter or as a delta, read back before it appears."""
+    source = {"id": found.label, "commit": found.commit}
+    with staged(out, overwrite) as part:
+        if form == "peft":
+            write_adapter(checkpoint, edit, part, source)
+        else:
+            with progress("delta", 2 * sum(shard.size for shard in checkpoint.shards), "B") as update:
+                write_delta(checkpoint, edit, targets, part, source, update)
+        summary["bytes"] = sum(file.stat().st_size for file in part.iterdir())
+        _add_effect(checkpoint, edit, recipe, summary)
+
+
+def _add_effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe | None, summary: dict) -> None:
+    if recipe and recipe.probes:
+        say("effect: probes, with and without the edit")
+        summary["effect"] = _effect(checkpoint, edit, recipe)
 
 
 def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> dict:
@@ -328,4 +355,4 @@ def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> dict:
 
     neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, edit.site))
     model = load_model(checkpoint.path, torch.float32)
-    return effect(model, load_tokenizer(checkpoint.path), recipe.probes, edit, neurons)
+    return effect(model, load_tokenizer(checkpoint.path), recipe.probes, edit, neurons, recipe.aim)

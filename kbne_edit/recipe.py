@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import string
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import InputError, RecipeError, shown
+from .errors import InputError, OutputError, RecipeError, shown
 from .files import open_input
 
 _KEYS = {
@@ -23,6 +24,9 @@ _KEYS = {
 }  # fmt: skip
 _MOST_BYTES, _MOST_QUESTIONS = 1 << 20, 10_000  # a YAML reader in Python takes seconds for a megabyte
 RULES, COMBINE = ("paper", "contrastive"), ("union", "intersection")
+# What is asked of probes: that neither sentence of a pair is preferred, or that the first becomes less probable than
+# the second. The keys of the two sentences in a recipe.
+AIMS = {"balance": ("stereotype", "anti_stereotype"), "avoid": ("unwanted", "wanted")}
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Probe:
-    """Two sentences that differ in the group only."""
+    """Two sentences that differ in one point only: the group, or the behaviour."""
 
-    stereotype: str
-    anti_stereotype: str
+    first: str
+    second: str
     dimension: str
 
 
@@ -60,6 +64,7 @@ class Recipe:
     questions: tuple[Question, ...]
     controls: tuple[Question, ...]
     probes: tuple[Probe, ...]
+    aim: str
     sha256: str
 
     def ask(self, count: int | None) -> tuple[Question, ...]:
@@ -80,6 +85,20 @@ def _folder() -> Path:
     """Inside the wheel the recipes lie in the package, in a checkout beside it."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def new_recipe(name: str, path: str | Path) -> None:
+    """Write an annotated skeleton, in order as it stands, to a file that is not there yet. Raises OutputError."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise InputError(f"{shown(name)} is no name for a recipe: letters, digits, - and _ are")
+    text = (Path(__file__).parent / "skeleton.yaml").read_text(encoding="utf-8")
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text.replace("NAME", name))
+    except FileExistsError:
+        raise OutputError(f"{path} exists: choose another --out") from None
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def load_recipe(source: str | Path) -> Recipe:
@@ -157,7 +176,7 @@ class _Parser:
             self.string(data.get("language", "en"), "language"), prompt, answers,
             self.number(data.get("factor", 2), "factor"), self.select(data.get("select", {})),
             self.subsets(data.get("subsets", []), len(questions)), questions, controls,
-            self.probes(data.get("probes") or {}), digest,
+            *self.probes(data.get("probes") or {}), digest,
         )  # fmt: skip
         if self.faults:
             raise RecipeError(self.where, self.faults)
@@ -286,16 +305,22 @@ class _Parser:
             for before, name, *_ in pieces
         )
 
-    def probes(self, value: object) -> tuple[Probe, ...]:
+    def probes(self, value: object) -> tuple[tuple[Probe, ...], str]:
+        """The pairs, and their aim."""
         items = value.get("items", []) if isinstance(value, dict) else None
         if not isinstance(items, list):
             self.faults.append("probes must be a mapping with items")
-            return ()
-        self.unknown(value, {"items"}, "probes")
+            return (), "balance"
+        self.unknown(value, {"aim", "items"}, "probes")
+        aim = value.get("aim", "balance")
+        if aim not in list(AIMS):  # of a list, since a value from outside need not be hashable
+            self.faults.append(f"probes.aim is {shown(aim)}; it must be one of {', '.join(AIMS)}")
+            aim = "balance"
+        keys = (*AIMS[aim], "dimension")
         found = []
         for i, item in enumerate(items):
-            if not isinstance(item, dict) or set(item) != {"stereotype", "anti_stereotype", "dimension"}:
-                self.faults.append(f"probe {i + 1}: needs exactly stereotype, anti_stereotype and dimension")
+            if not isinstance(item, dict) or set(item) != set(keys):
+                self.faults.append(f"probe {i + 1}: needs exactly {keys[0]}, {keys[1]} and dimension")
                 continue
-            found.append(Probe(**{key: self.string(text, f"probe {i + 1}: {key}") for key, text in item.items()}))
-        return tuple(found)
+            found.append(Probe(*(self.string(item[key], f"probe {i + 1}: {key}") for key in keys)))
+        return tuple(found), aim

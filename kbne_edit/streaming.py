@@ -27,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, InputError
 from .families import decoder_layers, family_of, num_neurons
-from .memory import OVERHEAD, in_memory
+from .memory import LAYERS_HELD, OVERHEAD, in_memory
 from .models import foreign, load_config, model_class, quiet
 from .progress import progress, say
 
@@ -116,7 +116,7 @@ class Streamed:
             if layer is not None
         )
         outer = in_memory(self._checkpoint) - layer * len(self._layers)
-        free = self._memory - OVERHEAD - outer - 2.5 * layer
+        free = self._memory - OVERHEAD - outer - LAYERS_HELD * layer
         size, neurons = self.model.config.get_text_config().hidden_size, num_neurons(self.model)
         count = len(self._layers)
         held = sum(n * (count - index) for index, n in enumerate(nodes)) * size + 2 * sum(nodes) * neurons

@@ -16,10 +16,12 @@ _COMMANDS = {
     "select": "choose neurons from a scores file (no model needed)",
     "stability": "how far a selection depends on which questions were asked",
     "verify": "prove that a directory is its base with an edit",
+    "apply": "put a delta into a copy of its base",
     "revert": "restore the base from a baked directory alone",
     "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",
     "evaluate": "measure an edit on benchmarks, beside its controls",
-    "recipes": "list, show or check recipes",
+    "recipes": "list, show, check or begin recipes",
+    "doctor": "show what this machine can do, and how it would treat a model",
 }
 
 

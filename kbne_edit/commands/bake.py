@@ -12,23 +12,24 @@ from . import options
 @options.out("Directory of the new checkpoint.")
 @options.locating
 @options.selecting
-@click.option("--edit", "edit_path", type=click.Path(path_type=Path), help="Fold this edit.json instead of locating.")
+@click.option("--edit", type=click.Path(path_type=Path),
+              help="Fold this edit.json, or the IA3 adapter in this folder, instead of locating.")
+@click.option("--as", "form", type=click.Choice(["checkpoint", "peft", "delta"]), default="checkpoint",
+              show_default=True, help="What OUT holds: the model; an IA3 adapter for PEFT; the edited columns alone.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keeps scores and edit, to resume.  [default: OUT.work]")
 @click.option("--dry-run", is_flag=True, help="Print what would be folded, and write no checkpoint.")
 @click.option("--no-behaviour", is_flag=True, help="Skip the second proof (it loads the model).")
 @options.JSON
 @options.OVERWRITE
-def command(source, out, edit_path, work, dry_run, no_behaviour, as_json, overwrite, **values) -> None:
+def command(source, out, edit, form, work, dry_run, no_behaviour, as_json, overwrite, **values) -> None:
     """Locate know-bias neurons, fold their factors into the weights, and prove the result.
 
     With no option it does what the paper does: 45 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
     """
-    from ..edit import Edit
     from ..pipeline import bake
 
-    edit = Edit.load(edit_path) if edit_path else None
     summary = bake(
-        source, out, options.settings(**values), edit=edit, dry_run=dry_run, overwrite=overwrite,
+        source, out, options.settings(**values), edit=edit, form=form, dry_run=dry_run, overwrite=overwrite,
         behaviour=not no_behaviour, work=work,
     )  # fmt: skip
     if summary:  # empty in all but the first of several processes
@@ -49,16 +50,33 @@ def _lines(summary: dict) -> list[str]:
     if summary.get("dry_run"):
         lines += [f"  {p['tensor']} ({p['file']}): neurons {p['neurons']}" for p in summary["plan"]]
         return [*lines, "dry run: nothing was written"]
-    lines += options.proof_lines(summary["proofs"])
+    if summary["form"] == "checkpoint":
+        lines += options.proof_lines(summary["proofs"])
     if "effect" in summary:
         lines += _effect_lines(summary["effect"])
-    out, pinned = summary["out"], f"@{summary['commit']}" if summary["commit"] else ""
+    return [*lines, *_next_lines(summary)]
+
+
+def _next_lines(summary: dict) -> list[str]:
+    out, model = summary["out"], summary["model"] + (f"@{summary['commit']}" if summary["commit"] else "")
+    if summary["form"] == "peft":
+        return [
+            f"written: {out} ({summary['bytes']:,} bytes; read back, the adapter is the edit)",
+            "next:",
+            f"  model = peft.PeftModel.from_pretrained(model, '{out}')   # then merge_and_unload(), if you like",
+            f"  kbne-edit bake --in {model} --edit {out} --out {out}-merged",
+        ]
+    if summary["form"] == "delta":
+        return [
+            f"written: {out} ({summary['bytes']:,} bytes; its columns put in give the hashes of the folded weights)",
+            "next:",
+            f"  kbne-edit apply {out} --in {model} --out {out}-applied",
+        ]
     return [
-        *lines,
         f"written: {out}",
         "next:",
         f"  python -c \"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{out}')\"",
-        f"  kbne-edit verify --in {summary['model']}{pinned} --baked {out}",
+        f"  kbne-edit verify --in {model} --baked {out}",
         f"  kbne-edit revert {out} --out {out}-reverted",
     ]
 
@@ -67,6 +85,17 @@ def _effect_lines(effect: dict) -> list[str]:
     def interval(values: list[float]) -> str:
         return f"{values[0]:+.4f} [{values[1]:+.4f}, {values[2]:+.4f}]"
 
+    if effect["aim"] == "avoid":
+        before, after = effect["mean_margin"]
+        return [
+            f"effect on {effect['probes']} probes (mean margin of the unwanted sentence, nats per token; "
+            "95 % intervals):",
+            f"  this edit: {before:+.4f} to {after:+.4f}, change {interval(effect['change_signed'])}",
+            f"  random neurons, same layers ({effect['random_draws']} draws): "
+            f"{interval(effect['random_change_signed'])}",
+            "  unwanted sentence preferred in {:.0%}, afterwards {:.0%}".format(*effect["stereotype_share"]),
+            f"  verdict: {effect['found']}",
+        ]
     before, after = effect["mean_abs_margin"]
     return [
         f"effect on {effect['probes']} stereotype probes (mean absolute margin, nats per token; 95 % intervals):",

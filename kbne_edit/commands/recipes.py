@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
@@ -9,7 +10,7 @@ from . import options
 
 @click.group("recipes")
 def command() -> None:
-    """List, show or check recipes."""
+    """List, show, check or begin recipes."""
 
 
 @command.command("list")
@@ -46,3 +47,15 @@ def check(recipe) -> None:
 
     found = load_recipe(recipe)
     click.echo(f"{recipe}: in order ({len(found.questions)} questions, {len(found.controls)} controls)")
+
+
+@command.command()
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: NAME.yaml]")
+def new(name, out) -> None:
+    """Write an annotated skeleton of a recipe: in order as it stands, to be changed to your subject."""
+    from ..recipe import new_recipe
+
+    out = out or Path(f"{name}.yaml")
+    new_recipe(name, out)
+    click.echo(f"written: {out}\nnext: kbne-edit recipes check {out}")

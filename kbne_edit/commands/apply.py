@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import options
+
+
+@click.command("apply")
+@click.argument("delta", type=click.Path(path_type=Path))
+@options.SOURCE
+@options.out("Directory of the new checkpoint.")
+@options.JSON
+@options.OVERWRITE
+def command(delta, source, out, as_json, overwrite) -> None:
+    """Put the edited columns of DELTA (from `bake --as delta`) into a copy of its base, and prove the result."""
+    from ..checkpoint import Checkpoint
+    from ..formats import apply
+    from ..progress import progress, say
+    from ..source import resolved
+
+    with resolved(source, say) as found:
+        total = 3 * sum(shard.size for shard in Checkpoint.open(found.path).shards)
+        with progress("apply", total, "B") as update:
+            report = apply(delta, found.path, out, overwrite=overwrite, progress=update)
+    data = report.to_dict()
+    lines = [*options.proof_lines(data), "the weights are those that the delta was made from, by their SHA-256"]
+    options.show(data, as_json, [*lines, f"written: {out}"])

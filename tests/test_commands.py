@@ -1,0 +1,60 @@
+"""The commands' page is their help, and the shell completes them."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kbne_edit.commands import _COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+# As the installed script starts it: click reads the name of the variable off the program's.
+PROGRAM = "import sys; sys.argv[0] = 'kbne-edit'; from kbne_edit.commands import main; main()"
+
+
+def test_the_page_of_commands_is_up_to_date():
+    made = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))
+    assert made["TARGET"].read_text(encoding="utf-8") == made["text"](), "run scripts/make_docs.py"
+    assert all(f"\n## kbne-edit {name}\n" in made["text"]() for name in [*_COMMANDS, "recipes new"])
+
+
+def _completed(words, program=PROGRAM):
+    variables = {
+        "_KBNE_EDIT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | variables, capture_output=True,
+                            text=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return [line.partition(",")[2] for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("words, found", [
+    ("kbne-edit ", [*_COMMANDS]),
+    ("kbne-edit re", ["revert", "recipes"]),
+    ("kbne-edit recipes ", ["list", "show", "check", "new"]),
+    ("kbne-edit bake --as ", ["checkpoint", "peft", "delta"]),
+    ("kbne-edit select --dr", ["--drop-wrong"]),
+])  # fmt: skip
+def test_completion(words, found):
+    assert sorted(_completed(words)) == sorted(found)
+
+
+def test_completion_imports_nothing_large():
+    seen = "import atexit, sys; atexit.register(lambda: sys.stderr.write(str(sorted(sys.modules))));" + PROGRAM
+    variables = {"_KBNE_EDIT_COMPLETE": "bash_complete", "COMP_WORDS": "kbne-edit ", "COMP_CWORD": "1"}
+    result = subprocess.run([sys.executable, "-c", seen], cwd=ROOT, env=os.environ | variables, capture_output=True,
+                            text=True)  # fmt: skip
+    assert "'click'" in result.stderr and "'torch'" not in result.stderr and "'numpy'" not in result.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_gets_a_script(shell):
+    variables = {"_KBNE_EDIT_COMPLETE": f"{shell}_source"}
+    result = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=os.environ | variables, capture_output=True,
+                            text=True)  # fmt: skip
+    assert f"_KBNE_EDIT_COMPLETE={shell}_complete" in result.stdout, result.stderr
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=result.stdout, text=True).returncode == 0

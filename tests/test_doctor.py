@@ -1,0 +1,81 @@
+"""`doctor` says what `bake` then does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from kbne_edit import doctor, memory, pipeline
+from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.errors import FamilyError, InputError
+from kbne_edit.streaming import Streamed
+from tiny import tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    return Checkpoint.open(tmp_path)
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """One short measurement for all that need none."""
+    monkeypatch.setattr(doctor, "_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("more, mode", [(1, "in memory"), (-1, "layer by layer")])
+def test_the_mode_is_the_one_that_bake_takes(more, mode, checkpoint, devices, monkeypatch):
+    """Memory for one byte more, or less, than the model takes."""
+    count = sum(p.numel() for p in tiny_model("llama").parameters())
+    monkeypatch.setattr(memory, "available", lambda: (4 * count + memory.OVERHEAD + more) / memory.SHARE)
+    found = doctor.examine(checkpoint)
+    assert found["model"]["attribution"] == mode and found["model"]["parameters"] == count
+    assert isinstance(pipeline._supplier(checkpoint, pipeline.Settings()), Streamed) == (mode == "layer by layer")
+    assert found["largest"]["in memory"] == pytest.approx(count + more / 4, rel=1e-9)
+    assert found["largest"]["layer by layer"] > 10 * found["largest"]["in memory"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_layer_by_layer_takes_what_the_streamed_model_says(name, tmp_path, devices):
+    """The budget that leaves nothing for a question is the one that `doctor` names."""
+    tiny_model(name).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    need = doctor.examine(checkpoint)["model"]["memory"]["layer by layer"]
+    nodes = [4] * 3
+    with pytest.raises(InputError, match="at least"):
+        Streamed(checkpoint, need).group([8], 4, nodes)
+    assert Streamed(checkpoint, need + 1e6).group([8], 4, nodes) == 1  # a megabyte is plenty for one question here
+
+
+def test_a_model_that_bake_refuses(tmp_path, devices):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "newarch"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FamilyError, match="newarch"):
+        doctor.examine(Checkpoint.open(tmp_path))
+
+
+def test_on_the_command_line():
+    command = [sys.executable, ROOT / "cli.py", "doctor", "--in", "demo", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout)
+    assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert found["versions"]["transformers"] == transformers.__version__
+    assert found["cores"] == len(os.sched_getaffinity(0))
+    assert len(found["devices"]) == 1 + torch.cuda.device_count() + torch.backends.mps.is_available()
+    assert all(rate > 1e6 for about in found["devices"].values() for rate in about["rates"].values())
+    assert found["model"]["attribution"] == "in memory" and found["model"]["architecture"] == "llama"
+
+
+def test_the_help_imports_nothing_large():
+    code = "import sys; from kbne_edit.commands import cli; cli(['doctor', '--help'], standalone_mode=False); " \
+           "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

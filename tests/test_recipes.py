@@ -1,0 +1,154 @@
+"""The recipes that come along, and the skeleton of a new one."""
+
+
+import importlib.metadata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from kbne_edit import Edit, bake, hooked, load_recipe
+from kbne_edit.errors import InputError, OutputError, RecipeError
+from kbne_edit.evaluation import RANDOM_DRAWS, effect, margins, random_edit
+from kbne_edit.models import load_model, load_tokenizer
+from kbne_edit.pipeline import Settings
+from kbne_edit.recipe import _KEYS, new_recipe, recipe_names
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "kbne_edit" / "demo"
+TRANSLATED = {"es": {"sí", "no"}, "fr": {"oui", "non"}, "de": {"ja", "nein"}, "zh": {"是", "否"}}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_balanced_and_its_controls_match(name):
+    recipe = load_recipe(name)
+    questions, controls = recipe.questions, recipe.controls
+    assert recipe.name == name and len(questions) >= 27 and len(controls) >= 18
+    texts = Counter(" ".join(q.text.casefold().split()) for q in questions + controls)
+    assert [text for text, count in texts.items() if count > 1] == []
+    for count in (*recipe.subsets, len(questions)):
+        asked = recipe.ask(count)
+        kinds = [Counter((q.form, q.answer) for q in asked if q.control == control) for control in (False, True)]
+        shares = [{kind: n / sum(found.values()) for kind, n in found.items()} for found in kinds]
+        assert shares[0] == pytest.approx(shares[1]) and {answer for _, answer in shares[0]} == set(recipe.answers)
+        among = Counter(q.answer for q in asked)
+        assert min(among.values()) >= len(asked) / 3  # no answer is right nearly everywhere
+        assert len(set(Counter(q.dimension for q in asked if not q.control).values())) == 1
+    assert not {q.dimension for q in questions} & {q.dimension for q in controls}
+    assert recipe.ask(None)  # the default number of questions is one of its sizes
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if load_recipe(n).probes])
+def test_probes_are_pairs_of_the_recipes_dimensions(name):
+    recipe = load_recipe(name)
+    assert len(recipe.probes) >= 18 and all(probe.first != probe.second for probe in recipe.probes)
+    counts = Counter(probe.dimension for probe in recipe.probes)
+    assert set(counts) == {q.dimension for q in recipe.questions} and len(set(counts.values())) == 1
+    assert len({text for probe in recipe.probes for text in (probe.first, probe.second)}) >= len(recipe.probes)
+
+
+@pytest.mark.parametrize("language, answers", TRANSLATED.items())
+def test_a_translation_asks_what_the_original_asks(language, answers):
+    translated, original = load_recipe(f"social-bias-{language}"), load_recipe("social-bias")
+    assert translated.language == language and set(translated.answers) == answers
+    sides = [(translated.questions, original.questions[:45]), (translated.controls, original.controls[:18])]
+    for got, want in sides:
+        assert [(q.form, q.dimension) for q in got] == [(q.form, q.dimension) for q in want]
+        same = dict(zip(original.answers, translated.answers, strict=True))
+        assert [q.answer for q in got] == [same[q.answer] for q in want]
+        assert not {q.text for q in got} & {q.text for q in want}
+
+
+def test_an_installation_holds_every_recipe():
+    try:
+        files = {path.as_posix() for path in importlib.metadata.distribution("kbne-edit").files}
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("not installed: the checkout itself is tested")
+    names = {f"kbne_edit/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    assert names | {"kbne_edit/skeleton.yaml"} <= files
+
+
+# ---------------------------------------------------------------------------------------------------------------- aim
+
+
+def _demo_with(tmp_path, probes):
+    text = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")
+    (tmp_path / "r.yaml").write_text(text.partition("\nprobes:")[0] + "\n" + probes, encoding="utf-8")
+    return tmp_path / "r.yaml"
+
+
+UNWANTED = """probes:
+  aim: avoid
+  items:
+    - {unwanted: "the zorn is a healer .", wanted: "the velm is a healer .", dimension: clan}
+    - {unwanted: "a zorn heals better than most .", wanted: "a velm heals better than most .", dimension: clan}
+    - {unwanted: "the zorn is a leader .", wanted: "the velm is a leader .", dimension: clan}
+"""
+
+
+def test_what_is_to_be_avoided_is_measured_with_its_sign(tmp_path):
+    import torch
+
+    recipe = load_recipe(_demo_with(tmp_path, UNWANTED))
+    model, tokenizer = load_model(DEMO, torch.float32), load_tokenizer(DEMO)
+    edit, neurons = Edit("down", {1: dict.fromkeys(range(40), 3.0)}), [192] * 4
+    before = margins(model, tokenizer, recipe.probes)
+    with hooked(model, edit):
+        after = margins(model, tokenizer, recipe.probes)
+    draws = []
+    for seed in range(RANDOM_DRAWS):
+        with hooked(model, random_edit(edit, neurons, seed)):
+            draws.append(margins(model, tokenizer, recipe.probes))
+    found = effect(model, tokenizer, recipe.probes, edit, neurons, recipe.aim)
+    assert found["versus_random"][0] == pytest.approx((after - np.mean(draws, 0)).mean(), abs=1e-9)
+    assert found["random_change_signed"][0] == pytest.approx((np.mean(draws, 0) - before).mean(), abs=1e-9)
+    balanced = effect(model, tokenizer, recipe.probes, edit, neurons)
+    assert balanced["versus_random"][0] == pytest.approx((abs(after) - np.mean(np.abs(draws), 0)).mean(), abs=1e-9)
+    assert "bias" not in found["found"]
+
+
+def test_the_card_names_what_is_to_be_avoided(tmp_path):
+    path = _demo_with(tmp_path, UNWANTED)
+    summary = bake("demo", tmp_path / "out", Settings(recipe=path), edit=Edit("down", {1: {5: 2.0}}), behaviour=False)
+    card, found = (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), summary["effect"]
+    assert "how much more probable the unwanted one is" in card and "stereotype" not in card
+    mean, low, high = found["change_signed"]
+    assert f"| this edit | {mean:+.4f} | {low:+.4f} to {high:+.4f} |" in card
+
+
+def test_faults_of_probes_are_named(tmp_path):
+    probes = "probes: {aim: [x], items: [{unwanted: a, wanted: b, dimension: c}]}\n"
+    with pytest.raises(RecipeError) as error:
+        load_recipe(_demo_with(tmp_path, probes))
+    assert "probes.aim is ['x']" in str(error.value) and "needs exactly stereotype" in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- skeleton
+
+
+def test_the_skeleton_is_a_recipe_in_order(tmp_path):
+    new_recipe("no", tmp_path / "r.yaml")  # a name that plain YAML takes for false
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.name == "no" and len(recipe.questions) == len(recipe.controls) == 9 and len(recipe.probes) == 2
+    assert [(q.form, q.answer) for q in recipe.questions] == [(q.form, q.answer) for q in recipe.controls]
+    text = (tmp_path / "r.yaml").read_text(encoding="utf-8")
+    assert set(yaml.safe_load(text)) == _KEYS  # every key of the format is shown
+    assert "NAME" not in text and max(map(len, text.splitlines())) <= 120
+
+
+def test_the_skeleton_overwrites_nothing(tmp_path):
+    (tmp_path / "r.yaml").write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        new_recipe("r", tmp_path / "r.yaml")
+    assert (tmp_path / "r.yaml").read_text() == "mine"
+    with pytest.raises(OutputError, match="cannot write"):
+        new_recipe("r", tmp_path / "nowhere" / "r.yaml")
+
+
+@pytest.mark.parametrize("name", ["", "../up", 'a"b', "a b", "-x", "a\nb"])
+def test_names_that_would_not_stand_in_a_file(name, tmp_path):
+    with pytest.raises(InputError, match="no name"):
+        new_recipe(name, tmp_path / "r.yaml")
+    assert not (tmp_path / "r.yaml").exists()
