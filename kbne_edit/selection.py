@@ -12,7 +12,7 @@ Then: kept for a dimension if it counts in at least beta of its questions; the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a rule selected. dimensions, controls: boolean masks [L, F], per dimension, and by the controls alone."""
+    """What a rule selected. dimensions, controls: boolean masks [L, F], per dimension, and by the controls alone.
+
+    counts: a function, index of a question -> mask [L, F] of the neurons that count for it.
+    """
 
     edit: Edit
     dimensions: dict[str, np.ndarray]
     controls: np.ndarray | None
+    counts: Callable[[int], np.ndarray]
 
     def summary(self) -> dict:
         """Per dimension: neurons and layers; overlaps between dimensions; overlap with the controls' selection."""
@@ -130,7 +134,7 @@ def selection(
         )
     settings = {"rule": rule, "tau": tau, "beta": beta, "combine": combine, "questions": int(asked.sum()),
                 "controls": int(compared.sum())}  # fmt: skip
-    return Selection(Edit(site, factors, base, {"select": settings}), masks, by_controls)
+    return Selection(Edit(site, factors, base, {"select": settings}), masks, by_controls, counts)
 
 
 def _counting(scores, groups, forms, compared, rule, tau, beta):

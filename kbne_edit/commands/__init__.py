@@ -15,6 +15,8 @@ _COMMANDS = {
     "locate": "attribute questions to neurons, into a scores file",
     "select": "choose neurons from a scores file (no model needed)",
     "verify": "prove that a directory is its base with an edit",
+    "report": "write one page on a baked directory, for those who must judge it",
+    "compare": "put two or more edits side by side",
     "revert": "restore the base from a baked directory alone",
     "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",
     "recipes": "list, show or check recipes",
