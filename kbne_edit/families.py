@@ -292,6 +292,42 @@ def _expert_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: F
     return result
 
 
+class Readout(NamedTuple):
+    """What turns the last layer's output x into logits: unembedding @ norm(x). Names on disk; norm None: no weight.
+
+    offset: what the norm adds to its weight; centred: True where it takes the mean off x first.
+    """
+
+    unembedding: str
+    norm: str | None
+    offset: float
+    centred: bool
+
+
+_CENTRED = (
+    "gpt2 gpt_bigcode gpt_neo gptj codegen falcon gpt_neox opt phi starcoder2 nemotron stablelm cohere cohere2 olmo"
+)
+_ONE_PLUS = "gemma gemma2 gemma3_text nemotron"
+_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+
+
+def readout(shapes: dict[str, tuple[int, ...]], config: dict) -> Readout | None:
+    """The final norm and the unembedding on disk; None where the last layer's output does not fit the unembedding."""
+    kind = config["model_type"] if config["model_type"] in FAMILIES else text_part(config).get("model_type")
+    first = slots(shapes, config, "down")[0][0].tensor
+    stem = family_of(config).layers.rsplit(".", 1)[-1]
+    prefix = re.match(rf"((?:.*\.)?){stem}\.0\.", first)[1]
+    heads = [name for name in shapes if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)]
+    tied = [name for part in _EMBEDDINGS if (name := f"{prefix}{part}.weight") in shapes]
+    norms = [name for part in _NORMS if (name := f"{prefix}{part}.weight") in shapes]
+    if not (heads or tied) or (norms and shapes[norms[0]] != shapes[(heads or tied)[0]][1:]):
+        return None
+    return Readout(
+        (heads or tied)[0], norms[0] if norms else None, float(kind in _ONE_PLUS.split()), kind in _CENTRED.split()
+    )
+
+
 def _shape(name: str, shapes: dict, dimensions: int) -> tuple[int, ...]:
     if len(shapes[name]) != dimensions:
         raise FamilyError(f"{name} has shape {list(shapes[name])}; {dimensions} dimensions expected")

@@ -91,14 +91,19 @@ def json_text(data: object) -> str:
 
 def write_json(path: str | Path, data: object) -> None:
     """Write a JSON file so that it is there whole or not at all. Raises OutputError."""
+    write_text(path, json_text(data))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all. Raises OutputError."""
     target = Path(os.path.realpath(path))
     part = target.with_name(f".{target.name}.kbne-partial")
     try:
         if target.exists() and not target.is_file():  # /dev/stdout cannot be replaced
-            target.write_text(json_text(data), encoding="utf-8")
+            target.write_text(text, encoding="utf-8")
             return
         with open(part, "w", encoding="utf-8") as file:
-            file.write(json_text(data))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.rename(part, target)

@@ -333,7 +333,7 @@ def revert(
     if not undo_path.is_file() or file_hash(undo_path) != manifest["undo"]:
         raise CheckpointError(f"{undo_path} is missing or was changed: the base cannot be restored from it")
     targets = plan(checkpoint, Edit.from_dict({**manifest["edit"], "base": None}))
-    originals = stored_columns(undo_path, targets, checkpoint)
+    kept = stored_columns(undo_path, targets, checkpoint)
     shards = {shard.path.name: shard for shard in checkpoint.shards}
     names = base_names(manifest, [*shards, *checkpoint.other_files()[0]])
     if wrong := sorted(set(names) ^ set(manifest["files"])):
@@ -344,7 +344,7 @@ def revert(
         for name, origin in restored.items():
             shard = shards.get(name, Shard(checkpoint.path / name, (), 0, 0))
             (part / origin).parent.mkdir(parents=True, exist_ok=True)
-            digest = _restore(shard, targets, originals, part / origin, progress)
+            digest = _restore(shard, targets, kept, part / origin, progress)
             if digest != manifest["files"][name]["in"]:
                 raise CheckpointError(f"{baked_dir}/{name} was changed after baking: it does not give the base back")
     return {"files": len(restored), "left_out": manifest["left_out"]}

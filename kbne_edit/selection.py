@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a rule selected. dimensions, controls: boolean masks [L, F], per dimension, and by the controls alone."""
+    """What a rule selected. dimensions, controls: boolean masks [L, F], per dimension, and by the controls alone.
+
+    counts: a function, index of a question -> mask [L, F] of the neurons that count for it.
+    """
 
     edit: Edit
     dimensions: dict[str, np.ndarray]
     controls: np.ndarray | None
+    counts: Callable[[int], np.ndarray]
 
     def stable(self, shares: dict[int, dict[int, float]], least: float) -> Selection:
         """Only the neurons whose share {layer: {neuron: share}} is at least `least`. Raises EditError if none is."""
@@ -153,7 +157,7 @@ def selection(
         )
     settings = {"rule": rule, "tau": tau, "beta": beta, "combine": combine, "controls": len(votes.compared),
                 "questions": sum(map(len, votes.dimensions.values()))}  # fmt: skip
-    return Selection(Edit(votes.site, factors, votes.base, {"select": settings}), masks, by_controls)
+    return Selection(Edit(votes.site, factors, votes.base, {"select": settings}), masks, by_controls, votes.counts)
 
 
 def combined(masks: Sequence[np.ndarray], combine: str) -> np.ndarray:

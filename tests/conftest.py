@@ -14,3 +14,14 @@ def shared():
     if not path.is_dir():
         pytest.skip("needs ../shared")
     return path
+
+
+@pytest.fixture(scope="session")
+def debiased(tmp_path_factory):
+    """The demo, baked with nine questions; its work folder beside it. Not to be changed."""
+    from kbne_edit import bake
+    from kbne_edit.pipeline import Settings
+
+    folder = tmp_path_factory.mktemp("session") / "debiased"
+    bake("demo", folder, Settings(questions=9))
+    return folder

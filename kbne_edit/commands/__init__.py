@@ -17,6 +17,8 @@ _COMMANDS = {
     "stability": "how far a selection depends on which questions were asked",
     "verify": "prove that a directory is its base with an edit",
     "apply": "put a delta into a copy of its base",
+    "report": "write one page on a baked directory, for those who must judge it",
+    "compare": "put two or more edits side by side",
     "revert": "restore the base from a baked directory alone",
     "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",
     "evaluate": "measure an edit on benchmarks, beside its controls",

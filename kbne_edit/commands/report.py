@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import options
+
+
+@click.command("report")
+@click.argument("baked", type=click.Path(path_type=Path))
+@options.out("Page to write, e.g. report.html.")
+@click.option("--scores", type=click.Path(path_type=Path),
+              help="Scores of its run.  [default: BAKED.work/scores.safetensors, if it fits]")  # fmt: skip
+@options.JSON
+def command(baked, out, scores, as_json) -> None:
+    """Write one page on a baked directory for those who must judge it: no model is loaded, no network used."""
+    from ..errors import OutputError
+    from ..files import write_text
+    from ..page import render
+    from ..progress import say
+    from ..report import build
+    from ..wording import STATES
+
+    if baked.resolve() in out.resolve().parents:
+        raise OutputError(f"{out} lies in {baked}, whose manifest does not know it: choose another --out")
+    found = build(baked, scores, say)
+    write_text(out, render(found))
+    lines = [f"{v['about']}: {STATES[v['state']]}. {v['text']}" for v in found["verdicts"]]
+    options.show(found, as_json, [*lines, f"written: {out}"])

@@ -1,0 +1,138 @@
+"""Which tokens a neuron writes: the logit lens, from the tensors on disk alone.
+
+Neuron i adds h_i times column i of W_down to the residual stream. Here that column goes straight to the unembedding,
+with the final norm's weight folded in. An approximation: what later layers make of it, and norms between, is left out.
+Each token gets a z-score over the vocabulary, since the norm's division makes the scale of a logit meaningless.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import UNDO, Checkpoint, read_array, storage, to_float
+from .edit import Edit
+from .errors import CheckpointError, short
+from .families import Readout, readout, slots
+from .files import open_input
+from .folding import stored_columns, plan
+
+Neuron = tuple[int, int]  # layer, index in the layer
+
+_STEP = 32 << 20  # bytes of the unembedding at once: memory does not grow with the vocabulary
+
+
+def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
+    """Column of the down-projection of every edited neuron as it was in the base, float32 [D].
+
+    checkpoint: a baked directory. At the down site the columns are what its undo file keeps (a factor of 0 leaves
+    nothing of them in the weights); at the gate site the down-projection is unchanged. Raises CheckpointError.
+    """
+    found = {}
+    if edit.site == "gate":
+        for layer, places in slots(checkpoint.shapes, checkpoint.config, "down").items():
+            if wanted := list(edit.factors.get(layer, ())):
+                shard, tensor = checkpoint.tensors[places[0].tensor]
+                rows = np.moveaxis(np.take(read_array(shard, tensor), wanted, places[0].axis), places[0].axis, 0)
+                found |= {(layer, n): row for n, row in zip(wanted, to_float(rows, tensor.dtype), strict=True)}
+        return found
+    targets = plan(checkpoint, Edit(edit.site, edit.factors))
+    for name, rows in stored_columns(checkpoint.path / UNDO, targets, checkpoint).items():
+        target = targets[name]
+        if target.expert is None and target.slot.axis == 1:
+            rows = rows.T
+        neurons = (target.slot.offset + target.neurons).tolist()
+        wide = to_float(rows, checkpoint.tensors[name][1].dtype)
+        found |= {(target.slot.layer, n): row for n, row in zip(neurons, wide, strict=True)}
+    return found
+
+
+def vocabulary(path: Path) -> dict[int, str] | None:
+    """{id: text} of every token, by tokenizer.json alone; None where there is no such file. Raises CheckpointError."""
+    from tokenizers import Tokenizer
+
+    if not (path / "tokenizer.json").is_file():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        names = {index: name for name, index in tokenizer.get_vocab().items()}
+        texts = tokenizer.decode_batch([[index] for index in names], skip_special_tokens=False)
+    except Exception as error:  # the library raises bare exceptions for files from outside
+        raise CheckpointError(f"{path / 'tokenizer.json'} is no tokenizer that can be read: {short(error)}") from None
+    return {index: _text(name, text) for (index, name), text in zip(names.items(), texts, strict=True)}
+
+
+def _text(name: str, text: str) -> str:
+    """Decoders drop a leading space, and give a mark of replacement for a part of a character."""
+    if not text or "\ufffd" in text:
+        return name
+    return f" {text}" if name.startswith(("▁", "Ġ")) and not text.startswith(" ") else text
+
+
+def written(
+    checkpoint: Checkpoint, found: dict[Neuron, np.ndarray], known: set[int] | None, most: int
+) -> dict[Neuron, tuple[list, list]] | None:
+    """The tokens that each column raises most and lowers most: {neuron: ([(id, z), …], [(id, z), …])}.
+
+    found: of `columns`. known: ids that the tokenizer has (the unembedding may be padded); None: all. most: how many
+    tokens at either end. None where the model has no unembedding that the columns fit.
+    """
+    end = readout(checkpoint.shapes, checkpoint.config)
+    if end is None or checkpoint.shapes[end.unembedding][1:] != next(iter(found.values())).shape:
+        return None
+    directions = np.stack([_folded(column, checkpoint, end) for column in found.values()], 1)  # [D, k]
+    total, squares, count = np.zeros(len(found)), np.zeros(len(found)), 0
+    ids, values = np.zeros((0, len(found)), np.int64), np.zeros((0, len(found)), np.float32)
+    for first, rows in _rows(checkpoint, end.unembedding):
+        keep = np.arange(first, first + len(rows))
+        if known is not None:
+            keep = keep[[int(index) in known for index in keep]]
+        logits = rows[keep - first] @ directions
+        total, squares = total + logits.sum(0, dtype=np.float64), squares + np.square(logits, dtype=np.float64).sum(0)
+        count += len(keep)
+        logits, owners = np.concatenate([values, logits]), np.concatenate([ids, _spread(keep, len(found))])
+        ends = _ends(logits, most)
+        values, ids = np.take_along_axis(logits, ends, 0), np.take_along_axis(owners, ends, 0)
+    spread = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 1e-60))
+    scores = (values - total / count) / spread
+    return {neuron: _pairs(ids[:, j], scores[:, j], most) for j, neuron in enumerate(found)}
+
+
+def _folded(column: np.ndarray, checkpoint: Checkpoint, end: Readout) -> np.ndarray:
+    column = column - column.mean() if end.centred else column
+    if end.norm is None:
+        return column
+    shard, tensor = checkpoint.tensors[end.norm]
+    return column * (to_float(read_array(shard, tensor), tensor.dtype) + np.float32(end.offset))
+
+
+def _rows(checkpoint: Checkpoint, name: str):
+    """(number of the first row, rows as float32 [r, D]) of a matrix, piece by piece."""
+    shard, tensor = checkpoint.tensors[name]
+    kind, (count, width) = storage(tensor.dtype, name), tensor.shape
+    step = max(_STEP // (width * kind.itemsize), 1)
+    with open_input(shard.path) as file:
+        file.seek(tensor.start)
+        for first in range(0, count, step):
+            raw = file.read(min(step, count - first) * width * kind.itemsize)
+            yield first, to_float(np.frombuffer(raw, kind).reshape(-1, width), tensor.dtype)
+
+
+def _spread(keep: np.ndarray, width: int) -> np.ndarray:
+    return np.broadcast_to(keep[:, None], (len(keep), width))
+
+
+def _ends(logits: np.ndarray, most: int) -> np.ndarray:
+    """Which rows hold the `most` smallest and the `most` largest values of each column (all, if there are few)."""
+    if len(logits) <= 2 * most:
+        return _spread(np.arange(len(logits)), logits.shape[1])
+    order = np.argpartition(logits, (most - 1, len(logits) - most), axis=0)
+    return np.concatenate([order[:most], order[-most:]])
+
+
+def _pairs(ids: np.ndarray, scores: np.ndarray, most: int) -> tuple[list, list]:
+    pairs = [(int(index), round(float(z), 2)) for index, z in zip(ids, scores, strict=True)]
+    raised = sorted((p for p in pairs if p[1] > 0), key=lambda p: (-p[1], p[0]))
+    lowered = sorted((p for p in pairs if p[1] < 0), key=lambda p: (p[1], p[0]))
+    return raised[:most], lowered[:most]

@@ -1,0 +1,138 @@
+"""Plots as inline SVG: marks, words and classes only; the page's style sheet gives the colours, in light and in dark.
+
+Each plot has a title and a description for those who do not see it, and is drawn 480 units wide, so that its words can
+be read on a phone. Everything that comes from files is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from .errors import one_line
+
+_WIDTH = 480
+_LEFT = 96  # room for the labels of rows
+_COLUMNS = 16  # of the overlap plot: more would not be legible
+
+
+def words(value: object) -> str:
+    """Text from anywhere, as text of HTML or SVG on one line."""
+    return escape(one_line(str(value)))
+
+
+def _svg(name: str, height: float, title: str, description: str, body: list[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-labelledby="{name}-title {name}-desc">'
+        f'<title id="{name}-title">{words(title)}</title><desc id="{name}-desc">{words(description)}</desc>'
+        f"{''.join(body)}</svg>"
+    )
+
+
+def _text(x: float, y: float, label: str, anchor: str = "start", kind: str = "") -> str:
+    style = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.4g}" y="{y:.4g}" text-anchor="{anchor}"{style}>{words(label)}</text>'
+
+
+def _rect(x: float, y: float, width: float, height: float, kind: str, opacity: float = 1) -> str:
+    shade = "" if opacity == 1 else f' fill-opacity="{opacity:.3f}"'
+    return f'<rect class="{kind}" x="{x:.5g}" y="{y:.5g}" width="{width:.5g}" height="{height:.5g}"{shade}/>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.5g}" y1="{y1:.5g}" x2="{x2:.5g}" y2="{y2:.5g}"/>'
+
+
+def _dot(x: float, y: float, kind: str, radius: float = 3) -> str:
+    return f'<circle class="{kind}" cx="{x:.5g}" cy="{y:.5g}" r="{radius:g}"/>'
+
+
+def _short(label: str, most: int = 13) -> str:
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def neuron_map(layers: int, width: int, edited: Sequence[tuple[int, int, bool | None]], others) -> str:
+    """Layers downwards, neurons across. edited: (layer, neuron, selected by the controls too); others: (layer, neuron).
+
+    Marks differ in shape as well as in colour: a disc, a square where the controls select it, a ring where not edited.
+    """
+    step, top, span = max(min(16.0, 384 / layers), 4.0), 26.0, _WIDTH - 60.0
+    bottom = top + step * layers
+
+    def at(layer: int, neuron: int) -> tuple[float, float]:
+        return 44 + span * neuron / max(width - 1, 1), top + step * (layer + 0.5)
+
+    body = [_text(8, 16, "layer", kind="quiet"), _text(_WIDTH - 16, 16, "neuron in its layer", "end", "quiet")]
+    for layer in range(0, layers, max(1, round(16 / step))):
+        y = top + step * (layer + 0.5)
+        body += [_text(34, y + 4, str(layer), "end", "quiet"), _line(44, y, 44 + span, y, "grid")]
+    body += [_dot(*at(*place), "ring", 2) for place in others]
+    for layer, neuron, shared in edited:
+        x, y = at(layer, neuron)
+        body.append(_rect(x - 3.5, y - 3.5, 7, 7, "second") if shared else _dot(x, y, "first", 4))
+    body += [_text(44, bottom + 16, "0", kind="quiet"), _text(44 + span, bottom + 16, f"{width - 1:,}", "end", "quiet")]
+    shared = sum(bool(mark[2]) for mark in edited)
+    used = len({layer for layer, _, _ in edited})
+    said = f"{len(edited)} edited neurons in {used} of {layers} layers; {shared} of them are selected by controls too."
+    return _svg("map", bottom + 24, "Where the edited neurons are", said, body)
+
+
+def heat_map(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Share of attribution, dimensions downwards, layers across. rows: (name, share per layer)."""
+    layers, high = len(rows[0][1]), max(max(values) for _, values in rows) or 1
+    cell, top = (_WIDTH - _LEFT - 8) / layers, 8.0
+    body = []
+    for place, (name, values) in enumerate(rows):
+        y = top + 30 * place
+        body.append(_text(_LEFT - 8, y + 18, _short(name), "end"))
+        for layer, value in enumerate(values):
+            x = _LEFT + cell * layer
+            body += [_rect(x, y, cell, 26, "cell"), _rect(x, y, cell, 26, "heat", max(value, 0) / high)]
+    bottom = top + 30 * len(rows)
+    for layer in range(0, layers, max(1, round(28 / cell))):
+        body.append(_text(_LEFT + cell * (layer + 0.5), bottom + 14, str(layer), "middle", "quiet"))
+    body.append(_text(_LEFT - 8, bottom + 14, "layer", "end", "quiet"))
+    peaks = (f"{name}: most in layer {max(range(layers), key=values.__getitem__)}" for name, values in rows)
+    return _svg("heat", bottom + 24, "Share of attribution by layer", "; ".join(peaks) + ".", body)
+
+
+def overlaps(sets: Sequence[tuple[str, int]], parts: Sequence[tuple[Sequence[int], int]]) -> str:
+    """An UpSet plot. sets: (name, size); parts: (indices of the sets that share exactly these neurons, how many)."""
+    shown, high, base = parts[:_COLUMNS], max((n for _, n in parts), default=1), 110.0
+    step = min((_WIDTH - _LEFT - 60) / max(len(shown), 1), 40.0)
+    start = _LEFT + 52
+    body = [_line(start - 4, base, start + step * len(shown), base, "axis")]
+    for row, (name, size) in enumerate(sets):
+        y = base + 22 + 24 * row
+        body += [_text(_LEFT - 8, y + 4, _short(name), "end"), _text(_LEFT + 36, y + 4, f"{size:,}", "end", "quiet")]
+    for column, (members, count) in enumerate(shown):
+        x = start + step * (column + 0.5)
+        body += [_rect(x - step * 0.3, base - 84 * count / high, step * 0.6, 84 * count / high, "first")]
+        body.append(_text(x, base - 84 * count / high - 5, f"{count:,}", "middle"))
+        places = [base + 22 + 24 * row for row in range(len(sets))]
+        body += [_dot(x, y, "on" if row in members else "off", 5) for row, y in enumerate(places)]
+        body.append(_line(x, places[min(members)], x, places[max(members)], "link"))
+    names = [" and ".join(sets[m][0] for m in members) + f" only: {count}" for members, count in shown]
+    said = "Neurons that are selected by exactly these: " + "; ".join(names) + "."
+    return _svg("overlap", base + 22 + 24 * len(sets), "Overlaps of the selections", said, body)
+
+
+def intervals(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Means with their intervals about a line at zero. rows: (name, (mean, low, high))."""
+    reach = max(abs(value) for _, values in rows for value in values) or 1
+    left, right, top = 16.0, _WIDTH - 16.0, 10.0
+
+    def at(value: float) -> float:
+        return (left + right) / 2 + (right - left) / 2 * 0.94 * value / reach
+
+    body = []
+    for place, (name, (mean, low, high)) in enumerate(rows):
+        y = top + 44 * place + 30
+        body += [_text(left, y - 14, name), _line(at(low), y, at(high), y, "bar"), _dot(at(mean), y, "first", 5)]
+        body += [_line(at(end), y - 5, at(end), y + 5, "bar") for end in (low, high)]
+    bottom = top + 44 * len(rows)
+    body += [_line(at(0), top, at(0), bottom, "axis"), _text(at(0), bottom + 16, "0, no change", "middle", "quiet")]
+    body += [_text(at(-reach), bottom + 16, f"{-reach:+.3g}", "start", "quiet")]
+    body += [_text(at(reach), bottom + 16, f"{reach:+.3g}", "end", "quiet")]
+    said = "; ".join(f"{name}: {mean:+.4f}, from {low:+.4f} to {high:+.4f}" for name, (mean, low, high) in rows)
+    return _svg("effect", bottom + 24, "Change of the stereotype margin", said + ".", body)

@@ -1,0 +1,271 @@
+"""The page of a report: what its markup promises everyone, that it escapes everything, and how a browser takes it."""
+
+import re
+import shutil
+import subprocess
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from kbne_edit.page import render
+from kbne_edit.report import build
+
+ROOT = Path(__file__).resolve().parent.parent
+HOSTILE = "</table><script>alert(1)</script><img src=x onerror=alert(2)>'\"&amp;\u202e\x1b[31m"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def report(debiased):
+    return build(debiased)
+
+
+class Page(HTMLParser):
+    """elements: (tag, attributes) in order; text: of all elements but style. Raises if a tag is not closed in order."""
+
+    VOID = {"meta", "rect", "line", "circle"}
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.text, self.open = [], "", []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+    def all(self, *tags):
+        return [attributes for tag, attributes in self.elements if tag in tags]
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return Page(render(report))
+
+
+# ------------------------------------------------------------------------------------------------------------ markup
+
+
+def test_landmarks_and_headings(page):
+    assert all(len(page.all(tag)) == 1 for tag in ("header", "nav", "main", "footer", "h1"))
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = {a["href"] for a in page.all("a")}
+    assert links <= {f"#{name}" for name in ids} and "#main" in links
+    assert {f"#{a['id']}" for a in page.all("section")} <= links
+    named = " ".join(a["aria-labelledby"] for _, a in page.elements if "aria-labelledby" in a).split()
+    assert set(named) <= set(ids)
+
+
+def test_tables_and_plots(page):
+    assert page.all("th") and all(th["scope"] in ("row", "col") for th in page.all("th"))
+    assert len(page.all("caption")) == len(page.all("table"))
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("svg") == 4 == tags.count("desc")
+    for start in (i for i, tag in enumerate(tags) if tag == "svg"):
+        assert tags[start + 1 : start + 3] == ["title", "desc"]
+        behind = [tag for tag in tags[start + 1 :] if tag in ("svg", "h2", "h3", "details", "summary", "table")]
+        assert behind[:3] == ["details", "summary", "table"]
+
+
+def test_it_asks_for_nothing(page, report):
+    loading = {"script", "img", "link", "iframe", "object", "embed", "video", "audio", "use", "image", "base", "form"}
+    assert not loading & {tag for tag, _ in page.elements}
+    assert not any({"src", "srcset", "style", "xlink:href"} & set(a) for _, a in page.elements)
+    assert "url(" not in render(report) and "@import" not in render(report)
+    assert any("default-src 'none'" in a.get("content", "") for a in page.all("meta"))
+
+
+def _spoiled(value, key=None):
+    """The same report with each text in it replaced, but for words that the tool itself chooses."""
+    if isinstance(value, dict):
+        free = key in ("dimensions", "right_by_answer", "right_by_form")
+        return {HOSTILE + str(i) if free else k: _spoiled(v, k) for i, (k, v) in enumerate(value.items())}
+    if isinstance(value, list):
+        return [_spoiled(v, key) for v in value]
+    return HOSTILE + value if isinstance(value, str) and key not in ("state", "site", "about") else value
+
+
+def test_everything_from_files_is_escaped(page, report):
+    spoiled = Page(render(_spoiled(report)))
+    assert [tag for tag, _ in spoiled.elements] == [tag for tag, _ in page.elements]
+    assert all(set(a) == set(b) for (_, a), (_, b) in zip(spoiled.elements, page.elements, strict=True))
+    assert spoiled.text.count("<script>alert(1)</script>") > 100
+    assert "\x1b" not in spoiled.text and "\u202e" not in spoiled.text
+
+
+def test_the_same_report_gives_the_same_bytes(report, debiased):
+    assert render(report) == render(build(debiased))
+
+
+def test_spaces_at_the_edge_of_tokens_are_shown(report):
+    neuron = report["neurons"][0]
+    tokens = [{"id": 1, "text": text, "z": 1.0} for text in (" a", "a b ", "  ", None)]
+    changed = report | {"neurons": [neuron | {"tokens": {"raised": tokens, "lowered": []}}]}
+    html = render(changed)
+    assert all(f"<code>{shown}</code>" in html for shown in ("␣a", "a b␣", "␣␣")) and "token 1 (" in html
+
+
+def test_colours_have_enough_contrast():
+    """WCAG 2: 4.5 to 1 for text, 3 to 1 for marks, in each theme and on paper."""
+    style = (ROOT / "kbne_edit" / "report.css").read_text()
+    themes = [dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)]
+    assert len(themes) == 3
+    for theme in themes:
+        for ground in ("paper", "soft"):
+            for name in ("ink", "quiet", "link", "holds", "warning", "failed", "open"):
+                assert _contrast(theme[name], theme[ground]) >= 4.5, (name, ground)
+        assert all(_contrast(theme[name], theme["paper"]) >= 3 for name in ("first", "second"))
+
+
+def _contrast(a, b):
+    def light(colour):
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((light(a), light(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+# ---------------------------------------------------------------------------------------- checks without this tool
+
+
+def test_the_commands_of_the_page_check_the_directory(page, debiased, tmp_path):
+    shutil.copytree(debiased, tmp_path / "copy")
+    sums = re.search(r"sha256sum -c <<'END'.*?\nEND", page.text, re.DOTALL)[0]
+    seal = re.search(r'python3 -c ".*?"', page.text)[0]
+    assert _shell(sums, tmp_path / "copy") == (0, len(list(debiased.iterdir())))
+    assert _output(seal, tmp_path / "copy") == "True\n"
+    for name in ("config.json", "kbne_edit.json"):
+        path = tmp_path / "copy" / name
+        path.write_text(path.read_text().replace("2", "3", 1))
+    assert _shell(sums, tmp_path / "copy")[0] == 1 and _output(seal, tmp_path / "copy") == "False\n"
+
+
+def _shell(command, folder):
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout.count(": OK")
+
+
+def _output(command, folder):
+    return subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True).stdout
+
+
+# ------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(report, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(render(report), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory):
+    """The source of axe-core, a checker of accessibility, by npm."""
+    folder = tmp_path_factory.mktemp("axe")
+    if shutil.which("npm") is None:
+        pytest.skip("needs npm")
+    command = ["npm", "install", "--prefix", folder, "--no-save", "--prefer-offline", "--no-audit", "axe-core@4"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm does not answer")
+    if done.returncode:
+        pytest.skip("npm cannot bring axe-core")
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+
+
+@contextmanager
+def shown(browser, address, width=390, scheme="light"):
+    """The page as shown: (page of the browser, what it logged, what it asked for)."""
+    with browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme) as context:
+        view, logged, asked = context.new_page(), [], []
+        view.on("console", lambda message: logged.append(message.text))
+        view.on("pageerror", lambda error: logged.append(str(error)))
+        view.on("request", lambda request: asked.append(request.url))
+        view.goto(address)
+        yield view, logged, asked
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_shown_without_error_request_or_sideways_scrolling(width, scheme, browser, address):
+    with shown(browser, address, width, scheme) as (view, logged, asked):
+        assert view.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        ground = view.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+        assert logged == [] and asked == [address]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessibility(width, scheme, browser, address, axe):
+    with shown(browser, address, width, scheme) as (view, _, _):
+        view.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        view.evaluate(axe)
+        found = view.evaluate("axe.run()")
+        assert [(v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == [] and len(found["passes"]) > 20
+
+
+def test_the_checker_finds_what_is_wrong(browser, address, axe):
+    with shown(browser, address) as (view, _, _):
+        view.evaluate("document.querySelector('svg').removeAttribute('aria-labelledby')")
+        view.evaluate("document.querySelectorAll('svg title').forEach(title => title.remove())")
+        view.evaluate("document.querySelector('.lead').style.color = 'silver'")
+        view.evaluate(axe)
+        assert {"color-contrast", "svg-img-alt"} <= {v["id"] for v in view.evaluate("axe.run()")["violations"]}
+
+
+def test_keyboard(browser, address):
+    with shown(browser, address) as (view, _, _):
+        view.keyboard.press("Tab")
+        look = "getComputedStyle(e).outlineStyle, e.getBoundingClientRect().left >= 0"
+        assert view.evaluate(f"(e => [e.className, {look}])(document.activeElement)") == ["skip", "solid", True]
+        view.keyboard.press("Enter")
+        assert view.evaluate("document.activeElement.id") == "main"
+        view.keyboard.press("Tab")
+        assert view.evaluate("document.querySelector('main').contains(document.activeElement)")
+        view.evaluate("document.querySelector('summary').focus()")
+        view.keyboard.press("Enter")
+        assert view.evaluate("document.querySelector('details').open")
+
+
+def test_on_paper(browser, address):
+    with shown(browser, address, scheme="dark") as (view, _, _):
+        folded = "document.querySelector('details table').checkVisibility()"
+        assert not view.evaluate(folded)
+        view.emulate_media(media="print")
+        assert view.evaluate(folded)  # what is folded on the screen is printed
+        assert not view.evaluate("document.querySelector('nav').checkVisibility()")
+        assert view.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

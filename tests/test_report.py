@@ -1,0 +1,372 @@
+"""What a report says, against the same figures computed by hand; and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from kbne_edit import Edit, fold, load_scores
+from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.edit import compare
+from kbne_edit.families import places
+from kbne_edit.folding import read_manifest, write_manifest
+from kbne_edit.lens import columns, vocabulary, written
+from kbne_edit.page import render
+from kbne_edit.report import build
+from kbne_edit.wording import verdicts
+from tiny import FAMILIES, MIXTURES, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = json.loads((ROOT / "kbne_edit" / "report.schema.json").read_text())
+
+
+def run(*args, cwd=ROOT):
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def valid(report):
+    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(json.dumps(report)))
+    return report
+
+
+@pytest.fixture(scope="module")
+def report(debiased):
+    return valid(build(debiased))
+
+
+@pytest.fixture
+def copy(debiased, tmp_path):
+    """A baked directory without its scores, to be changed."""
+    shutil.copytree(debiased, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def resealed(folder, **changes):
+    manifest = {k: v for k, v in read_manifest(folder).items() if k != "sha256"} | changes
+    write_manifest(folder, manifest)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------- figures, done by hand
+
+
+def _by_hand(scores, tau=0.1):
+    """{group: indices}, relative scores [Q, L, F], whether they count [Q, L, F]."""
+    groups = {}
+    for q, question in enumerate(scores.questions):
+        groups.setdefault("controls" if question.control else question.dimension, []).append(q)
+    relative = np.stack([row / row.max() for row in np.array(scores.values)])
+    return groups, relative, relative > tau
+
+
+def test_attribution_of_each_neuron(report, debiased):
+    scores = load_scores(debiased.parent / "debiased.work" / "scores.safetensors")
+    groups, relative, counts = _by_hand(scores)
+    edit = Edit.load(debiased.parent / "debiased.work" / "edit.json")
+    assert [(n["layer"], n["neuron"], n["factor"]) for n in report["neurons"]] == [
+        (layer, neuron, factor) for layer, found in edit.factors.items() for neuron, factor in found.items()
+    ]
+    by_controls = counts[groups["controls"]].sum(0) >= 1  # a tenth of nine
+    for n in report["neurons"]:
+        at = n["layer"], n["neuron"]
+        for name, asked in groups.items():
+            found = n["controls"] if name == "controls" else n["dimensions"][name]
+            assert found["score"] == pytest.approx(np.mean([relative[q][at] for q in asked]), abs=1e-6)
+            assert found["counts"] == pytest.approx(np.mean([counts[q][at] for q in asked]), abs=1e-6)
+        assert n["selected_by_controls"] == by_controls[at]
+        best = sorted(range(len(relative)), key=lambda q: (-relative[q][at], q))[:3]
+        assert [q["text"] for q in n["questions"]] == [scores.questions[q].text for q in best]
+    assert report["selection"]["reproduced"] and report["selection"]["on_record"]
+
+
+def test_map_and_overlap(report, debiased):
+    scores = load_scores(debiased.parent / "debiased.work" / "scores.safetensors")
+    groups, relative, counts = _by_hand(scores)
+    for row in report["map"]["mass"]:
+        asked = groups["controls" if row["controls"] else row["dimension"]]
+        shares = [np.clip(relative[q], 0, None).sum(1) / np.clip(relative[q], 0, None).sum() for q in asked]
+        assert row["layers"] == pytest.approx(np.mean(shares, 0), abs=1e-5)
+    best = max(report["map"]["strongest"], key=lambda s: s["score"])
+    means = {name: relative[asked].mean(0) for name, asked in groups.items() if name != "controls"}
+    assert best["score"] == pytest.approx(max(float(m.max()) for m in means.values()), abs=1e-6)
+    sets = report["overlap"]["sets"]
+    masks = [counts[groups[s["dimension"] or "controls"]].any(0) for s in sets]  # a tenth of three, and of nine, is one
+    members = [set(zip(*np.nonzero(mask), strict=True)) for mask in masks]
+    assert [s["neurons"] for s in sets] == [len(m) for m in members]
+    for part in report["overlap"]["parts"]:
+        inside = set.intersection(*(members[i] for i in part["sets"]))
+        outside = set().union(*(m for i, m in enumerate(members) if i not in part["sets"]))
+        assert part["neurons"] == len(inside - outside)
+    assert sum(p["neurons"] for p in report["overlap"]["parts"]) == len(set().union(*members))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_against_the_model_itself(name, tmp_path):
+    """The model's own final norm and head, on the column that the model's own module gives for one active neuron."""
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "base")
+    fold(tmp_path / "base", Edit("down", {1: {5: 2.0, 40: 0.0}}), tmp_path / "out")
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    found = columns(checkpoint, Edit.from_dict(read_manifest(tmp_path / "out")["edit"]))
+    tokens = written(checkpoint, found, None, 4)
+    ((down, *_),) = places(model, "down")[1]
+    one = torch.eye(48)[[5, 40]]
+    with torch.no_grad():
+        expected = down(one) - down(torch.zeros_like(one))
+        modules = getattr(model.base_model, "decoder", model.base_model).named_children()
+        (norm,) = (module for name, module in modules if "norm" in name or name == "ln_f")
+        head = model.get_output_embeddings()
+        logits = head(norm(expected)) - head(norm(torch.zeros_like(expected)))
+    z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, correction=0, keepdim=True)
+    for row, neuron in enumerate([(1, 5), (1, 40)]):
+        torch.testing.assert_close(torch.from_numpy(np.array(found[neuron])), expected[row], atol=1e-6, rtol=1e-5)
+        for (ids, values), largest in ((zip(*tokens[neuron][0], strict=True), True),
+                                       (zip(*tokens[neuron][1], strict=True), False)):  # fmt: skip
+            order = z[row].argsort(descending=largest)[:4]
+            assert values == pytest.approx(z[row][order].tolist(), abs=0.011)  # two decimals, and the norm's epsilon
+            assert z[row][list(ids)].tolist() == pytest.approx(list(values), abs=0.011)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_columns_of_experts(name, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "base")
+    layer = 2
+    first = places(model, "down")[layer][0]
+    neuron = 2 * first.neurons + 7  # the eighth of the third expert
+    fold(tmp_path / "base", Edit("down", {layer: {neuron: 2.0, 3: 2.0}}), tmp_path / "out")
+    found = columns(Checkpoint.open(tmp_path / "out"), Edit("down", {layer: {neuron: 2.0, 3: 2.0}}))
+    weight = first.module.down_proj.detach()  # [E, D, F], or in one family [E, F, D]
+    expected = weight[2][7] if name == "gpt_oss" else weight[2][:, 7]
+    assert torch.equal(torch.from_numpy(np.array(found[layer, neuron])), expected)
+
+
+def test_columns_of_an_edit_at_the_gate(tmp_path):
+    model = tiny_model("phi3", torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    fold(tmp_path / "base", Edit("gate", {0: {3: 2.0}, 2: {9: 4.0}}), tmp_path / "out")
+    found = columns(Checkpoint.open(tmp_path / "out"), Edit("gate", {0: {3: 2.0}, 2: {9: 4.0}}))
+    for layer, neuron in ((0, 3), (2, 9)):
+        expected = model.model.layers[layer].mlp.down_proj.weight[:, neuron].float()
+        assert torch.equal(torch.from_numpy(found[layer, neuron]), expected)
+
+
+def test_tokens_in_pieces_and_of_a_padded_unembedding(monkeypatch, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    edit = Edit("down", {1: {5: 2.0}, 2: {1: 2.0}})
+    fold(tmp_path / "base", edit, tmp_path / "out")
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    found = columns(checkpoint, edit)
+    whole, known = written(checkpoint, found, None, 5), set(range(0, 97, 2))
+    even = written(checkpoint, found, known, 5)
+    assert {index for ends in even.values() for pairs in ends for index, _ in pairs} <= known
+    monkeypatch.setattr("kbne_edit.lens._STEP", 7 * 32 * 4)  # seven rows at once
+    assert written(checkpoint, found, None, 5) == whole and written(checkpoint, found, known, 5) == even
+
+
+def test_token_texts_are_those_of_the_tokenizer(debiased):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(debiased)
+    texts = vocabulary(debiased)
+    assert len(texts) == len(tokenizer) and all(texts[i].strip() == tokenizer.decode([i]).strip() for i in texts)
+
+
+# ---------------------------------------------------------------------------------------- what is there, what is not
+
+
+def test_figures_of_the_run_are_those_of_its_manifest(report, debiased):
+    summary = read_manifest(debiased)["summary"]
+    for key in ("change_abs", "versus_random", "random_change_abs", "stereotype_share"):
+        assert report["effect"][key] == summary["effect"][key]
+    assert report["answers"]["balanced"] == summary["attribution"]["balanced"]
+    assert [entry["holds"] for entry in report["proofs"]["behaviour"]] == [True, True]
+
+
+def test_without_scores_and_proofs(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    fold(tmp_path / "base", Edit("down", {1: {5: 2.0}}), tmp_path / "out")
+    report = valid(build(tmp_path / "out"))
+    assert [report[key] for key in ("proofs", "effect", "answers", "map", "overlap", "selection")] == [None] * 6
+    assert {v["state"] for v in report["verdicts"]} == {"open"}
+    assert report["neurons"][0]["tokens"]["raised"][0]["text"] is None  # no tokenizer
+    page = render(report)
+    assert "was not measured" in page and "holds no proof" in page and "were not at hand" in page
+
+
+@pytest.mark.parametrize("interval, share, state, said", [
+    ([-0.1, -0.2, -0.01], [0.6, 0.5], "holds", "is lower than with random neurons"),
+    ([-0.1, -0.2, -0.01], [0.6, 0.6], "warning", "did not fall"),
+    ([-0.1, -0.2, 0.01], [0.6, 0.5], "warning", "no effect beyond that of random neurons"),
+    ([0.1, 0.01, 0.2], [0.6, 0.5], "warning", "is higher than with random neurons"),
+])  # fmt: skip
+def test_the_verdict_on_the_effect(interval, share, state, said, report):
+    changed = report | {"effect": report["effect"] | {"versus_random": interval, "stereotype_share": share}}
+    (found,) = (v for v in verdicts(changed) if v["about"] == "effect on bias")
+    assert found["state"] == state and said in found["text"]
+    assert said in render(changed | {"verdicts": verdicts(changed)})
+
+
+def test_constant_answers_and_failed_proofs_are_said(report):
+    changed = report | {"answers": report["answers"] | {"constant": True}}
+    changed["proofs"] = report["proofs"] | {"file": False, "faults": ["config.json differs"]}
+    states = {v["about"]: v["state"] for v in verdicts(changed)}
+    assert states["the base's answers"] == "warning" and states["the file is the edit"] == "failed"
+    assert "no better than the same answer" in render(changed) and "config.json differs" in render(changed)
+
+
+def test_another_selection_than_the_one_on_record_is_said(copy, debiased):
+    edit = json.loads(json.dumps(read_manifest(copy)["edit"]))
+    edit["found"]["select"]["tau"] = 0.3
+    resealed(copy, edit=edit)
+    report = valid(build(copy, debiased.parent / "debiased.work" / "scores.safetensors"))
+    assert not report["selection"]["reproduced"] and report["verdicts"][-1]["state"] == "warning"
+
+
+def test_wrong_answers_that_were_left_out_are_left_out_again(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    base = Checkpoint.open(tmp_path / "base").fingerprint()
+    made = _scores_file(tmp_path / "scores.safetensors", base, (3, 48), 0, wrong=(1, 6))
+    found = {"select": {"rule": "paper", "tau": 0.4, "beta": 0.1, "combine": "union", "questions": 5, "controls": 5}}
+    fold(tmp_path / "base", Edit("down", {1: {5: 2.0}}, base, found), tmp_path / "out")
+    report = valid(build(tmp_path / "out", tmp_path / "scores.safetensors"))
+    assert report["selection"]["wrong_left_out"] and report["selection"]["questions"] == 5
+    relative = made / made.max((1, 2), keepdims=True)
+    (neuron,) = report["neurons"]
+    kept = [q for q in (0, 2, 4) if q != 1]
+    assert neuron["dimensions"]["a"]["score"] == pytest.approx(relative[kept, 1, 5].mean(), abs=1e-6)
+
+
+def _scores_file(path, base, shape, seed, wrong=(), count=12):
+    """A scores file by another writer: `count` questions, half of them controls, dimensions in turn. Returns scores."""
+    made = np.random.default_rng(seed).standard_normal((count, *shape), np.float32)
+    half = count // 2
+    questions = [
+        {"text": f"question {q} ?", "answer": "yes" if q % 2 else "no", "form": "f", "control": q >= half,
+         "dimension": "ab"[q % 2] if q < half else "c"}
+        for q in range(count)
+    ]  # fmt: skip
+    right = np.array([q not in wrong for q in range(count)], np.float32)
+    rows = np.zeros((count, shape[0]), np.float32)
+    tensors = {
+        "scores": made, "p": right, "p_best_wrong": 1 - right, "p_zero": rows, "residual": rows,
+        "nodes": rows.astype(np.int32), "done": np.ones(count, np.uint8),
+    }  # fmt: skip
+    about = {"site": "down", "base": base, "model": "m", "recipe": "r", "questions": questions}
+    save_file(tensors, path, metadata={"kbne": json.dumps(about)})
+    return made
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_writes_the_same_bytes_wherever_it_runs(debiased, tmp_path):
+    for place in ("here", "there"):
+        shutil.copytree(debiased.parent, tmp_path / place)
+        done = run("report", tmp_path / place / "debiased", "--out", f"{place}.html", "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        valid(json.loads(done.stdout))
+    page = (tmp_path / "here.html").read_bytes()
+    assert page == (tmp_path / "there.html").read_bytes() and str(tmp_path).encode() not in page
+
+
+def test_no_model_library_is_loaded(debiased, tmp_path):
+    code = "import sys; sys.argv[0] = 'kbne-edit'; from kbne_edit.commands import cli; cli(standalone_mode=False); " \
+           "assert not {'torch', 'transformers'} & set(sys.modules)"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, "report", debiased, "--out", tmp_path / "r.html"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def _other_scores(copy):
+    _scores_file(copy.parent / "other.safetensors", "0" * 64, (4, 192), 0)
+    return ["--scores", copy.parent / "other.safetensors"]
+
+
+WRONG = {
+    "no manifest": (lambda c: (c / "kbne_edit.json").unlink(), "a directory that kbne-edit baked"),
+    "changed manifest": (
+        lambda c: (c / "kbne_edit.json").write_text((c / "kbne_edit.json").read_text().replace(": 2.0", ": 4.0", 1)),
+        "was changed after baking",
+    ),
+    "changed undo": (lambda c: (c / "kbne_undo.safetensors").write_bytes(b"x"), "was changed after baking"),
+    "figures of another form": (lambda c: resealed(c, summary={"effect": {"probes": "many"}}) and None, "another form"),
+    "scores of another model": (_other_scores, "another model or site"),
+    "no such scores": (lambda c: ["--scores", c.parent / "none.safetensors"], "none.safetensors"),
+    "broken tokenizer": (lambda c: (c / "tokenizer.json").write_text("{"), "is no tokenizer"),
+    "into the directory": (lambda c: ["--out", c / "report.html"], "choose another --out"),
+    "not a directory": (lambda c: shutil.rmtree(c), "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case, copy, tmp_path):
+    spoil, message = WRONG[case]
+    more = spoil(copy)
+    more = more if isinstance(more, list) else []
+    done = run("report", copy, "--out", tmp_path / "report.html", *more)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "report.html").exists() and not (copy / "report.html").exists()
+
+
+def test_scores_that_do_not_fit_are_left_out_if_not_asked_for(copy):
+    (copy.parent / "copy.work").mkdir()
+    _scores_file(copy.parent / "copy.work" / "scores.safetensors", "0" * 64, (4, 192), 0)
+    done = run("report", copy, "--out", copy.parent / "report.html", "--json")
+    assert done.returncode == 0 and "scores left out" in done.stderr
+    assert valid(json.loads(done.stdout))["map"] is None
+
+
+def test_a_7b_sized_edit_is_a_page_below_three_megabytes(tmp_path):
+    """Its layers, neurons and questions; narrow, since the hidden size does not show."""
+    rng, (layers, neurons, width) = np.random.default_rng(1), (32, 11008, 8)
+    config = dict(model_type="llama", num_hidden_layers=layers, hidden_size=width, intermediate_size=neurons)
+    weights = {f"model.layers.{la}.mlp.down_proj.weight": rng.standard_normal((width, neurons), np.float32)
+               for la in range(layers)}  # fmt: skip
+    weights |= {"model.norm.weight": np.ones(width, np.float32)}
+    weights |= {"lm_head.weight": rng.standard_normal((32000, width), np.float32)}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    base = Checkpoint.open(tmp_path / "base").fingerprint()
+    _scores_file(tmp_path / "scores.safetensors", base, (layers, neurons), 0, count=90)
+    chosen = rng.choice(layers * neurons, 400, False).tolist()
+    factors = {layer: {n % neurons: 2.0 for n in chosen if n // neurons == layer} for layer in range(layers)}
+    fold(tmp_path / "base", Edit("down", factors, base), tmp_path / "out")
+    page = render(valid(build(tmp_path / "out", tmp_path / "scores.safetensors")))
+    assert page.count("question 0 ?") > 0 and page.count("\n<tr>") > 800 and len(page.encode()) < 3_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------- compare
+
+
+def test_compare_against_sets(tmp_path, debiased):
+    a, b = Edit("down", {0: {1: 2.0, 2: 2.0}, 3: {7: 2.0}}), Edit("down", {0: {2: 3.0, 5: 2.0}, 3: {7: 2.0}})
+    (pair,) = compare([("a", a), ("b", b)])["pairs"]
+    assert (pair["shared"], pair["only_a"], pair["only_b"], pair["jaccard"]) == (2, 1, 1, 0.5)
+    assert pair["differing"] == [{"layer": 0, "neuron": 2, "a": 2.0, "b": 3.0}]
+    a.save(tmp_path / "a.json")
+    Edit("gate", {0: {2: 2.0}}, base="0" * 64).save(tmp_path / "b.json")
+    done = run("compare", tmp_path / "a.json", tmp_path / "b.json", debiased, "--json")
+    found = json.loads(done.stdout)
+    assert [e["neurons"] for e in found["edits"]] == [3, 1, read_manifest(debiased)["proofs"]["edit"]["neurons"]]
+    assert len(found["pairs"]) == 3 and len(found["notes"]) == 2
+    text = run("compare", tmp_path / "a.json", tmp_path / "b.json").stdout
+    assert "1 shared (Jaccard 0.333), 2 only in the first, 0 only in the second" in text and "different sites" in text
+
+
+@pytest.mark.parametrize("args, message", [
+    (["one.json"], "two edits or more"), (["one.json", "none.json"], "none.json"), (["one.json", "."], "no manifest"),
+])  # fmt: skip
+def test_compare_wrong_input(args, message, tmp_path):
+    Edit("down", {0: {1: 2.0}}).save(tmp_path / "one.json")
+    done = run("compare", *args, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
