@@ -226,7 +226,8 @@ def _overlaps(found: dict) -> list[str]:
         _figure(
             plots.overlaps(sets, parts),
             "Each column: how many neurons are selected by exactly the marked dimensions and by no other; beside the "
-            "names, how many each selects in all. What the controls select too is not specific to bias.",
+            "names, how many each selects in all. What the controls select too is not specific to bias."
+            + ("" if len(parts) <= plots.COLUMNS else f" Shown are the {plots.COLUMNS} largest of {len(parts)}."),
             _table("Neurons selected by exactly these", ["selected by", "neurons"], rows),
         ),
     ]
@@ -263,10 +264,12 @@ def _proofs(report: dict) -> list[str]:
     proofs = report["proofs"]
     if proofs is None:
         return ["<p>The manifest holds no proof: this directory was made without one.</p>"]
+    holds = (
+        f"holds. Of {proofs['tensors']} tensors, {proofs['edited']} are the base's with the factors multiplied in and "
+        f"rounded once, the others are the base's to the bit; {proofs['files']} further files are as expected"
+    )
     lines = [
-        f"<p>1. The file is the edit: {'holds' if proofs['file'] else 'fails'}. Of {proofs['tensors']} tensors, "
-        f"{proofs['edited']} are the base's with the factors multiplied in and rounded once, the others are the base's "
-        f"to the bit; {proofs['files']} further files are as expected.</p>",
+        f"<p>1. The file is the edit: {holds if proofs['file'] else 'fails'}.</p>",
         *(f"<p>Fault: {words(fault)}</p>" for fault in proofs["faults"]),
         "<p>2. The model behaves as the base with run-time hooks: "
         + ("see the table.</p>" if proofs["behaviour"] else "not put to the proof.</p>"),
