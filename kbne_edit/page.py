@@ -73,6 +73,10 @@ def _number(text: str) -> str:
     return f'<td class="number">{text}</td>'
 
 
+def _score(value: float) -> str:
+    return f"{round(value, 3) + 0:.3f}"  # + 0: no minus before a zero
+
+
 def _cell(content: str) -> str:
     return content if content.startswith("<td") else f"<td>{content}</td>"
 
@@ -164,19 +168,19 @@ def _neuron_table(report: dict) -> str:
 
     def row(n: dict) -> list[str]:
         figures = [*n["dimensions"].values(), *([n["controls"]] if asked else [])]
-        cells = [_number(f"{f['score']:.3f}") + _number(f"{f['counts']:.0%}") for f in figures]
+        cells = [_number(_score(f["score"])) + _number(f"{f['counts']:.0%}") for f in figures]
         last = ["yes" if n["selected_by_controls"] else "no"] if asked else []
-        return [_place(n), _number(f"{n['factor']:g}"), *cells, *last]
+        return [_place(n["layer"], n["neuron"]), _number(f"{n['factor']:g}"), *cells, *last]
 
-    return _table("Edited neurons", heads, map(row, report["neurons"])) + (
+    return _table(f"Edited neurons ({len(report['neurons']):,})", heads, map(row, report["neurons"])) + (
         '<p class="note">Mean score: attribution to the right answer (integrated gradients) over the largest of its '
         "question, averaged over the questions. Counts in: the share of questions in which the neuron counts.</p>"
         if names else ""
     )  # fmt: skip
 
 
-def _place(neuron: dict) -> str:
-    return f"{neuron['layer']}, {neuron['neuron']}"
+def _place(layer: int, neuron: int) -> str:
+    return f"{layer},&nbsp;{neuron}"
 
 
 def _map(report: dict) -> list[str]:
@@ -184,10 +188,10 @@ def _map(report: dict) -> list[str]:
     edited = [(n["layer"], n["neuron"], n["selected_by_controls"]) for n in report["neurons"]]
     others = [(s["layer"], s["neuron"]) for s in found["strongest"] if not s["edited"]] if found else []
     drawing = plots.neuron_map(model["layers"], model["neurons_of_a_layer"], edited, others)
-    strong = {(s["layer"], s["neuron"]): f"{s['score']:.3f}" for s in found["strongest"]} if found else {}
+    strong = {(s["layer"], s["neuron"]): _score(s["score"]) for s in found["strongest"]} if found else {}
     marks = [(la, n, "edited; controls select it too" if shared else "edited") for la, n, shared in edited]
     marks += [(la, n, "not edited") for la, n in others]
-    rows = ([f"{la}, {n}", kind, _number(strong.get((la, n), ""))] for la, n, kind in sorted(marks))
+    rows = ([_place(la, n), kind, _number(strong.get((la, n), ""))] for la, n, kind in sorted(marks))
     caption = "Discs: edited neurons; squares: edited ones that the controls select too"
     caption += f"; rings: others among the {len(strong)} with the largest mean score." if found else "."
     lines = [
@@ -222,7 +226,8 @@ def _overlaps(found: dict) -> list[str]:
         _figure(
             plots.overlaps(sets, parts),
             "Each column: how many neurons are selected by exactly the marked dimensions and by no other; beside the "
-            "names, how many each selects in all. What the controls select too is not specific to bias.",
+            "names, how many each selects in all. What the controls select too is not specific to bias."
+            + ("" if len(parts) <= plots.COLUMNS else f" Shown are the {plots.COLUMNS} largest of {len(parts)}."),
             _table("Neurons selected by exactly these", ["selected by", "neurons"], rows),
         ),
     ]
@@ -249,20 +254,22 @@ def _each(report: dict) -> list[str]:
             f"{words(q['answer'])}, {q['share']:.0%})</span></li>"
             for q in n["questions"]
         )
-        return [_place(n), *written, f"<ul>{asked}</ul>" if asked else "not known"]
+        return [_place(n["layer"], n["neuron"]), *written, f"<ul>{asked}</ul>" if asked else "not known"]
 
     heads = ["layer, neuron", "raises", "lowers", "counts most in"]
-    return [*lines, _table("Tokens and questions of each edited neuron", heads, map(row, neurons))]
+    return [*lines, _table(f"Tokens and questions of each edited neuron ({len(neurons):,})", heads, map(row, neurons))]
 
 
 def _proofs(report: dict) -> list[str]:
     proofs = report["proofs"]
     if proofs is None:
         return ["<p>The manifest holds no proof: this directory was made without one.</p>"]
+    holds = (
+        f"holds. Of {proofs['tensors']} tensors, {proofs['edited']} are the base's with the factors multiplied in and "
+        f"rounded once, the others are the base's to the bit; {proofs['files']} further files are as expected"
+    )
     lines = [
-        f"<p>1. The file is the edit: {'holds' if proofs['file'] else 'fails'}. Of {proofs['tensors']} tensors, "
-        f"{proofs['edited']} are the base's with the factors multiplied in and rounded once, the others are the base's "
-        f"to the bit; {proofs['files']} further files are as expected.</p>",
+        f"<p>1. The file is the edit: {holds if proofs['file'] else 'fails'}.</p>",
         *(f"<p>Fault: {words(fault)}</p>" for fault in proofs["faults"]),
         "<p>2. The model behaves as the base with run-time hooks: "
         + ("see the table.</p>" if proofs["behaviour"] else "not put to the proof.</p>"),

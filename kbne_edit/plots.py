@@ -13,7 +13,7 @@ from .errors import one_line
 
 _WIDTH = 480
 _LEFT = 96  # room for the labels of rows
-_COLUMNS = 16  # of the overlap plot: more would not be legible
+COLUMNS = 16  # of the overlap plot: more would not be legible
 
 
 def words(value: object) -> str:
@@ -98,7 +98,7 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
 
 def overlaps(sets: Sequence[tuple[str, int]], parts: Sequence[tuple[Sequence[int], int]]) -> str:
     """An UpSet plot. sets: (name, size); parts: (indices of the sets that share exactly these neurons, how many)."""
-    shown, high, base = parts[:_COLUMNS], max((n for _, n in parts), default=1), 110.0
+    shown, high, base = parts[:COLUMNS], max((n for _, n in parts), default=1), 110.0
     step = min((_WIDTH - _LEFT - 60) / max(len(shown), 1), 40.0)
     start = _LEFT + 52
     body = [_line(start - 4, base, start + step * len(shown), base, "axis")]

@@ -64,7 +64,9 @@ def build(baked: str | Path, scores: str | Path | None = None, say: Callable[[st
         "map": measured and measured.map,
         "overlap": measured and measured.overlap,
         "answers": recorded["answers"] or (found and _answers(attribution_summary(found))),
-        **{key: recorded[key] for key in ("proofs", "effect", "further")},
+        **{key: recorded[key] for key in ("proofs", "effect")},
+        "controls_overlap": measured.controls_overlap if measured else recorded["controls_overlap"],
+        "further": {k: v for k, v in recorded["further"].items() if not (measured and k == "selection")},
         "provenance": recorded["provenance"] | {"scores_sha256": file_hash(file) if found else None},
     }
     return report | {"verdicts": verdicts(report)}
@@ -123,8 +125,9 @@ def _recorded(path: Path, manifest: dict) -> dict:
     summary, proofs = dict(manifest.get("summary") or {}), manifest.get("proofs")
     source = manifest.get("source") or {"id": None, "commit": None}
     effect, answers = summary.pop("effect", None), summary.pop("attribution", None)
-    summary.pop("selection", None)
+    controls = (summary.get("selection") or {}).get("controls_overlap")
     return {
+        "controls_overlap": None if controls is None else int(controls),
         "source": {key: _text(source[key]) for key in ("id", "commit")},
         "provenance": _provenance(path, manifest),
         "proofs": _proofs(proofs) if proofs else None,
@@ -199,12 +202,18 @@ def _provenance(path: Path, manifest: dict) -> dict:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the scores say. neurons: {(layer, neuron): entry}; the others are parts of the report."""
+    """What the scores say, as parts of the report. neurons: {(layer, neuron): entry}."""
 
     selection: dict
     neurons: dict[Neuron, dict]
     map: dict
     overlap: dict
+
+    @property
+    def controls_overlap(self) -> int | None:
+        """How many edited neurons the controls select; None if no control was asked."""
+        found = [entry["selected_by_controls"] for entry in self.neurons.values()]
+        return None if None in found else sum(found)
 
 
 def measure(scores: Scores, edit: Edit) -> Measured:

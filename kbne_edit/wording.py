@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-STATES = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not measured"}  # state: its word
+STATES = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not known"}  # state: its word
 
 LIMITS = (
     "The edit scales neurons with which the model answers questions about bias. It removes nothing, and only what was "
@@ -107,11 +107,10 @@ def _answers(report: dict) -> tuple[str, str, str]:
 
 
 def _controls(report: dict) -> tuple[str, str, str]:
-    about, neurons = "specific to bias", report["neurons"]
-    if any(neuron["selected_by_controls"] is None for neuron in neurons):
-        return about, "open", "Whether unrelated questions select these neurons too is not known: no scores of any."
-    shared = sum(neuron["selected_by_controls"] for neuron in neurons)
-    text = f"{shared} of the {len(neurons)} edited neurons are selected by unrelated questions as well."
+    about, shared = "specific to bias", report["controls_overlap"]
+    if shared is None:
+        return about, "open", "Whether unrelated questions select these neurons too is not known: none was asked."
+    text = f"{shared} of the {report['edit']['neurons']} edited neurons are selected by unrelated questions as well."
     return about, "warning" if shared else "holds", text
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kbne_edit.page import render
@@ -82,6 +83,36 @@ def test_tables_and_plots(page):
         assert tags[start + 1 : start + 3] == ["title", "desc"]
         behind = [tag for tag in tags[start + 1 :] if tag in ("svg", "h2", "h3", "details", "summary", "table")]
         assert behind[:3] == ["details", "summary", "table"]
+
+
+def test_plots_show_the_figures(report):
+    """Marks read back from the drawings: places on the map, shades, heights and ends of bars."""
+    html = render(report)
+    neuron_map, heat, overlap, effect = (Page(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+
+    def marks(drawing, tag, kind, *keys):
+        found = [a for a in drawing.all(tag) if a["class"] == kind]
+        return [tuple(float(a[key]) for key in keys) if len(keys) > 1 else float(a[keys[0]]) for a in found]
+
+    discs, squares = marks(neuron_map, "circle", "first", "cx", "cy"), marks(neuron_map, "rect", "second", "x", "y")
+    drawn = np.array([*discs, *((x + 3.5, y + 3.5) for x, y in squares)])  # squares are 7 units wide
+    own = [[(n["neuron"], n["layer"]) for n in report["neurons"] if n["selected_by_controls"] == s] for s in (0, 1)]
+    assert [len(discs), len(squares)] == list(map(len, own)) and discs and squares
+    for axis in (0, 1):
+        places = [place[axis] for place in own[0] + own[1]]
+        line = np.polyfit(places, drawn[:, axis], 1)
+        assert line[0] > 0 and np.polyval(line, places) == pytest.approx(drawn[:, axis], abs=0.02)
+    shares = np.ravel([row["layers"] for row in report["map"]["mass"]])
+    shades = [float(a.get("fill-opacity", 1)) for a in heat.all("rect") if a["class"] == "heat"]
+    assert shades == pytest.approx(shares / shares.max(), abs=0.001)
+    counts = [part["neurons"] for part in report["overlap"]["parts"]]
+    heights = np.array(marks(overlap, "rect", "first", "height"))
+    assert heights / heights[0] == pytest.approx(np.array(counts) / counts[0], abs=0.001)
+    assert len(marks(overlap, "circle", "on", "cx")) == sum(len(part["sets"]) for part in report["overlap"]["parts"])
+    keys = ("change_abs", "random_change_abs", "versus_random", "change_signed")
+    means = np.array(marks(effect, "circle", "first", "cx")) - 240  # the middle is zero
+    expected = np.array([report["effect"][key][0] for key in keys])
+    assert means / means[0] == pytest.approx(expected / expected[0], abs=0.01)
 
 
 def test_it_asks_for_nothing(page, report):

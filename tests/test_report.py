@@ -85,6 +85,7 @@ def test_attribution_of_each_neuron(report, debiased):
         best = sorted(range(len(relative)), key=lambda q: (-relative[q][at], q))[:3]
         assert [q["text"] for q in n["questions"]] == [scores.questions[q].text for q in best]
     assert report["selection"]["reproduced"] and report["selection"]["on_record"]
+    assert report["controls_overlap"] == sum(n["selected_by_controls"] for n in report["neurons"])
 
 
 def test_map_and_overlap(report, debiased):
@@ -191,6 +192,16 @@ def test_figures_of_the_run_are_those_of_its_manifest(report, debiased):
     assert [entry["holds"] for entry in report["proofs"]["behaviour"]] == [True, True]
 
 
+def test_without_scores_what_the_run_wrote_down_is_said(copy, report):
+    found = valid(build(copy))
+    assert found["map"] is None and found["controls_overlap"] == report["controls_overlap"] > 0
+    assert [v for v in found["verdicts"] if v["about"] == "specific to bias"] == [
+        v for v in report["verdicts"] if v["about"] == "specific to bias"
+    ]
+    assert found["further"]["selection"] == read_manifest(copy)["summary"]["selection"]
+    assert "&quot;controls_overlap&quot;" in render(found)
+
+
 def test_without_scores_and_proofs(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     fold(tmp_path / "base", Edit("down", {1: {5: 2.0}}), tmp_path / "out")
@@ -220,7 +231,8 @@ def test_constant_answers_and_failed_proofs_are_said(report):
     changed["proofs"] = report["proofs"] | {"file": False, "faults": ["config.json differs"]}
     states = {v["about"]: v["state"] for v in verdicts(changed)}
     assert states["the base's answers"] == "warning" and states["the file is the edit"] == "failed"
-    assert "no better than the same answer" in render(changed) and "config.json differs" in render(changed)
+    page = render(changed)
+    assert "no better than the same answer" in page and "config.json differs" in page and "to the bit;" not in page
 
 
 def test_another_selection_than_the_one_on_record_is_said(copy, debiased):
