@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .selection import Selection
 
 VERSION = 1
-TOKENS, QUESTIONS, STRONGEST = 6, 3, 150  # shown per neuron, per neuron, on the map
+TOKENS, QUESTIONS, STRONGEST = 6, 3, 60  # shown per neuron, per neuron, on the map
 _OPTIONAL = ("difference", "noise", "kl", "top1", "greedy", "rerouted")  # figures of the second proof
 _PAPER = {"rule": "paper", "tau": 0.1, "beta": 0.1, "combine": "union"}
 
