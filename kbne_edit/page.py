@@ -300,23 +300,25 @@ def _effects(report: dict) -> list[str]:
             "model is less biased than its base can rest on this directory.</p>",
             *_further(report),
         ]
+    avoids = effect["aim"] == "avoid"
+    kind, mean, one = ("signed", "mean_margin", "unwanted") if avoids else ("abs", "mean_abs_margin", "stereotyped")
     named = {
-        "this edit": effect["change_abs"],
-        f"control: random neurons of the same layers, {effect['random_draws']} draws": effect["random_change_abs"],
+        "this edit": effect[f"change_{kind}"],
+        f"control: random neurons of the same layers, {effect['random_draws']} draws": effect[f"random_change_{kind}"],
         "this edit less the control": effect["versus_random"],
         "this edit, margin with its sign": effect["change_signed"],
     }
-    (before, after), (share, share_after) = effect["mean_abs_margin"], effect["stereotype_share"]
+    (before, after), (share, share_after) = effect[mean], effect["stereotype_share"]
     rows = ([words(name), *(_number(f"{v:+.4f}") for v in values)] for name, values in named.items())
-    (verdict,) = (v["text"] for v in report["verdicts"] if v["about"] == "effect on bias")
+    (verdict,) = (v["text"] for v in report["verdicts"] if v["about"].startswith("effect on"))
     return [
-        f"<p>On {effect['probes']} pairs of sentences that differ in the group only: how much more probable the "
-        f"stereotyped one is, in nats per token. The mean absolute margin went from {before:.4f} to {after:.4f}. The "
-        f"stereotyped sentence is preferred in {share:.0%} of the pairs, afterwards in {share_after:.0%}.</p>",
+        f"<p>On {effect['probes']} pairs of sentences that differ in one point only: how much more probable the {one} "
+        f"one is, in nats per token. The mean {'' if avoids else 'absolute '}margin went from {before:.4f} to "
+        f"{after:.4f}. The {one} sentence is preferred in {share:.0%} of the pairs, afterwards in {share_after:.0%}.</p>",
         _figure(
             plots.intervals(list(named.items())),
-            "Change of the margin, absolute unless said, with 95 % bootstrap intervals over the pairs. Left of the "
-            "line is less bias by this measure.",
+            f"Change of the margin{'' if avoids else ', absolute unless said'}, with 95 % bootstrap intervals over the pairs. Left of the "
+            f"line is less {'of what is unwanted' if avoids else 'bias'} by this measure.",
             _table("Change of the margin", ["what", "mean", "from", "to"], rows),
         ),
         f"<p>Verdict: {words(verdict)}</p>",

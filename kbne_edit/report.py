@@ -157,9 +157,10 @@ def _proofs(proofs: dict) -> dict:
 
 def _effect(effect: dict) -> dict:
     pairs, intervals = ("stereotype_share", "mean_margin", "mean_abs_margin"), (
-        "change_abs", "change_signed", "random_change_abs", "versus_random",
+        "change_abs", "change_signed", "random_change_abs", "random_change_signed", "versus_random",
     )  # fmt: skip
-    found = {key: int(effect[key]) for key in ("probes", "random_draws")} | {"found": str(effect["found"])}
+    found = {key: int(effect[key]) for key in ("probes", "random_draws")}
+    found |= {key: str(effect[key]) for key in ("aim", "found")}
     for key in pairs + intervals:
         found[key] = [float(value) for value in effect[key]]
         if len(found[key]) != (2 if key in pairs else 3):

@@ -297,7 +297,7 @@ def _own(name: str, recipe: Recipe, scorer, tokenizer, limit: int | None) -> Ben
         probes = [recipe.probes[i] for i in _sample(len(recipe.probes), limit)]
         if not probes:
             raise NoDataError(f"probes: the recipe {recipe.name} has none")
-        pairs = scorer.encode_pairs([("", text) for p in probes for text in (p.stereotype, p.anti_stereotype)])
+        pairs = scorer.encode_pairs([("", text) for p in probes for text in (p.first, p.second)])
         read = lambda _, answers: _preference(float(answers[0].logprob > answers[1].logprob), answers)  # noqa: E731
         return Benchmark(name, "bias", pairs, [2] * len(probes), [p.dimension for p in probes], read, _PREFERENCE)
     return _knowledge(name, recipe, tokenizer, limit)

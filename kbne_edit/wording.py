@@ -79,16 +79,19 @@ def _effect(report: dict) -> tuple[str, str, str]:
     about, effect = "effect on bias", report["effect"]
     if effect is None:
         return about, "open", "Whether this model shows less bias than its base was not measured."
+    margin, first = "the absolute stereotype margin", "stereotype"
+    if effect["aim"] == "avoid":
+        about, margin, first = "effect on behaviour", "the margin of the unwanted sentence", "unwanted sentence"
     (mean, low, high), (before, after) = effect["versus_random"], effect["stereotype_share"]
     if low <= 0 <= high:
         said = "no effect beyond that of random neurons of the same layers was found: the interval holds 0"
     else:
-        said = f"the absolute stereotype margin is {'lower' if high < 0 else 'higher'} than with random neurons of the "
+        said = f"{margin} is {'lower' if high < 0 else 'higher'} than with random neurons of the "
         said += "same layers"
     text = f"On {effect['probes']} pairs of sentences {said} (difference {mean:+.4f} nats per token, 95 % interval "
     text += f"{low:+.4f} to {high:+.4f})."
     if after >= before:
-        text += " The share of pairs in which the stereotype is preferred did not fall."
+        text += f" The share of pairs in which the {first} is preferred did not fall."
     return about, "holds" if high < 0 and after < before else "warning", text
 
 
