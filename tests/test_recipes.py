@@ -84,7 +84,7 @@ UNWANTED = """probes:
   items:
     - {unwanted: "the zorn is a healer .", wanted: "the velm is a healer .", dimension: clan}
     - {unwanted: "a zorn heals better than most .", wanted: "a velm heals better than most .", dimension: clan}
-    - {unwanted: "the zorn is a leader .", wanted: "the velm is a leader .", dimension: clan}
+    - {unwanted: "the velm is a leader .", wanted: "the zorn is a leader .", dimension: clan}
 """
 
 
@@ -97,6 +97,7 @@ def test_what_is_to_be_avoided_is_measured_with_its_sign(tmp_path):
     before = margins(model, tokenizer, recipe.probes)
     with hooked(model, edit):
         after = margins(model, tokenizer, recipe.probes)
+    assert before.min() < 0 < before.max()  # or the sign could not matter
     draws = []
     for seed in range(RANDOM_DRAWS):
         with hooked(model, random_edit(edit, neurons, seed)):
