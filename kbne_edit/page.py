@@ -314,11 +314,12 @@ def _effects(report: dict) -> list[str]:
     return [
         f"<p>On {effect['probes']} pairs of sentences that differ in one point only: how much more probable the {one} "
         f"one is, in nats per token. The mean {'' if avoids else 'absolute '}margin went from {before:.4f} to "
-        f"{after:.4f}. The {one} sentence is preferred in {share:.0%} of the pairs, afterwards in {share_after:.0%}.</p>",
+        f"{after:.4f}. The {one} sentence is preferred in {share:.0%} of the pairs, afterwards in "
+        f"{share_after:.0%}.</p>",
         _figure(
             plots.intervals(list(named.items())),
-            f"Change of the margin{'' if avoids else ', absolute unless said'}, with 95 % bootstrap intervals over the pairs. Left of the "
-            f"line is less {'of what is unwanted' if avoids else 'bias'} by this measure.",
+            f"Change of the margin{'' if avoids else ', absolute unless said'}, with 95 % bootstrap intervals over the "
+            f"pairs. Left of the line is less {'of what is unwanted' if avoids else 'bias'} by this measure.",
             _table("Change of the margin", ["what", "mean", "from", "to"], rows),
         ),
         f"<p>Verdict: {words(verdict)}</p>",
