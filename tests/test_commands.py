@@ -33,7 +33,7 @@ def _completed(words, program=PROGRAM):
 
 @pytest.mark.parametrize("words, found", [
     ("kbne-edit ", [*_COMMANDS]),
-    ("kbne-edit re", ["revert", "recipes"]),
+    ("kbne-edit re", ["report", "revert", "recipes"]),
     ("kbne-edit recipes ", ["list", "show", "check", "new"]),
     ("kbne-edit bake --as ", ["checkpoint", "peft", "delta"]),
     ("kbne-edit select --dr", ["--drop-wrong"]),
