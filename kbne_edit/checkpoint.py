@@ -318,7 +318,7 @@ def staged(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         _sync_tree(part)
         _swap(part, Path(os.path.abspath(out)))
     with suppress(OSError):  # the files are safe; if the name is not, the output is lost as a whole
-        _sync(part.parent)
+        sync(part.parent)
 
 
 def check_out(out: str | Path, overwrite: bool = False) -> None:
@@ -426,7 +426,8 @@ def write_errors(out: str | Path) -> Iterator[None]:
         raise OutputError(f"cannot write {out}: {error.strerror or error} ({advice})") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or a directory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -437,5 +438,5 @@ def _sync(path: Path) -> None:
 def _sync_tree(path: Path) -> None:
     for root, _, files in os.walk(path):
         for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
+            sync(Path(root) / name)
+        sync(Path(root))

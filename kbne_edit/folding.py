@@ -30,6 +30,7 @@ from .checkpoint import (
     read_array,
     staged,
     storage,
+    sync,
     to_float,
 )  # fmt: skip
 from .edit import Edit
@@ -129,16 +130,20 @@ def fold_into(
     """`fold` into an existing directory, without the manifest file."""
     carry, leave = checkpoint.other_files()
     files, undo = {}, {}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(1) as syncing:
+        written = []  # a shard goes to the disk while the next one is made
         for shard in checkpoint.shards:
             with open(part / shard.path.name, "wb") as out:
                 before, after = rewrite(shard, targets, out, undo, pool, progress)
             files[shard.path.name] = {"in": before, "out": after}
+            written.append(syncing.submit(sync, part / shard.path.name))
         for name in carry:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             with open(part / name, "wb") as out:
                 digest, _ = rewrite(Shard(checkpoint.path / name, (), 0, 0), {}, out, undo, pool, progress)
             files[name] = {"in": digest, "out": digest}
+        for job in written:
+            job.result()
     # The edited columns (or rows) as they were: {tensor name: [D, k], [k, D] or [k]}.
     kept = {name: (checkpoint.tensors[name][1].dtype, np.concatenate(parts)) for name, parts in undo.items()}
     write_tensors(part / UNDO, kept)
