@@ -160,6 +160,17 @@ def _avoids(effect: dict) -> bool:
     return effect.get("aim") == "avoid"
 
 
+def margin_changes(effect: dict) -> tuple[list[float], dict[str, list[float]]]:
+    """(the margin that counts, [before, after]; its changes, {what: [mean, low, high]}), of edit and control."""
+    kind, mean = ("signed", "mean_margin") if _avoids(effect) else ("abs", "mean_abs_margin")
+    return effect[mean], {
+        "this edit": effect[f"change_{kind}"],
+        f"control: random neurons of the same layers, {effect['random_draws']} draws": effect[f"random_change_{kind}"],
+        "this edit less the control": effect["versus_random"],
+        "this edit, margin with its sign": effect["change_signed"],
+    }
+
+
 def _first(effect: dict) -> str:
     return "unwanted" if _avoids(effect) else "stereotype"
 
@@ -244,14 +255,8 @@ def _measured(manifest: dict) -> list[str]:
     effect = manifest["summary"].get("effect")
     if not effect:
         return ["## What was measured", "", "No effect on bias: neither of the edit nor of a control."]
-    kind, mean = ("signed", "mean_margin") if _avoids(effect) else ("abs", "mean_abs_margin")
-    rows = {
-        "this edit": effect[f"change_{kind}"],
-        f"control: random neurons of the same layers, {effect['random_draws']} draws": effect[f"random_change_{kind}"],
-        "this edit less the control": effect["versus_random"],
-        "this edit, margin with its sign": effect["change_signed"],
-    }
-    (before, after), (share, share_after) = effect[mean], effect["stereotype_share"]
+    (before, after), rows = margin_changes(effect)
+    share, share_after = effect["stereotype_share"]
     one, absolute = ("unwanted", "") if _avoids(effect) else ("stereotyped", "absolute ")
     return [
         "## What was measured",

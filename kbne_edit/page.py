@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from . import plots
+from .card import margin_changes
 from .errors import one_line
 from .plots import words
 from .wording import LIMITS, NOT_COVERED, SERVES, STATES
@@ -301,14 +302,9 @@ def _effects(report: dict) -> list[str]:
             *_further(report),
         ]
     avoids = effect["aim"] == "avoid"
-    kind, mean, one = ("signed", "mean_margin", "unwanted") if avoids else ("abs", "mean_abs_margin", "stereotyped")
-    named = {
-        "this edit": effect[f"change_{kind}"],
-        f"control: random neurons of the same layers, {effect['random_draws']} draws": effect[f"random_change_{kind}"],
-        "this edit less the control": effect["versus_random"],
-        "this edit, margin with its sign": effect["change_signed"],
-    }
-    (before, after), (share, share_after) = effect[mean], effect["stereotype_share"]
+    one = "unwanted" if avoids else "stereotyped"
+    (before, after), named = margin_changes(effect)
+    share, share_after = effect["stereotype_share"]
     rows = ([words(name), *(_number(f"{v:+.4f}") for v in values)] for name, values in named.items())
     (verdict,) = (v["text"] for v in report["verdicts"] if v["about"].startswith("effect on"))
     return [
