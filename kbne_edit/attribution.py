@@ -4,10 +4,10 @@
 
 Legend: Q questions, L layers, F neurons per layer, T positions, D hidden size, V vocabulary, R rows.
 
-Questions go up and down the layers together or one by one (`rows`), for the nodes that their quadrature asks for
-(`quadrature`). A model in memory takes them one by one and keeps each layer's graph; a model larger than memory
-(`streaming`) takes as many together as the budget holds, so that its weights are read twice for all of them. The
-beginning that all prompts share is computed once.
+Questions go up and down the layers in packs (`rows`), for the nodes that their quadrature asks for (`quadrature`). A
+model in memory takes one pack at a time and keeps each layer's graph; a model larger than memory (`streaming`) takes
+as many packs together as the budget holds, so that its weights are read twice for all of them. The beginning that all
+prompts share is computed once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .families import Site, decoder_layers
+from .masks import longest
+from .memory import ROWS
 from .progress import say
-from .quadrature import Adaptive, Fixed, Found, Nodes, quadrature
-from .rows import Prompt, Rows, Segment
+from .quadrature import Adaptive, Fixed, Found, quadrature
+from .rows import Pack, Rows, Segment, trunk
 
 TOLERANCE = 0.01  # completeness residual of a layer, relative to the question's largest score
 
@@ -52,8 +54,7 @@ class Layers(Protocol):
     """Who supplies a model's layers. model: everything else is resident; keep: the layers are, too.
 
     up, down: yield (index, layer) in order, each layer ready to compute until the next one is asked for.
-    group: how many of the prompts, of these lengths, may be on their way at once; shared: tokens that all of them begin
-    with; nodes: gradient evaluations of each layer.
+    group: how many of the packs may be on their way at once; packs: their own tokens; rows: of each question, by layer.
     """
 
     model: nn.Module
@@ -62,7 +63,7 @@ class Layers(Protocol):
 
     def up(self) -> Iterable[tuple[int, nn.Module]]: ...
     def down(self) -> Iterable[tuple[int, nn.Module]]: ...
-    def group(self, lengths: Sequence[int], shared: int, nodes: Sequence[int]) -> int: ...
+    def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int]) -> int: ...
 
 
 class Resident:
@@ -79,7 +80,7 @@ class Resident:
     def down(self):
         return reversed(list(enumerate(decoder_layers(self.model))))
 
-    def group(self, lengths, shared, nodes):
+    def group(self, packs, rows):
         return 1
 
 
@@ -122,105 +123,136 @@ def attributions(
 ) -> Iterator[Attribution]:
     """`attribute`, question by question as they are finished.
 
-    layers: a model in memory, or who supplies its layers. only: indices of the questions to compute, in this order;
-    all the others still have their say in what counts as the common beginning, so that a question's scores have the
-    same bytes whichever others are computed beside it.
+    layers: a model in memory, or who supplies its layers. only: indices of the questions that are wanted, in this
+    order. The others of their packs are computed with them, and all have their say in what counts as the common
+    beginning, so that a question's scores have the same bytes whichever others are wanted.
     """
     layers = Resident(layers) if isinstance(layers, nn.Module) else layers
-    count = len(decoder_layers(layers.model))
-    first = _quadrature(quadrature, count, tolerance).request()
+    _check(input_ids, answer_ids)
+    wanted = range(len(input_ids)) if only is None else only
+    todo = [pack for pack in packs(layers.model, input_ids, quadrature) if not set(pack).isdisjoint(wanted)]
+    rows = [len(gammas) for gammas in _rule(quadrature, layers.model, tolerance).request().values()]
+    shared = _shared(input_ids)
+    with _still(layers.model):
+        stem = fresh = trunk(layers.model, input_ids[0][:shared]) if shared and todo else None
+        while todo:
+            fit = layers.group([[len(input_ids[q]) - shared for q in pack] for pack in todo], rows)
+            group, todo = todo[:fit], todo[fit:]
+            asked = [Pack(layers.model, _of(pack, input_ids), _of(pack, answer_ids), site, stem,
+                          other_ids and _of(pack, other_ids)) for pack in group]  # fmt: skip
+            rules = [[_rule(quadrature, layers.model, tolerance) for _ in pack] for pack in group]
+            _settle(layers, fresh, asked, rules)
+            for pack, questions, of_pack in zip(group, asked, rules, strict=True):
+                for slot, (q, rule) in enumerate(zip(pack, of_pack, strict=True)):
+                    if q in wanted:
+                        yield _finish(questions, slot, rule)
+            fresh = None
+
+
+def packs(model: nn.Module, input_ids: Sequence[Sequence[int]], quadrature: str = "gauss") -> list[range]:
+    """Which questions go through a layer side by side; the model and all questions decide, not who is wanted."""
+    rows = sum(map(len, _rule(quadrature, model, TOLERANCE).request().values()))
+    shared, most, result = _shared(input_ids), longest(model), []
+    start, tokens = 0, 0
+    for q, ids in enumerate(input_ids):
+        more = q + 1 - start
+        tokens += len(ids) - shared
+        if q > start and (more * rows > ROWS or shared + tokens + more * rows > most):
+            result.append(range(start, q))
+            start, tokens = q, len(ids) - shared
+    return [*result, range(start, len(input_ids))] if len(input_ids) else result
+
+
+def _of(pack: range, values: Sequence) -> list:
+    return [values[q] for q in pack]
+
+
+def _rule(name: str, model: nn.Module, tolerance: float) -> Fixed | Adaptive:
+    return quadrature(name, len(decoder_layers(model)), tolerance)
+
+
+def _check(input_ids: Sequence[Sequence[int]], answer_ids: Sequence[Sequence[int]]) -> None:
     if len(input_ids) != len(answer_ids):
         raise InputError(f"attribute: {len(input_ids)} prompts but {len(answer_ids)} answers")
     for index, (ids, answer) in enumerate(zip(input_ids, answer_ids, strict=True)):
         if not len(ids) or not len(answer):
             raise InputError(f"attribute: {'prompt' if not len(ids) else 'answer'} of question {index} has no token")
-    nodes = [len(first[layer].values) for layer in range(count)]
-    todo = list(range(len(input_ids)) if only is None else only)
-    with _still(layers.model):
-        trunk = _trunk(layers.model, input_ids)
-        fresh = trunk
-        while todo:
-            fit = layers.group([len(input_ids[q]) for q in todo], trunk.length if trunk else 0, nodes)
-            group, todo = todo[:fit], todo[fit:]
-            others = [other_ids[q] if other_ids else None for q in group]
-            prompts = [
-                Prompt(layers.model, input_ids[q], answer_ids[q], site, trunk, other)
-                for q, other in zip(group, others, strict=True)
-            ]
-            rules = [_quadrature(quadrature, count, tolerance) for _ in group]
-            yield from _group(layers, fresh, prompts, rules)
-            fresh = None
 
 
-_quadrature = quadrature  # the functions above have a parameter of that name
-
-
-def _trunk(model: nn.Module, input_ids: Sequence[Sequence[int]]) -> Segment | None:
-    """The beginning that all prompts share; each keeps at least its last token for itself."""
+def _shared(input_ids: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; each keeps at least its last one for itself."""
     shared = len(commonprefix([tuple(ids) for ids in input_ids]))
-    shared = min(shared, *(len(ids) - 1 for ids in input_ids)) if len(input_ids) > 1 else 0
-    return Segment(model, input_ids[0][:shared]) if shared else None
+    return min(shared, *(len(ids) - 1 for ids in input_ids)) if len(input_ids) > 1 else 0
 
 
-def _group(
-    layers: Layers, trunk: Segment | None, prompts: list[Prompt], rules: list[Fixed | Adaptive]
-) -> Iterator[Attribution]:
-    """Prompts that go up and down together, until every quadrature is content. trunk: if it has not climbed yet."""
-    climbing = [*([trunk] if trunk else []), *prompts]
-    while requests := {q: request for q, rule in enumerate(rules) if (request := rule.request())}:
-        found = _answer(layers, climbing, [(prompts[q], nodes) for q, nodes in requests.items()])
+def _settle(layers: Layers, stem: Segment | None, asked: list[Pack], rules: list[list[Fixed | Adaptive]]) -> None:
+    """Packs go up and down together until every quadrature is content. stem: if it has not climbed yet."""
+    climbing = [*([stem] if stem else []), *asked]
+    while True:
+        requests = [[rule.request() for rule in of_pack] for of_pack in rules]
+        going = [p for p, of_pack in enumerate(requests) if any(of_pack)]
+        if not going:
+            return
+        found = _answer(layers, climbing, [(asked[p], requests[p]) for p in going], bare=bool(climbing))
         climbing = []
-        for q, answer in zip(requests, found, strict=True):
-            rules[q].accept(prompts[q].h, prompts[q].value, answer)
-    for prompt, rule in zip(prompts, rules, strict=True):
-        yield _finish(prompt, rule)
+        for p, of_pack in zip(going, found, strict=True):
+            for q, answer in enumerate(of_pack):
+                if requests[p][q]:
+                    rules[p][q].accept(asked[p].h[q], asked[p].gradient[q], asked[p].value[q], answer)
 
 
-Wanted = list[tuple[Prompt, dict[int, Nodes]]]
+Wanted = list[tuple[Pack, list[dict[int, Tensor]]]]
 
 
-def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted) -> list[dict[int, Found]]:
-    """`sweep`, with half as many rows at once wherever a device runs out of memory."""
-    rows = sum(nodes.count for _, request in wanted for nodes in request.values())
-    divisible = any(len(request) > 1 for _, request in wanted)
-    if rows <= layers.max_rows or not divisible:
+def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool) -> list[list[dict[int, Found]]]:
+    """`sweep`, with half as many rows at once wherever a device runs out of memory or the masks are too small."""
+    sizes = [sum(len(gammas) for request in of_pack for gammas in request.values()) for _, of_pack in wanted]
+    room = min(longest(layers.model) - len(pack.context.ids) - pack.count - size
+               for (pack, _), size in zip(wanted, sizes, strict=True))  # fmt: skip
+    divisible = any(len(request) > 1 for _, of_pack in wanted for request in of_pack)
+    if not divisible and room < 0:
+        raise InputError("a prompt is too long for the window within which this architecture attends: shorten it")
+    if (sum(sizes) <= layers.max_rows and room >= 0) or not divisible:
         try:
-            return sweep(layers, climbing, wanted)
+            return sweep(layers, climbing, wanted, bare)
         except torch.OutOfMemoryError:
             if not divisible:
                 raise InputError("out of memory with the rows of one layer: use --device cpu or --memory") from None
-        layers.max_rows = rows // 2
-        say(f"out of memory with {rows} rows: going on with {layers.max_rows} at once")
+        layers.max_rows = sum(sizes) // 2
+        say(f"out of memory with {sum(sizes)} rows: going on with {layers.max_rows} at once")
     first, second = _halves(wanted)
-    lower = _answer(layers, climbing, first)
-    upper = _answer(layers, [], second)
-    return [a | b for a, b in zip(lower, upper, strict=True)]
+    lower = _answer(layers, climbing, first, bare)
+    upper = _answer(layers, [], second, False)
+    return [[a | b for a, b in zip(*pair, strict=True)] for pair in zip(lower, upper, strict=True)]
 
 
 def _halves(wanted: Wanted) -> tuple[Wanted, Wanted]:
-    """Each prompt's layers, cut in two."""
-    cut = [(prompt, sorted(request.items())) for prompt, request in wanted]
-    first = [(prompt, dict(items[: (len(items) + 1) // 2])) for prompt, items in cut]
-    return first, [(prompt, dict(items[(len(items) + 1) // 2 :])) for prompt, items in cut]
+    """Each question's layers, cut in two."""
+    first, second = [], []
+    for pack, of_pack in wanted:
+        cut = [(sorted(request.items()), (len(request) + 1) // 2) for request in of_pack]
+        first.append((pack, [dict(items[:middle]) for items, middle in cut]))
+        second.append((pack, [dict(items[middle:]) for items, middle in cut]))
+    return first, second
 
 
-def sweep(layers: Layers, climbing: list[Segment], wanted: Wanted) -> list[dict[int, Found]]:
-    """One way up and one way down for these rows; prompts that have not climbed yet go ahead of their rows."""
-    rows = [Rows(prompt, nodes, layers.keep) for prompt, nodes in wanted if nodes]
+def sweep(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool) -> list[list[dict[int, Found]]]:
+    """One way up and one way down for these rows; who has not climbed yet goes ahead of them. bare: as of `Rows`."""
+    rows = [Rows(pack, request, layers.keep, bare) if bare or any(request) else None for pack, request in wanted]
+    going = [batch for batch in rows if batch]
     for index, layer in layers.up():
         for traveller in climbing:
             traveller.climb(index, layer)
-        for batch in rows:
+        for batch in going:
             batch.up(index, layer)
     for traveller in climbing:
         traveller.arrive()
-    for batch in rows:
+    for batch in going:
         batch.head()
     for index, layer in layers.down():
-        for batch in rows:
+        for batch in going:
             batch.down(index, layer)
-    done = iter(rows)
-    return [next(done).found if nodes else {} for _, nodes in wanted]
+    return [batch.found() if batch else [{} for _ in of_pack] for batch, (_, of_pack) in zip(rows, wanted, strict=True)]
 
 
 @contextmanager
@@ -238,8 +270,8 @@ def _still(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _finish(prompt: Prompt, rule: Fixed | Adaptive) -> Attribution:
-    scores = prompt.h * rule.gradients
+def _finish(pack: Pack, slot: int, rule: Fixed | Adaptive) -> Attribution:
+    scores = pack.h[slot] * rule.gradients
     largest = max(scores.abs().max().item(), 1e-30)
-    residual = np.abs(scores.sum(1).double().numpy() - (prompt.value - rule.p_zero)) / largest
-    return Attribution(scores, prompt.p, rule.p_zero, residual, rule.nodes, prompt.next_token)
+    residual = np.abs(scores.sum(1).double().numpy() - (pack.value[slot] - rule.p_zero)) / largest
+    return Attribution(scores, pack.p[slot], rule.p_zero, residual, rule.nodes, pack.next_token[slot])

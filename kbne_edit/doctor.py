@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import memory
 from .checkpoint import Checkpoint
-from .families import family_of, slots
+from .families import family_of, hidden_size, slots
 
 NEEDED = ("torch", "transformers", "safetensors", "huggingface-hub")
 OPTIONAL = {"accelerate": "--device auto", "peft": "loading what --as peft writes"}
@@ -82,7 +82,17 @@ def _largest(free: float, disk: float) -> dict[str, float]:
     """Parameters of the largest model for each mode. Folding takes no memory to speak of, but room for the output."""
     room = max(memory.SHARE * free - memory.OVERHEAD, 0)
     part = _OUTSIDE + (1 - _OUTSIDE) * memory.LAYERS_HELD / _LAYERS
-    return {"in memory": room / 4, "layer by layer": room / (4 * part), "fold": disk / 2}
+    return {
+        "in memory": _fitting(room, 1, _LAYERS * memory.ROWS / 2),
+        "layer by layer": _fitting(room, part, memory.ROWS),
+        "fold": disk / 2,
+    }
+
+
+def _fitting(room: float, part: float, rows: float) -> float:
+    """Parameters N of which a part, and the activations of these rows, fill the room: a quadratic in sqrt(N)."""
+    per_root = memory.activations(rows, (12 * _LAYERS) ** -0.5)  # a layer has some 12 D^2 parameters
+    return ((math.sqrt(per_root**2 + 16 * part * room) - per_root) / (8 * part)) ** 2
 
 
 def _model(checkpoint: Checkpoint, free: float) -> dict:
@@ -95,6 +105,7 @@ def _model(checkpoint: Checkpoint, free: float) -> dict:
     outside = memory.in_memory(checkpoint, 1) - sum(sizes)
     whole = memory.needed(checkpoint)
     streamed = memory.OVERHEAD + 4 * (outside + memory.LAYERS_HELD * max(sizes))
+    streamed += memory.activations(memory.ROWS, hidden_size(checkpoint.config))
     budget = memory.SHARE * free
     mode = "in memory" if whole <= budget else "layer by layer" if streamed <= budget else "too large"
     return {

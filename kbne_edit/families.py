@@ -134,11 +134,20 @@ def _architectures(config: dict) -> str:
 
 def num_layers(config: dict) -> int:
     """L, whatever the family calls it."""
+    return _size(config, "number of layers", "num_hidden_layers", "n_layer", "num_layers")
+
+
+def hidden_size(config: dict) -> int:
+    """D, whatever the family calls it."""
+    return _size(config, "hidden size", "hidden_size", "n_embd", "d_model")
+
+
+def _size(config: dict, what: str, *keys: str) -> int:
     for part in (config, text_part(config)):
-        for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        for key in keys:
             if isinstance(part.get(key), int) and part[key] > 0:
                 return part[key]
-    raise FamilyError("config.json names no number of layers (num_hidden_layers, n_layer)")
+    raise FamilyError(f"config.json names no {what} ({', '.join(keys)})")
 
 
 # ---------------------------------------------------------------------------------------------------------- in memory

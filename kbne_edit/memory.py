@@ -9,10 +9,12 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .errors import InputError
+from .families import hidden_size, num_layers
 
 OVERHEAD = 0.7e9  # the interpreter, torch, activations, and what the allocator holds
 SHARE = 0.7  # of the free memory that a model may take: activations, the allocator and others need some, too
 
+ROWS = 768  # that go through a layer side by side: enough for the full rate of matrix products
 LAYERS_HELD = 2.5  # layer by layer: the one that computes, the next one, and what is read of it
 
 
@@ -50,9 +52,15 @@ def in_memory(checkpoint: Checkpoint, itemsize: int = 4) -> int:
     return itemsize * sum(math.prod(shape) for shape in checkpoint.shapes.values())
 
 
+def activations(rows: float, size: float, itemsize: int = 4) -> float:
+    """What rows leave behind in one layer for the backward pass: some 48 vectors of the hidden size."""
+    return rows * 48 * size * itemsize
+
+
 def needed(checkpoint: Checkpoint, itemsize: int = 4) -> float:
-    """What attribution takes with the whole model in memory."""
-    return in_memory(checkpoint, itemsize) + OVERHEAD
+    """What attribution takes with the whole model in memory; the rows grow with depth, so half of them on average."""
+    graph = num_layers(checkpoint.config) * activations(ROWS / 2, hidden_size(checkpoint.config), itemsize)
+    return in_memory(checkpoint, itemsize) + graph + OVERHEAD
 
 
 def parse(text: str) -> float:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,29 +110,30 @@ def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, se
 def _attribute(
     checkpoint, asked: tuple[Question, ...], prompts, tokens, writer, todo, settings: Settings, processes: Team
 ) -> None:
-    """Each process takes every n-th question; the first one writes what all of them found."""
-    from .attribution import attributions
+    """Each process takes every n-th pack of questions; the first one writes what all of them found."""
+    from .attribution import attributions, packs
 
     answers = [list(tokens[question.answer].values()) for question in asked]
     others = [sorted({i for a, ids in tokens.items() if a != q.answer for i in ids.values()}) for q in asked]
-    mine = todo[processes.rank :: processes.size]
+    layers = _supplier(checkpoint, settings)
+    ready = packs(layers.model, prompts, settings.quadrature)
+    wanted = [left for pack in ready if (left := [q for q in pack if q in todo])]
+    shares = [sum(wanted[rank :: processes.size], []) for rank in range(processes.size)]
     stream = attributions(
-        _supplier(checkpoint, settings),
+        layers,
         prompts,
         answers,
         settings.site,
         settings.quadrature,
-        only=mine,
+        only=shares[processes.rank],
         other_ids=others if settings.objective == "log-odds" else None,
     )
     with progress("attribution", len(asked), "question", len(asked) - len(todo)) as update:
-        for _ in range(0, len(todo), processes.size):
-            found = processes.gather(next(stream, None))
-            for q, result in zip(todo, found or [], strict=False):
+        for turn in zip_longest(*shares):
+            for q, result in zip(turn, processes.gather(next(stream, None)) or (), strict=False):
                 if result is not None:
                     writer.write(q, _row(asked[q], tokens, result))
                     update(1)
-            todo = todo[processes.size :]
 
 
 def _row(question: Question, tokens: dict[str, dict[str, int]], result: Attribution) -> dict:
@@ -146,6 +148,7 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     """The model in memory, or its layers one by one where it does not fit."""
     import torch
 
+    from .attribution import Resident
     from .models import load_model
     from .streaming import Streamed
 
@@ -155,7 +158,7 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     if settings.device != "cpu" or need <= budget:
         say(f"loading {checkpoint.path} in {settings.dtype}")
         device = f"cuda:{LOCAL_RANK}" if settings.device == "cuda" and LOCAL_SIZE > 1 else settings.device
-        return load_model(checkpoint.path, dtype, device)
+        return Resident(load_model(checkpoint.path, dtype, device))
     if settings.dtype != "float32":
         raise InputError(f"--dtype {settings.dtype} needs the model in memory ({need / 1e9:.1f} GB): use float32")
     say(f"{checkpoint.path} takes {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used: going layer by layer")

@@ -1,14 +1,18 @@
-"""One prompt on its way through a model, layer by layer: its own tokens, and rows that scale h at its last position.
+"""Questions on their way through a model, layer by layer: their tokens, and rows that scale h at their last positions.
 
-A (layer, gamma) pair is one *row*: a batch entry of one position, which attends to the prompt's keys and values. A row
-that belongs to layer l equals the prompt below l, so a batch of rows starts empty and grows: layer l appends its
-own rows as copies of the prompt's last position, then scales h in them. One way up and one way down serve all layers.
+A (layer, gamma) pair of a question is one *row*: one position, which attends to the question's keys and values. A row
+that belongs to layer l equals its question below l, so the rows start from none and grow: layer l appends its own as
+copies of the question's last position, then scales h in them. One way up and one way down serve all layers.
+
+The questions of a *pack* stand side by side in one sequence, and so do all their rows; a mask keeps them apart. So a
+layer's weights meet hundreds of rows at once, which is what a matrix product needs to be fast. Rejected: a batch with
+an entry per row, for which every question's keys and values must be repeated for each of its rows.
 
 The model's own layers and head do the computing, with the arguments that the model itself would pass to them: a run of
-`model.forward` whose layers do nothing but note how they were called (`_calls`). So masks, rotary tables, soft caps
-and logit scales are the model's, for every architecture, and a layer's weights are needed only while that layer is
-computed. Rejected: re-implementing the blocks (a second truth per family), and scaling rows within one call of
-`model.forward` (it cannot stop between two layers, which a model larger than memory needs).
+`model.forward` that is left at that layer (`_call`). So rotary tables, soft caps and logit scales are the model's, for
+every architecture, and a layer's weights are needed only while that layer is computed. Rejected: re-implementing the
+blocks (a second truth per family), and scaling rows within one call of `model.forward` (it cannot stop between two
+layers, which a model larger than memory needs).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -24,189 +29,257 @@ from transformers.cache_utils import DynamicLayer
 
 from .families import Site, decoder_layers, num_neurons, places
 from .hooks import replaced, tapped
-from .quadrature import Found, Nodes
+from .masks import attention_mask
+from .quadrature import Found
 
 _HEAD_ROWS = 192  # rows that go through the head at once: it makes [R, V] logits, and reads its weights each time
+
+
+class Tokens(NamedTuple):
+    """Tokens side by side. ids, owner (whose they are; -1: everyone's), depth (position in their prompt): [N] each."""
+
+    ids: np.ndarray
+    owner: np.ndarray
+    depth: np.ndarray
+
+    def before(self, other: Tokens) -> Tokens:
+        return Tokens(*map(np.concatenate, zip(self, other, strict=True)))
+
+    def seen_by(self, tokens: Tokens) -> np.ndarray:
+        """Which of these each of `tokens`, the last of them, may see: its prompt up to itself, [N, K]."""
+        related = (self.owner == -1) | (self.owner == tokens.owner[:, None])
+        seen = related & (self.depth < tokens.depth[:, None])
+        seen[:, -len(tokens.ids) :] |= np.eye(len(tokens.ids), dtype=bool)
+        return seen
+
+
+NONE = Tokens(*(np.zeros(0, int) for _ in Tokens._fields))
 
 
 class Segment:
     """Tokens that follow those of an earlier segment, with their keys and values kept.
 
-    hidden: what the next layer takes, [1, n, D]; it ends as the last layer's output.
+    hidden: what the next layer takes, [1, N, D]; it ends as the last layer's output. context: all tokens up to its end.
     """
 
-    def __init__(self, model: nn.Module, input_ids: Sequence[int], before: Segment | None = None):
-        self.model, self.before = model, before
-        self._ids = _ids(model, input_ids)
-        self.length = self._ids.shape[1] + (before.length if before else 0)
-        self.cache = _cache(decoder_layers(model), before.cache if before else None, before.length if before else 0)
-        self._first, self.calls = _calls(model, self._ids, self.cache)
+    def __init__(self, model: nn.Module, tokens: Tokens, before: Segment | None = None):
+        self.model, self.tokens = model, tokens
+        self._earlier = before.context if before else NONE
+        self.context = self._earlier.before(tokens)
+        self.cache = _cache(decoder_layers(model), before.cache if before else None, len(self._earlier.ids))
 
     def climb(self, index: int, layer: nn.Module) -> None:
         """Go through layer `index`; at layer 0, start anew."""
+        first, call = _call(self.model, index, self.tokens, self._earlier, self.cache)
         if index == 0:
-            self.hidden = self._first
+            self.hidden = first
+        self._run(index, layer, call)
+
+    def _run(self, index: int, layer: nn.Module, call: _Call) -> None:
         with torch.no_grad():
-            self.hidden = self.calls[index].run(layer, self.hidden)
+            self.hidden = call.run(layer, self.hidden)
 
     def arrive(self) -> None:
         """Called once the last layer is done."""
 
 
-class Prompt(Segment):
-    """A question's tokens, as far as they are its own. What is known once it has climbed:
+def trunk(model: nn.Module, input_ids: Sequence[int]) -> Segment:
+    """The beginning that all prompts share."""
+    count = len(input_ids)
+    return Segment(model, Tokens(np.array(input_ids), np.full(count, -1), np.arange(count)))
 
-    h: the site's values at the last position, [L, F] float32 on the CPU; p: P(a*); value: the objective (P(a*), or
-    with `other_ids` the log-odds of a* against the other answers); next_token: the model's distribution after the
-    prompt, [V] float32 on the CPU.
+
+class Pack(Segment):
+    """Questions side by side, each with its tokens after the trunk. What is known once they have climbed:
+
+    h: the site's values at the last positions, [Q, L, F] float32 on the CPU; p: P(a*), [Q]; value: the objective
+    (P(a*), or with `other_ids` the log-odds of a* against the other answers), [Q]; next_token: the model's
+    distribution after each prompt, [Q, V] float32 on the CPU. After the first rows: gradient, d value / dh, [Q, L, F].
     """
 
     def __init__(
         self,
         model: nn.Module,
-        input_ids: Sequence[int],
-        answer_ids: Sequence[int],
+        input_ids: Sequence[Sequence[int]],
+        answer_ids: Sequence[Sequence[int]],
         site: Site,
         before: Segment | None = None,
-        other_ids: Sequence[int] | None = None,
+        other_ids: Sequence[Sequence[int]] | None = None,
     ):
-        super().__init__(model, input_ids[before.length if before else 0 :], before)
-        self.site, self.places, self.neurons = site, places(model, site), num_neurons(model)
-        self._answer, self._other = list(answer_ids), other_ids and list(other_ids)
-        self.base: list[Tensor]  # the last position's input to each layer, [1, 1, D]
-        self.last_token = self._ids[:, -1:]
+        shared = len(before.context.ids) if before else 0
+        lengths = [len(ids) - shared for ids in input_ids]
+        super().__init__(
+            model,
+            Tokens(
+                np.concatenate([ids[shared:] for ids in input_ids]),
+                np.repeat(np.arange(len(lengths)), lengths),
+                np.concatenate([np.arange(shared, shared + length) for length in lengths]),
+            ),
+            before,
+        )
+        self.count, self.site, self.places, self.neurons = len(lengths), site, places(model, site), num_neurons(model)
+        self.last = torch.tensor(np.cumsum(lengths) - 1)  # where each question's last token stands
+        self._answers, self._others = _Answers(answer_ids), other_ids and _Answers(other_ids)
+        self.base: list[Tensor]  # the last positions' input to each layer, [1, Q, D]
+        self.gradient: Tensor | None = None
 
-    def climb(self, index: int, layer: nn.Module) -> None:
+    def _run(self, index: int, layer: nn.Module, call: _Call) -> None:
         if index == 0:
-            self.hidden, self.base, self._h = self._first, [], []
-        self.base.append(self.hidden[:, -1:].clone())
-        self._h.append(torch.zeros(self.neurons))
-        with tapped(self.places[index], self.site, self._note):
-            super().climb(index, layer)
-        self.cache.layers[index].drop_last()
+            self.base, self.h = [], torch.zeros(self.count, len(self.places), self.neurons)
+        self.base.append(self.hidden[:, self.last.to(self.hidden.device)].clone())
 
-    def _note(self, h: Tensor, tokens: Tensor | None, offset: int) -> None:
-        flat = h.reshape(-1, h.shape[-1])
-        last = flat[-1:] if tokens is None else flat[tokens == self.hidden.shape[1] - 1]
-        for values in last:  # one, or none if this expert was not chosen
-            self._h[-1][offset : offset + len(values)] = values.float().cpu()
+        def note(h: Tensor, tokens: Tensor | None, offset: int) -> None:
+            where = tokens.cpu() if tokens is not None else torch.arange(self.hidden.shape[1])
+            at, whose = (where[:, None] == self.last).nonzero(as_tuple=True)  # of an expert, perhaps none
+            h = h.flatten(0, -2)[at.to(h.device)].float().cpu()
+            self.h[whose, index, offset : offset + h.shape[-1]] = h
+
+        with tapped(self.places[index], self.site, note):
+            super()._run(index, layer, call)
 
     def arrive(self) -> None:
         """The head, once the last layer is done."""
         with torch.no_grad():
-            logits = head(self, self.hidden[:, -1:])
-        self.h, self.value = torch.stack(self._h), self.objective(logits).item()
-        self.next_token = logits[0].softmax(-1).cpu()
-        self.p = float(self.next_token[self._answer].sum())
+            logits = torch.cat([head(self.model, part) for part in _parts(self.hidden[:, self.last])])
+        self.value = self.objective(logits, np.arange(self.count)).tolist()
+        self.next_token = logits.softmax(-1).cpu()
+        self.p = [float(row[ids].sum()) for row, ids in zip(self.next_token, self._answers.ids, strict=True)]
 
-    def objective(self, logits: Tensor) -> Tensor:
-        """What is attributed. logits: [R, V] -> [R]."""
-        answer = torch.logsumexp(logits[:, self._answer], -1)
-        if self._other:
-            return answer - torch.logsumexp(logits[:, self._other], -1)
+    def rows(self, owner: np.ndarray) -> Tokens:
+        """Rows at the last positions of these questions."""
+        last = self.last.numpy()[owner]
+        return Tokens(self.tokens.ids[last], owner, self.tokens.depth[last])
+
+    def objective(self, logits: Tensor, owner: np.ndarray) -> Tensor:
+        """What is attributed. logits: [R, V], row by row of the questions `owner` -> [R]."""
+        answer = self._answers.logsumexp(logits, owner)
+        if self._others:
+            return answer - self._others.logsumexp(logits, owner)
         return torch.exp(answer - torch.logsumexp(logits, -1))
 
 
 class Rows:
-    """The rows of some layers of one prompt: up through the layers, through the head, and down again.
+    """Rows of some layers of a pack's questions: up through the layers, through the head, and down again.
 
-    keep: hold each layer's graph on the way up, so that nothing is computed twice; otherwise only the layer's input is
-    held and the layer is computed again on the way down, so that its weights and activations can be let go.
+    gammas: per question {layer: [n]}. bare: one row per question more, in which nothing is scaled; its gradients at all
+    layers are those at gamma = 1, and become the pack's. keep: hold each layer's graph on the way up, so that nothing
+    is computed twice; otherwise only the layer's input is held and the layer is computed again on the way down, so
+    that its weights and activations can be let go.
     """
 
-    def __init__(self, prompt: Prompt, nodes: dict[int, Nodes], keep: bool):
-        self.prompt, self.nodes, self._keep = prompt, nodes, keep
+    def __init__(self, pack: Pack, gammas: Sequence[dict[int, Tensor]], keep: bool, bare: bool):
+        self.pack, self._gammas, self._keep = pack, gammas, keep
+        self._bare, self._lowest = pack.count if bare else 0, 0 if bare else min(min(g) for g in gammas if g)
         self._hidden: Tensor | None = None
-        self._wanted: list[int] = []  # rows whose gradient is wanted
-        self._held: dict[int, tuple] = {}
-        self.found: dict[int, Found] = {}
-        cache = _cache(decoder_layers(prompt.model), prompt.cache, prompt.length - 1, keep=False)
-        _, self._calls = _calls(prompt.model, prompt.last_token, cache)
+        self._owner = np.zeros(0, int)
+        self._start: dict[int, int] = {}  # of the layer's own rows
+        self._held: dict[int, _Held | Tensor] = {}
+        self._cache = _cache(decoder_layers(pack.model), pack.cache, len(pack.context.ids), keep=False)
+        self.gradients: dict[int, Tensor] = {}  # of the layer's own rows
 
     def up(self, index: int, layer: nn.Module) -> None:
         """Append the rows of layer `index`, if any, and go through it."""
-        nodes, start = self.nodes.get(index), 0 if self._hidden is None else len(self._hidden)
-        if nodes is not None:
-            own = self.prompt.base[index].expand(nodes.count, -1, -1)
-            self._hidden = own if self._hidden is None else torch.cat([self._hidden.to(own.device), own])
-            self._wanted += range(start, start + len(nodes.values))
-        if self._hidden is None:
+        if index < self._lowest:
             return
-        gammas = torch.cat(nodes) if nodes is not None else None
+        self._append(index)
         if self._keep:
             with torch.enable_grad():
-                self._held[index] = held = self._run(index, layer, self._hidden, start, gammas)
+                self._held[index] = held = self._run(index, layer, self._hidden)
             self._hidden = held.output.detach()
-            return
-        wanted = [r for r in self._wanted if r < start]
-        self._held[index] = (self._hidden[self._wanted], len(wanted))
-        with torch.no_grad():
-            self._hidden = self._run(index, layer, self._hidden, start, gammas).output
+        else:
+            self._held[index] = self._hidden
+            with torch.no_grad():
+                self._hidden = self._run(index, layer, self._hidden).output
 
-    def _run(self, index: int, layer: nn.Module, hidden: Tensor, start: int, gammas: Tensor | None) -> _Held:
-        """Rows through one layer; those from `start` on have h scaled by gammas."""
-        hidden, leaves = hidden.detach().requires_grad_(), []
+    def _append(self, index: int) -> None:
+        counts = [len(gammas.get(index, ())) for gammas in self._gammas]
+        bare = np.arange(self._bare if index == 0 else 0)
+        owner = np.concatenate([bare, np.repeat(np.arange(len(counts)), counts)])
+        self._start[index] = len(self._owner) + len(bare)
+        self._owner = np.concatenate([self._owner, owner])
+        own = self.pack.base[index][:, torch.from_numpy(owner)]
+        self._hidden = own if self._hidden is None else torch.cat([self._hidden.to(own.device), own], 1)
 
-        def scale(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
-            rows = torch.arange(len(hidden), device=h.device) if tokens is None else tokens
-            own = rows >= start
-            if not own.any():  # an expert that none of the layer's own rows was given to
-                return h
-            gamma = gammas.to(h)[rows[own] - start].view(-1, *[1] * (h.dim() - 1))
-            leaf = (gamma * h[own].detach()).requires_grad_()
-            leaves.append(_Leaf(rows[own] - start, offset, leaf))
-            return h.index_put((own.nonzero()[:, 0],), leaf)
+    def _run(self, index: int, layer: nn.Module, hidden: Tensor) -> _Held:
+        """Rows through one layer; the layer's own have h scaled by their gammas."""
+        pack, start, hidden = self.pack, self._start[index], hidden.detach().requires_grad_()
+        gammas = torch.cat([torch.zeros(start), *(g[index] for g in self._gammas if index in g)])
+        own, bare = [], []
 
-        if gammas is None:
-            return _Held(hidden, [], self._calls[index].run(layer, hidden))
-        with tapped(self.prompt.places[index], self.prompt.site, scale):
-            output = self._calls[index].run(layer, hidden)
-        return _Held(hidden, leaves, output)
+        def tap(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
+            flat = h.flatten(0, -2)
+            rows = torch.arange(len(flat), device=h.device) if tokens is None else tokens
+            for leaves, mask in (own, rows >= start), (bare, rows < self._bare):
+                at = mask.nonzero()[:, 0]
+                if not len(at):  # an expert that none of them was given to
+                    continue
+                part = flat[at]
+                if leaves is own:
+                    part = (gammas.to(h)[rows[at], None] * part.detach()).requires_grad_()
+                leaves.append(_Leaf(rows[at] - (start if leaves is own else 0), offset, part))
+                flat = flat.index_put((at,), part)
+            return flat.view_as(h)
+
+        _, call = _call(pack.model, index, pack.rows(self._owner[: hidden.shape[1]]), pack.context, self._cache)
+        if start == hidden.shape[1] and not self._bare:
+            return _Held(hidden, own, bare, call.run(layer, hidden))
+        with tapped(pack.places[index], pack.site, tap):
+            return _Held(hidden, own, bare, call.run(layer, hidden))
 
     def head(self) -> None:
         """The objective of every row, and its gradient with respect to the last layer's output."""
-        p, gradients = [], []
-        for part in self._hidden.split(_HEAD_ROWS):
+        values, gradients, start = [], [], 0
+        for part in _parts(self._hidden):
+            owner = self._owner[start : start + part.shape[1]]
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                value = self.prompt.objective(head(self.prompt, part))
+                value = self.pack.objective(head(self.pack.model, part), owner)
                 gradients.append(torch.autograd.grad(value.sum(), part)[0])
-            p.append(value.detach().cpu())
-        self._hidden, gradient = None, torch.cat(gradients)
-        self._gradient = gradient if self._keep else gradient[self._wanted]
-        sizes = [n for _, nodes in sorted(self.nodes.items()) for n in map(len, nodes)]
-        shares = iter(torch.cat(p).split(sizes))
-        self.found = {index: Found(torch.empty(0), next(shares), next(shares)) for index in sorted(self.nodes)}
+            values.append(value.detach().cpu())
+            start += part.shape[1]
+        self._hidden, self._gradient, self._values = None, torch.cat(gradients, 1), torch.cat(values)
 
     def down(self, index: int, layer: nn.Module) -> None:
         """The gradient one layer further down; at a layer that has rows, with respect to their h."""
-        if index not in self._held:
+        if index < self._lowest:
             return
-        nodes, held = self.nodes.get(index), self._held.pop(index)
+        held = self._held.pop(index)
         if not self._keep:
-            hidden, start = held
             with torch.enable_grad():
-                held = self._run(index, layer, hidden, start, nodes.values if nodes is not None else None)
-        leaves = [leaf.values for leaf in held.leaves]
-        inputs = [held.input] if index > min(self.nodes) else []
-        found = torch.autograd.grad(held.output, leaves + inputs, self._gradient.to(held.output.device))
-        if nodes is not None:
-            self.found[index] = self.found[index]._replace(gradient=self._gathered(held, found, len(nodes.values)))
-        own = 0 if nodes is None else nodes.count if self._keep else len(nodes.values)
-        self._gradient = found[-1][: len(held.input) - own] if inputs else None
+                held = self._run(index, layer, held)
+        leaves, inputs = [*held.own, *held.bare], [held.input] if index > self._lowest else []
+        wanted = [leaf.values for leaf in leaves] + inputs
+        found = torch.autograd.grad(held.output, wanted, self._gradient.to(held.output.device)) if wanted else ()
+        start, rows = self._start[index], held.input.shape[1]
+        self.gradients[index] = self._gathered(held.own, found, rows - start)
+        if self._bare:
+            if self.pack.gradient is None:
+                self.pack.gradient = torch.zeros_like(self.pack.h)
+            self.pack.gradient[:, index] = self._gathered(held.bare, found[len(held.own) :], self._bare)
+        self._gradient = found[-1][:, :start] if inputs else None
 
-    def _gathered(self, held: _Held, found: Sequence[Tensor], count: int) -> Tensor:
+    def _gathered(self, leaves: list[_Leaf], found: Sequence[Tensor], count: int) -> Tensor:
         """The leaves' gradients as one [count, F]; zero for the experts that were not chosen."""
-        result = torch.zeros(count, self.prompt.neurons)
-        for leaf, gradient in zip(held.leaves, found, strict=False):
-            kept = (leaf.rows < count).nonzero()[:, 0]
-            flat = gradient[kept].flatten(1).float().cpu()
-            result[leaf.rows[kept].cpu(), leaf.offset : leaf.offset + flat.shape[1]] = flat
+        result = torch.zeros(count, self.pack.neurons)
+        for leaf, gradient in zip(leaves, found, strict=False):
+            result[leaf.rows.cpu(), leaf.offset : leaf.offset + gradient.shape[-1]] = gradient.float().cpu()
+        return result
+
+    def found(self) -> list[dict[int, Found]]:
+        """What each question's layers gave."""
+        result: list[dict[int, Found]] = [{} for _ in self._gammas]
+        for index, gradients in self.gradients.items():
+            start = 0
+            for of_question, gammas in zip(result, self._gammas, strict=True):
+                if index in gammas:
+                    end = start + len(gammas[index])
+                    p = self._values[self._start[index] + start : self._start[index] + end]
+                    of_question[index], start = Found(gradients[start:end], p), end
         return result
 
 
 class _Leaf(NamedTuple):
-    """Scaled h of some of a layer's own rows. rows: which, [n]; offset: the first neuron; values: [n, …, F]."""
+    """h of some rows, as the layer goes on with it. rows: which of those meant, [n]; offset: of the first neuron."""
 
     rows: Tensor
     offset: int
@@ -214,18 +287,34 @@ class _Leaf(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """One layer's graph. input: [R, 1, D]; leaves: the scaled h of the layer's own rows; output: [R, 1, D]."""
+    """One layer's graph. input, output: [1, N, D]; own: scaled h of the layer's own rows; bare: h of the bare ones."""
 
     input: Tensor
-    leaves: list[_Leaf]
+    own: list[_Leaf]
+    bare: list[_Leaf]
     output: Tensor
+
+
+class _Answers:
+    """Token ids of each question's answer, of unlike number."""
+
+    def __init__(self, answer_ids: Sequence[Sequence[int]]):
+        self.ids = [list(ids) for ids in answer_ids]
+        width = max(map(len, self.ids))
+        self._padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in self.ids])
+        self._absent = torch.tensor([[False] * len(ids) + [True] * (width - len(ids)) for ids in self.ids])
+
+    def logsumexp(self, logits: Tensor, owner: np.ndarray) -> Tensor:
+        """Over the answer of each row's question. logits: [R, V] -> [R]."""
+        ids, absent = (table[torch.from_numpy(owner)].to(logits.device) for table in (self._padded, self._absent))
+        return torch.logsumexp(logits.gather(1, ids).masked_fill(absent, -torch.inf), -1)
 
 
 # ----------------------------------------------------------------------------------------------- the model's own code
 
 
 class _Layer(DynamicLayer):
-    """One layer's keys and values: those of the segments before (one batch entry), then this segment's.
+    """One layer's keys and values: those of the segments before, then this segment's.
 
     Its length is known before the layer has run, since the model asks for it while it prepares masks. Sliding windows
     are left to the mask, so a prompt's keys and values are all kept. keep: False forgets what a pass adds.
@@ -241,19 +330,13 @@ class _Layer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if self.keep:
             self.keys, self.values, self.is_initialized = key_states, value_states, True
-        rows = key_states.shape[0]
-        chain = self.before.chain() if self.before else []
-        earlier = [(k.expand(rows, *k.shape[1:]), v.expand(rows, *v.shape[1:])) for k, v in chain]
+        earlier = self.before.chain() if self.before else []
         keys, values = zip(*earlier, (key_states, value_states), strict=True)
         return torch.cat(keys, -2), torch.cat(values, -2)
 
     def chain(self) -> list[tuple[Tensor, Tensor]]:
         """(keys, values) of the segments before and of this one."""
         return [*(self.before.chain() if self.before else []), (self.keys, self.values)]
-
-    def drop_last(self) -> None:
-        if self.keys is not None:
-            self.keys, self.values = self.keys[..., :-1, :].clone(), self.values[..., :-1, :].clone()
 
 
 def _cache(layers: nn.ModuleList, before: DynamicCache | None, length: int, keep: bool = True) -> DynamicCache:
@@ -274,13 +357,43 @@ class _Call(NamedTuple):
         return output[0] if isinstance(output, tuple) else output  # some architectures wrap it
 
 
-def _ids(model: nn.Module, input_ids: Sequence[int]) -> Tensor:
-    return torch.tensor([list(input_ids)], device=model.get_input_embeddings().weight.device)
+class _Reached(Exception):
+    """Leaves the model's forward pass at a layer. call: how the model calls it; hidden: what it gives to it."""
+
+    def __init__(self, hidden: Tensor, call: _Call):
+        self.hidden, self.call = hidden, call
 
 
-def _forward(model: nn.Module, ids: Tensor, cache: DynamicCache):
+def _call(model: nn.Module, index: int, tokens: Tokens, earlier: Tokens, cache: DynamicCache) -> tuple[Tensor, _Call]:
+    """(the embedded tokens, how the model calls layer `index` for them), without running a layer."""
+
+    def note(*args, **kwargs):
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        raise _Reached(hidden, _Call(args, kwargs))
+
+    layers, context = decoder_layers(model), earlier.before(tokens)
+    mask = attention_mask(model, context.seen_by(tokens), tokens.depth, context.depth)
+    try:
+        with torch.no_grad(), replaced(layers[:index], _passed), replaced([layers[index]], note):
+            positions = _tensor(model, tokens.depth[None])
+            _forward(model, tokens.ids[None], cache, attention_mask=mask, position_ids=positions)
+    except _Reached as reached:
+        return reached.hidden, reached.call
+    raise AssertionError(f"{type(model).__name__} did not call layer {index}")
+
+
+def _passed(*args, **kwargs) -> Tensor:
+    """A layer that does nothing."""
+    return (args[0] if args else kwargs["hidden_states"]).as_subclass(_Output)
+
+
+def _tensor(model: nn.Module, values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).to(model.get_input_embeddings().weight.device)
+
+
+def _forward(model: nn.Module, ids: np.ndarray, cache: DynamicCache, **kwargs):
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    return model(input_ids=ids, **{name: cache}, use_cache=True, logits_to_keep=1)
+    return model(input_ids=_tensor(model, ids), **{name: cache}, use_cache=True, logits_to_keep=1, **kwargs)
 
 
 class _Output(Tensor):
@@ -292,24 +405,13 @@ class _Output(Tensor):
         return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
 
 
-def _calls(model: nn.Module, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, list[_Call]]:
-    """(what the first layer takes, how each layer is called), without running one."""
-    calls, seen = [], []
-
-    def note(*args, **kwargs):
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        seen.append(hidden)
-        calls.append(_Call(args, kwargs))
-        return hidden.as_subclass(_Output)
-
-    with torch.no_grad(), replaced(decoder_layers(model), note):
-        _forward(model, ids, cache)
-    return seen[0], calls
+def _parts(hidden: Tensor) -> Sequence[Tensor]:
+    return hidden.split(_HEAD_ROWS, 1)
 
 
-def head(prompt: Prompt, hidden: Tensor) -> Tensor:
-    """Everything after the last layer, by the model's own code: [R, 1, D] -> logits [R, V] float32."""
-    layers = decoder_layers(prompt.model)
-    with replaced(layers, lambda *args, **kwargs: hidden.as_subclass(_Output)):
-        logits = _forward(prompt.model, prompt.last_token.expand(len(hidden), -1), _cache(layers, None, 0, keep=False))
+def head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Everything after the last layer, by the model's own code: [1, R, D] -> logits [R, V] float32."""
+    layers, rows = decoder_layers(model), hidden.reshape(-1, 1, hidden.shape[-1])
+    with replaced(layers, lambda *args, **kwargs: rows.as_subclass(_Output)):
+        logits = _forward(model, np.zeros((len(rows), 1), int), _cache(layers, None, 0, keep=False))
     return logits.logits[:, -1].float()

@@ -6,9 +6,8 @@ Here the requests' token rows are sorted and packed into one long row as a *tree
 stands there once, and attention sees the tokens on the way from the root only. Positions count from the root. So
 nothing is computed twice, nothing is padded, and a pass holds as many tokens as suits the machine.
 
-transformers takes such a mask as it is, for every architecture of `families`; where a model attends within a sliding
-window, the window is cut by position too. The output head and the normalisation over the vocabulary, a third of the
-work on a small model, are computed at scored positions only.
+The output head and the normalisation over the vocabulary, a third of the work on a small model, are computed at scored
+positions only.
 
 Rejected: a key/value cache of each beginning that its rows share. Beginnings of unlike length need batches of their
 own, and on a CPU some fifty passes over the weights cost as much as the tokens they save.
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .masks import attention_mask, longest
 from .progress import say
 
 try:
@@ -57,8 +57,7 @@ class Scorer(HFLM):
     def _tokens_of_a_pass(self) -> int:
         most = _TOKENS_CPU if self.device.type == "cpu" else _TOKENS
         most = min(most, max(_LOGIT_BYTES // (4 * self.model.config.vocab_size), 64))
-        # Some older models mask by index beside the mask they are given: beyond their length, or a local window.
-        return min(most, self.max_length, getattr(self.model.config, "window_size", None) or most)
+        return int(min(most, self.max_length, longest(self.model)))
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs=None) -> list[tuple[float, bool]]:
         """What lm-eval calls, with [((context, continuation), context ids, continuation ids), …]."""
@@ -132,7 +131,7 @@ class Scorer(HFLM):
         The head is given the kept positions only, by a hook on its input; what a model does to its logits after the
         head (scales, soft caps) works element by element, and so does not mind.
         """
-        index = torch.tensor(keep, device=self.device)
+        index, depth = torch.tensor(keep, device=self.device), np.array(tree.depth)
         handle = self.model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args: (args[0][:, index], *args[1:])
         )
@@ -140,30 +139,11 @@ class Scorer(HFLM):
             logits = self.model(
                 input_ids=torch.tensor([tree.tokens], device=self.device),
                 position_ids=torch.tensor([tree.depth], device=self.device),
-                attention_mask=self._mask(tree), use_cache=False,
+                attention_mask=attention_mask(self.model, tree.seen, depth, depth), use_cache=False,
             ).logits[0]  # fmt: skip
         finally:
             handle.remove()
         return logits.float() if self.temperature == 1 else logits.float() / self.temperature
-
-    def _mask(self, tree: Tree) -> Tensor | dict[str, Tensor]:
-        """What each token may see, [1, 1, N, N], 0 or the least number; by kind of layer where a model has two."""
-        config = self.model.config
-        window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
-
-        def additive(seen: np.ndarray) -> Tensor:
-            hidden = torch.from_numpy(~seen).to(self.device)
-            dtype = self.model.dtype
-            return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill(
-                hidden, torch.finfo(dtype).min
-            )[None, None]
-
-        if not window or (kinds and "sliding_attention" not in kinds):
-            return additive(tree.seen)
-        near = np.subtract.outer(tree.depth, tree.depth) < window
-        if len(kinds) > 1:
-            return {"full_attention": additive(tree.seen), "sliding_attention": additive(tree.seen & near)}
-        return additive(tree.seen & near)
 
 
 class Tree:

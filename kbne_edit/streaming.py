@@ -26,8 +26,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, InputError
-from .families import decoder_layers, family_of, num_neurons
-from .memory import LAYERS_HELD, OVERHEAD, in_memory
+from .families import decoder_layers, family_of, hidden_size, num_neurons
+from .memory import LAYERS_HELD, OVERHEAD, ROWS, activations, in_memory
 from .models import foreign, load_config, model_class, quiet
 from .progress import progress, say
 
@@ -108,26 +108,28 @@ class Streamed:
                 _empty(self._layers[index])
                 update(1)
 
-    def group(self, lengths: Sequence[int], shared: int, nodes: Sequence[int]) -> int:
-        """How many of the prompts fit the budget together. nodes: gradient evaluations of each layer at first."""
+    def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int]) -> int:
+        """How many of the packs fit the budget together. packs: their questions' tokens; rows: of each layer."""
         layer = max(
             sum(4 * math.prod(self._checkpoint.shapes[name]) for name in names)
             for layer, names in self._names.items()
             if layer is not None
         )
+        size, neurons, count = hidden_size(self._checkpoint.config), num_neurons(self.model), len(rows)
+        widest = max(sum(pack) + len(pack) * (sum(rows) + 1) for pack in packs)
+        working = activations(max(widest, ROWS), size)
         outer = in_memory(self._checkpoint) - layer * len(self._layers)
-        free = self._memory - OVERHEAD - outer - LAYERS_HELD * layer
-        size, neurons = self.model.config.get_text_config().hidden_size, num_neurons(self.model)
-        count = len(self._layers)
-        held = sum(n * (count - index) for index, n in enumerate(nodes)) * size + 2 * sum(nodes) * neurons
-        needs = [4 * (held + 2 * (length - shared) * size * count) for length in lengths]
+        free = self._memory - OVERHEAD - outer - LAYERS_HELD * layer - working
+        held = sum((n + 1) * (count - index) for index, n in enumerate(rows)) * size + (sum(rows) + 3 * count) * neurons
+        needs = [4 * (len(pack) * held + 2 * sum(pack) * size * count) for pack in packs]
         fit = int(np.searchsorted(np.cumsum(needs), free, "right"))
         if not fit:
             raise InputError(
                 f"this model needs at least {(self._memory - free + needs[0]) / 1e9:.1f} GB of memory, and "
                 f"{self._memory / 1e9:.1f} GB are given: close other programs, or pass a larger --memory"
             )
-        say(f"reading the weights layer by layer, for {min(fit, len(lengths))} of {len(lengths)} questions at a time")
+        said = sum(map(len, packs[:fit])), sum(map(len, packs))
+        say(f"reading the weights layer by layer, for {said[0]} of {said[1]} questions at a time")
         return fit
 
 
