@@ -77,7 +77,7 @@ def test_modules_import_only_what_stands_above_them():
         assert used & set(order) <= set(order[:place]), name
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/comparison.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("https://")]
@@ -109,3 +109,10 @@ def test_the_map_is_that_of_the_demo():
     assert {**now, "others": 0} == {**then, "others": 0}
     apart = {tuple(m) for m in now["others"]} ^ {tuple(m) for m in then["others"]}
     assert len(apart) <= 2  # the last of the strongest may be another one on another machine
+
+
+def test_each_row_of_the_comparison_has_its_evidence():
+    rows = re.findall(r"^\| \*\*(.*?)\*\* (\|.*)$", README, re.MULTILINE)
+    headings = re.findall(r"^## (.*)$", (DOCS / "comparison.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name, _ in rows] == headings
+    assert all(len(cells.split("|")) == 8 and all(cell.strip() for cell in cells.split("|")[1:-1]) for _, cells in rows)
