@@ -184,21 +184,26 @@ def _place(layer: int, neuron: int) -> str:
     return f"{layer},&nbsp;{neuron}"
 
 
+def marks(report: dict) -> dict:
+    """What `plots.neuron_map` draws of a report: its arguments."""
+    found = report["map"]
+    return {
+        "layers": report["model"]["layers"], "width": report["model"]["neurons_of_a_layer"],
+        "edited": [(n["layer"], n["neuron"], n["selected_by_controls"]) for n in report["neurons"]],
+        "others": sorted((s["layer"], s["neuron"]) for s in found["strongest"] if not s["edited"]) if found else [],
+    }  # fmt: skip
+
+
 def _map(report: dict) -> list[str]:
-    model, found = report["model"], report["map"]
-    edited = [(n["layer"], n["neuron"], n["selected_by_controls"]) for n in report["neurons"]]
-    others = [(s["layer"], s["neuron"]) for s in found["strongest"] if not s["edited"]] if found else []
-    drawing = plots.neuron_map(model["layers"], model["neurons_of_a_layer"], edited, others)
+    found, drawn = report["map"], marks(report)
     strong = {(s["layer"], s["neuron"]): _score(s["score"]) for s in found["strongest"]} if found else {}
-    marks = [(la, n, "edited; controls select it too" if shared else "edited") for la, n, shared in edited]
-    marks += [(la, n, "not edited") for la, n in others]
-    rows = ([_place(la, n), kind, _number(strong.get((la, n), ""))] for la, n, kind in sorted(marks))
+    kinds = [(la, n, "edited; controls select it too" if shared else "edited") for la, n, shared in drawn["edited"]]
+    kinds += [(la, n, "not edited") for la, n in drawn["others"]]
+    rows = ([_place(la, n), kind, _number(strong.get((la, n), ""))] for la, n, kind in sorted(kinds))
     caption = "Discs: edited neurons; squares: edited ones that the controls select too"
     caption += f"; rings: others among the {len(strong)} with the largest mean score." if found else "."
-    lines = [
-        "<h3>Map of the neurons</h3>",
-        _figure(drawing, caption, _table("Neurons on the map", ["layer, neuron", "mark", "mean score"], rows)),
-    ]
+    table = _table("Neurons on the map", ["layer, neuron", "mark", "mean score"], rows)
+    lines = ["<h3>Map of the neurons</h3>", _figure(plots.neuron_map(**drawn), caption, table)]
     return lines + [*_heat(found["mass"]), *_overlaps(report["overlap"])] if found else lines
 
 

@@ -1,21 +1,31 @@
-"""Writes docs/commands.md from the commands' own help; a test fails if the page is out of date."""
+"""Writes the pages of docs/ that are made: commands.md from the commands' own help, map.svg from map.json.
+
+    python scripts/make_docs.py              # a test fails if one of them is out of date
+    python scripts/make_docs.py --measure    # map.json first: bakes the demo, about ten seconds
+
+The README shows the map beside what `bake --in demo` prints: measure when that changes.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "docs" / "commands.md"
-_WIDTH = 100
+DOCS = ROOT / "docs"
+_WIDTH = 100  # of the help, in characters
+_PIXELS = 640  # of the map
+
+sys.path.insert(0, str(ROOT))
 
 
-def text() -> str:
-    """The page: one section for each command, in the order of the help."""
-    sys.path.insert(0, str(ROOT))
+def commands() -> str:
+    """One section for each command, in the order of the help."""
     from kbne_edit.commands import cli
 
     head = "# Commands\n\nWhat `--help` prints. Written by `scripts/make_docs.py`: change the commands, not this.\n"
@@ -30,5 +40,39 @@ def _sections(command: click.Command, name: str, parent: click.Context | None) -
             yield from _sections(command.get_command(context, child), child, context)
 
 
+def picture() -> str:
+    """The report's map as a file of its own.
+
+    It has the page's colours for both themes, and a ground, since whoever shows it may follow another theme than it.
+    """
+    from kbne_edit.plots import neuron_map
+
+    sheet = (ROOT / "kbne_edit" / "report.css").read_text(encoding="utf-8")
+    colours = sheet[sheet.index(":root") : sheet.index("* {")].rstrip()
+    marks = [line for line in sheet.splitlines() if line.startswith("svg ")]
+    style = "\n".join(["<style>", colours, *marks, "svg .ground { fill: var(--paper); }", "</style>"])
+    ground = '<rect class="ground" width="100%" height="100%" rx="6"/>'
+    drawing = neuron_map(**json.loads((DOCS / "map.json").read_text(encoding="utf-8")))
+    head, body = drawing.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{_PIXELS}"').split("</desc>")
+    return f"{head}</desc>\n{style}\n{ground}\n{body}\n"
+
+
+def measure() -> str:
+    """The marks of the map, as JSON: what `bake --in demo` selects, and what `report` shows of it."""
+    from kbne_edit import bake
+    from kbne_edit.page import marks
+    from kbne_edit.report import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        bake("demo", Path(folder) / "debiased")
+        found = marks(build(Path(folder) / "debiased"))
+    return "{\n" + ",\n".join(f' "{key}": {json.dumps(value)}' for key, value in found.items()) + "\n}\n"
+
+
+PAGES = {"commands.md": commands, "map.svg": picture}
+
 if __name__ == "__main__":
-    TARGET.write_text(text(), encoding="utf-8")
+    if sys.argv[1:] == ["--measure"]:
+        (DOCS / "map.json").write_text(measure(), encoding="utf-8")
+    for name, text in PAGES.items():
+        (DOCS / name).write_text(text(), encoding="utf-8")

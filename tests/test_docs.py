@@ -1,9 +1,12 @@
 """What the README says is so."""
 
 import importlib.metadata
+import json
 import re
+import runpy
 import shlex
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -14,6 +17,7 @@ from kbne_edit.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line.split("  #")[0].split("kbne-edit ", 1)[1]
@@ -30,7 +34,8 @@ def test_every_command_line_is_understood(line):
     while isinstance(command, click.Group):
         command = command.get_command(context, arguments.pop(0))
         assert command is not None, line
-    command.make_context("kbne-edit", arguments)  # parses options and arguments; a wrong one raises
+    names = ["-h", "--help"]  # click keeps the first ones that it sees of a command
+    command.make_context("kbne-edit", arguments, help_option_names=names)  # parses all; a wrong one raises
 
 
 def test_every_command_is_shown():
@@ -70,3 +75,44 @@ def test_modules_import_only_what_stands_above_them():
         source = (ROOT / "kbne_edit" / f"{name}.py").read_text(encoding="utf-8")
         used = {m for a, b in re.findall(r"from \.(\w+) import|from \. import (\w+)", source) for m in (a, b) if m}
         assert used & set(order) <= set(order[:place]), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/comparison.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("https://")]
+    assert links and all((ROOT / page).parent.joinpath(link.split("#")[0]).is_file() for link in links)
+
+
+def test_the_map_shows_what_bake_prints():
+    """The drawing's marks, the words about it, and the printed output, against one another."""
+    drawing = ElementTree.parse(DOCS / "map.svg").getroot()
+    kinds = {"first": ("circle", "cy", 0), "second": ("rect", "y", 3.5)}  # squares are 7 units high
+    rows = {
+        kind: [float(m.get(y)) + half for m in drawing.iterfind(f".//{{*}}{tag}") if m.get("class") == kind]
+        for kind, (tag, y, half) in kinds.items()
+    }
+    edited, layers = map(int, re.search(r"edit: (\d+) neurons \(.*?\) in (\d+) layers", README).groups())
+    shared = int(re.search(rf"; (\d+) of the {edited} \(\d+%\) are among them", README)[1])
+    assert (len(rows["first"]), len(rows["second"])) == (edited - shared, shared)
+    assert len({*rows["first"], *rows["second"]}) == layers
+    said = re.search(r"!\[.*?(\d+) are edited, in layers (\d+) and (\d+) of (\d+); .* select (\d+) of them", README)
+    found = json.loads((DOCS / "map.json").read_text())
+    places = sorted({layer for layer, _, _ in found["edited"]})
+    assert [int(n) for n in said.groups()] == [edited, *places, found["layers"], shared]
+
+
+@pytest.mark.slow
+def test_the_map_is_that_of_the_demo():
+    measure = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))["measure"]
+    now, then = json.loads(measure()), json.loads((DOCS / "map.json").read_text())
+    assert {**now, "others": 0} == {**then, "others": 0}
+    apart = {tuple(m) for m in now["others"]} ^ {tuple(m) for m in then["others"]}
+    assert len(apart) <= 2  # the last of the strongest may be another one on another machine
+
+
+def test_each_row_of_the_comparison_has_its_evidence():
+    rows = re.findall(r"^\| \*\*(.*?)\*\* (\|.*)$", README, re.MULTILINE)
+    headings = re.findall(r"^## (.*)$", (DOCS / "comparison.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name, _ in rows] == headings
+    assert all(len(cells.split("|")) == 8 and all(cell.strip() for cell in cells.split("|")[1:-1]) for _, cells in rows)
