@@ -98,11 +98,11 @@ def attribute(
 
     model: causal language model of transformers; float32 weights are advised (scores inherit the model's precision).
     input_ids: Q prompts as token ids. answer_ids: Q lists with the ids of the right answer's surface forms; P(a*) is
-    the sum of their probabilities. quadrature: "gauss" (Gauss-Legendre, refined per layer until the completeness
-    residual is below `tolerance`), "gauss-N" (N nodes, fixed), "riemann-N" (N nodes linspace(0, 1, N), sum / N; the
-    published code uses N = 20). other_ids: Q lists with the ids of the wrong answers' surface forms; with them not
-    P(a*) is attributed but the log-odds log P(a*) / P(others), which do not saturate. Raises InputError for an empty
-    prompt or answer or an unknown quadrature.
+    the sum of their probabilities. quadrature: "gauss" (Gauss-Lobatto, refined per layer until the completeness
+    residual is below `tolerance`), "gauss-N" (Gauss-Legendre, N nodes), "riemann-N" (N nodes linspace(0, 1, N), sum
+    / N; the published code uses N = 20). other_ids: Q lists with the ids of the wrong answers' surface forms; with them
+    not P(a*) is attributed but the log-odds log P(a*) / P(others), which do not saturate. Raises InputError for an
+    empty prompt or answer or an unknown quadrature.
     """
     found = attributions(model, input_ids, answer_ids, site, quadrature, tolerance, other_ids=other_ids)
     results = [result.scores for result in found]

@@ -35,6 +35,7 @@ class Settings:
     """How to locate. None: as the recipe says. answers: {answer: [surface, …]} fixes the surface forms by hand.
 
     prompt: "chat" (through the template where there is one) or "plain"; before: text that comes before each question.
+    dimensions: select by the questions of these alone (None: of all).
     objective: what is attributed, "probability" of the right answer (the paper's) or its "log-odds" against the others.
 
     memory: what attribution may use, e.g. "8GB" (None: most of what is free); a model that does not fit is read layer
@@ -49,6 +50,7 @@ class Settings:
     tau: float | None = None
     beta: float | None = None
     combine: str | None = None
+    dimensions: tuple[str, ...] | None = None
     factor: float | None = None
     answers: dict[str, list[str]] | None = None
     prompt: str = "chat"
@@ -168,7 +170,14 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
 def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> dict:
     """Rule and thresholds that recipe and settings ask for, as arguments of `select`."""
     given = {key: getattr(settings, key) for key in ("rule", "tau", "beta", "combine")}
-    only = [bool(c) or not settings.drop_wrong for c in scores.correct]
+    known = {question.dimension for question in scores.questions if not question.control}
+    if unknown := set(settings.dimensions or ()) - known:
+        raise InputError(f"no question is of {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
+    wanted = set(settings.dimensions or known)
+    only = [
+        (question.control or question.dimension in wanted) and (bool(right) or not settings.drop_wrong)
+        for question, right in zip(scores.questions, scores.correct, strict=True)
+    ]
     return recipe.select | {key: value for key, value in given.items() if value is not None} | {"only": only}
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hub import card_faults
-from kbne_edit import Edit, load_scores
+from kbne_edit import Edit, load_scores, select
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +99,20 @@ def test_select_again_takes_no_model(baked, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert Edit.load(tmp_path / "e.json").num_neurons > Edit.load(folder / "debiased.work" / "edit.json").num_neurons
+
+
+def test_select_by_some_dimensions(baked, tmp_path):
+    """The same as a selection from those questions' scores, with the others never there."""
+    folder, _ = baked
+    path = folder / "debiased.work" / "scores.safetensors"
+    scores = load_scores(path)
+    kept = [i for i, q in enumerate(scores.questions) if q.dimension in ("clan", "guild") and not q.control]
+    about = [scores.questions[i].dimension for i in kept]
+    result = run("select", path, "--dimensions", "clan, guild", "--out", "e.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert Edit.load(tmp_path / "e.json").factors == select(scores.values[kept], dimensions=about).factors
+    result = run("select", path, "--dimensions", "guild,clans", "--out", "f.json", cwd=tmp_path)
+    assert result.returncode == 2 and "no question is of clans: there are clan, guild, village" in result.stderr
 
 
 def test_help_does_not_import_torch():

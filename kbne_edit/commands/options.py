@@ -52,6 +52,7 @@ def selecting(command):
         click.option("--tau", type=click.FloatRange(0, 1), help="Share of a question's largest score.  [default: 0.1]"),
         click.option("--beta", type=click.FloatRange(0, 1), help="Share of a dimension's questions.  [default: 0.1]"),
         click.option("--combine", type=click.Choice(COMBINE), help="Over dimensions.  [default: union]"),
+        click.option("--dimensions", metavar="NAMES", help="Only questions of these, commas between.  [default: all]"),
         click.option("--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"),
         click.option("--min-stability", type=click.FloatRange(0, 1), help="Keep neurons that at least this share of "
                      "200 resamples of the questions selects."),
@@ -73,6 +74,8 @@ def settings(answers: str | None = None, **values):
         except (ValueError, AttributeError):
             raise click.UsageError('--answers takes JSON such as {"yes": ["Yes", " yes"], "no": ["No"]}') from None
         values["answers"] = parsed
+    if values.get("dimensions") is not None:
+        values["dimensions"] = tuple(name.strip() for name in values["dimensions"].split(","))
     return Settings(**values)
 
 

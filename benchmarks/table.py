@@ -1,0 +1,139 @@
+"""What edits of one model do, side by side: the table of the README.
+
+    python benchmarks/table.py MODEL_DIR DATA_DIR --scores scores.safetensors [--limit 150] [--out table.json]
+
+Rows: the base; the paper's rule at factors 2 and 3.5, and without the questions of each dimension in turn (does it
+carry over?); the contrastive rule; as many random neurons in the same layers as the paper's rule has; the neurons that
+the control questions select. All are measured once, by hooks, on the same
+items. Each cell is the figure and its paired change from the base with a 95 % bootstrap interval; overlap is the share
+of neurons that the same rule selects from the control questions. Printed as Markdown.
+"""
+
+import argparse
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from kbne_edit import neutral
+from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.errors import EditError
+from kbne_edit.evaluation import _by_controls, random_edit
+from kbne_edit.families import layer_sizes, slots
+from kbne_edit.hooks import hooked
+from kbne_edit.models import load_model, load_tokenizer
+from kbne_edit.recipe import load_recipe
+from kbne_edit.scores import load_scores
+from kbne_edit.scoring import Scorer
+from kbne_edit.selection import selection
+from kbne_edit.statistics import change, interval
+from kbne_edit.tasks import benchmarks
+
+TASKS = ("stereoset_intrasentence", "crows_pairs", "bbq", "arc_easy")
+SHOWN = {
+    "stereoset_intrasentence": ("SS", "LMS", "ICAT", "absolute margin"),
+    "crows_pairs": ("SS",),
+    "bbq": ("accuracy, ambiguous", "bias, ambiguous", "accuracy, disambiguated", "bias, disambiguated"),
+    "arc_easy": ("accuracy",),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--scores", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=150)
+    parser.add_argument("--contrastive-tau", type=float, default=0.02)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    checkpoint, recipe = Checkpoint.open(arguments.model), load_recipe("social-bias")
+    rows = edits(checkpoint, arguments.scores, arguments.contrastive_tau)
+    tokenizer = load_tokenizer(arguments.model)
+    scorer = Scorer(load_model(arguments.model, torch.float32), tokenizer)
+    marks = benchmarks(TASKS, arguments.data, arguments.limit, recipe, scorer, tokenizer)
+    texts = neutral.rows(scorer, recipe)[1]
+    columns, logits, minutes = {}, {}, {}
+    for name, (edit, _) in rows.items():
+        start = time.perf_counter()
+        with hooked(scorer.model, edit) if edit else nullcontext():
+            columns[name] = {mark.name: mark.columns(scorer.score(mark.pairs)) for mark in marks}
+            logits[name] = neutral.logits(scorer, texts)
+        minutes[name] = (time.perf_counter() - start) / 60
+    result = {
+        name: {"neurons": edit.num_neurons if edit else 0, "overlap": overlap, "minutes": minutes[name],
+               "figures": figures(marks, columns["base"], columns[name]),
+               "KL": interval(neutral.columns(texts, logits[name], logits["base"]), neutral.KL.of)}
+        for name, (edit, overlap) in rows.items()
+    }  # fmt: skip
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, {mark.name: len(mark.sizes) for mark in marks})
+
+
+def edits(checkpoint, path, contrastive_tau):
+    """{row: (edit or None, share of its neurons that the controls select too)}."""
+    scores, found = load_scores(path), {"base": (None, None)}
+    rules = {
+        "paper's rule, factor 2": dict(rule="paper", factor=2.0),
+        "paper's rule, factor 3.5": dict(rule="paper", factor=3.5),
+        f"contrastive, tau {contrastive_tau:g}, factor 2": dict(rule="contrastive", tau=contrastive_tau, factor=2.0),
+    }
+    for left_out in dict.fromkeys(q.dimension for q in scores.questions if not q.control):
+        only = [q.control or q.dimension != left_out for q in scores.questions]
+        rules[f"paper's rule without {left_out}, factor 2"] = dict(rule="paper", factor=2.0, only=only)
+    for name, rule in rules.items():
+        try:
+            chosen = selection(scores, **rule)
+        except EditError:
+            print(f"{name}: selects nothing")
+            continue
+        summary = chosen.summary()
+        found[name] = chosen.edit, summary["controls_overlap"] / summary["neurons"]
+    edit = found["paper's rule, factor 2"][0]
+    neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, edit.site))
+    found["random neurons, factor 2"] = random_edit(edit, neurons, 0), None
+    found["control questions' neurons, factor 2"] = _by_controls(edit, checkpoint, path), None
+    return found
+
+
+def figures(marks, base, columns):
+    """{task: {group or "": {figure: [value, change, low, high]}}}."""
+    result = {}
+    for mark in marks:
+        groups = [""] + (sorted({*mark.groups}) if mark.name.startswith("stereoset") else [])
+        for group in groups:
+            chosen = [i for i, g in enumerate(mark.groups) if group in ("", g)]
+            before, after = base[mark.name][chosen], columns[mark.name][chosen]
+            result.setdefault(mark.name, {})[group] = {
+                figure.name: [float(figure.of(after.mean(0))), *change([before], [after], figure.of)]
+                for figure in mark.figures
+                if figure.name in SHOWN[mark.name]
+            }
+    return result
+
+
+def show(result, items):
+    print(f"items: {items}")
+    print("| row | neurons | overlap | " + " | ".join(f"{t} {f}" for t in SHOWN for f in SHOWN[t]) + " | KL | min |")
+    print("|---" * (5 + sum(map(len, SHOWN.values()))) + "|")
+    for name, row in result.items():
+        cells = [f"{cell(f, row['figures'][t][''][f])}" for t in SHOWN for f in SHOWN[t]]
+        overlap = "" if row["overlap"] is None else f"{row['overlap']:.0%}"
+        kl = "{:.1e} [{:.1e}, {:.1e}]".format(*row["KL"])
+        print(f"| {name} | {row['neurons']} | {overlap} | " + " | ".join(cells) + f" | {kl} | {row['minutes']:.1f} |")
+    for group in [g for g in result["base"]["figures"]["stereoset_intrasentence"] if g]:
+        for name, row in result.items():
+            found = row["figures"]["stereoset_intrasentence"][group]
+            print(f"{group}: {name}: " + ", ".join(f"{f} {cell(f, v)}" for f, v in found.items()))
+
+
+def cell(figure, values):
+    value, moved, low, high = (f"{v + 0.0:.{4 if 'margin' in figure else 1}f}" for v in values)
+    return f"{value} ({moved} [{low}, {high}])" if float(low) or float(high) else value
+
+
+if __name__ == "__main__":
+    main()
