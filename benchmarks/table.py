@@ -90,6 +90,9 @@ def edits(checkpoint, path, contrastive_tau):
         except EditError:
             print(f"{name}: selects nothing")
             continue
+        if twin := next((n for n, (e, _) in found.items() if e and e.factors == chosen.edit.factors), None):
+            print(f"{name}: the same edit as {twin}")
+            continue
         summary = chosen.summary()
         found[name] = chosen.edit, summary["controls_overlap"] / summary["neurons"]
     edit = found["paper's rule, factor 2"][0]
