@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING
@@ -43,24 +43,24 @@ class Space:
     per_dimension: bool = False
 
     def __post_init__(self) -> None:
-        known = {"rules": RULES, "combines": COMBINE}
-        for name, values in asdict(self).items():
-            if name == "per_dimension" or values is None:
+        for name, (good, allowed) in _VALUES.items():
+            values = getattr(self, name)
+            if values is None:
                 continue
             if not values or len(set(values)) != len(values):
                 raise InputError(f"the space needs values, each once: {name} is {shown(list(values))}")
-            for value in values:
-                if name in known:
-                    good = value in known[name]
-                else:
-                    good = 0 <= value <= (1 if name != "factors" else 2**16) and (name != "factors" or value != 1)
-                if not good:
-                    raise InputError(f"the space: {shown(value)} is no value for {name} ({_ALLOWED[name]})")
+            if wrong := [value for value in values if not good(value)]:
+                raise InputError(f"the space: {shown(wrong[0])} is no value for {name} ({allowed})")
 
 
-_ALLOWED = {
-    "factors": "numbers from 0, and not 1, which changes nothing", "taus": "numbers from 0 to 1",
-    "betas": "numbers from 0 to 1", "rules": ", ".join(RULES), "combines": ", ".join(COMBINE),
+def _share(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+_VALUES: dict[str, tuple[Callable, str]] = {
+    "factors": (lambda f: 0 <= f <= 2**16 and f != 1, "numbers from 0, and not 1, which changes nothing"),
+    "taus": (_share, "numbers from 0 to 1"), "betas": (_share, "numbers from 0 to 1"),
+    "rules": (RULES.__contains__, ", ".join(RULES)), "combines": (COMBINE.__contains__, ", ".join(COMBINE)),
 }  # fmt: skip
 
 
