@@ -9,17 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from .errors import one_line
 
 _WIDTH = 480
 _LEFT = 96  # room for the labels of rows
 COLUMNS = 16  # of the overlap plot: more would not be legible
-_ALONE = (  # of a plot that is a file of its own, in the light colours of the page
-    "text{font:12px system-ui,sans-serif;fill:#1b1f24}.quiet{fill:#4d5661}.first{fill:#0b62c4}.second{fill:#b34700}"
-    ".ring,.around{fill:none;stroke:#4d5661}.around{stroke-width:2}.grid{stroke:#c9d0d8;stroke-width:.5}"
-    ".axis{stroke:#4d5661}.step{fill:none;stroke:#0b62c4}svg{background:#fff}"
-)
+_PIXELS = 640  # across, of a plot that is a file of its own
 
 
 def words(value: object) -> str:
@@ -197,7 +194,15 @@ def pareto(points: Sequence[tuple[float, float, bool, bool, bool]], figure: str)
 
 
 def standalone(drawing: str) -> str:
-    """A plot as a file of its own."""
-    return drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
-        "<title", f"<style>{_ALONE}</style><title", 1
-    ) + "\n"
+    """A plot as a file of its own.
+
+    It has the page's colours for both themes, and a ground, since whoever shows it may follow another theme than it.
+    """
+    sheet = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    colours = sheet[sheet.index(":root") : sheet.index("* {")].rstrip()
+    marks = [line for line in sheet.splitlines() if line.startswith("svg ")]
+    style = "\n".join(["<style>", colours, *marks, "svg .ground { fill: var(--paper); }", "</style>"])
+    ground = '<rect class="ground" width="100%" height="100%" rx="6"/>'
+    root = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_PIXELS}"'
+    head, body = drawing.replace("<svg", root, 1).split("</desc>", 1)
+    return f"{head}</desc>\n{style}\n{ground}\n{body}\n"

@@ -54,8 +54,10 @@ def command(source, scores, out, tasks, as_json, per_dimension, **values) -> Non
     least bias is chosen that goes beyond random neurons; if there is none, the test half stays unused. It is scored
     once, for the chosen edit: OUT then confirms no other choice.
 
-    A bias task is needed, and a capability task (where there is none, the recipe's questions bound the loss). Needs
-    lm-eval, and Optuna for spaces larger than --trials: pip install 'kbne-edit[tune]'.
+    A bias task is needed, and a capability task (where there is none, the recipe's questions bound the loss).
+
+    \b
+    Needs lm-eval, and Optuna for spaces larger than --trials: pip install 'kbne-edit[tune]'.
     """
     from ..search import Space
     from ..tuning import tune
