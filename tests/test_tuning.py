@@ -386,6 +386,32 @@ def test_a_loss_that_is_not_excluded_keeps_an_edit_out(scores, tmp_path):
     assert not broken["front"] and result["chosen"] != broken["edit"]
 
 
+def test_both_sites_are_tried(scores, tmp_path):
+    locate("demo", tmp_path / "gate.safetensors", Settings(questions=9, site="gate"))
+    space = Space(factors=(2.0,), taus=(0.1,), rules=("paper",))
+    files = [scores, tmp_path / "gate.safetensors"]
+    result = tune("demo", files, tmp_path / "out", **ASKED | dict(space=space, dev_only=True))
+    assert [p["settings"][0]["site"] for p in result["points"]] == ["down", "gate"] == list(result["scores"])
+    assert [p["edit"] for p in result["points"]] == [select(load_scores(path)).sha256 for path in files]
+
+
+def test_benchmarks_from_files_steer_together(scores, scorer, tmp_path):
+    """The mean of three tasks' changes, and the accuracy of arc_easy as the bound."""
+    names, data = ["stereoset_intrasentence", "crows_pairs", "probes", "arc_easy"], bench_data.write(tmp_path / "data")
+    space = Space(factors=(4.0,), taus=(0.1,), rules=("paper",))
+    result = tune("demo", scores, tmp_path / "out", space=space, tasks=names, data=data, margin=45, dev_only=True)
+    assert result["steered_by"] == names[:3] and result["bounded_by"] == ["arc_easy"]
+    (point,) = result["points"]
+    marks = benchmarks(names, data, None, load_recipe("demo"), scorer, scorer.tokenizer)
+    (dev, _), changes = halves(marks, ["a", "b"], [[1], [2]], 0), []
+    for mark in dev.marks[:3]:
+        before = mark.columns(scorer.score(mark.pairs))[:, 2].mean()
+        with hooked(scorer.model, _edits(result, scores)[point["edit"]]):
+            changes.append(mark.columns(scorer.score(mark.pairs))[:, 2].mean() - before)
+        assert result["base_bias"][mark.name] == pytest.approx(before, abs=PER_TOKEN)
+    assert point["bias"][0] == pytest.approx(np.mean(changes), abs=2 * PER_TOKEN) and np.ptp(changes) > 0.01
+
+
 def test_a_bound_on_the_cost_keeps_edits_out(tuned, scores, tmp_path):
     costs = sorted(p["kl"] for p in tuned[1]["points"])
     bound = (costs[1] + costs[2]) / 2
