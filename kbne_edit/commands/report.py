@@ -12,8 +12,10 @@ from . import options
 @options.out("Page to write, e.g. report.html.")
 @click.option("--scores", type=click.Path(path_type=Path),
               help="Scores of its run.  [default: BAKED.work/scores.safetensors, if it fits]")  # fmt: skip
+@click.option("--tuning", type=click.Path(path_type=Path),
+              help="The tune.json that chose its edit.  [default: BAKED.work/tune.json, if it did]")  # fmt: skip
 @options.JSON
-def command(baked, out, scores, as_json) -> None:
+def command(baked, out, scores, tuning, as_json) -> None:
     """Write one page on a baked directory for those who must judge it: no model is loaded, no network used."""
     from ..errors import OutputError
     from ..files import write_text
@@ -24,7 +26,7 @@ def command(baked, out, scores, as_json) -> None:
 
     if baked.resolve() in out.resolve().parents:
         raise OutputError(f"{out} lies in {baked}, whose manifest does not know it: choose another --out")
-    found = build(baked, scores, say)
+    found = build(baked, scores, say, tuning)
     write_text(out, render(found))
     lines = [f"{v['about']}: {STATES[v['state']]}. {v['text']}" for v in found["verdicts"]]
     options.show(found, as_json, [*lines, f"written: {out}"])
