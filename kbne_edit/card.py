@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from .selection import described
+
 _CARD = "README.md"
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
 
@@ -224,8 +226,7 @@ def _done(manifest: dict) -> list[str]:
         f"The neurons were located with the recipe `{_recipe(manifest)}`: {asked['questions']} questions about bias, "
         f"of which the base answers {asked['right']} rightly ({answers}), and {asked['controls']} unrelated ones "
         f"({asked['controls_right']} rightly). Scores are integrated gradients; the largest gap in completeness is "
-        f"{asked['largest_residual']:.1%} of a question's largest score. Selection: rule {chosen['rule']}, tau "
-        f"{chosen['tau']:g}, beta {chosen['beta']:g}, {chosen['combine']} over the dimensions.",
+        f"{asked['largest_residual']:.1%} of a question's largest score. Selection: {described(chosen)}.",
     ]
 
 
@@ -296,6 +297,12 @@ def _not_found(manifest: dict) -> list[str]:
         )
     else:
         lines.append("- Whether the neurons are specific to bias: no control was asked.")
+    shared, total = (sum(column) for column in zip(*selection.get("unseen") or [(0, 0)], strict=True))
+    if shared:
+        lines.append(
+            f"- Neurons that serve questions about bias alone: of those selected without one half of the controls, "
+            f"{shared / total:.0%} are among as many that this half uses most."
+        )
     if further := sorted(set(summary) - {"effect", "selection", "attribution"}):
         lines.append(f"- Further figures of the run stand in `kbne_edit.json`: {', '.join(further)}.")
     else:

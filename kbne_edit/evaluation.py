@@ -200,7 +200,7 @@ def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
     scores = load_scores(path)
     if (scores.base, scores.site) != (checkpoint.fingerprint(), edit.site):
         raise ScoresError(f"{path} was made for another model or site than the edit: locate again")
-    rule = {k: v for k, v in edit.found.get("select", {}).items() if k in ("rule", "tau", "beta", "combine")}
+    rule = {k: v for k, v in edit.found.get("select", {}).items() if k in ("rule", "tau", "beta", "top", "combine")}
     mask = selection(scores, **rule).controls
     if mask is None or not mask.any():
         raise ScoresError(f"{path} has no control questions that select a neuron: leave --scores out")

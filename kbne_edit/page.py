@@ -13,7 +13,8 @@ from . import plots
 from .card import margin_changes
 from .errors import one_line
 from .plots import words
-from .wording import LIMITS, NOT_COVERED, SERVES, STATES
+from .selection import described
+from .wording import LIMITS, NOT_COVERED, RULES, SERVES, STATES
 
 _CONTROLS = "controls"
 
@@ -150,11 +151,8 @@ def _change(report: dict) -> list[str]:
     else:
         by = "" if chosen["on_record"] else " (the edit names no thresholds: these are the published ones)"
         lines.append(
-            f"<p>Selection: rule {words(chosen['rule'])}, tau {chosen['tau']:g}, beta {chosen['beta']:g}, "
-            f"{words(chosen['combine'])} over the dimensions{by}; recipe {_code(chosen['recipe'])}, "
-            f"{chosen['questions']} questions and {chosen['controls']} controls. A neuron counts for a question if its "
-            "share of the question's largest score exceeds tau (under the contrastive rule: tau and what matched "
-            "controls reach); it is kept for a dimension if it counts in the share beta of its questions.</p>"
+            f"<p>Selection: {words(described(chosen))}{by}; recipe {_code(chosen['recipe'])}, "
+            f"{chosen['questions']} questions and {chosen['controls']} controls. {RULES.get(chosen['rule'], '')}</p>"
         )
     return [*lines, _neuron_table(report)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from .formats import check_form, load_edit, write_adapter, write_delta
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
 from .source import Source, resolved
+from .statistics import wilson
 
 if TYPE_CHECKING:
     from .attribution import Attribution
@@ -49,6 +49,7 @@ class Settings:
     rule: str | None = None
     tau: float | None = None
     beta: float | None = None
+    top: float | None = None
     combine: str | None = None
     dimensions: tuple[str, ...] | None = None
     factor: float | None = None
@@ -169,7 +170,6 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
 
 def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> dict:
     """Rule and thresholds that recipe and settings ask for, as arguments of `select`."""
-    given = {key: getattr(settings, key) for key in ("rule", "tau", "beta", "combine")}
     known = {question.dimension for question in scores.questions if not question.control}
     if unknown := set(settings.dimensions or ()) - known:
         raise InputError(f"no question is of {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
@@ -178,7 +178,12 @@ def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> dict:
         (question.control or question.dimension in wanted) and (bool(right) or not settings.drop_wrong)
         for question, right in zip(scores.questions, scores.correct, strict=True)
     ]
-    return recipe.select | {key: value for key, value in given.items() if value is not None} | {"only": only}
+    given = {key: getattr(settings, key) for key in ("rule", "tau", "beta", "top", "combine")}
+    given = {key: value for key, value in given.items() if value is not None}
+    rule = recipe.select | ({"top": None} if "tau" in given else {}) | given
+    if rule["rule"] == "specific" and {"tau", "beta"} & set(given):
+        raise InputError("the specific rule has neither --tau nor --beta: choose how many neurons with --top")
+    return rule | {"only": only}
 
 
 def choose(scores: Scores, recipe: Recipe, settings: Settings):
@@ -275,7 +280,7 @@ def attribution_summary(scores: Scores) -> dict:
                 for k in sorted(set(keys))}  # fmt: skip
 
     everywhere = tally(lambda q: q.answer, asked + controls)
-    bounds = np.mean([_wilson(*counts) for counts in everywhere.values()], 0)
+    bounds = np.mean([wilson(*counts) for counts in everywhere.values()], 0)
     balanced = [float(np.mean([k / n for k, n in everywhere.values()])), *map(float, bounds)]
     return {
         "questions": len(asked), "right": int(right[asked].sum()),
@@ -285,13 +290,6 @@ def attribution_summary(scores: Scores) -> dict:
         "wrong": [questions[i].text for i in asked if not right[i]],
         "largest_residual": float(scores.residual.max()), "nodes_per_layer": float(scores.nodes.mean()),
     }  # fmt: skip
-
-
-def _wilson(k: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson's score interval)."""
-    z2 = 1.96**2
-    middle, half = (k + z2 / 2) / (n + z2), 1.96 * math.sqrt(k * (n - k) / n + z2 / 4) / (n + z2)
-    return middle - half, middle + half
 
 
 def _size(edit: Edit, checkpoint: Checkpoint) -> dict:

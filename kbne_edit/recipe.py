@@ -10,7 +10,8 @@ import math
 import re
 import string
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -23,7 +24,7 @@ _KEYS = {
     "controls", "probes",
 }  # fmt: skip
 _MOST_BYTES, _MOST_QUESTIONS = 1 << 20, 10_000  # a YAML reader in Python takes seconds for a megabyte
-RULES, COMBINE = ("paper", "contrastive"), ("union", "intersection")
+RULES, COMBINE = ("paper", "contrastive", "paired", "specific"), ("union", "intersection")
 # What is asked of probes: that neither sentence of a pair is preferred, or that the first becomes less probable than
 # the second. The keys of the two sentences in a recipe.
 AIMS = {"balance": ("stereotype", "anti_stereotype"), "avoid": ("unwanted", "wanted")}
@@ -31,13 +32,17 @@ AIMS = {"balance": ("stereotype", "anti_stereotype"), "avoid": ("unwanted", "wan
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its right answer. form: the sentence pattern, by which controls are matched."""
+    """One question with its right answer. form: the sentence pattern, by which controls are matched.
+
+    twin: text of the control that is this question but for what it is about (one word, at best), with the same answer.
+    """
 
     text: str
     answer: str
     dimension: str
     form: str
     control: bool = False
+    twin: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,18 @@ class Recipe:
     sha256: str
 
     def ask(self, count: int | None) -> tuple[Question, ...]:
-        """The first `count` questions (None: 45, or all if there are fewer), then as many controls at most."""
+        """The first `count` questions (None: 45, or all if there are fewer), their twins, as many controls at most."""
         count = min(45, len(self.questions)) if count is None else count
         if count != len(self.questions) and count not in self.subsets:
             known = ", ".join(map(str, sorted({*self.subsets, len(self.questions)})))
             raise RecipeError(f"recipe {self.name}", [f"--questions {count} is none of its subsets ({known})"])
-        return self.questions[:count] + self.controls[: min(count, len(self.controls))]
+        asked = self.questions[:count]
+        return asked + _twins(asked) + self.controls[:count]
+
+
+def _twins(questions: Sequence[Question]) -> tuple[Question, ...]:
+    """The questions' twins, which are controls as any other."""
+    return tuple(replace(q, text=q.twin, twin="", control=True) for q in questions if q.twin)
 
 
 def recipe_names() -> list[str]:
@@ -169,7 +180,7 @@ class _Parser:
         controls = self.section(data.get("controls") or {}, "controls", answers, True)
         if not questions:
             self.faults.append("questions: there are none")
-        texts = Counter(q.text for q in questions + controls)
+        texts = Counter(q.text for q in questions + _twins(questions) + controls)
         self.faults += [f"question stands twice: {shown(t)}" for t, count in sorted(texts.items()) if count > 1]
         result = Recipe(
             self.string(data.get("name"), "name"), self.string(data.get("description", ""), "description"),
@@ -217,13 +228,14 @@ class _Parser:
         if not isinstance(value, dict):
             self.faults.append("select must be a mapping")
             return {}
-        self.unknown(value, {"rule", "tau", "beta", "combine"}, "select")
+        self.unknown(value, {"rule", "tau", "beta", "top", "combine"}, "select")
         result = {"rule": value.get("rule", "paper"), "combine": value.get("combine", "union")}
         for key, known in (("rule", RULES), ("combine", COMBINE)):
             if result[key] not in known:
                 self.faults.append(f"select.{key} is {shown(result[key])}; it must be one of {', '.join(known)}")
         for key in ("tau", "beta"):
             result[key] = self.number(value.get(key, 0.1), f"select.{key}", 0, 1)
+        result["top"] = self.number(value["top"], "select.top", 0, 1) if "top" in value else None
         return result
 
     def subsets(self, value: object, count: int) -> tuple[int, ...]:
@@ -237,11 +249,7 @@ class _Parser:
             self.faults.append(f"{where} must be a mapping with forms, dimensions and concepts, or items")
             return ()
         self.unknown(value, {"forms", "dimensions", "concepts", "items"}, where)
-        rows = [
-            {**{k: form.get(k) for k in ("answer",)}, "text": text, "dimension": dimension, "form": name}
-            for text, form, name, dimension in self.grid(value, where)
-        ]
-        items = value.get("items", [])
+        rows, items = self.grid(value, where), value.get("items", [])
         if not isinstance(items, list):
             self.faults.append(f"{where}.items must be a list")
             items = []
@@ -251,17 +259,20 @@ class _Parser:
             if not isinstance(item, dict) or not {"text", "answer", "dimension"} <= set(item):
                 self.faults.append(f"{spot}: needs text, answer and dimension")
                 continue
-            self.unknown(item, {"text", "answer", "dimension", "form"}, spot)
+            self.unknown(item, {"text", "answer", "dimension", "form", "twin"}, spot)
             if item["answer"] not in answers:
                 self.faults.append(f"{spot}: answer {shown(item['answer'])} is none of {', '.join(answers)}")
-            text, answer, dimension, form = (
-                self.string(item.get(key, ""), f"{spot}: {key}") for key in ("text", "answer", "dimension", "form")
+            if control and "twin" in item:
+                self.faults.append(f"{spot}: a control has no twin; it is one")
+            text, answer, dimension, form, twin = (
+                self.string(item.get(key, ""), f"{spot}: {key}")
+                for key in ("text", "answer", "dimension", "form", "twin")
             )
-            questions.append(Question(text, answer, dimension, form, control))
+            questions.append(Question(text, answer, dimension, form, control, twin))
         return tuple(questions)
 
-    def grid(self, value: dict, where: str) -> list[tuple[str, dict, str, str]]:
-        """Every concept meets every dimension in every form, concept by concept."""
+    def grid(self, value: dict, where: str) -> list[dict]:
+        """Every concept meets every dimension in every form, concept by concept: items, as `items` lists them."""
         parts = [value.get(key, {}) for key in ("forms", "dimensions", "concepts")]
         if not any(parts):
             return []
@@ -272,6 +283,8 @@ class _Parser:
         if math.prod(map(len, parts)) > _MOST_QUESTIONS:
             self.faults.append(f"{where}: the grid has more than {_MOST_QUESTIONS} questions")
             return []
+        for name, form in forms.items():
+            self.unknown(form, {"text", "twin", "answer"}, f"{where}: form {shown(name)}")
         rows = []
         for number, (concept, fields) in enumerate(concepts.items()):
             for dimension, about in dimensions.items():
@@ -283,8 +296,9 @@ class _Parser:
                 values = {k: v for k, v in about.items() if k != "pairs"} | fields | pair
                 for name, form in forms.items():
                     spot = f"{where}: form {shown(name)} with {shown(concept)}, {shown(dimension)}"
-                    text = self.fill(form.get("text"), values, spot)
-                    rows.append((text, form, str(name), str(dimension)))
+                    texts = {key: self.fill(form.get(key), values, spot) for key in ("text", "twin")
+                             if key == "text" or key in form}  # fmt: skip
+                    rows.append({**texts, "answer": form.get("answer"), "dimension": str(dimension), "form": str(name)})
         return rows
 
     def fill(self, text: object, values: dict, where: str) -> str:

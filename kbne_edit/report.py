@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 VERSION = 1
 TOKENS, QUESTIONS, STRONGEST = 6, 3, 60  # shown per neuron, per neuron, on the map
 _OPTIONAL = ("difference", "noise", "kl", "top1", "greedy", "rerouted")  # figures of the second proof
-_PAPER = {"rule": "paper", "tau": 0.1, "beta": 0.1, "combine": "union"}
+_PAPER = {"rule": "paper", "tau": 0.1, "beta": 0.1, "top": None, "combine": "union"}
 
 
 def build(
@@ -345,7 +345,7 @@ def _entry(j: int, layer: int, neuron: int, groups: dict, controls, share: np.nd
         "controls": None if None not in figures else figures[None],
         "selected_by_controls": None if controls is None else bool(controls[layer, neuron]),
         "questions": [
-            {key: value for key, value in asdict(scores.questions[q]).items() if key != "form"}
+            {key: value for key, value in asdict(scores.questions[q]).items() if key not in ("form", "twin")}
             | {"share": round(float(share[q]), 6)}
             for q in most
         ],

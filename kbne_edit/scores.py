@@ -69,7 +69,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
             header = parse_json(file.read(shard.data_start)[8:], f"the header of {path}")
         meta = parse_json(header["__metadata__"]["kbne"].encode(), f"the metadata of {path}")
         known = {field.name: bool if field.name == "control" else str for field in fields(Question)}
-        if not all({k: type(v) for k, v in q.items()} == known for q in meta["questions"]):
+        if not all({"twin": str} | {k: type(v) for k, v in q.items()} == known for q in meta["questions"]):
             raise TypeError
         if meta["site"] not in SITES or not all(isinstance(meta[k], str) for k in ("base", "model", "recipe")):
             raise TypeError
@@ -98,7 +98,9 @@ class ScoresWriter:
 
     def __init__(self, path: Path, questions: tuple[Question, ...], layers: int, neurons: int, settings: dict):
         self.path = path
-        meta = json.dumps({**settings, "questions": [asdict(q) for q in questions]}, sort_keys=True)
+        # A twin is written where there is one, so that all other files keep their bytes.
+        about = [{k: v for k, v in asdict(q).items() if k != "twin" or v} for q in questions]
+        meta = json.dumps({**settings, "questions": about}, sort_keys=True)
         with write_errors(path):
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
             self._handle = self._open(meta, {"Q": len(questions), "L": layers, "F": neurons})

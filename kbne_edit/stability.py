@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import EditError, InputError
-from .selection import ballot, combined, needed, selection
+from .selection import ballot, combined, nothing, questions, selection
 
 if TYPE_CHECKING:
     from .scores import Scores
@@ -19,41 +19,35 @@ _TOP = 1000  # neurons of either side whose ranks are compared
 
 
 def stability(
-    scores: Scores, *, draws: int = 200, seed: int = 0, rule="paper", tau=0.1, beta=0.1, combine="union", only=None
-) -> dict:
+    scores: Scores, *, draws: int = 200, seed: int = 0, rule="paper", tau=0.1, beta=0.1, top=None, combine="union",
+    only=None,
+) -> dict:  # fmt: skip
     """A bootstrap over the questions of each dimension; controls are not resampled.
 
     Returns {"neurons": {layer: {neuron: share of draws that select it}} of the selection from all questions, "jaccard":
     [mean, low, high] (95 % of the draws) between a draw's selection and that one, "size": the same of the number of
     neurons, "draws": draws}. Settings and errors as of `select`.
     """
-    votes = ballot(scores, None, None, None, None, rule, tau, beta, combine, "down", None, only)
+    votes = ballot(questions(scores, only=only), rule, tau, beta, top, combine)
     rng = np.random.default_rng(seed)
-    masks = {name: np.stack([votes.counts(q) for q in asked]) for name, asked in votes.dimensions.items()}
-    shape = next(iter(masks.values())).shape[1:]
-    candidates = np.flatnonzero(sum(mask.any(0) for mask in masks.values()))
-    flat = {name: mask.reshape(len(mask), -1)[:, candidates].astype(np.int32) for name, mask in masks.items()}
-
-    def chosen(weights: dict[str, np.ndarray]) -> np.ndarray:
-        return combined([w @ flat[name] >= needed(beta, len(flat[name])) for name, w in weights.items()], combine)
-
-    whole = chosen({name: np.ones(len(v), int) for name, v in flat.items()})
+    whole = combined(list(votes.masks().values()), combine)
     if not whole.any():
-        raise EditError(f"no neuron counts (rule {rule}, tau {tau:g}, beta {beta:g}): lower --tau or --beta")
-    found = np.stack([
-        chosen({name: np.bincount(rng.integers(0, len(v), len(v)), minlength=len(v)) for name, v in flat.items()})
-        for _ in range(draws)
-    ])  # fmt: skip
+        raise EditError(nothing(rule, tau, beta, combine, top))
+    times, jaccard, sizes = np.zeros(int(whole.sum())), [], []
+    for _ in range(draws):
+        drawn = {name: asked[rng.integers(0, len(asked), len(asked))] for name, asked in votes.dimensions.items()}
+        mask = combined([votes.kept[name](asked) for name, asked in drawn.items()], combine)
+        times += mask[whole]
+        jaccard.append((mask & whole).sum() / (mask | whole).sum())
+        sizes.append(mask.sum())
     shares: dict[int, dict[int, float]] = {}
-    for place, share in zip(candidates[whole], found[:, whole].mean(0), strict=True):
-        layer, neuron = divmod(int(place), shape[1])
-        shares.setdefault(layer, {})[neuron] = float(share)
-    jaccard = (found & whole).sum(1) / (found | whole).sum(1)
-    return {"neurons": shares, "jaccard": _spread(jaccard), "size": _spread(found.sum(1)), "draws": draws}
+    for (layer, neuron), count in zip(np.argwhere(whole).tolist(), times.tolist(), strict=True):
+        shares.setdefault(layer, {})[neuron] = count / draws
+    return {"neurons": shares, "jaccard": _spread(jaccard), "size": _spread(sizes), "draws": draws}
 
 
-def _spread(values: np.ndarray) -> list[float]:
-    return [float(values.mean()), *(float(q) for q in np.quantile(values, [0.025, 0.975]))]
+def _spread(values: list) -> list[float]:
+    return [float(np.mean(values)), *(float(q) for q in np.quantile(values, [0.025, 0.975]))]
 
 
 def agreement(a: Scores, b: Scores, **settings) -> dict:

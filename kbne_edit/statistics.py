@@ -91,6 +91,13 @@ def least_change(before: np.ndarray, after: np.ndarray) -> float:
     return (up - down) / n - 1.96 * math.sqrt(up + down + 1 - (up - down) ** 2 / n) / n
 
 
+def wilson(k: float, n: float) -> tuple[float, float]:
+    """95 % interval of a share, k of n (Wilson's score interval)."""
+    z2 = 1.96**2
+    middle, half = (k + z2 / 2) / (n + z2), 1.96 * math.sqrt(k * (n - k) / n + z2 / 4) / (n + z2)
+    return middle - half, middle + half
+
+
 def permutation(before: np.ndarray, after: np.ndarray, figure: Figure = mean) -> float:
     """Two-sided p of figure(after) - figure(before), by exchanging before and after item by item, seeded.
 

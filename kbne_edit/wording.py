@@ -4,6 +4,19 @@ from __future__ import annotations
 
 STATES = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not known"}  # state: its word
 
+_COUNTS = (
+    "A neuron counts for a question if its share of the question's largest score exceeds {} by tau (or is among the "
+    "largest there); it is kept for a dimension if it counts in the share beta of its questions."
+)
+RULES = {  # rule of selection: what it does
+    "paper": _COUNTS.format("0"),
+    "contrastive": _COUNTS.format("what matched controls reach"),
+    "paired": _COUNTS.format("its share in the question's twin"),
+    "specific": "Kept are the neurons whose mean share of the questions' largest scores exceeds that in matched "
+    "controls by most, less the error that chance leaves over all neurons. A neuron counts for a question if its share "
+    "exceeds that mean in controls.",
+}
+
 LIMITS = (
     "The edit scales neurons with which the model answers questions about bias. It removes nothing, and only what was "
     "measured says what it does to other text.",

@@ -26,7 +26,7 @@ def test_a_recipe_is_balanced_and_its_controls_match(name):
     recipe = load_recipe(name)
     questions, controls = recipe.questions, recipe.controls
     assert recipe.name == name and len(questions) >= 27 and len(controls) >= 18
-    texts = Counter(" ".join(q.text.casefold().split()) for q in questions + controls)
+    texts = Counter(" ".join(q.text.casefold().split()) for q in recipe.ask(len(questions)))
     assert [text for text, count in texts.items() if count > 1] == []
     for count in (*recipe.subsets, len(questions)):
         asked = recipe.ask(count)
@@ -38,6 +38,23 @@ def test_a_recipe_is_balanced_and_its_controls_match(name):
         assert len(set(Counter(q.dimension for q in asked if not q.control).values())) == 1
     assert not {q.dimension for q in questions} & {q.dimension for q in controls}
     assert recipe.ask(None)  # the default number of questions is one of its sizes
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if any(q.twin for q in load_recipe(n).questions)])
+def test_a_twin_differs_in_one_word(name):
+    recipe = load_recipe(name)
+    for question in recipe.questions:
+        one, other = question.text.split(), question.twin.split()
+        assert len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) == 1
+    asked, count = recipe.ask(9), 9
+    twins = asked[count : 2 * count]
+    assert [(t.text, t.answer, t.form, t.dimension) for t in twins] == [
+        (q.twin, q.answer, q.form, q.dimension) for q in asked[:count]
+    ]
+    assert all(t.control and not t.twin for t in twins) and asked[2 * count :] == recipe.controls[:count]
+    words = [[set(text.split()) for text in (q.text, q.twin)] for q in recipe.questions]
+    groups, others = ({word for pair in words for word in pair[i] - pair[1 - i]} for i in (0, 1))
+    assert not groups & others
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if load_recipe(n).probes])
@@ -124,6 +141,52 @@ def test_faults_of_probes_are_named(tmp_path):
     with pytest.raises(RecipeError) as error:
         load_recipe(_demo_with(tmp_path, probes))
     assert "probes.aim is ['x']" in str(error.value) and "needs exactly stereotype" in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- twins
+
+
+TWINS = """
+kbne_recipe: 1
+name: t
+prompt: {plain: "{question}"}
+answers: ["yes", "no"]
+questions:
+  forms: {f: {text: "Does being {a} make one lazy?", twin: "Does being {b} make one lazy?", answer: "no"}}
+  dimensions: {d: {pairs: [[left-handed, upstairs]]}}
+  concepts: {c: {}}
+  items:
+    - {text: "Is it so?", twin: "Is it not?", answer: "yes", dimension: d}
+    - {text: "Is it?", answer: "no", dimension: d}
+controls: {items: [{text: "Is ice cold?", answer: "yes", dimension: nature}]}
+"""
+
+
+def test_twins_of_forms_and_of_items(tmp_path):
+    (tmp_path / "r.yaml").write_text(TWINS)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert [q.twin for q in recipe.questions] == ["Does being upstairs make one lazy?", "Is it not?", ""]
+    assert [(q.text, q.answer) for q in recipe.ask(3) if q.control] == [
+        ("Does being upstairs make one lazy?", "no"), ("Is it not?", "yes"), ("Is ice cold?", "yes"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "old, new, fault",
+    [
+        ("twin: \"Is it not?\"", "twin: 3", "questions 2: twin must be text"),
+        ("twin: \"Is it not?\"", "twin: \"Is ice cold?\"", "question stands twice"),
+        ("twin: \"Is it not?\"", "twin: \"Is it so?\"", "question stands twice"),
+        ("{b} make", "{z} make", "no value for {z}"),
+        ("twin: \"Does", "twn: \"Does", "unknown key"),
+        ("cold?\",", "cold?\", twin: \"Is it warm?\",", "a control has no twin"),
+    ],
+)
+def test_faults_of_twins_are_named(tmp_path, old, new, fault):
+    assert TWINS.count(old) == 1
+    (tmp_path / "r.yaml").write_text(TWINS.replace(old, new))
+    with pytest.raises(RecipeError, match=fault):
+        load_recipe(tmp_path / "r.yaml")
 
 
 # ----------------------------------------------------------------------------------------------------------- skeleton

@@ -1,10 +1,16 @@
 """Selection against rules written out by hand."""
 
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from kbne_edit import select
+from kbne_edit import load_recipe, load_scores, select
 from kbne_edit.errors import EditError, InputError
+from kbne_edit.pipeline import Settings, choosing
+from kbne_edit.recipe import Question
+from kbne_edit.scores import ScoresWriter
 from kbne_edit.selection import selection
 
 
@@ -79,3 +85,140 @@ def test_nothing_selected_and_wrong_settings():
         select(_scores(), tau=2)
     with pytest.raises(InputError, match="control"):
         select(_scores(), rule="contrastive")
+
+
+# -------------------------------------------------------------------------------------------- ranks, twins, differences
+
+
+def test_ranks_in_place_of_tau():
+    scores = np.random.default_rng(0).standard_normal((6, 3, 40)).astype(np.float32)
+    found = selection(scores, top=0.05, beta=0.5)
+    votes = np.zeros(120, int)
+    for row in scores.reshape(6, -1):
+        votes[np.argsort(-row)[:6]] += 1
+    assert {la * 40 + n for la, ns in found.edit.factors.items() for n in ns} == set(np.flatnonzero(votes >= 3))
+    assert found.edit.found["select"]["top"] == 0.05 and "top" not in select(scores).found["select"]
+    few = np.full((1, 1, 40), -1.0, np.float32)
+    few[0, 0, 7] = 1.0
+    assert select(few, top=0.5).factors == {0: {7: 2.0}}  # a rank makes nothing of scores below 0
+
+
+TWINS = dict(
+    dimensions=["a", "a"] + ["c"] * 4, answers=["no"] * 6, controls=[False] * 2 + [True] * 4,
+    twins=[2, 3, -1, -1, -1, -1], rule="paired",
+)  # fmt: skip
+
+
+def _with_twins():
+    scores = np.zeros((6, 1, 5), np.float32)
+    scores[:, 0, 0] = 1.0  # says the answer
+    scores[:4, 0, 1] = 0.5  # what question and twin have in common
+    scores[0, 0, 2] = 0.5  # of the first question, and not of its twin
+    scores[3, 0, 2] = 0.5  # of the other's twin
+    return scores
+
+
+def test_paired_rule():
+    assert select(_with_twins(), **TWINS).factors == {0: {2: 2.0}}
+    found = selection(_with_twins(), **TWINS)
+    assert not found.controls.any()
+    scores = _with_twins()
+    scores[4, 0, 3] = 0.5  # of one control, and not of the one that stands for its twin
+    assert selection(scores, **TWINS).controls.tolist() == [[False, False, False, True, False]]
+    scores[5, 0, 3] = 0.5
+    assert not selection(scores, **TWINS).controls.any()
+    with pytest.raises(InputError, match="question 2 has none"):
+        select(_with_twins(), **TWINS | dict(twins=[2] + [-1] * 5))
+
+
+def test_a_scores_file_knows_the_twins(tmp_path):
+    questions = tuple(
+        [Question(f"q{i}", "no", "a", "f", False, f"t{i}") for i in (0, 1)]
+        + [Question(f"t{i}", "no", "a", "f", True) for i in (0, 1)]
+        + [Question(f"c{i}", "no", "c", "f", True) for i in (0, 1)]
+    )
+    about = {"model": "m", "commit": None, "base": "0" * 64, "recipe": "r", "site": "down"}
+    rest = {"p": 0.5, "p_best_wrong": 0.4, "p_zero": np.zeros(1), "residual": np.zeros(1), "nodes": np.ones(1)}
+    writer = ScoresWriter(tmp_path / "s.safetensors", questions, 1, 5, about)
+    for q, values in enumerate(_with_twins()):
+        writer.write(q, {"scores": values, **rest})
+    writer.close()
+    scores = load_scores(tmp_path / "s.safetensors")
+    assert scores.questions == questions and select(scores, rule="paired").factors == {0: {2: 2.0}}
+    assert [set(q) ^ {f.name for f in fields(Question)} for q in scores.settings["questions"]] == [set()] * 2 + [
+        {"twin"}
+    ] * 4  # files without twins are those of earlier versions, byte for byte
+
+
+def _planted(seed, strength, questions=18, controls=18):
+    """Noise in 600 neurons; five of them speak up in the questions, five in everything."""
+    rng = np.random.default_rng(seed)
+    count = questions + controls
+    scores = rng.standard_exponential((count, 3, 200)).astype(np.float32) * rng.standard_exponential((3, 200)) * 0.02
+    scores[:, 0, :5] += 1.0
+    scores[:questions, 2, 10:15] += strength
+    each = range(count)
+    return scores, dict(
+        dimensions=["ab"[i // 3 % 2] for i in each], answers=[("yes", "no", "no")[i % 3] for i in each],
+        forms=[f"f{i % 3}" for i in each], controls=[i >= questions for i in each], rule="specific",
+    )  # fmt: skip
+
+
+def test_specific_rule_finds_what_was_planted():
+    scores, about = _planted(0, 0.3)
+    found = selection(scores, **about, top=0.5)
+    assert {(la, n) for la, ns in found.edit.factors.items() for n in ns} == {(2, n) for n in range(10, 15)}
+    assert found.summary()["unseen"] == [(0, 5), (0, 5)] and not found.controls.any()
+    assert found.counts(0)[2, 10:15].all() and not found.counts(20)[2, 10:15].all()
+    assert len(selection(scores, **about, top=2 / 600).edit.factors[2]) <= 4  # two of each dimension
+    assert selection(scores, **about | dict(rule="paper"), tau=0.5).summary()["unseen"] == [(5, 5), (5, 5)]
+
+
+def test_specific_rule_finds_nothing_where_nothing_is():
+    found = 0
+    for seed in range(30):
+        scores, about = _planted(seed, 0.0, 9, 9)
+        about["dimensions"] = ["a"] * 18
+        try:
+            selection(scores, **about)
+            found += 1
+        except EditError as error:
+            assert "beyond chance" in str(error)
+    assert found <= 6  # of 30 with a chance of 1 in 20, seven or more come in 1 of 2000 such tests
+
+
+def test_specific_rule_needs_a_spread():
+    scores, about = _planted(0, 0.3, 6, 18)  # three questions of each dimension, each of its own form
+    assert select(scores, **about | dict(answers=["no"] * 24, dimensions=["a"] * 24)).factors  # matched by answer alone
+    with pytest.raises(InputError, match="more questions than answers"):
+        select(scores, **about | dict(dimensions=list("aabbcc") + ["d"] * 18))
+    with pytest.raises(InputError, match="more questions than answers"):
+        select(scores, **about | dict(answers=["no"] * 6 + ["yes"] * 18))
+    with pytest.raises(InputError, match="control"):
+        select(scores[:6], rule="specific")
+
+
+def test_overlap_with_controls_that_were_held_out():
+    rng = np.random.default_rng(5)
+    scores = rng.standard_normal((20, 2, 30)).astype(np.float32)
+    about = dict(controls=[False] * 10 + [True] * 10, dimensions=["a"] * 20, tau=0.5)
+    found = selection(scores, **about, rule="contrastive")
+    share = scores.reshape(20, -1) / scores.reshape(20, -1).max(1, keepdims=True)
+    expected = []
+    for held in (range(10, 20, 2), range(11, 20, 2)):
+        rest = np.sort(share[[q for q in range(10, 20) if q not in held]], 0)[-1]  # one of five is a tenth, rounded up
+        chosen = set(np.flatnonzero((share[:10] > 0.5 + np.maximum(rest, 0)).any(0)))
+        used = set(np.argsort(-share[list(held)].mean(0), kind="stable")[: len(chosen)])
+        expected.append((len(chosen & used), len(chosen)))
+    assert found.unseen() == expected and expected[0][1] > 0
+    assert selection(scores[:10], tau=0.5).unseen() == []
+
+
+def test_thresholds_of_recipe_and_command():
+    recipe = replace(load_recipe("demo"), select=dict(rule="paper", tau=0.1, beta=0.1, top=0.01, combine="union"))
+    scores = SimpleNamespace(correct=np.ones(2, bool))
+    assert choosing(scores, recipe, Settings())["top"] == 0.01
+    assert choosing(scores, recipe, Settings(tau=0.2)) == recipe.select | dict(tau=0.2, top=None, only=[True] * 2)
+    assert choosing(scores, recipe, Settings(tau=0.2, top=0.3))["top"] == 0.3
+    with pytest.raises(InputError, match="neither --tau nor --beta"):
+        choosing(scores, recipe, Settings(rule="specific", beta=0.2))

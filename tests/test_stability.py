@@ -48,6 +48,14 @@ def test_only_stable_neurons_are_kept():
         selection(scores).stable({0: {0: 0.5}, 1: {2: 0.5}}, 0.8)
 
 
+def test_the_specific_rule_is_resampled_too():
+    values = np.random.default_rng(0).standard_normal((20, 1, 40)) * 0.01
+    values[:, 0, 0] = 1.0
+    values[:10, 0, 5] += 0.5  # of every question, and of no control
+    found = stability(_scores(values, controls=10), draws=20, rule="specific")
+    assert found["neurons"] == {0: {5: 1.0}} and found["jaccard"][0] > 0.5
+
+
 def test_agreement():
     a = _scores(_ten())
     assert agreement(a, a) == {"neurons": [2, 2, 2], "jaccard": 1.0, "rank": pytest.approx(1.0)}

@@ -51,6 +51,8 @@ def selecting(command):
         click.option("--rule", type=click.Choice(RULES), help="Selection rule.  [default: the recipe's, paper]"),
         click.option("--tau", type=click.FloatRange(0, 1), help="Share of a question's largest score.  [default: 0.1]"),
         click.option("--beta", type=click.FloatRange(0, 1), help="Share of a dimension's questions.  [default: 0.1]"),
+        click.option("--top", type=click.FloatRange(0, 1), help="In place of --tau: so large a share of all neurons, "
+                     "the largest.  [default of the specific rule: 0.002]"),
         click.option("--combine", type=click.Choice(COMBINE), help="Over dimensions.  [default: union]"),
         click.option("--dimensions", metavar="NAMES", help="Only questions of these, commas between.  [default: all]"),
         click.option("--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"),
@@ -118,8 +120,18 @@ def selection_lines(summary: dict) -> list[str]:
             f"{summary['controls_overlap']} of the {summary['neurons']} ({share:.0%}) are among them"
         )
         if share > 0.5:
-            advice = ": compare with --rule contrastive" if summary["rule"] == "paper" else ""
+            advice = ": compare with --rule specific" if summary["rule"] == "paper" else ""
             lines.append(f"  most of this selection is not specific to bias{advice}")
+    if "unseen" in summary:
+        from ..statistics import wilson
+
+        shared, total = (sum(column) / len(summary["unseen"]) for column in zip(*summary["unseen"], strict=True))
+        if total:
+            low, high = wilson(shared, total)
+            lines.append(
+                f"held-out controls: {shared / total:.0%} [{low:.0%}, {high:.0%}] of what is selected without them is "
+                "among as many neurons that they use most"
+            )
     return lines
 
 
