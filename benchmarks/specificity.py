@@ -1,6 +1,6 @@
 """How specific each way of selecting is, and what its neurons do: one table, a row for each rule and scores file.
 
-    python benchmarks/specificity.py MODEL DATA --scores FILE… [--items 150] [--arc 100] [--draws 2] [--most-kl 0.1]
+    python benchmarks/specificity.py MODEL DATA --scores FILE… [--items 150] [--arc 100] [--draws 2] [--only RULE]
 
 MODEL: a directory, or what --in takes. DATA: a folder with StereoSet (intrasentence) and ARC-Easy. FILE: what
 `kbne-edit locate` wrote for MODEL; the rows depend on what was attributed, and on whether the questions have twins.
@@ -53,6 +53,7 @@ def main():
     parser.add_argument("--arc", type=int, default=100)
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--most-kl", type=float, default=0.1)
+    parser.add_argument("--only", metavar="RULE", help="leave out the rows of other rules")
     arguments = parser.parse_args()
     files = {path: load_scores(path) for path in arguments.scores}
     with resolved(arguments.model) as found:
@@ -60,7 +61,7 @@ def main():
     print(f"base: absolute margin {bench.base['dev'].mean():.4f} on dev, {bench.base['test'].mean():.4f} on test; "
           f"ARC-Easy {bench.base['arc'].mean():.0%}\n\n{row(HEAD)}\n{row(['---'] * len(HEAD))}")  # fmt: skip
     for path, scores in files.items():
-        for rule in rules(scores):
+        for rule in [rule for rule in rules(scores) if arguments.only in (None, rule["rule"])]:
             print(row([path.stem, *measured(bench, scores, rule)]), flush=True)
 
 

@@ -193,7 +193,10 @@ def controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: str | Path 
 
 
 def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
-    """Neurons that the controls select by the rule of the edit, with its (most frequent) factor."""
+    """Neurons that the controls select by the paper's rule, with the edit's thresholds and (most frequent) factor.
+
+    The other rules select next to nothing from controls: there, as many neurons as the controls use most.
+    """
     from .scores import load_scores
     from .selection import selection
 
@@ -201,15 +204,16 @@ def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
     if (scores.base, scores.site) != (checkpoint.fingerprint(), edit.site):
         raise ScoresError(f"{path} was made for another model or site than the edit: locate again")
     rule = {k: v for k, v in edit.found.get("select", {}).items() if k in ("rule", "tau", "beta", "top", "combine")}
-    mask = selection(scores, **rule).controls
+    chosen = selection(scores, **rule)
+    mask = chosen.controls if chosen.rule[0] == "paper" else chosen.used_by_controls()
     if mask is None or not mask.any():
         raise ScoresError(f"{path} has no control questions that select a neuron: leave --scores out")
     every = [factor for factors in edit.factors.values() for factor in factors.values()]
     factor = max(edit.distinct_factors, key=every.count)
-    chosen: dict[int, dict[int, float]] = {}
+    factors: dict[int, dict[int, float]] = {}
     for layer, neuron in np.argwhere(mask).tolist():
-        chosen.setdefault(layer, {})[neuron] = factor
-    return Edit(edit.site, chosen)
+        factors.setdefault(layer, {})[neuron] = factor
+    return Edit(edit.site, factors)
 
 
 class Runs:

@@ -48,14 +48,15 @@ class Selection:
     """What a rule selected. dimensions, controls: boolean masks [L, F], per dimension, and by the controls alone.
 
     counts: a function, index of a question -> mask [L, F] of the neurons that count for it.
-    unseen: a function without arguments, see `_unseen`.
+    asked, rule: what was selected from, and the arguments of `ballot`.
     """
 
     edit: Edit
     dimensions: dict[str, np.ndarray]
     controls: np.ndarray | None
     counts: Callable[[int], np.ndarray]
-    unseen: Callable[[], list[tuple[int, int]]]
+    asked: Asked
+    rule: tuple
 
     def stable(self, shares: dict[int, dict[int, float]], least: float) -> Selection:
         """Only the neurons whose share {layer: {neuron: share}} is at least `least`. Raises EditError if none is."""
@@ -89,6 +90,43 @@ class Selection:
         if unseen := self.unseen():
             result["unseen"] = unseen
         return result
+
+    def unseen(self) -> list[tuple[int, int]]:
+        """[(shared, selected)] of each half of the controls, held out while the rule selects.
+
+        shared: how many of the n selected are among the n that the held-out controls use most, whatever the questions
+        do with them. [] if there are too few controls. Under the paired rule, twins of questions are never held out.
+        """
+        result = []
+        for half in (0, 1):
+            held = self._own_controls()
+            held = held[self.asked.half[held] == half]
+            rest = self.asked._replace(compared=np.setdiff1d(self.asked.compared, held))
+            try:
+                mask = combined(list(ballot(rest, *self.rule).masks().values()), self.rule[-1])
+            except InputError:  # none is left to compare with
+                return []
+            if not len(held):
+                return []
+            result.append((int((mask & _most_used(self.asked, held, int(mask.sum()))).sum()), int(mask.sum())))
+        return result
+
+    def used_by_controls(self) -> np.ndarray | None:
+        """As many neurons as are selected, those that the controls use most, [L, F]; None if there are no controls."""
+        own = self._own_controls()
+        return _most_used(self.asked, own, self.edit.num_neurons) if len(own) else None
+
+    def _own_controls(self) -> np.ndarray:
+        compared = self.asked.compared
+        return np.setdiff1d(compared, self.asked.twin) if self.rule[0] == "paired" else compared
+
+
+def _most_used(asked: Asked, controls: np.ndarray, count: int) -> np.ndarray:
+    """The neurons with the largest mean share in these controls, [L, F]."""
+    used = sum(asked.share(q) for q in controls.tolist()) / len(controls)
+    mask = np.zeros(used.size, bool)
+    mask[np.argsort(-used, axis=None, kind="stable")[:count]] = True
+    return mask.reshape(used.shape)
 
 
 def _describe(mask: np.ndarray, controls: np.ndarray | None) -> dict:
@@ -232,8 +270,7 @@ def selection(
     if not factors:
         raise EditError(nothing(**settings))
     edit = Edit(asked.site, factors, asked.base, {"select": settings})
-    rest = (rule, tau, beta, top, combine)
-    return Selection(edit, masks, votes.by_controls(), votes.counts, partial(_unseen, asked, *rest))
+    return Selection(edit, masks, votes.by_controls(), votes.counts, asked, (rule, tau, beta, top, combine))
 
 
 def described(found: dict) -> str:
@@ -385,30 +422,6 @@ def _bounds(asked: Asked, questions: np.ndarray, pool: np.ndarray) -> Callable[[
         "select: the specific rule needs, in every dimension, more questions than answers and as many controls with "
         "the same answers: ask more with --questions"
     )
-
-
-def _unseen(asked: Asked, *rule) -> list[tuple[int, int]]:
-    """[(shared, selected)] of each half of the controls, held out while the rule selects.
-
-    shared: how many of the n selected are among the n neurons with the largest mean share in the held-out controls,
-    whatever that share is in the questions. [] if there are too few controls.
-    """
-    result = []
-    for half in (0, 1):
-        held = asked.compared[asked.half[asked.compared] == half]
-        held = np.setdiff1d(held, asked.twin) if rule[0] == "paired" else held
-        rest = asked._replace(compared=np.setdiff1d(asked.compared, held))
-        try:
-            mask = combined(list(ballot(rest, *rule).masks().values()), rule[-1])
-        except InputError:  # none is left to compare with
-            return []
-        if not len(held):
-            return []
-        used = sum(asked.share(q) for q in held.tolist()) / len(held)
-        count = int(mask.sum())
-        most = np.argsort(-used, axis=None, kind="stable")[:count]
-        result.append((int(mask.ravel()[most].sum()), count))
-    return result
 
 
 def _mask(edit: Edit, shape: tuple[int, int]) -> np.ndarray:

@@ -211,7 +211,10 @@ def test_overlap_with_controls_that_were_held_out():
         used = set(np.argsort(-share[list(held)].mean(0), kind="stable")[: len(chosen)])
         expected.append((len(chosen & used), len(chosen)))
     assert found.unseen() == expected and expected[0][1] > 0
-    assert selection(scores[:10], tau=0.5).unseen() == []
+    most = np.argsort(-share[10:].mean(0), kind="stable")[: found.edit.num_neurons]
+    assert set(np.flatnonzero(found.used_by_controls())) == set(most)
+    alone = selection(scores[:10], tau=0.5)
+    assert alone.unseen() == [] and alone.used_by_controls() is None
 
 
 def test_thresholds_of_recipe_and_command():
