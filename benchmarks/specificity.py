@@ -7,7 +7,7 @@ MODEL: a directory, or what --in takes. DATA: a folder with StereoSet (intrasent
 
 overlap: of the neurons that the rule selects without one half of the controls, the share that is among as many neurons
 that this half uses most, over both halves (95 %, Wilson). What follows is measured with hooks, on 2 x `items` StereoSet
-sentences pairs, dealt in turn to a dev and a test half. factor: of those whose KL from the base on neutral text is at
+items, halved as `tune` does. factor: of those whose KL from the base on neutral text is at
 most `most-kl` (or the least), the one with the smallest mean absolute margin on the dev half; nothing else is chosen by
 a look at data, and the test half is measured once. effect: change of the mean absolute margin (nats per token; paired
 95 % bootstrap intervals) by the edit, by as many random neurons of the same layers, and by the base at the temperature
@@ -33,6 +33,7 @@ from kbne_edit.scores import load_scores
 from kbne_edit.scoring import Scorer
 from kbne_edit.selection import described, selection
 from kbne_edit.source import resolved
+from kbne_edit.split import halves
 from kbne_edit.statistics import change, interval, least_change, wilson
 from kbne_edit.tasks import Answer, benchmarks
 
@@ -87,16 +88,16 @@ class Bench:
             (mark,) = benchmarks([name], arguments.data, limit, recipe, self.scorer, self.scorer.tokenizer)
             return mark
 
-        stereoset = task("stereoset_intrasentence", 2 * arguments.items).pairs
-        pairs = [stereoset[i : i + 2] for i in range(0, len(stereoset), 3)]  # the unrelated sentence is left out
-        self.halves, self.arc = {"dev": pairs[0::2], "test": pairs[1::2]}, task("arc_easy", arguments.arc)
-        self.texts = neutral.rows(self.scorer, recipe)[1]
+        _, stories, self.texts = neutral.rows(self.scorer, recipe)
+        halved = halves([task("stereoset_intrasentence", 2 * arguments.items)], stories, self.texts, seed=0)
+        self.pairs = {name: half.marks[0].pairs for name, half in zip(("dev", "test"), halved, strict=True)}
+        self.arc = task("arc_easy", arguments.arc)
         self.logits = neutral.logits(self.scorer, self.texts)
         self.base = {"dev": self.margins("dev"), "test": self.margins("test"), "arc": self.accuracy()}
 
     def margins(self, half, edit=None, temperature=1.0):
         """Absolute difference of the log-probabilities per token of each item's two sentences, [n]."""
-        pairs = [pair for item in self.halves[half] for pair in item]
+        pairs = [pair for i, pair in enumerate(self.pairs[half]) if i % 3 < 2]  # without the unrelated sentence
         self.scorer.temperature = temperature
         with hooked(self.scorer.model, edit) if edit else nullcontext():
             answers = self.scorer.score(pairs)

@@ -54,7 +54,7 @@ def main():
     tokenizer = load_tokenizer(arguments.model)
     scorer = Scorer(load_model(arguments.model, torch.float32), tokenizer)
     marks = benchmarks(TASKS, arguments.data, arguments.limit, recipe, scorer, tokenizer)
-    texts = neutral.rows(scorer, recipe)[1]
+    texts = neutral.rows(scorer, recipe)[2]
     columns, logits, minutes = {}, {}, {}
     for name, (edit, _) in rows.items():
         start = time.perf_counter()

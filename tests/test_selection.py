@@ -219,7 +219,7 @@ def test_overlap_with_controls_that_were_held_out():
 
 def test_thresholds_of_recipe_and_command():
     recipe = replace(load_recipe("demo"), select=dict(rule="paper", tau=0.1, beta=0.1, top=0.01, combine="union"))
-    scores = SimpleNamespace(correct=np.ones(2, bool))
+    scores = SimpleNamespace(correct=np.ones(2, bool), questions=recipe.questions[:2])
     assert choosing(scores, recipe, Settings())["top"] == 0.01
     assert choosing(scores, recipe, Settings(tau=0.2)) == recipe.select | dict(tau=0.2, top=None, only=[True] * 2)
     assert choosing(scores, recipe, Settings(tau=0.2, top=0.3))["top"] == 0.3
