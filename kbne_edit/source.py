@@ -15,8 +15,8 @@ from pathlib import Path
 
 from .checkpoint import is_weights, read_config
 from .client import TIMEOUT, passing, talking
-from .errors import OutputError, SourceError, short
-from .files import open_input
+from .errors import OutputError, SourceError, short, shown
+from .files import open_input, read_json
 
 # Everything of a checkpoint but its weights, which are taken by name, in one format.
 _FILES = [
@@ -130,9 +130,9 @@ def _weights(files: Collection[str], index_path: Callable[[str], str | Path]) ->
 def _shards(index: Path) -> list[str]:
     """The files that an index names. Raises SourceError."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SourceError(f"{index} is not an index of weights: download it again") from None
+        return sorted(set(read_json(index, SourceError)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise SourceError(f"{index} has no weight_map {{tensor: file}}: download it again") from None
 
 
 def _index(name: str, commit: str, index: str) -> str:
@@ -178,7 +178,7 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
 
     index = path / "pytorch_model.bin.index.json"
     if missing := sorted(set(_shards(index) if index.is_file() else []) - {file.name for file in bins}):
-        raise SourceError(f"{index} names {missing[0]}, which is missing: download it again")
+        raise SourceError(f"{index} names {shown(missing[0])}, which is missing: download it again")
     weight_map = {}
     for number, file in enumerate(bins):
         state = _plain_weights(file)
