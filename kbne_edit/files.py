@@ -1,4 +1,4 @@
-"""Files from outside: opened only if they are regular, JSON read strictly and written whole or not at all."""
+"""Files: opened only if they are regular, JSON read strictly and written whole or not at all, never over an input."""
 
 from __future__ import annotations
 
@@ -82,6 +82,16 @@ def _depth(data: object) -> int:
         depth += 1
         level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
     return depth
+
+
+def forbid_overlap(out: str | Path, *inputs: str | Path, option: str = "--out") -> None:
+    """Raise OutputError if writing to `out`, a file or a directory, could change one of the `inputs`."""
+    target = Path(out).resolve()
+    for given in map(Path, inputs):
+        source = given.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            how = "is" if target == source else "lies in" if source in target.parents else "holds"
+            raise OutputError(f"{option} {out} {how} {given}, which is read and never changed: choose another {option}")
 
 
 def json_text(data: object) -> str:

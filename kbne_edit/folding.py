@@ -34,9 +34,9 @@ from .checkpoint import (
     to_float,
 )  # fmt: skip
 from .edit import Edit
-from .errors import CheckpointError, EditError, OutputError, shown
+from .errors import CheckpointError, EditError, shown
 from .families import Slot, end, layer_sizes, slots
-from .files import json_text, open_input, read_json
+from .files import forbid_overlap, json_text, open_input, read_json
 
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
 
@@ -107,21 +107,12 @@ def fold(
     Raises CheckpointError, FamilyError, EditError, OutputError.
     """
     checkpoint = Checkpoint.open(source_dir)
-    forbid_overlap(checkpoint.path, Path(out_dir))
+    forbid_overlap(out_dir, checkpoint.path)
     targets = plan(checkpoint, edit)
     with staged(out_dir, overwrite) as part:
         manifest = fold_into(checkpoint, edit, targets, part, progress)
         write_manifest(part, manifest)
     return manifest
-
-
-def forbid_overlap(source: Path, out: Path) -> None:
-    """Raise OutputError if writing `out` could touch `source`."""
-    a, b = source.resolve(), out.resolve()
-    if a == b:
-        raise OutputError(f"--out equals --in ({source}): the input is never changed, choose another --out")
-    if a in b.parents or b in a.parents:
-        raise OutputError(f"--out {out} and --in {source} lie within each other: choose another --out")
 
 
 def fold_into(
@@ -333,7 +324,7 @@ def revert(
         raise CheckpointError(f"{baked_dir} has no {MANIFEST}: only a directory that kbne-edit baked can be reverted")
     if not is_sealed(baked_dir, manifest):
         raise CheckpointError(f"{Path(baked_dir) / MANIFEST} was changed after baking: the base is not certain")
-    forbid_overlap(checkpoint.path, Path(out_dir))
+    forbid_overlap(out_dir, checkpoint.path)
     undo_path = checkpoint.path / UNDO
     if not undo_path.is_file() or file_hash(undo_path) != manifest["undo"]:
         raise CheckpointError(f"{undo_path} is missing or was changed: the base cannot be restored from it")

@@ -19,12 +19,11 @@ from .checkpoint import DELTA, Checkpoint, Shard, read_array, staged, to_float
 from .edit import Edit
 from .errors import CheckpointError, EditError, FamilyError, ProofError, shown
 from .families import SITES, Site, family_of, slots, text_part
-from .files import json_text, open_input, parse_json, read_json
+from .files import forbid_overlap, json_text, open_input, parse_json, read_json
 from .folding import (
     Progress,
     Target,
     fold_into,
-    forbid_overlap,
     plan,
     rewrite,
     stored_columns,
@@ -205,8 +204,8 @@ def apply(
     Raises CheckpointError for a damaged delta, EditError for another base, ProofError, OutputError.
     """
     path = Path(delta) / DELTA if Path(delta).is_dir() else Path(delta)
+    forbid_overlap(out_dir, base_dir, delta)
     checkpoint, about = Checkpoint.open(base_dir), _about(path)
-    forbid_overlap(checkpoint.path, Path(out_dir))
     edit = Edit.from_dict(about["edit"], str(path))
     targets = plan(checkpoint, edit)
     columns = stored_columns(path, targets, checkpoint)

@@ -19,7 +19,8 @@ from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
 from .errors import InputError, ProofError
 from .families import Site, layer_sizes, slots
-from .folding import Target, fold_into, forbid_overlap, plan, write_manifest
+from .files import forbid_overlap
+from .folding import Target, fold_into, plan, write_manifest
 from .formats import check_form, load_edit, write_adapter, write_delta
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
@@ -72,6 +73,7 @@ def locate(source: str, out: str | Path, settings: Settings | None = None) -> Sc
     """
     settings = settings or Settings()
     with resolved(source, say) as found:
+        forbid_overlap(out, found.origin)
         recipe = load_recipe(settings.recipe or found.recipe)
         return _locate(found, Checkpoint.open(found.path), recipe, Path(out), settings)
 
@@ -220,14 +222,16 @@ def bake(
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
         check_form(form, checkpoint)
-        forbid_overlap(checkpoint.path, out)
+        folder = Path(work) if work else out.absolute().parent / f"{out.name}.work"
+        forbid_overlap(out, found.origin)
+        forbid_overlap(folder, found.origin, option="--work")
         if isinstance(edit, (str, Path)):
+            forbid_overlap(out, edit)
             edit = load_edit(edit, checkpoint)
         check_out(out, overwrite)
         recipe = load_recipe(settings.recipe or found.recipe) if settings.recipe or not edit else None
         summary: dict = {"model": found.id, "commit": found.commit, "out": str(out), "form": form}
         if edit is None:
-            folder = Path(work) if work else out.absolute().parent / f"{out.name}.work"
             edit = _found(found, checkpoint, recipe, folder, settings, summary)
             if edit is None:
                 return {}

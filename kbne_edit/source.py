@@ -28,9 +28,13 @@ _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*", "*
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved source. id, commit: as named by the user and pinned on the Hub (None for a local directory)."""
+    """A resolved source. id, commit: as named by the user and pinned on the Hub (None for a local directory).
+
+    path: the safetensors; origin: the directory that they come from, where path is a temporary one.
+    """
 
     path: Path
+    origin: Path
     id: str
     commit: str | None = None
     recipe: str = "social-bias"
@@ -49,10 +53,11 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
     CheckpointError.
     """
     if source == "demo":
-        yield Source(Path(__file__).parent / "demo", "demo", None, "demo")
+        demo = Path(__file__).parent / "demo"
+        yield Source(demo, demo, "demo", None, "demo")
         return
     path = Path(os.path.expanduser(source))
-    found = Source(path, source)
+    found = Source(path, path, source)
     with ExitStack() as stack:
         if not path.exists() and _hub_like(source):
             found = stack.enter_context(_view(_download(source, say)))
@@ -82,7 +87,7 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
             if not passing(failure) or (folder := _cached(name, revision)) is None:
                 raise
             say(f"{name}: the Hub does not answer; taking the copy in the cache, commit {folder.name}")
-            return Source(folder, name, folder.name)
+            return Source(folder, folder, name, folder.name)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
         weights = _weights(sizes, lambda index: _index(name, info.sha, index))
         if not weights:
@@ -90,8 +95,9 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
         wanted = _wanted(weights, sizes)
         say(f"{name} at {info.sha}: {len(wanted)} files, {sum(sizes[n] for n in wanted) / 1e6:.1f} MB")
         # Not by the commit: a cache that knows the branch's commit serves the same command without a network.
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=[escape(n) for n in wanted])
-    return Source(Path(folder), name, Path(folder).name)
+        patterns = [escape(n) for n in wanted]
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    return Source(folder, folder, name, folder.name)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hub import card_faults
-from kbne_edit import Edit, load_scores, select
+from kbne_edit import Edit, fold, load_scores, select
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,8 +235,11 @@ def _refused(result, message, tmp_path):
     (["--in", "edit.json"], "is a file"),
     (["--in", "empty"], "is empty"),
     (["--in", "org/name"], "cannot be reached"),
-    (["--in", "base", "--out", "base"], "--out equals --in"),
-    (["--in", "base", "--out", "base/sub"], "lie within each other"),
+    (["--in", "base", "--out", "base"], "--out base is base, which is read and never changed"),
+    (["--in", "base", "--out", "base/sub"], "--out base/sub lies in base"),
+    (["--in", "base", "--out", "."], "--out . holds "),
+    (["--in", "base", "--work", "base/work"], "--work base/work lies in "),
+    (["--in", "base", "--edit", "full/edit.json", "--out", "full", "--overwrite"], "--out full holds full/edit.json"),
     (["--in", "base", "--out", "full"], "exists"),
     (["--in", "base", "--edit", "range.json"], "neuron 100000"),
     (["--in", "base", "--edit", "other.json"], "another model"),
@@ -249,7 +252,7 @@ def _refused(result, message, tmp_path):
 def test_wrong_arguments(args, message, base, edit, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
+    shutil.copyfile(edit, tmp_path / "full" / "edit.json")
     Edit("down", {1: {100000: 2.0}}).save(tmp_path / "range.json")
     Edit("down", {1: {1: 2.0}}, base="0" * 64).save(tmp_path / "other.json")
     Edit("down", {1: {1: 1.0}}).save(tmp_path / "one.json")
@@ -259,6 +262,39 @@ def test_wrong_arguments(args, message, base, edit, tmp_path):
     result = run("bake", *args, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args", [
+    ["locate", "--in", "base", "--out", "base/scores.safetensors"],
+    ["locate", "--in", "base", "--out", "link/scores.safetensors"],
+    ["locate", "--in", "bin", "--out", "bin/scores.safetensors"],
+    ["bake", "--in", "bin", "--edit", "edit.json", "--out", "bin", "--overwrite"],
+    ["select", "scores.safetensors", "--out", "scores.safetensors"],
+    ["evaluate", "--in", "base", "--out", "base/results.json"],
+    ["evaluate", "--in", "base", "--edit", "edit.json", "--out", "edit.json"],
+    ["evaluate", "--in", "demo", "--baked", "base", "--out", "base/results.json"],
+    ["evaluate", "--in", "demo", "--scores", "scores.safetensors", "--out", "scores.safetensors"],
+    ["report", "base", "--out", "base/report.html"],
+    ["report", "base", "--scores", "scores.safetensors", "--out", "scores.safetensors"],
+    ["revert", "base", "--out", "base", "--overwrite"],
+    ["apply", "delta", "--in", "base", "--out", "delta", "--overwrite"],
+    ["apply", "delta", "--in", "bin", "--out", "bin", "--overwrite"],
+], ids=lambda args: " ".join([args[0], *args[-3:]]))  # fmt: skip
+def test_no_command_writes_over_what_it_reads(args, base, edit, tmp_path):
+    """An output that the model's directory held would be taken for a part of the model by the next command."""
+    (tmp_path / "link").symlink_to("base")
+    shutil.copytree(base, tmp_path / "bin")
+    torch.save(load_file(base / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    (tmp_path / "delta").mkdir()
+    shutil.copyfile(base / "model.safetensors", tmp_path / "delta" / "kbne_delta.safetensors")
+    shutil.copyfile(base / "model.safetensors", tmp_path / "scores.safetensors")
+    if args[0] == "revert":
+        fold(DEMO, Edit.load(edit), base, overwrite=True)
+    before = files(tmp_path)
+    result = run(*args, cwd=tmp_path)
+    assert result.returncode == 2 and "which is read and never changed" in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2 and files(tmp_path) == before
 
 
 def test_faults_of_a_recipe_come_all_at_once(tmp_path):

@@ -16,11 +16,13 @@ from . import options
 def command(delta, source, out, as_json, overwrite) -> None:
     """Put the edited columns of DELTA (from `bake --as delta`) into a copy of its base, and prove the result."""
     from ..checkpoint import Checkpoint
+    from ..files import forbid_overlap
     from ..formats import apply
     from ..progress import progress, say
     from ..source import resolved
 
     with resolved(source, say) as found:
+        forbid_overlap(out, found.origin)
         total = 3 * sum(shard.size for shard in Checkpoint.open(found.path).shards)
         with progress("apply", total, "B") as update:
             report = apply(delta, found.path, out, overwrite=overwrite, progress=update)

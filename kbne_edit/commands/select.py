@@ -15,10 +15,12 @@ from . import options
 @options.JSON
 def command(scores, out, recipe, as_json, **values) -> None:
     """Choose neurons from kept scores, with other thresholds or another rule. Takes no model."""
+    from ..files import forbid_overlap
     from ..pipeline import choose
     from ..recipe import load_recipe
     from ..scores import load_scores
 
+    forbid_overlap(out, scores)
     found = load_scores(scores)
     chosen = choose(found, load_recipe(recipe or found.settings["recipe"]), options.settings(**values))
     chosen.edit.save(out)
