@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,26 +161,31 @@ class Checkpoint:
         return digest.hexdigest()
 
     def other_files(self) -> tuple[list[str], list[str]]:
-        """(files to carry over, weight files to leave out), as sorted paths relative to the directory.
+        """`other_files` of the directory, besides the shards."""
+        return other_files(self.path, {shard.path.name for shard in self.shards})
 
-        Left out: the same weights in other formats. A loader could prefer them, and they are not edited. Links to
-        files are followed. Raises CheckpointError for what cannot be carried over: links to folders, pipes, devices.
-        """
-        shards = {shard.path.name for shard in self.shards}
-        carry, leave = [], []
-        for root, folders, names in os.walk(self.path, onerror=_cannot_list):
-            folders[:] = sorted(f for f in folders if f not in (".git", ".cache", "__pycache__"))
-            for name in sorted(names + [f for f in folders if os.path.islink(os.path.join(root, f))]):
-                relative = (Path(root) / name).relative_to(self.path).as_posix()
-                if relative in shards or relative in (MANIFEST, UNDO):
-                    continue
-                if not os.path.isfile(os.path.join(root, name)):
-                    raise CheckpointError(
-                        f"{self.path} holds {shown(relative)}, which is no file (a pipe, a device, a link to a folder "
-                        "or to nothing): remove it, or put a copy of what is meant in its place"
-                    )
-                (leave if is_weights(relative) else carry).append(relative)
-        return carry, leave
+
+def other_files(path: Path, shards: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """(files to carry over, weight files to leave out), as sorted paths relative to the directory.
+
+    Left out: the same weights in other formats. A loader could prefer them, and they are not edited. Links to files
+    are followed (see `files.forbid_links_out`). Raises CheckpointError for what cannot be carried over: links to
+    folders, pipes, devices.
+    """
+    carry, leave = [], []
+    for root, folders, names in os.walk(path, onerror=_cannot_list):
+        folders[:] = sorted(f for f in folders if f not in (".git", ".cache", "__pycache__"))
+        for name in sorted(names + [f for f in folders if os.path.islink(os.path.join(root, f))]):
+            relative = (Path(root) / name).relative_to(path).as_posix()
+            if relative in shards or relative in (MANIFEST, UNDO):
+                continue
+            if not os.path.isfile(os.path.join(root, name)):
+                raise CheckpointError(
+                    f"{path} holds {shown(relative)}, which is no file (a pipe, a device, a link to a folder or to "
+                    "nothing): remove it, or put a copy of what is meant in its place"
+                )
+            (leave if is_weights(relative) else carry).append(relative)
+    return carry, leave
 
 
 def _cannot_list(error: OSError) -> None:

@@ -36,7 +36,7 @@ from .checkpoint import (
 from .edit import Edit
 from .errors import CheckpointError, EditError, shown
 from .families import Slot, end, layer_sizes, slots
-from .files import forbid_overlap, json_text, open_input, read_json
+from .files import forbid_links_out, forbid_overlap, json_text, open_input, read_json
 
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
 
@@ -120,6 +120,7 @@ def fold_into(
 ) -> dict:
     """`fold` into an existing directory, without the manifest file."""
     carry, leave = checkpoint.other_files()
+    forbid_links_out(checkpoint.path, carry)
     files, undo = {}, {}
     with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(1) as syncing:
         written = []  # a shard goes to the disk while the next one is made

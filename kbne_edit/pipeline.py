@@ -19,7 +19,7 @@ from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
 from .errors import InputError, ProofError
 from .families import Site, layer_sizes, slots
-from .files import forbid_overlap
+from .files import forbid_links_out, forbid_overlap
 from .folding import Target, fold_into, plan, write_manifest
 from .formats import check_form, load_edit, write_adapter, write_delta
 from .progress import progress, say
@@ -222,6 +222,8 @@ def bake(
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
         check_form(form, checkpoint)
+        if form == "checkpoint":
+            forbid_links_out(checkpoint.path, checkpoint.other_files()[0])
         folder = Path(work) if work else out.absolute().parent / f"{out.name}.work"
         forbid_overlap(out, found.origin)
         forbid_overlap(folder, found.origin, option="--work")

@@ -13,10 +13,10 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
-from .checkpoint import is_weights, read_config
+from .checkpoint import is_weights, other_files, read_config
 from .client import TIMEOUT, passing, talking
 from .errors import OutputError, SourceError, short, shown
-from .files import open_input, read_json
+from .files import forbid_links_out, open_input, read_json
 
 # Everything of a checkpoint but its weights, which are taken by name, in one format.
 _FILES = [
@@ -110,8 +110,10 @@ def _view(found: Source) -> Iterator[Source]:
         return
     with tempfile.TemporaryDirectory(prefix="kbne-") as folder:
         for name in wanted:
-            (link := Path(folder, name)).parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to((found.path / name).resolve())
+            if is_weights(name):
+                Path(folder, name).symlink_to((found.path / name).resolve())
+            else:
+                _copy(found.path / name, Path(folder, name))
         yield replace(found, path=Path(folder))
 
 
@@ -197,11 +199,16 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
     if len(bins) > 1:
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    shutil.copytree(
-        path, folder, dirs_exist_ok=True,
-        ignore=lambda _, names: [n for n in names if is_weights(n) or n in (".git", ".cache", "__pycache__")],
-    )  # fmt: skip
+    carry, _ = other_files(path)
+    forbid_links_out(path, carry)
+    for name in carry:
+        _copy(path / name, folder / name)
     return folder
+
+
+def _copy(file: Path, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, out)
 
 
 def _plain_weights(file: Path) -> dict:
