@@ -22,6 +22,7 @@ from .families import Site, layer_sizes, slots
 from .files import forbid_links_out, forbid_overlap
 from .folding import Target, fold_into, plan, write_manifest
 from .formats import check_form, load_edit, write_adapter, write_delta
+from .models import auto_class
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
 from .source import Source, resolved
@@ -195,6 +196,11 @@ def choose(scores: Scores, recipe: Recipe, settings: Settings):
     return chosen.stable(stability(scores, **rule)["neurons"], settings.min_stability)
 
 
+def work_of(out: Path) -> Path:
+    """Where `bake` keeps scores and edit of an output, if nobody says otherwise."""
+    return out.absolute().parent / f"{out.name}.work"
+
+
 def bake(
     source: str,
     out: str | Path,
@@ -224,7 +230,7 @@ def bake(
         check_form(form, checkpoint)
         if form == "checkpoint":
             forbid_links_out(checkpoint.path, checkpoint.other_files()[0])
-        folder = Path(work) if work else out.absolute().parent / f"{out.name}.work"
+        folder = Path(work) if work else work_of(out)
         forbid_overlap(out, found.origin)
         forbid_overlap(folder, found.origin, option="--work")
         if isinstance(edit, (str, Path)):
@@ -232,7 +238,10 @@ def bake(
             edit = load_edit(edit, checkpoint)
         check_out(out, overwrite)
         recipe = load_recipe(settings.recipe or found.recipe) if settings.recipe or not edit else None
-        summary: dict = {"model": found.id, "commit": found.commit, "out": str(out), "form": form}
+        summary: dict = {
+            "model": found.id, "commit": found.commit, "out": str(out), "form": form,
+            "auto_class": auto_class(checkpoint.config),
+        }  # fmt: skip
         if edit is None:
             edit = _found(found, checkpoint, recipe, folder, settings, summary)
             if edit is None:

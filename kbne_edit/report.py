@@ -22,7 +22,7 @@ from .errors import CheckpointError, InputError, ScoresError, shown
 from .families import end, slots
 from .folding import file_hash, is_sealed, read_manifest
 from .lens import Neuron, columns, vocabulary, written
-from .pipeline import attribution_summary
+from .pipeline import attribution_summary, work_of
 from .scores import Scores, load_scores
 from .wording import verdicts
 
@@ -48,7 +48,7 @@ def build(baked: str | Path, scores: str | Path | None = None, say: Callable[[st
     places = slots(checkpoint.shapes, checkpoint.config, edit.site)
     sizes = [end(places[layer]) for layer in sorted(places)]
     edit.check(sizes)
-    file = Path(scores) if scores else path.parent / f"{path.name}.work" / "scores.safetensors"
+    file = Path(scores) if scores else work_of(path) / "scores.safetensors"
     found, measured = _scores(file, bool(scores), edit, sizes, say) or (None, None)
     try:
         recorded = _recorded(path, manifest)

@@ -18,6 +18,7 @@ from .client import TIMEOUT, passing, talking
 from .errors import OutputError, SourceError, short, shown
 from .files import forbid_links_out, open_input, read_json
 
+DEMO = Path(__file__).parent / "demo"
 # Everything of a checkpoint but its weights, which are taken by name, in one format.
 _FILES = [
     "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja", "*.md", "*.py", "LICEN[CS]E*", "NOTICE*", "Notice*",
@@ -53,8 +54,7 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
     CheckpointError.
     """
     if source == "demo":
-        demo = Path(__file__).parent / "demo"
-        yield Source(demo, demo, "demo", None, "demo")
+        yield Source(DEMO, DEMO, "demo", None, "demo")
         return
     path = Path(os.path.expanduser(source))
     found = Source(path, path, source)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hub import card_faults
 from kbne_edit import Edit, fold, load_scores, select
+from kbne_edit.commands import options
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +145,68 @@ def test_dry_run_writes_no_checkpoint(baked, tmp_path):
     result = run("bake", "--in", "demo", "--edit", edit, "--out", "x", "--dry-run", cwd=tmp_path)
     assert result.returncode == 0 and "down_proj" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """A shell that finds `kbne-edit`, as after an installation."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "kbne-edit"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "cli.py"} "$@"\n')
+    program.chmod(0o755)
+    kept = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    return lambda line, cwd: subprocess.run(["sh", "-c", line], cwd=cwd, env=kept, capture_output=True, text=True)
+
+
+def _next(result):
+    assert result.returncode == 0, result.stderr
+    return [line.removeprefix("next:").strip() for line in result.stdout.split("\nnext:", 1)[1].splitlines() if line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form, commands", [("checkpoint", ["verify", "report", "revert"]), ("peft", ["bake"]),
+                                            ("delta", ["apply"])])  # fmt: skip
+def test_what_is_said_to_come_next_works_as_printed(form, commands, edit, shell, tmp_path):
+    """Whatever the output is called: quotes, spaces, what the shell would expand, letters of any script."""
+    name = """it's "$HOME" `*` \\ über"""
+    lines = _next(run("bake", "--in", "demo", "--edit", edit, "--as", form, "--out", name, cwd=tmp_path))
+    assert [line.split()[1] for line in lines if line.startswith("kbne-edit")] == commands
+    assert len(lines) == len(commands) + (form != "delta")  # and one of Python
+    for line in lines:
+        result = shell(line, tmp_path)
+        assert result.returncode == 0, line + result.stderr
+    made = {"checkpoint": [".html", "-reverted"], "peft": ["-merged"], "delta": ["-applied"]}[form]
+    assert all((tmp_path / f"{name}{end}").exists() for end in made)
+
+
+def test_what_comes_next_on_the_way(baked, shell, tmp_path):
+    folder, _ = baked
+    scores = tmp_path / "its scores.safetensors"
+    shutil.copyfile(folder / "debiased.work" / "scores.safetensors", scores)
+    (line,) = _next(run("locate", "--in", "demo", "--out", scores, cwd=tmp_path))
+    (line,) = _next(shell(line, tmp_path))
+    assert line == "kbne-edit bake --in demo --edit edit.json --out ./debiased"
+    (line,) = _next(run("recipes", "new", "mine", "--out", "my recipe.yaml", cwd=tmp_path))
+    assert shell(line, tmp_path).returncode == 0
+    work = tmp_path / "some where"
+    shutil.copytree(folder / "debiased.work", work)
+    lines = _next(run("bake", "--in", "demo", "--work", work, "--out", "out", "--no-behaviour", cwd=tmp_path))
+    (line,) = (line for line in lines if line.startswith("kbne-edit report"))
+    assert shell(line, tmp_path).returncode == 0 and "Attribution by layer" in (tmp_path / "out.html").read_text()
+
+
+def test_a_program_that_the_shell_does_not_find_is_named_by_its_path(monkeypatch, tmp_path):
+    for name in ("python", "kbne-edit"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert options.shell("kbne-edit", "x y") == f"{tmp_path}/kbne-edit 'x y'"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert options.shell("kbne-edit") == "kbne-edit" and options.shell("python") == "python"
+    (tmp_path / "python").rename(tmp_path / "python3.11")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3.11"))
+    assert options.shell("python") == "python3.11"
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -58,27 +59,45 @@ def _lines(summary: dict) -> list[str]:
 
 
 def _next_lines(summary: dict) -> list[str]:
+    """What was written, and commands that work as they stand here."""
+    from ..pipeline import work_of
+
     out, model = summary["out"], summary["model"] + (f"@{summary['commit']}" if summary["commit"] else "")
+    loader = f"from transformers import {summary['auto_class']} as A; "
     if summary["form"] == "peft":
-        return [
-            f"written: {out} ({summary['bytes']:,} bytes; read back, the adapter is the edit)",
-            "next:",
-            f"  model = peft.PeftModel.from_pretrained(model, '{out}')   # then merge_and_unload(), if you like",
-            f"  kbne-edit bake --in {model} --edit {out} --out {out}-merged",
+        note = f" ({summary['bytes']:,} bytes; read back, the adapter is the edit)"
+        code = f"from peft import PeftModel as P; P.from_pretrained({_base(summary)}, {_literal(out)})"
+        commands = [
+            ("python", "-c", loader + code),
+            ("kbne-edit", "bake", "--in", model, "--edit", out, "--out", f"{out}-merged"),
         ]
-    if summary["form"] == "delta":
-        return [
-            f"written: {out} ({summary['bytes']:,} bytes; its columns put in give the hashes of the folded weights)",
-            "next:",
-            f"  kbne-edit apply {out} --in {model} --out {out}-applied",
+    elif summary["form"] == "delta":
+        note = f" ({summary['bytes']:,} bytes; its columns put in give the hashes of the folded weights)"
+        commands = [("kbne-edit", "apply", out, "--in", model, "--out", f"{out}-applied")]
+    else:
+        note, work = "", Path(summary.get("work", work_of(Path(out))))
+        scores = [] if work == work_of(Path(out)) else ["--scores", work / "scores.safetensors"]
+        commands = [
+            ("python", "-c", f"{loader}A.from_pretrained({_literal(out)})"),
+            ("kbne-edit", "verify", "--in", model, "--baked", out),
+            ("kbne-edit", "report", out, *scores, "--out", f"{out}.html"),
+            ("kbne-edit", "revert", out, "--out", f"{out}-reverted"),
         ]
-    return [
-        f"written: {out}",
-        "next:",
-        f"  python -c \"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{out}')\"",
-        f"  kbne-edit verify --in {model} --baked {out}",
-        f"  kbne-edit revert {out} --out {out}-reverted",
-    ]
+    return [f"written: {out}{note}", "next:", *("  " + options.shell(*command) for command in commands)]
+
+
+def _base(summary: dict) -> str:
+    """Python that loads the base."""
+    from ..source import DEMO
+
+    revision = f", revision={_literal(summary['commit'])}" if summary["commit"] else ""
+    path = DEMO if summary["model"] == "demo" else Path(summary["model"]).expanduser()
+    return f"A.from_pretrained({_literal(str(path))}{revision})"
+
+
+def _literal(text: str) -> str:
+    """Text in Python, in double quotes: single ones are the shell's."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _effect_lines(effect: dict) -> list[str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -82,6 +85,17 @@ def settings(answers: str | None = None, **values):
 def show(result: dict, as_json: bool, lines: list[str]) -> None:
     """Results go to stdout: as JSON, or as lines."""
     click.echo(json.dumps(result, indent=1, default=str) if as_json else "\n".join(map(one_line, lines)))
+
+
+def shell(program: str, *words: object) -> str:
+    """A command to be pasted: quoted; "python" and "kbne-edit" by their path where the shell finds another, or none."""
+    here = Path(sys.executable).with_name(program)
+    if program == "python" and not here.exists():
+        here = Path(sys.executable)
+    found = shutil.which(here.name)
+    if here.exists():
+        program = here.name if found and Path(found).parent == here.parent else str(here)
+    return shlex.join([program, *map(str, words)])
 
 
 def selection_lines(summary: dict) -> list[str]:

@@ -27,5 +27,7 @@ def command(scores, out, recipe, as_json, **values) -> None:
     summary = chosen.summary()
     lines = [f"edit: {summary['neurons']} neurons ({summary['share']:.3%}) in {len(summary['layers'])} layers"]
     lines += options.selection_lines(summary)
-    lines += [f"written: {out}", f"next: kbne-edit bake --in {found.settings['model']} --edit {out} --out ./debiased"]
+    model = found.settings["model"] + (f"@{commit}" if (commit := found.settings.get("commit")) else "")
+    bake = options.shell("kbne-edit", "bake", "--in", model, "--edit", out, "--out", "./debiased")
+    lines += [f"written: {out}", f"next: {bake}"]
     options.show(summary, as_json, lines)
