@@ -193,6 +193,10 @@ def _provenance(path: Path, manifest: dict) -> dict:
             {"name": name, "sha256": entry["out"], "base_sha256": entry["in"], "base_name": entry.get("base")}
             for name, entry in sorted(manifest["files"].items())
         ],
+        "resharded": [
+            {"name": name, "sha256": entry["in"], "into": entry["into"]}
+            for name, entry in sorted(manifest.get("resharded", {}).items())
+        ],
         "edited_tensors": manifest["tensors"],
         "left_out": manifest["left_out"],
     }

@@ -17,12 +17,13 @@ from . import options
               help="Fold this edit.json, or the IA3 adapter in this folder, instead of locating.")
 @click.option("--as", "form", type=click.Choice(["checkpoint", "peft", "delta"]), default="checkpoint",
               show_default=True, help="What OUT holds: the model; an IA3 adapter for PEFT; the edited columns alone.")
+@options.SHARD_SIZE
 @click.option("--work", type=click.Path(path_type=Path), help="Keeps scores and edit, to resume.  [default: OUT.work]")
 @click.option("--dry-run", is_flag=True, help="Print what would be folded, and write no checkpoint.")
 @click.option("--no-behaviour", is_flag=True, help="Skip the second proof (it loads the model).")
 @options.JSON
 @options.OVERWRITE
-def command(source, out, edit, form, work, dry_run, no_behaviour, as_json, overwrite, **values) -> None:
+def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as_json, overwrite, **values) -> None:
     """Locate know-bias neurons, fold their factors into the weights, and prove the result.
 
     With no option it does what the paper does: 45 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
@@ -30,8 +31,8 @@ def command(source, out, edit, form, work, dry_run, no_behaviour, as_json, overw
     from ..pipeline import bake
 
     summary = bake(
-        source, out, options.settings(**values), edit=edit, form=form, dry_run=dry_run, overwrite=overwrite,
-        behaviour=not no_behaviour, work=work,
+        source, out, options.settings(**values), edit=edit, form=form, shard_size=shard_size, dry_run=dry_run,
+        overwrite=overwrite, behaviour=not no_behaviour, work=work,
     )  # fmt: skip
     if summary:  # empty in all but the first of several processes
         options.show(summary, as_json, _lines(summary))
@@ -48,6 +49,8 @@ def _lines(summary: dict) -> list[str]:
     )
     if "selection" in summary:
         lines += options.selection_lines(summary["selection"])
+    if "shards" in summary:
+        lines.append("weights: in {1} files instead of {0}".format(*summary["shards"]))
     if summary.get("dry_run"):
         lines += [f"  {p['tensor']} ({p['file']}): neurons {p['neurons']}" for p in summary["plan"]]
         return [*lines, "dry run: nothing was written"]
