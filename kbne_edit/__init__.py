@@ -24,6 +24,7 @@ _PUBLIC = {
     "locate": "pipeline",
     "bake": "pipeline",
     "select": "selection",
+    "tune": "tuning",
     "verify": "verification",
     "fold": "folding",
     "apply": "formats",

@@ -59,11 +59,14 @@ def _stereoset_row(row: dict) -> dict:
 
 
 def _bbq_row(row: dict) -> dict:
-    """BBQ's categories have unlike metadata: only what the task reads is kept."""
+    """BBQ's categories have unlike metadata: only what the task reads is kept, and the question's number."""
     keys = ("question_polarity", "context_condition", "category", "answer_info", "context", "question", "ans0", "ans1",
             "ans2", "label")  # fmt: skip
     groups = row["additional_metadata"]["stereotyped_groups"]
-    return {key: row[key] for key in keys} | {"additional_metadata": {"stereotyped_groups": groups}}
+    return {key: row[key] for key in keys} | {
+        "additional_metadata": {"stereotyped_groups": groups},
+        "question_index": str(row.get("question_index", row["context"])),
+    }
 
 
 def _choice_row(row: dict, stem: str = "question") -> dict:

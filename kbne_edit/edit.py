@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -61,6 +62,11 @@ class Edit:
     def exact(self) -> bool:
         """True if every factor is a power of two: then fold and hooks agree bit for bit (method, section 5)."""
         return all(f != 0 and abs(math.frexp(f)[0]) == 0.5 for f in self.distinct_factors)
+
+    @property
+    def sha256(self) -> str:
+        """Of site and factors alone: edits that do the same have the same."""
+        return hashlib.sha256(json.dumps([self.site, self.to_dict()["factors"]]).encode()).hexdigest()
 
     def check(self, neurons: Sequence[int], base: str | None = None) -> None:
         """Raise EditError unless the edit fits a model and does something to it. neurons: how many each layer has."""

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from .tasks import Benchmark, Figure
 
 RANDOM_DRAWS = 5
-_ALPHA = 0.05  # of the whole report, shared out by Holm
+ABILITIES = ("capability", "knowledge")  # kinds of tasks in which an edit must not make a model worse
+ALPHA = 0.05  # of the whole report, shared out by Holm
 
 
 def margins(model: nn.Module, tokenizer, probes: Sequence[Probe]) -> np.ndarray:
@@ -145,7 +146,7 @@ def evaluate(
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
         edit = _edit_in(Path(baked), checkpoint.path) if baked else edit
-        others = _controls(edit, checkpoint, draws, scores) if edit else {}
+        others = controls(edit, checkpoint, draws, scores) if edit else {}
         asked, tokenizer = load_recipe(recipe or found.recipe), load_tokenizer(checkpoint.path)
 
         def scorer_of(path: Path) -> Scorer:
@@ -153,9 +154,9 @@ def evaluate(
 
         scorer = scorer_of(Path(baked) if baked else checkpoint.path)
         marks = benchmarks(tasks, data, limit, asked, scorer, tokenizer)
-        origin, texts = neutral.rows(scorer, asked)
-        runs = _Runs(marks, texts)
-        edited = runs.measure(scorer, "edit", None if baked else edit) if edit else None
+        origin, _, texts = neutral.rows(scorer, asked)
+        runs = Runs(marks, texts)
+        edited = runs.measure(scorer, "evaluate: edit", None if baked else edit) if edit else None
         if baked:  # measured first, so that one model is in memory at a time
             scorer = None
             scorer = scorer_of(checkpoint.path)
@@ -166,8 +167,7 @@ def evaluate(
                           "how": str(baked) if baked else "hooks"},
         "controls": {name: control.num_neurons for name, control in others.items()}, "temperature": heat,
     }  # fmt: skip
-    report |= _report(marks, runs.columns, margin)
-    return report | {"neutral": {"texts": len(texts), "source": origin} | _neutral_report(runs.neutral)}
+    return report | runs.report(origin, margin)
 
 
 def _edit_in(baked: Path, base: Path) -> Edit:
@@ -181,7 +181,7 @@ def _edit_in(baked: Path, base: Path) -> Edit:
     return report.edit
 
 
-def _controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: str | Path | None) -> dict[str, Edit]:
+def controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: str | Path | None) -> dict[str, Edit]:
     """Edits that an edit about bias must outdo. Raises EditError if the edit does not fit the model."""
     plan(checkpoint, edit)
     neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, edit.site))
@@ -212,7 +212,7 @@ def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
     return Edit(edit.site, chosen)
 
 
-class _Runs:
+class Runs:
     """Models measured on the same requests and texts.
 
     columns: {model: {task: [n, k]}}; neutral: {model: columns of the texts}.
@@ -223,12 +223,12 @@ class _Runs:
         self.neutral: dict[str, np.ndarray] = {}
         self._marks, self._texts = marks, texts
 
-    def measure(self, scorer: Scorer, name: str, edit: Edit | None = None) -> tuple[dict, torch.Tensor]:
+    def measure(self, scorer: Scorer, label: str, edit: Edit | None = None) -> tuple[dict, torch.Tensor]:
         """(columns of each task, logits on the texts). Task by task: no figure depends on what else is asked."""
         from . import neutral
 
         with hooked(scorer.model, edit) if edit else nullcontext():
-            with progress(f"evaluate: {name}", sum(len(mark.pairs) for mark in self._marks), "request") as update:
+            with progress(label, sum(len(mark.pairs) for mark in self._marks), "request") as update:
                 columns = {mark.name: mark.columns(scorer.score(mark.pairs, update)) for mark in self._marks}
             return columns, neutral.logits(scorer, self._texts)
 
@@ -236,7 +236,7 @@ class _Runs:
         """Add the base, the edit as measured, the controls and the flattened base. Returns its temperature."""
         from . import neutral
 
-        measured = self.measure(scorer, "base")
+        measured = self.measure(scorer, "evaluate: base")
         base = measured[1]
 
         def add(name: str, measured: tuple[dict, torch.Tensor]) -> None:
@@ -248,22 +248,33 @@ class _Runs:
             return None
         add("edit", edited)
         for name, control in others.items():
-            add(name, self.measure(scorer, name, control))
+            add(name, self.measure(scorer, f"evaluate: {name}", control))
         heat = neutral.temperature(base, float(neutral.KL.of(self.neutral["edit"].mean(0))))
         if heat:
             scorer.temperature = heat
-            add("flattened", self.measure(scorer, "flattened"))
+            add("flattened", self.measure(scorer, "evaluate: flattened"))
+            scorer.temperature = 1.0
         return heat
+
+    def report(self, origin: str, margin: float, tested: str | None = None) -> dict:
+        """Figures, tests and verdicts. origin: of the texts; tested: the one figure that is (None: all are)."""
+        found = _report(self._marks, self.columns, margin, tested)
+        return found | {"neutral": {"texts": len(self._texts), "source": origin} | _neutral_report(self.neutral)}
 
 
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def _report(marks: list[Benchmark], runs: dict[str, dict[str, np.ndarray]], margin: float) -> dict:
-    """Every figure for every model; for the edit also changes, tests and verdicts."""
+def _report(
+    marks: list[Benchmark], runs: dict[str, dict[str, np.ndarray]], margin: float, only: str | None = None
+) -> dict:
+    """Every figure for every model; for the edit also changes, tests and verdicts (of the figure `only`, if given)."""
     tasks = {}
     for mark in marks:
         tasks[mark.name] = _task_report(mark, {name: columns[mark.name] for name, columns in runs.items()}, margin)
+        for name, entry in tasks[mark.name]["figures"].items():
+            if only not in (None, name):
+                entry.pop("p", None)
     tested = [entry for task in tasks.values() for entry in task["figures"].values() if "p" in entry]
     for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
         entry["p_holm"] = p
@@ -287,11 +298,15 @@ def _task_report(mark: Benchmark, columns: dict[str, np.ndarray], margin: float)
         groups[group] = {"items": int(chosen.sum())} | {
             figure.name: _values(figure, of_group) for figure in _defined(mark.figures, of_group)
         }
-    if mark.kind == "capability" and "edit" in columns:
-        lowest = 100 * least_change(columns["base"][:, 0], columns["edit"][:, 0])
-        lowest = min(lowest, figures["accuracy"]["change"][1])
+    if mark.kind in ABILITIES and "edit" in columns:
+        lowest = least(columns["base"], columns["edit"])
         figures["accuracy"]["non_inferior"] = {"margin": margin, "lowest": lowest, "shown": lowest > -margin}
     return {"kind": mark.kind, "items": len(mark.sizes), "figures": figures, "groups": groups}
+
+
+def least(before: np.ndarray, after: np.ndarray) -> float:
+    """Lower end, in points, of a change of accuracy (column 0 of [n, k]): of the bootstrap's interval and Agresti's."""
+    return 100 * min(least_change(before[:, 0], after[:, 0]), change([before], [after])[1])
 
 
 def _defined(figures: Sequence[Figure], columns: dict[str, np.ndarray]) -> list[Figure]:
@@ -317,15 +332,11 @@ def _figure_report(figure: Figure, columns: dict[str, np.ndarray]) -> dict:
         return found
     before, after = columns["base"], columns["edit"]
     draws = [values for name, values in columns.items() if name.startswith("random ")]
-    controls = {"random neurons": draws} if draws else {}
-    controls |= {n: [v] for n, v in columns.items() if n not in ("base", "edit") and not n.startswith("random ")}
-
-    def distance(means: np.ndarray) -> np.ndarray:
-        return np.abs(figure.of(means) - figure.ideal)
-
+    others = {"random neurons": draws} if draws else {}
+    others |= {n: [v] for n, v in columns.items() if n not in ("base", "edit") and not n.startswith("random ")}
     found["ideal"] = figure.ideal
-    found["controls"] = {name: change([before], values, figure.of) for name, values in controls.items()}
-    found["beyond"] = {name: change(values, [after], distance) for name, values in controls.items()}
+    found["controls"] = {name: change([before], values, figure.of) for name, values in others.items()}
+    found["beyond"] = {name: change(values, [after], figure.distance) for name, values in others.items()}
     if figure.binary is not None:
         found["p"] = mcnemar(before[:, figure.binary], after[:, figure.binary])
     else:
@@ -335,7 +346,7 @@ def _figure_report(figure: Figure, columns: dict[str, np.ndarray]) -> dict:
 
 def _verdict(entry: dict) -> str:
     """One line on a tested figure."""
-    if entry["p_holm"] >= _ALPHA:
+    if entry["p_holm"] >= ALPHA:
         return "no effect found"
     ideal = entry["ideal"]
     nearer = abs(entry["edit"] - ideal) < abs(entry["base"] - ideal)

@@ -42,8 +42,8 @@ _STEPS = 24
 _BLOCK = 32  # positions in float64 at once
 
 
-def rows(scorer, recipe: Recipe) -> tuple[str, list[list[int]]]:
-    """Where the texts come from, and token ids of each, the prefix token first.
+def rows(scorer, recipe: Recipe) -> tuple[str, list[str], list[list[int]]]:
+    """Where the texts come from, the texts, and token ids of each, the prefix token first.
 
     A tokenizer that cannot read the texts (the demo's knows its own small world only) gets the recipe's control
     questions instead, and so does a recipe in another language.
@@ -55,8 +55,9 @@ def rows(scorer, recipe: Recipe) -> tuple[str, list[list[int]]]:
     found = ids(list(TEXTS))
     unknown = sum(row.count(scorer.tokenizer.unk_token_id) for row in found) / sum(map(len, found))
     if recipe.controls and (recipe.language != "en" or unknown > 0.1):
-        return "control questions", ids([question.text for question in recipe.controls])
-    return "package", found
+        texts = [question.text for question in recipe.controls]
+        return "control questions", texts, ids(texts)
+    return "package", list(TEXTS), found
 
 
 def logits(scorer, texts: list[list[int]]) -> Tensor:

@@ -302,10 +302,13 @@ def _effects(report: dict) -> list[str]:
     effect = report["effect"]
     if effect is None:
         return [
+            "<p>The baking run measured no effect; the sweep that chose the edit did.</p>"
+            if report["tuning"] and report["tuning"]["test"] else
             "<p>Nothing was measured: neither the effect of the edit on bias, nor that of a control. No claim that the "
             "model is less biased than its base can rest on this directory.</p>",
+            *_tuning(report),
             *_further(report),
-        ]
+        ]  # fmt: skip
     avoids = effect["aim"] == "avoid"
     one = "unwanted" if avoids else "stereotyped"
     (before, after), named = margin_changes(effect)
@@ -324,7 +327,65 @@ def _effects(report: dict) -> list[str]:
             _table("Change of the margin", ["what", "mean", "from", "to"], rows),
         ),
         f"<p>Verdict: {words(verdict)}</p>",
+        *_tuning(report),
         *_further(report),
+    ]
+
+
+def _tuning(report: dict) -> list[str]:
+    """How factor and thresholds were chosen, and what the choice does on items that had no part in it."""
+    found = report["tuning"]
+    if found is None:
+        return []
+    points, figure = found["points"], words(found["figure"])
+    drawing = plots.pareto(
+        [(p["kl"], p["bias"][0], p["within"], p["front"], p["chosen"]) for p in points], found["figure"]
+    )
+    rows = (
+        [words(p["settings"]), _number(str(p["neurons"])), *(_number(f"{v:+.4f}") for v in p["bias"]),
+         _number(f"{p['kl']:.2e}"), _number(f"{p['lowest']:+.1f}"),
+         "chosen" if p["chosen"] else "on the front" if p["front"] else "" if p["within"] else "out of bounds"]
+        for p in sorted(points, key=lambda p: (not p["front"], p["bias"][0]))
+    )  # fmt: skip
+    heads = ["settings", "neurons", "change of bias", "from", "to", "KL", "lower end of the capability", "note"]
+    steered, bounded = (words(", ".join(found[key])) for key in ("steered_by", "bounded_by"))
+    bound = "" if found["max_kl"] is None else f" and the KL is below {found['max_kl']:g}"
+    return [
+        "<h3>How factor and thresholds were chosen</h3>",
+        f"<p>{len(points)} edits were measured on one half of the items (dev): the change of the {figure} of {steered} "
+        "(as a distance from its ideal), and the cost, the KL divergence from the base on neutral text. An edit is "
+        f"within bounds if a loss of {found['margin']:g} points of {bounded} is excluded{bound}. Chosen: "
+        f"{words(found['chosen_by'])}.</p>",
+        _figure(
+            drawing,
+            "Discs: edits on the front, which no other edit within bounds beats in both; rings: other edits; squares: "
+            "edits out of bounds; a second ring: the chosen edit.",
+            _table(f"Edits that were tried, on dev ({len(points)})", heads, rows),
+        ),
+        *_confirmation(found),
+    ]
+
+
+def _confirmation(found: dict) -> list[str]:
+    split = (
+        [words(s["task"])] + [cell for side in ("dev", "test") for cell in (
+            _number(str(s[f"{side}_items"])), f'<td class="hash">{words(s[f"{side}_sha256"])}</td>')]
+        for s in found["split"]
+    )  # fmt: skip
+    heads = ["items of", "dev", "SHA-256 of the dev items", "test", "SHA-256 of the test items"]
+    lines = [_table("The two halves", heads, split)]
+    if found["test"] is None:
+        return [*lines, "<p>The other half (test) was not scored.</p>"]
+    rows = (
+        [words(t["task"]), *(_number(f"{v:+.4f}") for v in t["change"]), _number(f"{t['p']:.2g}"), words(t["found"])]
+        for t in found["test"]
+    )
+    heads = ["task", f"change of the {found['figure']}", "from", "to", "p (Holm)", "beside the controls"]
+    confirmed = "Confirmed" if found["confirmed"] else "Not confirmed"
+    return [
+        *lines,
+        _table("The chosen edit on the other half (test), scored once", heads, rows),
+        f"<p>{confirmed}: {words(found['verdict'])}.</p>",
     ]
 
 

@@ -6,14 +6,17 @@ be read on a phone. Everything that comes from files is escaped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from .errors import one_line
 
 _WIDTH = 480
 _LEFT = 96  # room for the labels of rows
 COLUMNS = 16  # of the overlap plot: more would not be legible
+_PIXELS = 640  # across, of a plot that is a file of its own
 
 
 def words(value: object) -> str:
@@ -136,3 +139,70 @@ def intervals(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     body += [_text(at(reach), bottom + 16, f"{reach:+.3g}", "end", "quiet")]
     said = "; ".join(f"{name}: {mean:+.4f}, from {low:+.4f} to {high:+.4f}" for name, (mean, low, high) in rows)
     return _svg("effect", bottom + 24, "Change of the stereotype margin", said + ".", body)
+
+
+def pareto(points: Sequence[tuple[float, float, bool, bool, bool]], figure: str) -> str:
+    """What each edit of a sweep does (down: less bias) and costs (left: less KL, on a logarithmic scale).
+
+    points: (KL, change of bias, within bounds, on the front, chosen). Marks differ in shape too: a disc on the front, a
+    ring behind it, a square out of bounds; a second ring about the chosen one.
+    Where the bias falls less than it rises elsewhere, the rise is cut off at twice the fall, and the marks lie there.
+    """
+    costs = [max(point[0], 1e-12) for point in points]
+    left, right = math.floor(math.log10(min(costs))), math.ceil(math.log10(max(costs)))
+    right = max(right, left + 1)
+    changes = [point[1] for point in points]
+    low, high = min(0.0, *changes), max(0.0, *changes)
+    high = min(high, -2 * low) if low else high
+    top, bottom, edge = 30.0, 270.0, _WIDTH - 24.0
+    spread = (high - low) or 1.0
+
+    def across(cost: float) -> float:
+        return _LEFT - 24 + (edge - _LEFT + 24) * (math.log10(cost) - left) / (right - left)
+
+    def down(bias: float) -> float:
+        return top + (bottom - top) * (high - min(bias, high)) / spread
+
+    body = [_text(8, 16, f"change of bias ({figure})", kind="quiet")]
+    for power in range(left, right + 1):
+        x = across(10.0**power)
+        body += [_line(x, top, x, bottom, "grid"), _text(x, bottom + 18, f"1e{power}", "middle", "quiet")]
+    for value in sorted({low, 0.0, high}):
+        if value == 0 or abs(down(value) - down(0)) > 14:
+            body.append(_text(_LEFT - 32, down(value) + 4, f"{value:+.3g}" if value else "0", "end", "quiet"))
+    body += [_line(across(10.0**left), down(0), edge, down(0), "axis")]
+    body.append(_text(edge, bottom + 36, "KL from the base on neutral text, nats per token", "end", "quiet"))
+    best = sorted((across(cost), down(point[1])) for cost, point in zip(costs, points, strict=True) if point[3])
+    if len(best) > 1:
+        path = " ".join(f"{x:.5g},{y:.5g}" for x, y in best)
+        body.append(f'<polyline class="step" points="{path}"/>')
+    for cost, (_, bias, within, on_front, chosen) in zip(costs, points, strict=True):
+        x, y = across(cost), down(bias)
+        if not within:
+            body.append(_rect(x - 3.5, y - 3.5, 7, 7, "second"))
+        else:
+            body.append(_dot(x, y, "first", 4) if on_front else _dot(x, y, "ring", 3))
+        if chosen:
+            body.append(_dot(x, y, "around", 8))
+    counts = [sum(point[3] for point in points), sum(not point[2] for point in points), sum(c > high for c in changes)]
+    said = f"{len(points)} edits; {counts[0]} on the front, {counts[1]} out of bounds"
+    if counts[2]:
+        said += f", {counts[2]} above the upper edge"
+        body.append(_text(edge, 16, f"{counts[2]} above the upper edge", "end", "quiet"))
+    picked = [f"; chosen: bias {bias:+.4g} at KL {kl:.2g}" for kl, bias, *_, chosen in points if chosen]
+    return _svg("pareto", bottom + 44, "Bias against cost", said + "".join(picked) + ".", body)
+
+
+def standalone(drawing: str) -> str:
+    """A plot as a file of its own.
+
+    It has the page's colours for both themes, and a ground, since whoever shows it may follow another theme than it.
+    """
+    sheet = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    colours = sheet[sheet.index(":root") : sheet.index("* {")].rstrip()
+    marks = [line for line in sheet.splitlines() if line.startswith("svg ")]
+    style = "\n".join(["<style>", colours, *marks, "svg .ground { fill: var(--paper); }", "</style>"])
+    ground = '<rect class="ground" width="100%" height="100%" rx="6"/>'
+    root = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_PIXELS}"'
+    head, body = drawing.replace("<svg", root, 1).split("</desc>", 1)
+    return f"{head}</desc>\n{style}\n{ground}\n{body}\n"

@@ -1,8 +1,8 @@
 """What a report on a baked directory says, as one plain dict: the JSON of `report --json`, and all that the page shows.
 
-It comes from the directory itself (manifest, undo file, unembedding) and, where it is there, from the scores file of
-the run that made it. What is absent is null, never guessed. No time, no path: the same files give the same report.
-Form: report.schema.json.
+It comes from the directory itself (manifest, undo file, unembedding) and, where they are there, from the scores file of
+the run that made it and from the sweep that chose its edit. What is absent is null, never guessed. No time, no path:
+the same files give the same report. Form: report.schema.json.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from .folding import file_hash, is_sealed, read_manifest
 from .lens import Neuron, columns, vocabulary, written
 from .pipeline import attribution_summary, work_of
 from .scores import Scores, load_scores
+from .search import in_words
+from .tuning import RESULT, load_tuning
 from .wording import verdicts
 
 if TYPE_CHECKING:
@@ -35,12 +37,16 @@ _OPTIONAL = ("difference", "noise", "kl", "top1", "greedy", "rerouted")  # figur
 _PAPER = {"rule": "paper", "tau": 0.1, "beta": 0.1, "combine": "union"}
 
 
-def build(baked: str | Path, scores: str | Path | None = None, say: Callable[[str], None] = lambda _: None) -> dict:
+def build(
+    baked: str | Path, scores: str | Path | None = None, say: Callable[[str], None] = lambda _: None,
+    tuning: str | Path | None = None,
+) -> dict:  # fmt: skip
     """The report on a baked directory.
 
     scores: the scores file of the run (default: BAKED.work/scores.safetensors, where it is there and was made for this
-    base). say: called with lines for the user. Raises CheckpointError for a directory that is not as it was baked as
-    far as is looked at here, ScoresError for given scores that do not belong to it.
+    base). tuning: the tune.json of the edit (default: BAKED.work/tune.json, where it chose this one). say: called with
+    lines for the user. Raises CheckpointError for a directory that is not as it was baked as far as is looked at here,
+    ScoresError for given scores that do not belong to it, InputError for such a tune.json.
     """
     path = Path(os.path.abspath(baked))
     checkpoint, manifest = Checkpoint.open(path), _manifest(path)
@@ -48,7 +54,8 @@ def build(baked: str | Path, scores: str | Path | None = None, say: Callable[[st
     places = slots(checkpoint.shapes, checkpoint.config, edit.site)
     sizes = [end(places[layer]) for layer in sorted(places)]
     edit.check(sizes)
-    file = Path(scores) if scores else work_of(path) / "scores.safetensors"
+    work = work_of(path)
+    file = Path(scores) if scores else work / "scores.safetensors"
     found, measured = _scores(file, bool(scores), edit, sizes, say) or (None, None)
     try:
         recorded = _recorded(path, manifest)
@@ -65,6 +72,7 @@ def build(baked: str | Path, scores: str | Path | None = None, say: Callable[[st
         "overlap": measured and measured.overlap,
         "answers": recorded["answers"] or (found and _answers(attribution_summary(found))),
         **{key: recorded[key] for key in ("proofs", "effect")},
+        "tuning": _tuning(Path(tuning) if tuning else work / RESULT, bool(tuning), edit, say),
         "controls_overlap": measured.controls_overlap if measured else recorded["controls_overlap"],
         "further": {k: v for k, v in recorded["further"].items() if not (measured and k == "selection")},
         "provenance": recorded["provenance"] | {"scores_sha256": file_hash(file) if found else None},
@@ -99,6 +107,58 @@ def _scores(
             raise
         say(f"scores left out: {error}")
         return None
+
+
+def _tuning(file: Path, given: bool, edit: Edit, say: Callable[[str], None]) -> dict | None:
+    """What a sweep found, if it chose this edit. Another one is an error if it was asked for, and left out if not."""
+    if not given and not file.exists():
+        return None
+    try:
+        found = load_tuning(file)
+        if (found["base"], found["chosen"]) != (edit.base, edit.sha256):
+            raise InputError(f"{file} did not choose this edit: pass the --tuning of its run")
+        try:
+            return _chosen(found) | {"sha256": file_hash(file)}
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            raise InputError(f"{file} has figures of another form than kbne-edit writes") from None
+    except InputError as error:
+        if given:
+            raise
+        say(f"tune.json left out: {error}")
+        return None
+
+
+def _chosen(found: dict) -> dict:
+    """The front, the choice and its confirmation, each figure of the type that it must have."""
+    points = [
+        {"settings": in_words(p["settings"]), "neurons": int(p["neurons"]),
+         "bias": _three(p["bias"]), "kl": float(p["kl"]), "lowest": min(map(float, p["lowest"].values())),
+         "within": bool(p["within"]), "front": bool(p["front"]), "chosen": p["edit"] == found["chosen"]}
+        for p in found["points"]
+    ]  # fmt: skip
+    split = [
+        {"task": str(name)} | {f"{side}_{key}": kind(of[side][key])
+                               for side in ("dev", "test") for key, kind in (("items", int), ("sha256", str))}
+        for name, of in found["split"].items()
+    ]  # fmt: skip
+    test, figure = found["test"], str(found["figure"])
+    return {
+        "figure": figure, "margin": float(found["margin"]),
+        "max_kl": None if found["max_kl"] is None else float(found["max_kl"]), "chosen_by": str(found["chosen_by"]),
+        "steered_by": list(map(str, found["steered_by"])), "bounded_by": list(map(str, found["bounded_by"])),
+        "split": split, "points": points,
+        "test": test and [
+            {"task": name, "change": _three(entry["change"]), "p": float(entry["p_holm"]),
+             "found": str(entry["verdict"])}
+            for name in map(str, found["steered_by"]) for entry in [test["tasks"][name]["figures"][figure]]
+        ],
+        "confirmed": test and bool(found["verdict"]["confirmed"]), "verdict": test and str(found["verdict"]["text"]),
+    }  # fmt: skip
+
+
+def _three(values: list) -> list[float]:
+    value, low, high = map(float, values)
+    return [value, low, high]
 
 
 # ------------------------------------------------------------------------------------------------- from the manifest
@@ -255,7 +315,7 @@ def _selected(scores: Scores, edit: Edit) -> tuple[dict, list[bool], Selection]:
 
     Returns (settings, which questions were asked, the selection).
     """
-    from .selection import selection
+    from .selection import by_dimension, selection
 
     record = edit.found.get("select")
     record = record if isinstance(record, dict) else {}
@@ -269,7 +329,8 @@ def _selected(scores: Scores, edit: Edit) -> tuple[dict, list[bool], Selection]:
         chosen = selection(scores, **settings, only=only)
     except (InputError, TypeError):  # nothing selected, or thresholds that are none
         raise ScoresError(f"the edit's thresholds {shown(settings)} select nothing from these scores") from None
-    same = {la: set(ns) for la, ns in chosen.edit.factors.items()} == {la: set(ns) for la, ns in edit.factors.items()}
+    again = by_dimension(chosen, scores, record["factors"]) if "factors" in record else chosen.edit
+    same = {la: set(ns) for la, ns in again.factors.items()} == {la: set(ns) for la, ns in edit.factors.items()}
     settings |= {
         "on_record": bool(record), "wrong_left_out": dropped, "reproduced": same, "recipe": scores.settings["recipe"],
         "quadrature": str(scores.settings.get("quadrature")),

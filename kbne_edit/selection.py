@@ -160,6 +160,26 @@ def selection(
     return Selection(Edit(votes.site, factors, votes.base, {"select": settings}), masks, by_controls, votes.counts)
 
 
+def by_dimension(chosen: Selection, scores: Scores, factors: dict[str, float]) -> Edit:
+    """The chosen neurons, each with the factor of its dimension; a factor of 1 leaves them out.
+
+    A neuron's dimension is the one, of those that keep it, in whose questions its mean share of the largest score is
+    greatest. factors: of every dimension. The edit may have no neuron.
+    """
+    layers, neurons = np.nonzero(_mask(chosen.edit, scores.values.shape[1:]))
+    means = []
+    for name, kept in chosen.dimensions.items():
+        asked = [scores.values[i] for i, q in enumerate(scores.questions) if q.dimension == name and not q.control]
+        mean = np.mean([values[layers, neurons] / max(float(values.max()), 1e-30) for values in asked], 0)
+        means.append(np.where(kept[layers, neurons], mean, -np.inf))
+    names, found = list(chosen.dimensions), {}
+    for layer, neuron, most in zip(layers.tolist(), neurons.tolist(), np.argmax(means, 0).tolist(), strict=True):
+        if factors[names[most]] != 1:
+            found.setdefault(layer, {})[neuron] = factors[names[most]]
+    select = {**chosen.edit.found["select"], "factors": factors}
+    return replace(chosen.edit, factors=found, found={**chosen.edit.found, "select": select})
+
+
 def combined(masks: Sequence[np.ndarray], combine: str) -> np.ndarray:
     return np.any(masks, 0) if combine == "union" else np.all(masks, 0)
 

@@ -28,10 +28,17 @@ def mean(columns: np.ndarray) -> np.ndarray:
 
 def interval(columns: np.ndarray, figure: Figure = mean, resamples: int = _RESAMPLES) -> list[float]:
     """[figure, low, high]: 95 % percentile bootstrap over items, seeded. columns: [n] or [n, k]."""
-    columns = columns[:, None] if columns.ndim == 1 else columns
-    draws = np.concatenate([np.atleast_1d(figure(means)) for means in _resampled(columns, resamples)])
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    return [float(figure(columns.mean(0))), float(low), float(high)]
+    return pooled([(columns[:, None] if columns.ndim == 1 else columns, figure)], resamples)
+
+
+def pooled(parts: Sequence[tuple[np.ndarray, Figure]], resamples: int = _RESAMPLES) -> list[float]:
+    """[mean of several figures, low, high], each figure's items drawn on their own. parts: (columns [n, k], figure)."""
+    draws = [
+        np.concatenate([np.atleast_1d(figure(means)) for means in _resampled(columns, resamples, seed)])
+        for seed, (columns, figure) in enumerate(parts)
+    ]
+    low, high = np.nanquantile(np.mean(draws, 0), [0.025, 0.975])
+    return [float(np.mean([figure(columns.mean(0)) for columns, figure in parts])), float(low), float(high)]
 
 
 def change(before: Sequence[np.ndarray], after: Sequence[np.ndarray], figure: Figure = mean) -> list[float]:
@@ -50,9 +57,9 @@ def change(before: Sequence[np.ndarray], after: Sequence[np.ndarray], figure: Fi
     return interval(np.concatenate([*before, *after], 1), difference)
 
 
-def _resampled(columns: np.ndarray, resamples: int) -> Iterator[np.ndarray]:
+def _resampled(columns: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Column means [r, k] of resampled items, block by block."""
-    rng, n = np.random.default_rng(0), len(columns)
+    rng, n = np.random.default_rng(seed), len(columns)
     for size in _blocks(resamples, n):
         index = rng.integers(0, n, (size, n))
         counts = np.bincount((index + n * np.arange(size)[:, None]).ravel(), minlength=size * n).reshape(size, n)

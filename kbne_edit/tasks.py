@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,12 +63,17 @@ class Figure:
     ideal: float | None
     binary: int | None = None
 
+    def distance(self, means: np.ndarray) -> np.ndarray:
+        """How far the figure is from its ideal."""
+        return np.abs(self.of(means) - self.ideal)
+
 
 @dataclass(frozen=True)
 class Benchmark:
     """A task ready to be scored. pairs: of all items in order, `sizes[i]` of item i. groups: a name per item.
 
-    read: an item's number and answers -> its columns [k].
+    read: an item's number and answers -> its columns [k]. stories: a text per item; items that share it tell of the
+    same thing, so no split may part them.
     """
 
     name: str
@@ -78,6 +83,16 @@ class Benchmark:
     groups: list[str]
     read: Callable[[int, list[Answer]], Sequence[float]]
     figures: tuple[Figure, ...]
+    stories: Sequence[str] = ()
+
+    def take(self, items: Sequence[int]) -> Benchmark:
+        """The task with these of its items only."""
+        starts = np.cumsum([0, *self.sizes])
+        return replace(
+            self, pairs=[pair for i in items for pair in self.pairs[starts[i] : starts[i + 1]]],
+            read=lambda i, answers: self.read(items[i], answers),
+            **{name: [getattr(self, name)[i] for i in items] for name in ("sizes", "groups", "stories")},
+        )  # fmt: skip
 
     def columns(self, answers: Sequence[tuple[float, bool]]) -> np.ndarray:
         """Columns [n, k] of a model's answers to `pairs`."""
@@ -242,7 +257,10 @@ def _lm_eval(name: str, data: Path | None, limit: int | None, scorer) -> Benchma
         instances = [_requests(task, name, i, doc) for i, doc in enumerate(docs)]
     kind, figures, read, group = _reader(kind, task, docs)
     pairs = scorer.encode_pairs([instance.args for of_item in instances for instance in of_item])
-    return Benchmark(name, kind, pairs, list(map(len, instances)), [group(doc) for doc in docs], read, figures)
+    # BBQ asks some sixty variants of each question, and lm-eval's columns keep its number; else an item is its text.
+    stories = [f"{doc['category']} {doc.get('question_index')}" if name == "bbq" else "".join(of_item[0].args)
+               for doc, of_item in zip(docs, instances, strict=True)]  # fmt: skip
+    return Benchmark(name, kind, pairs, list(map(len, instances)), [group(doc) for doc in docs], read, figures, stories)
 
 
 def _requests(task, name: str, number: int, doc: dict) -> list:
@@ -299,7 +317,8 @@ def _own(name: str, recipe: Recipe, scorer, tokenizer, limit: int | None) -> Ben
             raise NoDataError(f"probes: the recipe {recipe.name} has none")
         pairs = scorer.encode_pairs([("", text) for p in probes for text in (p.first, p.second)])
         read = lambda _, answers: _preference(float(answers[0].logprob > answers[1].logprob), answers)  # noqa: E731
-        return Benchmark(name, "bias", pairs, [2] * len(probes), [p.dimension for p in probes], read, _PREFERENCE)
+        groups, stories = [p.dimension for p in probes], [f"{p.first} {p.second}" for p in probes]
+        return Benchmark(name, "bias", pairs, [2] * len(probes), groups, read, _PREFERENCE, stories)
     return _knowledge(name, recipe, tokenizer, limit)
 
 
@@ -323,5 +342,5 @@ def _knowledge(name: str, recipe: Recipe, tokenizer, limit: int | None) -> Bench
         right = p.pop(asked[i].answer)
         return [float(right > max(p.values()))]
 
-    groups = [question.dimension for question in asked]
-    return Benchmark(name, "knowledge", pairs, [len(surfaces)] * len(asked), groups, read, _ACCURACY)
+    groups, stories = [question.dimension for question in asked], [question.text for question in asked]
+    return Benchmark(name, "knowledge", pairs, [len(surfaces)] * len(asked), groups, read, _ACCURACY, stories)

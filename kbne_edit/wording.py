@@ -48,6 +48,7 @@ NOT_COVERED = (
 def verdicts(report: dict) -> list[dict]:
     """[{"about", "state", "text"}, …]. state: a key of STATES."""
     found = [_file(report), _behaviour(report), _effect(report), _answers(report), _controls(report), _origin(report)]
+    found += [_tuning(report)] if report["tuning"] else []
     return [{"about": about, "state": state, "text": text} for about, state, text in found]
 
 
@@ -76,7 +77,13 @@ def _behaviour(report: dict) -> tuple[str, str, str]:
 
 
 def _effect(report: dict) -> tuple[str, str, str]:
-    about, effect = "effect on bias", report["effect"]
+    about, effect, tuned = "effect on bias", report["effect"], report["tuning"]
+    if effect is None and tuned and tuned["test"]:
+        beyond = all(entry["found"].endswith("beyond every control") for entry in tuned["test"])
+        said = "; ".join(f"{entry['task']}: {entry['found']}" for entry in tuned["test"])
+        return about, "holds" if tuned["confirmed"] and beyond else "warning", (
+            f"On items that had no part in the choice of the edit, {said}."
+        )  # fmt: skip
     if effect is None:
         return about, "open", "Whether this model shows less bias than its base was not measured."
     margin, first = "the absolute stereotype margin", "stereotype"
@@ -126,3 +133,13 @@ def _origin(report: dict) -> tuple[str, str, str]:
     if not found["reproduced"]:
         return about, "warning", "The scores and the thresholds on record select other neurons than those of the edit."
     return about, "holds", "The scores and the thresholds on record select exactly the neurons of the edit."
+
+
+def _tuning(report: dict) -> tuple[str, str, str]:
+    about, found = "chosen on one half, confirmed on the other", report["tuning"]
+    text = f"This edit was chosen among {len(found['points'])} by their figures on one half of the items"
+    if found["test"] is None:
+        return about, "open", f"{text}; the other half was not scored."
+    said = "what they promised holds" if found["confirmed"] else "what they promised was not confirmed"
+    text = f"{text}. On the other half, scored once, {said} ({found['verdict']})."
+    return about, "holds" if found["confirmed"] else "warning", text

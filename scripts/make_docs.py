@@ -19,7 +19,6 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 _WIDTH = 100  # of the help, in characters
-_PIXELS = 640  # of the map
 
 sys.path.insert(0, str(ROOT))
 
@@ -41,20 +40,10 @@ def _sections(command: click.Command, name: str, parent: click.Context | None) -
 
 
 def picture() -> str:
-    """The report's map as a file of its own.
+    """The report's map as a file of its own."""
+    from kbne_edit.plots import neuron_map, standalone
 
-    It has the page's colours for both themes, and a ground, since whoever shows it may follow another theme than it.
-    """
-    from kbne_edit.plots import neuron_map
-
-    sheet = (ROOT / "kbne_edit" / "report.css").read_text(encoding="utf-8")
-    colours = sheet[sheet.index(":root") : sheet.index("* {")].rstrip()
-    marks = [line for line in sheet.splitlines() if line.startswith("svg ")]
-    style = "\n".join(["<style>", colours, *marks, "svg .ground { fill: var(--paper); }", "</style>"])
-    ground = '<rect class="ground" width="100%" height="100%" rx="6"/>'
-    drawing = neuron_map(**json.loads((DOCS / "map.json").read_text(encoding="utf-8")))
-    head, body = drawing.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{_PIXELS}"').split("</desc>")
-    return f"{head}</desc>\n{style}\n{ground}\n{body}\n"
+    return standalone(neuron_map(**json.loads((DOCS / "map.json").read_text(encoding="utf-8"))))
 
 
 def measure() -> str:

@@ -383,7 +383,7 @@ def test_the_flattening_has_the_edit_s_kl(demo):
 
     model, tokenizer = demo
     scorer = Scorer(model, tokenizer)
-    origin, texts = neutral.rows(scorer, load_recipe("demo"))
+    origin, _, texts = neutral.rows(scorer, load_recipe("demo"))
     assert origin == "control questions"  # the demo cannot read the package's sentences
 
     def logp(temperature=1.0):

@@ -1,6 +1,7 @@
 """The contract that every family keeps: the folded checkpoint is the hooked model."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -114,21 +115,16 @@ def test_second_process_and_revert(name, tmp_path):
     assert all((tmp_path / "base" / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "starcoder2", "gpt_neox", "gptj", "gpt2"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_ia3_of_peft(name):
     """PEFT's IA3 on the down-projection scales the same vector: an independent hook."""
     from peft import IA3Config, get_peft_model
 
     model, edit = tiny_model(name), _edit(3.5)
-    target = family_of(model.config.to_dict()).down.rsplit(".", 1)[-1]
-    attention = ["attn.c_proj"] if name == "gpt2" else []
     with hooked(model, edit):
         ours = _logits(model)
-    modules = [rf".*\.mlp\.{target}"] if attention else [target]
-    config = IA3Config(
-        target_modules=modules[0] if attention else modules, feedforward_modules=modules[0] if attention else modules
-    )
-    adapted = get_peft_model(model, config)
+    modules = rf".*\.{re.escape(family_of(model.config.to_dict()).down)}"
+    adapted = get_peft_model(model, IA3Config(target_modules=modules, feedforward_modules=modules))
     with torch.no_grad():
         for layer, ((module, *_),) in enumerate(places(adapted.get_base_model(), "down")):
             vector = module.ia3_l["default"].view(-1)

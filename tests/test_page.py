@@ -26,7 +26,7 @@ def report(debiased):
 class Page(HTMLParser):
     """elements: (tag, attributes) in order; text: of all elements but style. Raises if a tag is not closed in order."""
 
-    VOID = {"meta", "rect", "line", "circle"}
+    VOID = {"meta", "rect", "line", "circle", "polyline"}
 
     def __init__(self, html):
         super().__init__()
@@ -113,6 +113,33 @@ def test_plots_show_the_figures(report):
     means = np.array(marks(effect, "circle", "first", "cx")) - 240  # the middle is zero
     expected = np.array([report["effect"][key][0] for key in keys])
     assert means / means[0] == pytest.approx(expected / expected[0], abs=0.01)
+
+
+_POINT = {"settings": "site down, factor 2", "neurons": 3, "bias": [-0.1, -0.2, 0.0], "kl": 0.01, "lowest": -2.0,
+          "within": True, "front": True, "chosen": True}  # fmt: skip
+SWEEP = {
+    "sha256": "0" * 64, "figure": "absolute margin", "margin": 5.0, "max_kl": 0.1, "chosen_by": "a rule",
+    "steered_by": ["probes"], "bounded_by": ["arc_easy"],
+    "split": [{"task": "probes", "dev_items": 3, "dev_sha256": "1" * 64, "test_items": 4, "test_sha256": "2" * 64}],
+    "points": [_POINT, _POINT | {"kl": 0.5, "within": False, "front": False, "chosen": False}],
+    "test": [{"task": "probes", "change": [-0.1, -0.2, 0.0], "p": 0.04, "found": "less bias, beyond every control"}],
+    "confirmed": True, "verdict": "probes: less bias",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sweep", [SWEEP, SWEEP | {"test": None, "confirmed": None, "verdict": None}])
+def test_a_sweep_has_its_plot_and_tables(report, page, sweep):
+    """And everything in it is escaped, beside an effect and without one."""
+    swept = Page(render(report | {"tuning": sweep}))
+    tags = [tag for tag, _ in swept.elements]
+    assert tags.count("svg") == 5 and tags.count("table") == len(page.all("table")) + (3 if sweep["test"] else 2)
+    assert len(swept.all("caption")) == tags.count("table")
+    assert "KL is below 0.1" in swept.text and ("(test) was not scored" in swept.text) == (sweep["test"] is None)
+    for without in ({}, {"effect": None}):
+        found = report | {"tuning": sweep} | without
+        spoiled = Page(render(_spoiled(found)))
+        assert [tag for tag, _ in spoiled.elements] == [tag for tag, _ in Page(render(found)).elements]
+        assert "\x1b" not in spoiled.text and "\u202e" not in spoiled.text
 
 
 def test_it_asks_for_nothing(page, report):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kbne_edit.statistics import change, holm, interval, least_change, mcnemar, permutation
+from kbne_edit.statistics import change, holm, interval, least_change, mcnemar, permutation, pooled
 
 
 def _pairs(seed, n=60):
@@ -97,6 +97,17 @@ def test_holm_rejects_what_the_step_down_procedure_rejects():
             rejected.add(int(index))
         assert {i for i, adjusted in enumerate(holm(p)) if adjusted <= 0.05} == rejected
     assert holm([]) == []
+
+
+def test_pooled_figures_have_the_interval_of_independent_means():
+    """Two parts of one size: were the same items drawn for both, the parts' errors would not add as squares."""
+    rng = np.random.default_rng(3)
+    a, b = np.sort(rng.normal(1, 1, 300)), np.sort(rng.normal(2, 1, 300))
+    mean, low, high = pooled([(a[:, None], lambda m: m[..., 0]), (b[:, None], lambda m: 2 * m[..., 0])])
+    error = np.sqrt(a.var() + 4 * b.var()) / 2 / np.sqrt(300)
+    assert mean == pytest.approx((a.mean() + 2 * b.mean()) / 2)
+    assert (low - mean, high - mean) == pytest.approx((-1.96 * error, 1.96 * error), rel=0.1)
+    assert pooled([(a[:, None], lambda m: m[..., 0])]) == interval(a)
 
 
 def test_least_change_covers_what_the_bootstrap_cannot():

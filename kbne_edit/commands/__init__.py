@@ -22,6 +22,7 @@ _COMMANDS = {
     "revert": "restore the base from a baked directory alone",
     "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",
     "evaluate": "measure an edit on benchmarks, beside its controls",
+    "tune": "choose factor and thresholds on one half of the items, confirm them once on the other",
     "recipes": "list, show, check or begin recipes",
     "doctor": "show what this machine can do, and how it would treat a model",
 }

@@ -13,17 +13,9 @@ from . import options
 @options.SOURCE
 @click.option("--edit", "edit_path", type=click.Path(path_type=Path), help="Evaluate this edit.json, by hooks.")
 @click.option("--baked", type=click.Path(path_type=Path), help="Evaluate this baked directory.")
-@click.option("--tasks", help="Names with commas between.  [default: all that there are data for]")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder with the tasks' files.  [default: from the Hub]")
-@click.option("--limit", type=click.IntRange(1), help="Items of each task, drawn with a fixed seed.  [default: all]")
+@options.evaluating
 @click.option("--recipe", help="Whose questions are asked.  [default: social-bias; the demo has its own]")
 @click.option("--scores", type=click.Path(path_type=Path), help="Scores file: adds the neurons of its controls.")
-@click.option("--draws", type=click.IntRange(1), default=3, show_default=True, help="Draws of random neurons.")
-@click.option("--margin", type=click.FloatRange(0, 100, min_open=True), default=5.0, show_default=True,
-              help="Points of accuracy that a capability must not lose.")  # fmt: skip
-@click.option("--device", default="cpu", show_default=True, help="Torch device.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
-              help="Compute type.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the result as JSON to this file.")
 @options.JSON
 def command(source, edit_path, tasks, out, as_json, **values) -> None:
@@ -76,7 +68,7 @@ def _lines(result: dict) -> list[str]:
             + (f", flattened (temperature {heat:.4f})" if heat else "; no temperature gives this KL")
         )  # fmt: skip
     for name, task in result["tasks"].items():
-        lines += _task_lines(name, task)
+        lines += task_lines(name, task)
     text = result["neutral"]
     lines.append(f"neutral text ({text['texts']} sentences, {text['source']})")
     for figure in ("perplexity", "KL from the base"):
@@ -87,15 +79,15 @@ def _lines(result: dict) -> list[str]:
     return lines
 
 
-def _task_lines(name: str, task: dict) -> list[str]:
+def task_lines(name: str, task: dict) -> list[str]:
     lines = [f"{name} ({task['items']} items)"]
     for figure, found in task["figures"].items():
         line = f"  {figure}: {_values(figure, found)}"
         if "change" in found:
-            line += f", change {_interval(figure, found['change'])}"
+            line += f", change {interval(figure, found['change'])}"
         lines.append(line + (f", p {found['p_holm']:.2g}: {found['verdict']}" if "p" in found else ""))
         if "controls" in found:
-            lines.append("    " + "; ".join(f"{n} {_interval(figure, v)}" for n, v in found["controls"].items()))
+            lines.append("    " + "; ".join(f"{n} {interval(figure, v)}" for n, v in found["controls"].items()))
         if loss := found.get("non_inferior"):
             said = "excluded" if loss["shown"] else "not excluded"
             lines.append(f"    a loss of {loss['margin']:g} points is {said} (lower end {loss['lowest']:+.1f})")
@@ -114,6 +106,6 @@ def _values(figure: str, found: dict) -> str:
     return " to ".join(f"{found[name]:.{_digits(figure)}f}" for name in ("base", "edit") if name in found)
 
 
-def _interval(figure: str, values: list[float]) -> str:
+def interval(figure: str, values: list[float]) -> str:
     value, low, high = (f"{round(v, 6) + 0.0:+.{_digits(figure)}f}" for v in values)  # + 0.0: no "-0.0"
     return f"{value} [{low}, {high}]"

@@ -67,6 +67,25 @@ def selecting(command):
     return command
 
 
+def evaluating(command):
+    """What is measured, and beside which controls."""
+    for option in reversed([
+        click.option("--tasks", help="Names with commas between.  [default: all that there are data for]"),
+        click.option("--data", type=click.Path(path_type=Path), help="Folder with the tasks' files.  [default: from "
+                     "the Hub]"),
+        click.option("--limit", type=click.IntRange(1), help="Items of each task, drawn with a fixed seed.  [default: "
+                     "all]"),
+        click.option("--draws", type=click.IntRange(1), default=3, show_default=True, help="Draws of random neurons."),
+        click.option("--margin", type=click.FloatRange(0, 100, min_open=True), default=5.0, show_default=True,
+                     help="Points of accuracy that a capability must not lose."),
+        click.option("--device", default="cpu", show_default=True, help="Torch device."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+                     show_default=True, help="Compute type."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def settings(answers: str | None = None, **values):
     """`Settings` from the options of a command."""
     from ..pipeline import Settings

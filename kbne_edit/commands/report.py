@@ -12,8 +12,10 @@ from . import options
 @options.out("Page to write, e.g. report.html.")
 @click.option("--scores", type=click.Path(path_type=Path),
               help="Scores of its run.  [default: BAKED.work/scores.safetensors, if it fits]")  # fmt: skip
+@click.option("--tuning", type=click.Path(path_type=Path),
+              help="The tune.json that chose its edit.  [default: BAKED.work/tune.json, if it did]")  # fmt: skip
 @options.JSON
-def command(baked, out, scores, as_json) -> None:
+def command(baked, out, scores, tuning, as_json) -> None:
     """Write one page on a baked directory for those who must judge it: no model is loaded, no network used."""
     from ..files import forbid_overlap, write_text
     from ..page import render
@@ -21,8 +23,8 @@ def command(baked, out, scores, as_json) -> None:
     from ..report import build
     from ..wording import STATES
 
-    forbid_overlap(out, baked, *filter(None, [scores]))
-    found = build(baked, scores, say)
+    forbid_overlap(out, baked, *filter(None, [scores, tuning]))
+    found = build(baked, scores, say, tuning)
     write_text(out, render(found))
     lines = [f"{v['about']}: {STATES[v['state']]}. {v['text']}" for v in found["verdicts"]]
     options.show(found, as_json, [*lines, f"written: {out}"])

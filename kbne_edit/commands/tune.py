@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import options
+from .evaluate import interval, task_lines
+
+
+class _Values(click.ParamType):
+    """Values with commas between."""
+
+    name = "LIST"
+
+    def __init__(self, kind: type):
+        self._kind = kind
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(self._kind(part.strip()) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}: numbers with commas between are needed", param, ctx)
+
+
+@click.command("tune")
+@options.SOURCE
+@click.argument("scores", nargs=-1, required=True, type=click.Path(path_type=Path))
+@options.out("Folder for everything: journal, tune.json, pareto.svg, edit.json; an interrupted run is continued.")
+@click.option("--factors", type=_Values(float), help="Multipliers.  [default: 0.5,1.5,2,3,4]")
+@click.option("--taus", type=_Values(float), help="Shares of a question's largest score.  [default: 0.05,0.1,0.2]")
+@click.option("--betas", type=_Values(float), help="Shares of a dimension's questions.  [default: 0.1]")
+@click.option("--rules", type=_Values(str), help="Selection rules.  [default: all that the scores allow]")
+@click.option("--combine", "combines", type=_Values(str), help="Over dimensions.  [default: union]")
+@click.option("--per-dimension", is_flag=True, help="A factor for each dimension, 1 (left alone) among them.")
+@click.option("--trials", type=click.IntRange(1), default=60, show_default=True,
+              help="Edits to try at most: a larger space is sampled by Optuna, not tried in full.")  # fmt: skip
+@click.option("--figure", default="absolute margin", show_default=True,
+              help="Of the bias tasks: what is to come nearer to its ideal.")  # fmt: skip
+@click.option("--max-kl", type=click.FloatRange(0, min_open=True), help="Most KL from the base on neutral text, nats "
+              "per token.  [default: no bound]")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split and the sampler.")
+@click.option("--dev-only", is_flag=True, help="Stop before the test half is scored: the space may still be changed.")
+@click.option("--recipe", help="Whose questions are asked.  [default: the recipe of the scores]")
+@options.evaluating
+@options.JSON
+def command(source, scores, out, tasks, as_json, per_dimension, **values) -> None:
+    """Choose factor, thresholds, rule and site on one half of the items, and confirm the choice once on the other.
+
+    SCORES are files of `locate` on the model, one for each site. Every edit is measured by hooks on the dev half. Of
+    those within bounds (--margin, --max-kl) and on the Pareto front (bias against KL on neutral text) the one with the
+    least bias is chosen that goes beyond random neurons; if there is none, the test half stays unused. It is scored
+    once, for the chosen edit: OUT then confirms no other choice.
+
+    A bias task is needed, and a capability task (where there is none, the recipe's questions bound the loss).
+
+    \b
+    Needs lm-eval, and Optuna for spaces larger than --trials: pip install 'kbne-edit[tune]'.
+    """
+    from ..search import Space
+    from ..tuning import tune
+
+    given = {name: values.pop(name) for name in ("factors", "taus", "betas", "rules", "combines")}
+    space = Space(per_dimension=per_dimension, **{name: value for name, value in given.items() if value is not None})
+    names = [name.strip() for name in tasks.split(",")] if tasks else None
+    result = tune(source, scores, out, space=space, tasks=names, **values)
+    options.show(result, as_json, _lines(result, out))
+
+
+def _lines(result: dict, out: Path) -> list[str]:
+    return [
+        f"model: {result['model']}" + (f" at {result['commit']}" if result["commit"] else ""),
+        "split: " + ", ".join(f"{name} {s['dev']['items']} dev, {s['test']['items']} test"
+                              for name, s in result["split"].items()),
+        *_dev_lines(result), *_test_lines(result), *_end_lines(result, out),
+    ]  # fmt: skip
+
+
+def _dev_lines(result: dict) -> list[str]:
+    from ..search import in_words
+
+    search, points, figure = result["search"], result["points"], result["figure"]
+    every = [setting for point in points for setting in point["settings"]]
+    common = {name for name in every[0] if name != "factor" and len({setting[name] for setting in every}) == 1}
+    bound = "" if result["max_kl"] is None else f", KL below {result['max_kl']:g}"
+    best = sorted((p for p in points if p["front"]), key=lambda p: p["bias"][0])
+    lines = [
+        f"space: {len(every) + search['empty']} of {search['size']} settings tried ({search['how']}), "
+        f"{search['empty']} select nothing; {len(points)} different edits",
+        f"  in common: {in_words(every[:1], set(every[0]) - common)}",
+        f"dev: {sum(p['within'] for p in points)} edits within bounds (a loss of {result['margin']:g} points of "
+        f"{', '.join(result['bounded_by'])} excluded{bound})",
+        f"dev, Pareto front of {len(best)}: change of the {figure} of {', '.join(result['steered_by'])}, KL on neutral "
+        "text, lower end of the capability's change",
+    ]
+    for point in best:
+        lines.append(
+            f" {'*' if point['edit'] == result['chosen'] else ' '}{interval(figure, point['bias'])}  "
+            f"{point['kl']:.1e}  {min(point['lowest'].values()):+.1f}  {point['neurons']} neurons, "
+            f"{in_words(point['settings'], common)}"
+        )
+        if held := point["beyond_random"]:
+            lines.append(f"    less the mean of {result['draws']} draws of random neurons: {interval(figure, held)}")
+    if result["chosen"]:
+        return [*lines, f"chosen (*): {result['chosen_by']}"]
+    why = "goes beyond random neurons" if best else "lowers the bias"
+    return [*lines, f"nothing to choose: on dev no edit within bounds {why}; the test split was not scored"]
+
+
+def _test_lines(result: dict) -> list[str]:
+    if result["test"] is None:
+        return []
+    names = ", ".join(f"{name} ({n} neurons)" for name, n in result["test"]["controls"].items())
+    lines = [f"test, scored once; controls: {names}"]
+    for name, task in result["test"]["tasks"].items():
+        shown = {figure: found for figure, found in task["figures"].items() if "p" in found or "non_inferior" in found}
+        lines += task_lines(name, task | {"figures": shown, "groups": {}})
+    confirmed = "confirmed" if result["verdict"]["confirmed"] else "not confirmed"
+    return [*lines, f"verdict: {confirmed} ({result['verdict']['text']})"]
+
+
+def _end_lines(result: dict, out: Path) -> list[str]:
+    files = "tune.json, pareto.svg" + (", edit.json" if result["test"] else "")
+    lines = [f"written: {out} ({files})"]
+    if result["test"]:
+        model = result["model"] + (f"@{result['commit']}" if result["commit"] else "")
+        sure = "" if result["verdict"]["confirmed"] else " (not confirmed)"
+        lines.append(f"next{sure}: kbne-edit bake --in {model} --edit {out / 'edit.json'} --out ./debiased")
+    elif result["chosen"]:
+        lines.append("next: the same without --dev-only confirms the choice on the test split")
+    return lines

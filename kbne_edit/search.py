@@ -1,0 +1,220 @@
+"""Which edits a sweep tries: a full grid where it is small, else the points that Optuna's sampler asks for.
+
+A setting (site, rule, thresholds, factors) selects an edit from kept scores, without a model. Settings that select the
+same edit are one candidate, which is measured once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import product
+from typing import TYPE_CHECKING
+
+from .edit import Edit
+from .errors import EditError, InputError, shown
+from .recipe import COMBINE, RULES
+from .selection import by_dimension, selection
+
+if TYPE_CHECKING:
+    from .scores import Scores
+
+_ASKS = 5  # of the sampler, for each edit that may be measured: it repeats itself
+
+# Of an edit: (what is to be small, what is to be small, by how much it breaks the constraint: above 0 it does)
+Measure = Callable[[Edit], tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is tried. factors: 2 and 4 are exact, 1.5 and 3 lie between, 0.5 asks whether turning down does as well.
+
+    rules: None for all that the scores allow. per_dimension: each dimension of the recipe has a factor of its own, 1
+    (its neurons are left alone) among them. Raises InputError on construction for values out of range.
+    """
+
+    factors: Sequence[float] = (0.5, 1.5, 2.0, 3.0, 4.0)
+    taus: Sequence[float] = (0.05, 0.1, 0.2)
+    betas: Sequence[float] = (0.1,)
+    rules: Sequence[str] | None = None
+    combines: Sequence[str] = ("union",)
+    per_dimension: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (good, allowed) in _VALUES.items():
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if not values or len(set(values)) != len(values):
+                raise InputError(f"the space needs values, each once: {name} is {shown(list(values))}")
+            if wrong := [value for value in values if not good(value)]:
+                raise InputError(f"the space: {shown(wrong[0])} is no value for {name} ({allowed})")
+
+
+def _share(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+_VALUES: dict[str, tuple[Callable, str]] = {
+    "factors": (lambda f: 0 <= f <= 2**16 and f != 1, "numbers from 0, and not 1, which changes nothing"),
+    "taus": (_share, "numbers from 0 to 1"), "betas": (_share, "numbers from 0 to 1"),
+    "rules": (RULES.__contains__, ", ".join(RULES)), "combines": (COMBINE.__contains__, ", ".join(COMBINE)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An edit, and all tried settings that select it."""
+
+    edit: Edit
+    settings: list[dict] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was tried. candidates: {SHA-256 of the edit: candidate}, in the order of trial. how: "grid", or Optuna's
+    sampler; empty: settings that select no neuron; size: of the space."""
+
+    candidates: dict[str, Candidate]
+    how: str
+    size: int
+    empty: int
+
+
+def sweep(space: Space, scores: dict[str, Scores], trials: int, seed: int, measure: Measure) -> Sweep:
+    """Measure the edits of a space, `trials` of them at most. scores: by site. seed: of the sampler.
+
+    Raises InputError if the space is larger than `trials` and Optuna is not installed, and if it has no edit at all.
+    """
+    axes, edit_of = _axes(space, scores), _selector(scores)
+    size = math.prod(map(len, axes.values()))
+    found: dict[str, Candidate] = {}
+    empty: list[dict] = []
+
+    def visit(setting: dict) -> tuple[float, float, float] | None:
+        edit = edit_of(setting)
+        if edit is None:
+            empty.append(setting)
+            return None
+        candidate = found.setdefault(edit.sha256, Candidate(edit))
+        if setting not in candidate.settings:
+            candidate.settings.append(setting)
+        return measure(candidate.edit)
+
+    if size <= trials:
+        how = "grid"
+        for values in product(*axes.values()):
+            visit(_setting(dict(zip(axes, values, strict=True))))
+    else:
+        how = _ask_optuna(axes, size, trials, seed, visit, found)
+    if not found:
+        raise InputError("no setting of the space selects a neuron: add smaller --taus or --betas")
+    return Sweep(found, how, size, len({str(setting) for setting in empty}))
+
+
+def _axes(space: Space, scores: dict[str, Scores]) -> dict[str, tuple]:
+    """{name: its values}: the space is their product."""
+    rules = space.rules or tuple(rule for rule in RULES if all(_allows(s, rule) for s in scores.values()))
+    axes = {"site": tuple(scores), "rule": rules, "combine": space.combines, "tau": space.taus, "beta": space.betas}
+    if not space.per_dimension:
+        return axes | {"factor": space.factors}
+    dimensions = dict.fromkeys(q.dimension for s in scores.values() for q in s.questions if not q.control)
+    return axes | {f"factor of {name}": (1.0, *space.factors) for name in dimensions}
+
+
+def _allows(scores: Scores, rule: str) -> bool:
+    """Whether the questions have what a rule needs, such as controls."""
+    try:
+        selection(scores, rule=rule)
+    except EditError:  # no neuron at these thresholds
+        return True
+    except InputError:
+        return False
+    return True
+
+
+def _setting(values: dict) -> dict:
+    """The values of the axes, with factors by dimension as one dict."""
+    named = {name.removeprefix("factor of "): v for name, v in values.items() if name.startswith("factor of ")}
+    kept = {name: v for name, v in values.items() if not name.startswith("factor of ")}
+    return kept | {"factor": named} if named else kept
+
+
+def _selector(scores: dict[str, Scores]) -> Callable[[dict], Edit | None]:
+    """A function: setting -> edit, None if it selects nothing."""
+
+    @cache
+    def chosen(site: str, **rule):
+        try:
+            return selection(scores[site], **rule)
+        except EditError:
+            return None
+
+    def edit_of(setting: dict) -> Edit | None:
+        factor = setting["factor"]
+        found = chosen(**{name: value for name, value in setting.items() if name != "factor"})
+        if found is None:
+            return None
+        if isinstance(factor, dict):
+            edit = by_dimension(found, scores[setting["site"]], factor)
+            return edit if edit.factors else None
+        factors = {layer: dict.fromkeys(neurons, factor) for layer, neurons in found.edit.factors.items()}
+        return replace(found.edit, factors=factors)
+
+    return edit_of
+
+
+def _ask_optuna(axes: dict[str, tuple], size: int, trials: int, seed: int, visit, found: dict) -> str:
+    """Let Optuna's TPE ask until `trials` edits are measured. Seeded: the same answers bring the same questions."""
+    try:
+        import optuna
+    except ImportError:
+        raise InputError(
+            f"the space has {size} points, more than --trials {trials}, and Optuna is not installed: "
+            f"`pip install 'kbne-edit[tune]'`, or --trials {size} for all of them, or fewer values"
+        ) from None
+    ordered = {name: all(isinstance(value, (int, float)) for value in values) for name, values in axes.items()}
+    space = {
+        name: optuna.distributions.IntDistribution(0, len(values) - 1) if ordered[name]
+        else optuna.distributions.CategoricalDistribution(values)
+        for name, values in axes.items()
+    }  # fmt: skip
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=seed)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    for _ in range(_ASKS * trials):
+        if len(found) == trials:
+            break
+        trial = study.ask(space)
+        values = {name: axes[name][v] if ordered[name] else v for name, v in trial.params.items()}
+        first, second, breaks = visit(_setting(values)) or (0.0, 0.0, 1.0)  # no neuron: the base, and of no use
+        trial.set_constraint("loss", breaks)
+        study.tell(trial, [first, second])
+    return f"Optuna {optuna.__version__}, TPE"
+
+
+def front(values: Sequence[tuple[float, float]]) -> list[int]:
+    """Places of the pairs that no other pair beats (smaller in one, not larger in the other), by their first number."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    kept: list[int] = []
+    for i in order:
+        if not kept or values[i][1] < values[kept[-1]][1] or values[i] == values[kept[-1]]:
+            kept.append(i)
+    return kept
+
+
+def in_words(settings: Sequence[dict], known: Container[str] = ()) -> str:
+    """The first of the settings that select an edit, and how many more do. known: names that need not be said."""
+    first, more = settings[0], len(settings) - 1
+    factor = first["factor"]
+    said = {
+        "site": f"site {first['site']}", "rule": first["rule"], "tau": f"tau {first['tau']:g}",
+        "beta": f"beta {first['beta']:g}", "combine": first["combine"],
+        "factor": "factor " + (", ".join(f"{name} {f:g}" for name, f in factor.items()) if isinstance(factor, dict)
+                               else f"{factor:g}"),
+    }  # fmt: skip
+    return ", ".join(text for name, text in said.items() if name not in known) + (
+        f" (so do {more} other settings)" if more else ""
+    )

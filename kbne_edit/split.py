@@ -1,0 +1,79 @@
+"""Two halves of what is evaluated: one to choose on (dev), one to confirm on (test).
+
+A half is dealt story by story, group by group: items that share a text (or a question, in BBQ) lie in the same half,
+also across tasks, and each half holds its share of every group. The order of dealing is that of a seeded hash of the
+story, so it does not depend on how the items were sorted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import InputError
+from .tasks import Benchmark
+
+
+@dataclass(frozen=True)
+class Half:
+    """Tasks and neutral texts, each with its share of the items. texts: token ids of each text."""
+
+    marks: list[Benchmark]
+    texts: list[list[int]]
+
+    def digests(self) -> dict[str, tuple[int, str]]:
+        """{task: (items, SHA-256 of what the model is asked)}: equal exactly if the items are."""
+        asked = {mark.name: (len(mark.sizes), [mark.sizes, mark.pairs]) for mark in self.marks}
+        asked["neutral text"] = (len(self.texts), self.texts)
+        return {name: (n, _digest(what)) for name, (n, what) in asked.items()}
+
+
+def _digest(what: object) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def halves(
+    marks: Sequence[Benchmark], stories: Sequence[str], texts: Sequence[list[int]], seed: int
+) -> tuple[Half, Half]:
+    """(dev, test). stories, texts: the neutral texts, and their token ids.
+
+    Raises InputError where a half would be empty.
+    """
+    side: dict[str, int] = {}
+    dealt = [_deal(mark.name, mark.stories, mark.groups, side, seed) for mark in marks]
+    neutral = _deal("neutral text", stories, [""] * len(stories), side, seed)
+    dev, test = (
+        Half(
+            [mark.take(items[half]) for mark, items in zip(marks, dealt, strict=True)],
+            [texts[i] for i in neutral[half]],
+        )
+        for half in (0, 1)
+    )
+    return dev, test
+
+
+def _deal(
+    name: str, stories: Sequence[str], groups: Sequence[str], side: dict[str, int], seed: int
+) -> tuple[list[int], list[int]]:
+    """Numbers of the items of either half. side: the half of each story so far, added to."""
+    sizes, count = Counter(), Counter()
+    for story, group in zip(stories, groups, strict=True):
+        sizes[story] += 1
+        if story in side:
+            count[group, side[story]] += 1
+            count[side[story]] += 1
+    order = sorted({(group, _digest([seed, story]), story) for story, group in zip(stories, groups, strict=True)})
+    for group, _, story in order:
+        if story in side:
+            continue
+        half = min((0, 1), key=lambda half, group=group: (count[group, half], count[half], half))
+        side[story] = half
+        count[group, half] += sizes[story]
+        count[half] += sizes[story]
+    dev, test = ([i for i, story in enumerate(stories) if side[story] == half] for half in (0, 1))
+    if not dev or not test:
+        raise InputError(f"{name}: its {len(stories)} items cannot be halved, since one half would be empty: take more")
+    return dev, test

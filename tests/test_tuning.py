@@ -1,0 +1,788 @@
+"""The sweep against brute force, the choice against its rule, and that nothing of the test half is seen before it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from xml.etree import ElementTree
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+
+import bench_data
+from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, neutral, select, tune
+from kbne_edit.errors import EditError, InputError, OutputError
+from kbne_edit.goal import Goal, Run, goal_of
+from kbne_edit.journal import Journal
+from kbne_edit.models import load_model, load_tokenizer
+from kbne_edit.page import render
+from kbne_edit.pipeline import Settings
+from kbne_edit.recipe import Question
+from kbne_edit.report import build
+from kbne_edit.scores import Scores
+from kbne_edit.scoring import Scorer
+from kbne_edit.search import Space, front, in_words, sweep
+from kbne_edit.selection import by_dimension, selection
+from kbne_edit.split import Half, halves
+from kbne_edit.tasks import _ACCURACY, _PREFERENCE, Benchmark, benchmarks
+from kbne_edit.tuning import USED, load_tuning
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "kbne_edit" / "demo"
+SMALL = Space(factors=(0.5, 2.0), taus=(0.1, 0.2), rules=("paper",))
+ASKED = dict(tasks=["probes", "knowledge_controls"], margin=9.0, space=SMALL)
+PER_TOKEN = 1e-5  # see test_evaluation.py
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scores") / "scores.safetensors"
+    locate("demo", path, Settings(questions=9))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return Scorer(load_model(DEMO, torch.float32), load_tokenizer(DEMO))
+
+
+@pytest.fixture(scope="module")
+def split(scorer):
+    """(dev, test) of the runs in this file, made again."""
+    marks = benchmarks(ASKED["tasks"], None, None, load_recipe("demo"), scorer, scorer.tokenizer)
+    _, stories, texts = neutral.rows(scorer, load_recipe("demo"))
+    return halves(marks, stories, texts, 0)
+
+
+@pytest.fixture(scope="module")
+def tuned(scores, tmp_path_factory):
+    """A finished run: (folder, result). Not to be changed."""
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    return out, tune("demo", scores, out, **ASKED)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------- the split
+
+
+def _mark(name, stories, groups):
+    count = len(stories)
+    return Benchmark(name, "bias", [([1], [2])] * count, [1] * count, groups, lambda i, _: [i], _PREFERENCE, stories)
+
+
+def _sides(marks, stories=("s", "t"), seed=0):
+    """The stories of each half: [{task: stories}, …]."""
+    texts = [[1, i] for i in range(len(stories))]
+    return [{mark.name: list(mark.stories) for mark in half.marks} for half in halves(marks, stories, texts, seed)]
+
+
+def test_halves_share_out_every_group_and_keep_stories_together():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        stories = [f"story {i}" for i in rng.integers(0, 60, 90)]
+        kind = {story: str(rng.integers(0, 3)) for story in stories}
+        dev, test = _sides([_mark("a", stories, [kind[s] for s in stories])])
+        assert not set(dev["a"]) & set(test["a"]) and sorted(dev["a"] + test["a"]) == sorted(stories)
+        largest = max(Counter(stories).values())
+        for group in set(kind.values()):
+            counts = [sum(kind[s] == group for s in half["a"]) for half in (dev, test)]
+            assert abs(counts[0] - counts[1]) <= largest
+
+
+def test_a_text_is_in_one_half_whatever_task_it_stands_in():
+    stories = [f"story {i}" for i in range(20)]
+    marks = [_mark("a", stories, [""] * 20), _mark("b", stories[::-2], ["x", "y"] * 5)]
+    dev, test = _sides(marks, stories[5:15])
+    assert set(dev["b"]) <= set(dev["a"]) and set(test["b"]) <= set(test["a"])
+    texts = [[1, i] for i in range(10)]
+    for half, of_a in zip(halves(marks, stories[5:15], texts, 0), (dev, test), strict=True):
+        assert {stories[5 + i] for _, i in half.texts} <= set(of_a["a"])
+
+
+def test_the_split_is_that_of_its_seed_and_not_of_the_order():
+    stories = [f"story {i}" for i in range(40)]
+    first, again, other = (_sides([_mark("a", s, [""] * 40)], seed=n) for s, n in ((stories, 3), (stories[::-1], 3),
+                                                                                  (stories, 4)))  # fmt: skip
+    assert set(first[0]["a"]) == set(again[0]["a"]) != set(other[0]["a"])
+
+
+def test_what_cannot_be_halved_is_refused():
+    with pytest.raises(InputError, match="a: its 3 items cannot be halved"):
+        _sides([_mark("a", ["same"] * 3, [""] * 3)])
+
+
+def test_bbq_is_split_by_its_questions(scorer, tmp_path):
+    """Ambiguous and disambiguated, negative and not: the variants of a question stay together."""
+    rows = [row | {"question_index": str(i // 4)} for i, row in enumerate(bench_data.bbq())]
+    (tmp_path / "bbq_Own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (mark,) = benchmarks(["bbq"], tmp_path, None, load_recipe("demo"), scorer, scorer.tokenizer)
+    dev, test = _sides([mark])
+    assert dev["bbq"] and test["bbq"] and not set(dev["bbq"]) & set(test["bbq"])
+    assert Counter(mark.stories) == Counter(f"{row['category']} {row['question_index']}" for row in rows)
+
+
+def test_items_taken_are_those_of_the_task(scorer, tmp_path):
+    """Each task's columns of some items are the same rows as those of all."""
+    names = ["stereoset_intrasentence", "bbq", "arc_easy", "probes", "knowledge"]
+    data = bench_data.write(tmp_path / "data")
+    for mark in benchmarks(names, data, None, load_recipe("demo"), scorer, scorer.tokenizer):
+        items = [4, 1, 2]
+        part = mark.take(items)
+        every = mark.columns(scorer.score(mark.pairs))
+        np.testing.assert_allclose(part.columns(scorer.score(part.pairs)), every[items], atol=PER_TOKEN)
+        assert part.groups == [mark.groups[i] for i in items] and part.stories == [mark.stories[i] for i in items]
+
+
+# ---------------------------------------------------------------------------------------------------------- the sweep
+
+
+def _beaten(a, b):
+    return b[0] <= a[0] and b[1] <= a[1] and a != b
+
+
+def test_front_against_every_pair():
+    rng = np.random.default_rng(0)
+    for size in (0, 1, 2, 5, 30):
+        for _ in range(50):
+            pairs = [tuple(pair) for pair in rng.integers(0, 8, (size, 2)).tolist()]
+            expected = {i for i, a in enumerate(pairs) if not any(_beaten(a, b) for b in pairs)}
+            found = front(pairs)
+            assert set(found) == expected and len(found) == len(expected)
+            assert [pairs[i][0] for i in found] == sorted(pairs[i][0] for i in found)
+
+
+def _measure(edit):
+    """A stand-in for the model: more neurons cost more, factors above 1 lower the bias."""
+    return -sum(f - 1 for ns in edit.factors.values() for f in ns.values()), float(edit.num_neurons), -1.0
+
+
+def test_a_grid_holds_every_edit_once(scores):
+    loaded, calls = load_scores(scores), Counter()
+
+    def measure(edit):
+        calls[edit.sha256] += 1
+        return _measure(edit)
+
+    space = Space(factors=(0.5, 2.0), taus=(0.1, 0.2, 1.0), betas=(0.1, 0.4), rules=("paper", "contrastive"))
+    found = sweep(space, {"down": loaded}, 24, 0, measure)
+    expected, empty = {}, 0
+    for rule, tau, beta, factor in product(("paper", "contrastive"), (0.1, 0.2, 1.0), (0.1, 0.4), (0.5, 2.0)):
+        try:
+            edit = select(loaded, rule=rule, tau=tau, beta=beta, factor=factor)
+        except EditError:
+            empty += 1
+            continue
+        expected.setdefault(edit.sha256, (edit.factors, []))[1].append((rule, tau, beta, factor))
+    got = {key: (c.edit.factors, [(s["rule"], s["tau"], s["beta"], s["factor"]) for s in c.settings])
+           for key, c in found.candidates.items()}  # fmt: skip
+    assert got == expected and (found.how, found.size, found.empty) == ("grid", 24, empty) and empty >= 4
+    assert set(calls) == set(expected)
+    assert all(c.edit.found["select"]["tau"] == c.settings[0]["tau"] for c in found.candidates.values())
+
+
+def _of_two_dimensions():
+    """Neuron 0 is kept by both, more by b; 1 by a alone; 2 by b alone; 3 by a alone, though b has the larger mean."""
+    rows = [("a", [0.5, 1.0, 0.0, 0.2]), ("a", [0.5, 1.0, 0.0, 0.0]), ("b", [0.9, 0.0, 1.0, 0.12]),
+            ("b", [0.9, 0.0, 1.0, 0.12])]  # fmt: skip
+    values = np.array([[[*row]] for _, row in rows], np.float32) * np.array([1, 3, 2, 1], np.float32)[:, None, None]
+    questions = tuple(Question(f"q{i}", "no", name, "", False) for i, (name, _) in enumerate(rows))
+    ones = np.ones(4, np.float32)
+    return Scores(values, ones, 0 * ones, ones, ones, questions, {}, "down", "base")
+
+
+def test_factors_by_dimension_by_hand():
+    scores = _of_two_dimensions()
+    chosen = selection(scores, tau=0.15, beta=0.5)
+    assert chosen.edit.factors == {0: {0: 2.0, 1: 2.0, 2: 2.0, 3: 2.0}}
+    assert by_dimension(chosen, scores, {"a": 3.0, "b": 5.0}).factors == {0: {0: 5.0, 1: 3.0, 2: 5.0, 3: 3.0}}
+    assert by_dimension(chosen, scores, {"a": 3.0, "b": 1.0}).factors == {0: {1: 3.0, 3: 3.0}}
+    assert by_dimension(chosen, scores, {"a": 2.0, "b": 2.0}).sha256 == chosen.edit.sha256
+    assert by_dimension(chosen, scores, {"a": 1.0, "b": 1.0}).factors == {}
+
+
+def test_per_dimension_tries_every_combination():
+    space = Space(factors=(2.0, 4.0), taus=(0.15,), betas=(0.5,), rules=("paper",), per_dimension=True)
+    found = sweep(space, {"down": _of_two_dimensions()}, 9, 0, _measure)
+    tried = {tuple(s["factor"].values()) for c in found.candidates.values() for s in c.settings}
+    assert tried == set(product((1.0, 2.0, 4.0), repeat=2)) - {(1.0, 1.0)} and found.empty == 1
+    words = {in_words(c.settings) for c in found.candidates.values()}
+    assert "site down, paper, tau 0.15, beta 0.5, union, factor a 2, b 4" in words
+
+
+LARGE = Space(factors=(0.5, 2.0, 3.0), taus=(0.05, 0.1, 0.2, 1.0), betas=(0.1, 0.3), per_dimension=True)
+
+
+def test_optuna_is_reproducible_with_its_seed(scores):
+    pytest.importorskip("optuna")
+    loaded = {"down": load_scores(scores)}
+    runs = [sweep(LARGE, loaded, 14, seed, _measure) for seed in (0, 0, 1)]
+    points = [{key: c.settings for key, c in run.candidates.items()} for run in runs]
+    assert list(points[0]) == list(points[1]) and points[0] == points[1] and points[0] != points[2]
+    assert len(points[0]) == 14 and runs[0].size == 4**3 * 4 * 2 * 2 and "TPE" in runs[0].how
+
+
+def test_optuna_learns_what_is_asked_for(scores):
+    """It finds edits with much of what is wanted more often than chance does."""
+    pytest.importorskip("optuna")
+    loaded = {"down": load_scores(scores)}
+    everything = [_measure(c.edit)[0] for c in sweep(LARGE, loaded, 4**3 * 16, 0, _measure).candidates.values()]
+    asked = [_measure(c.edit)[0] for c in sweep(LARGE, loaded, 60, 0, _measure).candidates.values()]
+    assert np.mean(asked[30:]) < np.mean(everything) and min(asked) <= np.quantile(everything, 0.02)
+
+
+def test_without_optuna_the_error_says_what_to_install(scores, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(InputError, match=r"1024 points.*kbne-edit\[tune\].*--trials 1024"):
+        sweep(LARGE, {"down": load_scores(scores)}, 14, 0, _measure)
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(factors=(1.0,)), "1.0 is no value for factors"),
+    (dict(factors=(float("nan"),)), "nan is no value for factors"),
+    (dict(factors=(-2.0,)), "-2.0 is no value for factors"),
+    (dict(factors=()), "needs values"),
+    (dict(factors=(2.0, 2.0)), "each once"),
+    (dict(taus=(1.5,)), "1.5 is no value for taus"),
+    (dict(rules=("best",)), "'best' is no value for rules"),
+    (dict(combines=("any",)), "'any' is no value for combines"),
+])  # fmt: skip
+def test_wrong_spaces(values, message):
+    with pytest.raises(InputError, match=message):
+        Space(**values)
+
+
+def test_a_space_without_any_edit_is_an_error(scores):
+    with pytest.raises(InputError, match="no setting of the space selects a neuron"):
+        sweep(Space(taus=(1.0,)), {"down": load_scores(scores)}, 60, 0, _measure)
+
+
+# -------------------------------------------------------------------------------------------------------- the journal
+
+
+def test_a_line_cut_short_is_measured_again(tmp_path):
+    path = tmp_path / "j" / "journal.jsonl"
+    journal = Journal(path, {"seed": 1})
+    journal.put("a", {"x": [0.1, 1e-300]})
+    journal.put("b", {"x": []})
+    journal.close()
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        journal = Journal(path, {"seed": 1})
+        assert len(journal) == max(whole[:size].count(b"\n") - 1, 0)
+        for key, record in (("a", {"x": [0.1, 1e-300]}), ("b", {"x": []})):
+            if journal.get(key) is None:
+                journal.put(key, record)
+            assert journal.get(key) == record
+        journal.close()
+        assert path.read_bytes() == whole
+
+
+def test_a_journal_of_others_is_refused(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, {"seed": 1, "dtype": "float32"})
+    with pytest.raises(OutputError, match="another run is writing"):
+        Journal(path, {"seed": 1, "dtype": "float32"})
+    journal.close()
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"other settings \(dtype, seed\)"):
+        Journal(path, {"seed": 2, "dtype": "float16"})
+    for damage in (b"[]\n", b"{}\n{}\n", b"\x00\n", before + b'{"key": 1}\n'):
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match="journal"):
+            Journal(path, {"seed": 1, "dtype": "float32"})
+        assert path.read_bytes() == damage
+
+
+# --------------------------------------------------------------------------------------------------------- the figures
+
+
+def _margins(mark):
+    """Every pair of a preference task as a sentence of its own, [n] margins per token, by a plain loop."""
+
+    def per_token(model, pair):
+        context, continuation = pair
+        ids = torch.tensor([[*context, *continuation]])
+        with torch.no_grad():
+            logp = model(ids).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
+        return float(logp.gather(1, ids[0, len(context) :, None]).mean())
+
+    def of(model):
+        found = [per_token(model, pair) for pair in mark.pairs]
+        return np.array([a - b for a, b in zip(found[::2], found[1::2], strict=True)])
+
+    return of
+
+
+def _edits(result, scores):
+    """{SHA-256: edit} of every point, selected again by its settings."""
+    loaded = load_scores(scores)
+    keys = ("rule", "tau", "beta", "combine", "factor")
+    found = [select(loaded, **{key: p["settings"][0][key] for key in keys}) for p in result["points"]]
+    assert [edit.sha256 for edit in found] == [p["edit"] for p in result["points"]]
+    return {edit.sha256: edit for edit in found}
+
+
+def test_points_are_measured_on_dev(tuned, split, scores, scorer):
+    result, margins = tuned[1], _margins(split[0].marks[0])
+    base = np.abs(margins(scorer.model))
+    assert result["base_bias"]["probes"] == pytest.approx(base.mean(), abs=PER_TOKEN) and len(result["points"]) == 4
+    for point in result["points"]:
+        with hooked(scorer.model, _edits(result, scores)[point["edit"]]):
+            change = np.abs(margins(scorer.model)).mean() - base.mean()
+            logits = neutral.logits(scorer, split[0].texts)
+        assert point["bias"][0] == pytest.approx(change, abs=2 * PER_TOKEN)
+        assert point["bias"][1] <= point["bias"][0] <= point["bias"][2]
+        columns = neutral.columns(split[0].texts, logits, neutral.logits(scorer, split[0].texts))
+        assert point["kl"] == pytest.approx(columns[:, 1].sum() / columns[:, 2].sum(), rel=1e-3)
+        assert point["lowest"] == {"knowledge_controls": pytest.approx(-196 / 25)}  # 23 items, none lost
+
+
+def test_the_test_figures_are_of_the_test_half(tuned, split, scores, scorer):
+    result, margins = tuned[1], _margins(split[1].marks[0])
+    entry = result["test"]["tasks"]["probes"]["figures"]["absolute margin"]
+    assert entry["base"] == pytest.approx(np.abs(margins(scorer.model)).mean(), abs=PER_TOKEN)
+    with hooked(scorer.model, _edits(result, scores)[result["chosen"]]):
+        assert entry["edit"] == pytest.approx(np.abs(margins(scorer.model)).mean(), abs=PER_TOKEN)
+    assert {"random neurons", "control questions", "inverse factor", "flattened"} == set(entry["controls"])
+    tested = [f for task in result["test"]["tasks"].values() for f in task["figures"].values() if "p" in f]
+    assert tested == [entry] and result["test"]["comparisons"] == 1 and entry["p_holm"] == entry["p"]
+
+
+def test_the_choice_follows_its_rule(tuned):
+    out, result = tuned
+    points = result["points"]
+    pairs = {p["edit"]: (p["bias"][0], p["kl"]) for p in points if p["within"]} | {"base": (0.0, 0.0)}
+    best = {key for key, a in pairs.items() if not any(_beaten(a, b) for b in pairs.values())} - {"base"}
+    assert {p["edit"] for p in points if p["front"]} == best and best
+    in_turn = sorted((p for p in points if p["front"]), key=lambda p: p["bias"][0])
+    held = [p["beyond_random"] and p["beyond_random"][2] < 0 for p in in_turn]
+    first = held.index(True)
+    assert in_turn[first]["edit"] == result["chosen"]
+    assert all(p["beyond_random"] is None for p in in_turn[first + 1 :])  # none was tried after it
+    edit = Edit.load(out / "edit.json")
+    assert edit.sha256 == result["chosen"] and edit.found["tune"]["confirmed"] == result["verdict"]["confirmed"]
+    assert edit.found["select"]["tau"] == in_turn[first]["settings"][0]["tau"]
+
+
+def test_a_loss_that_is_not_excluded_keeps_an_edit_out(scores, tmp_path):
+    """Neurons times 4096 break the model: it is on no front, though KL and bias may be what they like."""
+    space = Space(factors=(2.0, 4096.0), taus=(0.1,), rules=("paper",))
+    result = tune("demo", scores, tmp_path / "out", **ASKED | dict(space=space, dev_only=True))
+    (whole,) = [p for p in result["points"] if p["within"]]
+    (broken,) = [p for p in result["points"] if not p["within"]]
+    assert whole["settings"][0]["factor"] == 2.0 and broken["lowest"]["knowledge_controls"] < -9
+    assert not broken["front"] and result["chosen"] != broken["edit"]
+
+
+def test_both_sites_are_tried(scores, tmp_path):
+    locate("demo", tmp_path / "gate.safetensors", Settings(questions=9, site="gate"))
+    space = Space(factors=(2.0,), taus=(0.1,), rules=("paper",))
+    files = [scores, tmp_path / "gate.safetensors"]
+    result = tune("demo", files, tmp_path / "out", **ASKED | dict(space=space, dev_only=True))
+    assert [p["settings"][0]["site"] for p in result["points"]] == ["down", "gate"] == list(result["scores"])
+    assert [p["edit"] for p in result["points"]] == [select(load_scores(path)).sha256 for path in files]
+
+
+def test_benchmarks_from_files_steer_together(scores, scorer, tmp_path):
+    """The mean of three tasks' changes, and the accuracy of arc_easy as the bound."""
+    names, data = ["stereoset_intrasentence", "crows_pairs", "probes", "arc_easy"], bench_data.write(tmp_path / "data")
+    space = Space(factors=(4.0,), taus=(0.1,), rules=("paper",))
+    result = tune("demo", scores, tmp_path / "out", space=space, tasks=names, data=data, margin=45, dev_only=True)
+    assert result["steered_by"] == names[:3] and result["bounded_by"] == ["arc_easy"]
+    (point,) = result["points"]
+    marks = benchmarks(names, data, None, load_recipe("demo"), scorer, scorer.tokenizer)
+    (dev, _), changes = halves(marks, ["a", "b"], [[1], [2]], 0), []
+    for mark in dev.marks[:3]:
+        before = mark.columns(scorer.score(mark.pairs))[:, 2].mean()
+        with hooked(scorer.model, _edits(result, scores)[point["edit"]]):
+            changes.append(mark.columns(scorer.score(mark.pairs))[:, 2].mean() - before)
+        assert result["base_bias"][mark.name] == pytest.approx(before, abs=PER_TOKEN)
+    assert point["bias"][0] == pytest.approx(np.mean(changes), abs=2 * PER_TOKEN) and np.ptp(changes) > 0.01
+
+
+def test_a_bound_on_the_cost_keeps_edits_out(tuned, scores, tmp_path):
+    costs = sorted(p["kl"] for p in tuned[1]["points"])
+    bound = (costs[1] + costs[2]) / 2
+    (tmp_path / "out").mkdir()
+    shutil.copyfile(tuned[0] / "journal.jsonl", tmp_path / "out" / "journal.jsonl")  # what is measured is not bound
+    result = tune("demo", scores, tmp_path / "out", **ASKED, max_kl=bound)
+    assert [p["within"] for p in result["points"]] == [p["kl"] < bound for p in result["points"]]
+    assert all(p["kl"] < bound for p in result["points"] if p["front"])
+    assert result["verdict"] is None or f"below {bound:g}" in result["verdict"]["text"]
+
+
+def _run(margins, right=None):
+    """A model with these margins, and these answers to one ability."""
+    m = np.asarray(margins, float)
+    columns = np.stack([m > 0, m, np.abs(m), m > 0], 1).astype(float)
+    return Run({"a": columns, "ability": np.array(right if right is not None else [1.0])[:, None]}, np.zeros((1, 3)))
+
+
+def test_moved_is_the_change_less_that_of_the_controls():
+    rng = np.random.default_rng(0)
+    base, edit, one, two = (rng.normal(0, s, 200) for s in (1.0, 0.5, 0.9, 1.1))
+    goal = Goal({"a": _PREFERENCE[2]}, ["ability"], 5.0)
+    assert goal.moved(_run(edit), [_run(base)])[0] == pytest.approx(np.abs(edit).mean() - np.abs(base).mean())
+    d = np.abs(edit) - (np.abs(one) + np.abs(two)) / 2
+    mean, low, high = goal.moved(_run(edit), [_run(one), _run(two)])
+    half = 1.96 * d.std() / len(d) ** 0.5  # the bootstrap of a mean is near the normal interval
+    assert (mean, low, high) == pytest.approx((d.mean(), d.mean() - half, d.mean() + half), abs=0.2 * half)
+
+
+def test_several_tasks_are_averaged_each_with_its_own_items():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0, 1, 150), rng.normal(0, 3, 60)
+    goal = Goal({"a": _PREFERENCE[2], "b": _PREFERENCE[2]}, [], 5.0)
+    edit, base = ({"a": _run(x).tasks["a"], "b": _run(y).tasks["a"]} for x, y in ((0.5 * a, 0.9 * b), (a, b)))
+    parts = np.abs(a) * -0.5, np.abs(b) * -0.1
+    error = sum(part.var() / len(part) for part in parts) ** 0.5 / 2
+    mean, low, high = goal.moved(Run(edit, np.zeros((1, 3))), [Run(base, np.zeros((1, 3)))])
+    assert mean == pytest.approx(np.mean([part.mean() for part in parts]))
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
+
+
+@pytest.mark.parametrize("entry, shown, confirmed, text", [
+    ({}, True, True, "a: less bias, beyond every control; ability: a loss of 5 points is excluded"),
+    ({}, False, False, "a: less bias, beyond every control; ability: a loss of 5 points is not excluded"),
+    ({"p_holm": 0.06}, True, False, None),
+    ({"edit": 0.4}, True, False, None),
+    ({"beyond": {"random neurons": [-0.1, -0.2, 0.01]}}, True, False, None),
+])  # fmt: skip
+def test_confirmed_needs_all_of_it(entry, shown, confirmed, text):
+    good = {"edit": 0.2, "base": 0.3, "ideal": 0, "p_holm": 0.01, "verdict": "less bias, beyond every control",
+            "beyond": {"random neurons": [-0.1, -0.2, -0.01]}}  # fmt: skip
+    report = {
+        "neutral": {"KL from the base": {"edit": [0.02, 0.01, 0.03]}},
+        "tasks": {"a": {"figures": {"absolute margin": good | entry}},
+                  "ability": {"figures": {"accuracy": {"non_inferior": {"shown": shown}}}}},
+    }  # fmt: skip
+    found = Goal({"a": _PREFERENCE[2]}, ["ability"], 5.0).verdict(report)
+    assert found["confirmed"] == confirmed and text in (None, found["text"])
+    for bound, holds in ((0.019, False), (0.021, True)):
+        found = Goal({"a": _PREFERENCE[2]}, ["ability"], 5.0, bound).verdict(report)
+        assert found["confirmed"] == (confirmed and holds)
+        assert found["text"].endswith(f"; KL 0.02 is {'' if holds else 'not '}below {bound:g}")
+
+
+def test_bounds():
+    goal = Goal({}, ["x", "y"], 5.0, 0.1)
+    assert goal.breach({"x": -1.0, "y": -4.0}, 0.05) < 0
+    assert goal.breach({"x": -1.0, "y": -5.0}, 0.05) >= 0 and goal.breach({"x": -7.0, "y": -1.0}, 0.05) == 2
+    assert goal.breach({"x": -1.0, "y": -4.0}, 0.3) == pytest.approx(0.2)
+    assert Goal({}, ["x"], 5.0).breach({"x": -1.0}, 99.0) == -4
+
+
+# -------------------------------------------------------------------------------------------- the test half is not seen
+
+
+class Spy:
+    """Notes every row of tokens that a scorer reads, and whether the mark of the test half was on the disk then."""
+
+    def __init__(self, monkeypatch, out):
+        self.seen = []
+        for name in ("score", "logits_of"):
+            monkeypatch.setattr(Scorer, name, self._noting(getattr(Scorer, name), out, name == "score"))
+
+    def _noting(self, inner, out, pairs):
+        def call(scorer, rows, *args):
+            used = (out / USED).exists()
+            flat = [(*row[0], *row[1]) for row in rows] if pairs else [tuple(row) for row in rows]
+            self.seen += [(row, used) for row in flat]
+            return inner(scorer, rows, *args)
+
+        return call
+
+
+def _rows(half):
+    return {(*c, *a) for mark in half.marks for c, a in mark.pairs} | {tuple(text[:-1]) for text in half.texts}
+
+
+def test_the_test_half_is_scored_after_the_choice_and_once(scores, split, tmp_path, monkeypatch):
+    spy, (dev, test) = Spy(monkeypatch, tmp_path / "out"), map(_rows, split)
+    assert not dev & test
+    result = tune("demo", scores, tmp_path / "out", **ASKED)
+    before = {row for row, used in spy.seen if not used}
+    after = {row for row, used in spy.seen if used}
+    assert before == dev and after == test and result["test"]
+    spy.seen.clear()
+    assert tune("demo", scores, tmp_path / "out", **ASKED) == result
+    assert tune("demo", scores, tmp_path / "out", **ASKED, dev_only=True) == result and not spy.seen
+    for change in (dict(space=Space(factors=(2.0,))), dict(margin=9.5), dict(draws=4), dict(trials=5)):
+        with pytest.raises(InputError, match="confirms no second choice"):
+            tune("demo", scores, tmp_path / "out", **ASKED | change)
+    assert not spy.seen
+
+
+def test_dev_only_leaves_the_test_half_and_the_space_may_grow(scores, split, tmp_path, monkeypatch):
+    spy, out = Spy(monkeypatch, tmp_path / "out"), tmp_path / "out"
+    few = Space(factors=(2.0,), taus=(0.1,), rules=("paper",))
+    result = tune("demo", scores, out, **ASKED | dict(space=few, dev_only=True))
+    assert result["chosen"] and result["test"] is None and {row for row, _ in spy.seen} == _rows(split[0])
+    assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", "pareto.svg", "tune.json"]
+    lines = (out / "journal.jsonl").read_bytes()
+    wider = tune("demo", scores, out, **ASKED | dict(dev_only=True))
+    assert (out / "journal.jsonl").read_bytes().startswith(lines) and len(wider["points"]) == 4
+    assert result["points"][0]["bias"] in [p["bias"] for p in wider["points"]]
+
+
+def test_nothing_to_choose_ends_before_the_test_half(scores, split, tmp_path, monkeypatch):
+    """Turned up by 2^-20, neurons move nothing beyond random ones."""
+    spy = Spy(monkeypatch, tmp_path / "out")
+    space = Space(factors=(1 + 2**-20, 1 - 2**-20), taus=(0.1,), rules=("paper",))
+    result = tune("demo", scores, tmp_path / "out", **ASKED | dict(space=space))
+    assert result["chosen"] is None and result["test"] is None and result["verdict"] is None
+    assert {row for row, _ in spy.seen} == _rows(split[0])
+    assert not (tmp_path / "out" / USED).exists() and not (tmp_path / "out" / "edit.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- to be resumed
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 3, 5])
+def test_a_killed_run_ends_with_the_same_bytes(tuned, scores, tmp_path, left, monkeypatch):
+    """As killed in the midst of writing line `left` of the journal."""
+    done, _ = tuned
+    lines = (done / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) > 6
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "journal.jsonl").write_bytes(b"".join(lines[:left]) + lines[left][: len(lines[left]) // 2])
+    spy = Spy(monkeypatch, tmp_path / "out")
+    tune("demo", scores, tmp_path / "out", **ASKED)
+    assert contents(tmp_path / "out") == contents(done)
+    sentences = Counter(row for row, used in spy.seen if not used and len(row) > 4)
+    assert max(sentences.values()) <= len(lines) - left + 2  # what was done is not scored again
+
+
+def test_killed_while_the_test_half_is_scored(tuned, scores, tmp_path, monkeypatch):
+    """The same choice may be scored again; another may not."""
+    out, inner = tmp_path / "out", Scorer.score
+
+    def killed(scorer, pairs, *args):
+        if (out / USED).exists():
+            raise KeyboardInterrupt
+        return inner(scorer, pairs, *args)
+
+    monkeypatch.setattr(Scorer, "score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune("demo", scores, out, **ASKED)
+    monkeypatch.setattr(Scorer, "score", inner)
+    assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", USED]
+    with pytest.raises(InputError, match="another margin chose"):
+        tune("demo", scores, out, **ASKED | dict(margin=10.0))
+    tune("demo", scores, out, **ASKED)
+    assert contents(out) == contents(tuned[0])
+
+
+def run(*args, cwd, wait=True):
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, args)]
+    if wait:
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+SMALL_OPTIONS = ["--tasks", "probes,knowledge_controls", "--margin", 9, "--factors", "0.5,2", "--taus", "0.1,0.2",
+                 "--rules", "paper"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_continued(tuned, scores, tmp_path):
+    arguments = ["tune", "--in", "demo", scores, "--out", "out", *SMALL_OPTIONS]
+    journal, kills = tmp_path / "out" / "journal.jsonl", 0
+    while kills < 3:
+        process = run(*arguments, cwd=tmp_path, wait=False)
+        size = journal.stat().st_size if journal.exists() else 0
+        while process.poll() is None and (not journal.exists() or journal.stat().st_size == size):
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "out") == contents(tuned[0])
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.slow
+def test_command(scores, tmp_path, tuned):
+    result = run("tune", "--in", "demo", scores, "--out", "out", *SMALL_OPTIONS, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "out") == contents(tuned[0])
+    found = load_tuning(tmp_path / "out" / "tune.json")
+    for text in ("24 dev, 24 test", "4 of 4 settings tried (grid)", "in common: site down, paper, beta 0.1, union",
+                 "4 edits within bounds", "Pareto front of", "chosen (*)", "test, scored once",
+                 found["verdict"]["text"]):  # fmt: skip
+        assert text in result.stdout
+    assert result.stdout.splitlines()[-1].endswith("kbne-edit bake --in demo --edit out/edit.json --out ./debiased")
+    again = run("tune", "--in", "demo", scores, "--out", "out", *SMALL_OPTIONS, "--json", cwd=tmp_path)
+    assert json.loads(again.stdout) == found and "is not scored again" in again.stderr
+    nothing = run("tune", "--in", "demo", scores, "--out", "none", *SMALL_OPTIONS[:4], "--factors", "1.0000001",
+                  "--taus", "0.1", "--rules", "paper", cwd=tmp_path)  # fmt: skip
+    assert nothing.returncode == 0 and "nothing to choose: " in nothing.stdout and "next:" not in nothing.stdout
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--factors", "2,x"], "'2,x': numbers with commas between"),
+    (["--factors", "1"], "1.0 is no value for factors"),
+    (["--tasks", "nonsense"], "there is no task nonsense"),
+    (["--trials", 0], "--trials"),
+])  # fmt: skip
+def test_wrong_options(scores, tmp_path, options, message):
+    result = run("tune", "--in", "demo", scores, "--out", "out", *options, cwd=tmp_path)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(tasks=["probes"]), "no task bounds the loss of capability"),
+    (dict(tasks=["knowledge"]), "there is no bias task with data at all"),
+    (dict(figure="ICAT"), "--figure is one of SS, absolute margin, margin"),
+    (dict(margin=5.0), r"has 23 items in a half, too few .* or --margin 8"),
+    (dict(margin=8.0), r"has 22 items in a half, too few .* or --margin 9"),
+    (dict(tasks=["probes", "knowledge_controls"], limit=1), "cannot be halved"),
+])  # fmt: skip
+def test_wrong_arguments(scores, tmp_path, values, message):
+    with pytest.raises(InputError, match=message):
+        tune("demo", scores, tmp_path / "out", **ASKED | values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_scores_and_folders(scores, tmp_path):
+    with pytest.raises(InputError, match="second scores file of the site down"):
+        shutil.copyfile(scores, tmp_path / "copy.safetensors")
+        tune("demo", [scores, tmp_path / "copy.safetensors"], tmp_path / "out", **ASKED)
+    shutil.copytree(DEMO, tmp_path / "other")
+    raw = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "other" / "model.safetensors").write_bytes(raw)
+    with pytest.raises(InputError, match="made for another model"):
+        tune(str(tmp_path / "other"), scores, tmp_path / "out", **ASKED)
+    with pytest.raises(OutputError, match="holds a model"):
+        tune("demo", scores, tmp_path / "other", **ASKED)
+
+
+def test_probes_that_are_to_be_avoided_do_not_steer():
+    from dataclasses import replace
+
+    probes = Benchmark("probes", "bias", [], [1] * 99, [""] * 99, None, _PREFERENCE)
+    ability = Benchmark("copa", "capability", [], [1] * 99, [""] * 99, None, _ACCURACY)
+    half, recipe = Half([probes, ability], []), load_recipe("demo")
+    assert goal_of([half, half], "margin", 5.0, None, recipe).abilities == ["copa"]
+    with pytest.raises(InputError, match="are to avoid"):
+        goal_of([half, half], "margin", 5.0, None, replace(recipe, aim="avoid"))
+
+
+def test_capability_tasks_bound_the_loss_where_there_are_any():
+    names = {"knowledge": "knowledge", "copa": "capability", "probes": "bias"}
+    marks = [Benchmark(name, kind, [], [1] * 99, [""] * 99, None, _PREFERENCE if kind == "bias" else _ACCURACY)
+             for name, kind in names.items()]  # fmt: skip
+    goals = [goal_of([Half(m, [])] * 2, "SS", 5.0, None, load_recipe("demo")) for m in (marks, [marks[0], marks[2]])]
+    assert [goal.abilities for goal in goals] == [["copa"], ["knowledge"]]
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+@pytest.fixture(scope="module")
+def baked(tuned, scores, tmp_path_factory):
+    """The chosen edit, baked; scores and sweep in its work folder."""
+    folder = tmp_path_factory.mktemp("baked")
+    shutil.copytree(tuned[0], folder / "debiased.work")
+    shutil.copyfile(scores, folder / "debiased.work" / "scores.safetensors")
+    bake("demo", folder / "debiased", edit=folder / "debiased.work" / "edit.json", behaviour=False)
+    return folder / "debiased"
+
+
+def test_the_report_shows_the_sweep(baked, tuned):
+    report, result = build(baked), tuned[1]
+    schema = json.loads((ROOT / "kbne_edit" / "report.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(json.loads(json.dumps(report)))
+    found = report["tuning"]
+    assert [(p["kl"], p["bias"], p["front"]) for p in found["points"]] == [
+        (p["kl"], p["bias"], p["front"]) for p in result["points"]
+    ]
+    assert [p["chosen"] for p in found["points"]].index(True) == [p["edit"] for p in result["points"]].index(
+        result["chosen"]
+    )
+    entry = result["test"]["tasks"]["probes"]["figures"]["absolute margin"]
+    assert found["test"] == [{"task": "probes", "change": entry["change"], "p": entry["p_holm"],
+                              "found": entry["verdict"]}]  # fmt: skip
+    assert {s["task"]: (s["dev_items"], s["test_items"]) for s in found["split"]}["probes"] == (24, 24)
+    states = {v["about"]: v["state"] for v in report["verdicts"]}
+    assert states["chosen on one half, confirmed on the other"] == ("holds" if found["confirmed"] else "warning")
+    assert states["effect on bias"] != "open" and states["the selection can be repeated"] == "holds"
+    html = render(report)
+    assert "How factor and thresholds were chosen" in html and "Nothing was measured" not in html
+    assert html.count('id="pareto-title"') == 1 and entry["verdict"] in html
+
+
+def test_a_sweep_that_chose_another_edit_is_left_out(baked, tuned, tmp_path):
+    lines = []
+    other = tmp_path / "tune.json"
+    other.write_text(json.dumps(tuned[1] | {"chosen": "0" * 64}))
+    with pytest.raises(InputError, match="did not choose this edit"):
+        build(baked, tuning=other)
+    other.write_text(json.dumps(tuned[1] | {"points": [{"bias": "much"}]}))
+    with pytest.raises(InputError, match="another form"):
+        build(baked, tuning=other)
+    shutil.copytree(baked, tmp_path / "debiased")
+    (tmp_path / "debiased.work").mkdir()
+    for text in ("[]", "{", json.dumps(tuned[1] | {"chosen": None})):
+        (tmp_path / "debiased.work" / "tune.json").write_text(text)
+        report = build(tmp_path / "debiased", say=lines.append)
+        assert report["tuning"] is None and "tune.json left out" in lines[-1]
+        assert {v["about"]: v["state"] for v in report["verdicts"]}["effect on bias"] == "open"
+    assert "pareto" not in render(report)
+
+
+def test_the_selection_by_dimension_is_repeated_from_the_record(scores, tmp_path):
+    loaded = load_scores(scores)
+    edit = by_dimension(selection(loaded), loaded, {"clan": 2.0, "village": 1.0, "guild": 0.5})
+    edit.save(tmp_path / "edit.json")
+    assert set(edit.distinct_factors) == {0.5, 2.0} and edit.num_neurons < selection(loaded).edit.num_neurons
+    bake("demo", tmp_path / "out", edit=tmp_path / "edit.json", behaviour=False)
+    assert build(tmp_path / "out", scores)["selection"]["reproduced"] is True
+
+
+def test_the_plot_shows_the_points(tuned):
+    """Places of the marks, read back from the file."""
+    tree = ElementTree.fromstring((tuned[0] / "pareto.svg").read_text())
+    tags = {"front": "first", "other": "ring"}
+    marks = {kind: [(float(e.get("cx")), float(e.get("cy"))) for e in tree.iter() if e.get("class") == name]
+             for kind, name in tags.items()}  # fmt: skip
+    points = tuned[1]["points"]
+    own = [(np.log10(p["kl"]), p["bias"][0]) for p in points if p["front"]]
+    rest = [(np.log10(p["kl"]), p["bias"][0]) for p in points if not p["front"]]
+    assert [len(marks["front"]), len(marks["other"])] == [len(own), len(rest)]
+    lowest = min(bias for _, bias in own)
+    places, drawn = np.array(own + rest), np.array(marks["front"] + marks["other"])
+    places[:, 1] = np.minimum(places[:, 1], -2 * lowest)  # the upper edge
+    for axis, sign in ((0, 1), (1, -1)):
+        line = np.polyfit(places[:, axis], drawn[:, axis], 1)
+        assert sign * line[0] > 0 and np.polyval(line, places[:, axis]) == pytest.approx(drawn[:, axis], abs=0.05)
+    (ring,) = [e for e in tree.iter() if e.get("class") == "around"]
+    (chosen,) = [p for p in points if p["edit"] == tuned[1]["chosen"]]
+    at = own.index((np.log10(chosen["kl"]), chosen["bias"][0]))
+    assert (float(ring.get("cx")), float(ring.get("cy"))) == marks["front"][at]
+
+
+def test_marks_out_of_bounds_are_squares():
+    from kbne_edit.plots import pareto
+
+    drawing = pareto([(1e-3, -0.1, True, True, False), (1e-2, -0.2, False, False, False)], "<margin>")
+    assert drawing.count('class="second"') == 1 == drawing.count('class="first"') and "&lt;margin&gt;" in drawing
+    ElementTree.fromstring(drawing)
