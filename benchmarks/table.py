@@ -2,7 +2,7 @@
 
     python benchmarks/table.py MODEL_DIR DATA_DIR --scores scores.safetensors [--limit 150] [--out table.json]
 
-Rows: the base; the paper's rule at factors 2 and 3.5, and without the questions of each dimension in turn (does it
+Columns: the base; the paper's rule at factors 2 and 3.5, and without the questions of each dimension in turn (does it
 carry over?); the contrastive rule; as many random neurons in the same layers as the paper's rule has; the neurons that
 the control questions select. All are measured once, by hooks, on the same
 items. Each cell is the figure and its paired change from the base with a 95 % bootstrap interval; overlap is the share
@@ -33,10 +33,10 @@ from kbne_edit.tasks import benchmarks
 
 TASKS = ("stereoset_intrasentence", "crows_pairs", "bbq", "arc_easy")
 SHOWN = {
-    "stereoset_intrasentence": ("SS", "LMS", "ICAT", "absolute margin"),
-    "crows_pairs": ("SS",),
-    "bbq": ("accuracy, ambiguous", "bias, ambiguous", "accuracy, disambiguated", "bias, disambiguated"),
-    "arc_easy": ("accuracy",),
+    "stereoset_intrasentence": ("StereoSet", ("SS", "LMS", "ICAT", "absolute margin")),
+    "crows_pairs": ("CrowS-Pairs", ("SS",)),
+    "bbq": ("BBQ", ("accuracy, ambiguous", "bias, ambiguous", "accuracy, disambiguated", "bias, disambiguated")),
+    "arc_easy": ("ARC-Easy", ("accuracy",)),
 }
 
 
@@ -113,29 +113,45 @@ def figures(marks, base, columns):
             result.setdefault(mark.name, {})[group] = {
                 figure.name: [float(figure.of(after.mean(0))), *change([before], [after], figure.of)]
                 for figure in mark.figures
-                if figure.name in SHOWN[mark.name]
+                if figure.name in SHOWN[mark.name][1]
             }
     return result
 
 
 def show(result, items):
-    print(f"items: {items}")
-    print("| row | neurons | overlap | " + " | ".join(f"{t} {f}" for t in SHOWN for f in SHOWN[t]) + " | KL | min |")
-    print("|---" * (5 + sum(map(len, SHOWN.values()))) + "|")
-    for name, row in result.items():
-        cells = [f"{cell(f, row['figures'][t][''][f])}" for t in SHOWN for f in SHOWN[t]]
-        overlap = "" if row["overlap"] is None else f"{row['overlap']:.0%}"
-        kl = "{:.1e} [{:.1e}, {:.1e}]".format(*row["KL"])
-        print(f"| {name} | {row['neurons']} | {overlap} | " + " | ".join(cells) + f" | {kl} | {row['minutes']:.1f} |")
-    for group in [g for g in result["base"]["figures"]["stereoset_intrasentence"] if g]:
-        for name, row in result.items():
-            found = row["figures"]["stereoset_intrasentence"][group]
-            print(f"{group}: {name}: " + ", ".join(f"{f} {cell(f, v)}" for f, v in found.items()))
+    """A column per edit; then the same per type of bias."""
+    print(f"items: {items}\n")
+    head(result)
+    line("neurons", [row["neurons"] or "" for row in result.values()])
+    line("shared with the controls'", ["" if r["overlap"] is None else f"{r['overlap']:.0%}" for r in result.values()])
+    for task, (title, names) in SHOWN.items():
+        for name in names:
+            line(f"{title} {name}", [cell(name, row["figures"][task][""][name]) for row in result.values()])
+    line("KL from the base, nats", ["{:.1e} [{:.1e}, {:.1e}]".format(*row["KL"]) for row in result.values()])
+    line("minutes", [f"{row['minutes']:.1f}" for row in result.values()])
+    print("\nStereoSet by type\n")
+    head(result)
+    for group, found in result["base"]["figures"]["stereoset_intrasentence"].items():
+        for name in found if group else ():
+            cells = [row["figures"]["stereoset_intrasentence"][group][name] for row in result.values()]
+            line(f"{group}, {name}", [cell(name, values) for values in cells])
+
+
+def head(result):
+    line("", result)
+    print("|---" * (1 + len(result)) + "|")
+
+
+def line(title, cells):
+    print(f"| {title} | " + " | ".join(map(str, cells)) + " |")
 
 
 def cell(figure, values):
-    value, moved, low, high = (f"{v + 0.0:.{4 if 'margin' in figure else 1}f}" for v in values)
-    return f"{value} ({moved} [{low}, {high}])" if float(low) or float(high) else value
+    digits = 4 if "margin" in figure else 1
+    value, moved, low, high = values
+    if not (low or high):
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ({moved:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}])"
 
 
 if __name__ == "__main__":

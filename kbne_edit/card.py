@@ -190,9 +190,18 @@ def _intro(manifest: dict) -> list[str]:
         f"# {source['id'].rpartition('/')[2]}, know-bias neurons scaled",
         "",
         f"This is {base}, in which {sum(map(len, layers.values()))} feed-forward neurons in {len(layers)} layers were "
-        f"scaled by {_factors(edit)}. Nothing else was changed. It was made by {manifest['tool']}; each figure below "
-        "was computed in the run that made it, and stands in `kbne_edit.json`.",
+        f"scaled by {_factors(edit)}. Nothing else was changed. {_resharded(manifest)}It was made by "
+        f"{manifest['tool']}; each figure below was computed in the run that made it, and stands in `kbne_edit.json`.",
     ]
+
+
+def _resharded(manifest: dict) -> str:
+    old, files = manifest.get("resharded", {}), manifest["files"].items()
+    if not old:
+        return ""
+    new = [name for name, entry in files if entry["in"] is None and name.endswith(".safetensors")]
+    count = sum(name.endswith(".safetensors") for name in old)
+    return f"The weights lie in other files than the base's ({count} became {len(new)}), as the same tensors. "
 
 
 def _factors(edit: dict) -> str:

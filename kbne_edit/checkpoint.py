@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from .errors import CheckpointError, OutputError, shown
 from .files import MOST_JSON, open_input, parse_json, read_json
 
 CHUNK = 2 << 20  # bytes read at once: memory is independent of tensors, and the chunk stays in the cache while hashed
-_BITS = {
+WIDTHS = {  # bits of each dtype
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
@@ -33,6 +33,7 @@ _BITS = {
 MANIFEST, UNDO, DELTA = "kbne_edit.json", "kbne_undo.safetensors", "kbne_delta.safetensors"
 _OUTPUTS = ("config.json", "adapter_config.json", DELTA)  # one of them stands in whatever this tool writes
 _INDEX = ".safetensors.index.json"
+INDEX = f"model{_INDEX}"
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,12 @@ def _tensors(path: Path, header: object, data_start: int, size: int) -> tuple[Te
             whole = False
         if not whole:
             raise CheckpointError(f"{path}: the header's entry for {shown(name)} is malformed: download it again")
-        if dtype not in _BITS:
+        if dtype not in WIDTHS:
             raise CheckpointError(f"{path}: {shown(name)} has the unknown dtype {shown(dtype)}")
         count = 0 if 0 in shape else 1
         for n in shape:
             count = min(count * n, 8 * size + 1)  # more than the file holds is too much: no product of huge numbers
-        if end - start != (count * _BITS[dtype] + 7) // 8:
+        if end - start != (count * WIDTHS[dtype] + 7) // 8:
             raise CheckpointError(f"{path}: {shown(name)} has not the size that its shape demands: download it again")
         found.append(TensorInfo(name, dtype, shape, data_start + start, data_start + end))
     found.sort(key=lambda t: (t.start, t.end))
@@ -105,6 +106,24 @@ def _tensors(path: Path, header: object, data_start: int, size: int) -> tuple[Te
         state = "truncated" if position > size else "longer than its header says"
         raise CheckpointError(f"{path} is {state} ({size} bytes, {position} expected): download it again")
     return tuple(found)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file whose header `Shard.open` has checked."""
+    with open_input(path) as file:
+        header = parse_json(file.read(int.from_bytes(file.read(8), "little")), str(path))
+    return header.get("__metadata__", {})
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: dict[str, str] | None) -> bytes:
+    """All of a safetensors file before the data. tensors: (name, dtype, shape, bytes) in the order of the data."""
+    header, position = {"__metadata__": metadata} if metadata else {}, 0
+    for name, dtype, shape, size in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 @dataclass(frozen=True)
@@ -123,7 +142,7 @@ class Checkpoint:
         single, indexes = path / "model.safetensors", sorted(path.glob(f"*{_INDEX}"))
         if single.is_file():
             return cls(path, config, (Shard.open(single),))
-        index = path / f"model{_INDEX}"
+        index = path / INDEX
         if index not in indexes:
             raise CheckpointError(_no_weights(path))
         return cls(path, config, _sharded(path, index))
@@ -161,26 +180,31 @@ class Checkpoint:
         return digest.hexdigest()
 
     def other_files(self) -> tuple[list[str], list[str]]:
-        """(files to carry over, weight files to leave out), as sorted paths relative to the directory.
+        """`other_files` of the directory, besides the shards."""
+        return other_files(self.path, {shard.path.name for shard in self.shards})
 
-        Left out: the same weights in other formats. A loader could prefer them, and they are not edited. Links to
-        files are followed. Raises CheckpointError for what cannot be carried over: links to folders, pipes, devices.
-        """
-        shards = {shard.path.name for shard in self.shards}
-        carry, leave = [], []
-        for root, folders, names in os.walk(self.path, onerror=_cannot_list):
-            folders[:] = sorted(f for f in folders if f not in (".git", ".cache", "__pycache__"))
-            for name in sorted(names + [f for f in folders if os.path.islink(os.path.join(root, f))]):
-                relative = (Path(root) / name).relative_to(self.path).as_posix()
-                if relative in shards or relative in (MANIFEST, UNDO):
-                    continue
-                if not os.path.isfile(os.path.join(root, name)):
-                    raise CheckpointError(
-                        f"{self.path} holds {shown(relative)}, which is no file (a pipe, a device, a link to a folder "
-                        "or to nothing): remove it, or put a copy of what is meant in its place"
-                    )
-                (leave if is_weights(relative) else carry).append(relative)
-        return carry, leave
+
+def other_files(path: Path, shards: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """(files to carry over, weight files to leave out), as sorted paths relative to the directory.
+
+    Left out: the same weights in other formats. A loader could prefer them, and they are not edited. Links to files
+    are followed (see `files.forbid_links_out`). Raises CheckpointError for what cannot be carried over: links to
+    folders, pipes, devices.
+    """
+    carry, leave = [], []
+    for root, folders, names in os.walk(path, onerror=_cannot_list):
+        folders[:] = sorted(f for f in folders if f not in (".git", ".cache", "__pycache__"))
+        for name in sorted(names + [f for f in folders if os.path.islink(os.path.join(root, f))]):
+            relative = (Path(root) / name).relative_to(path).as_posix()
+            if relative in shards or relative in (MANIFEST, UNDO):
+                continue
+            if not os.path.isfile(os.path.join(root, name)):
+                raise CheckpointError(
+                    f"{path} holds {shown(relative)}, which is no file (a pipe, a device, a link to a folder or to "
+                    "nothing): remove it, or put a copy of what is meant in its place"
+                )
+            (leave if is_weights(relative) else carry).append(relative)
+    return carry, leave
 
 
 def _cannot_list(error: OSError) -> None:
@@ -236,7 +260,7 @@ def _no_weights(path: Path) -> str:
             f"{path} holds Meta's own .pth files and no transformers weights: convert them with transformers' "
             "convert_llama_weights_to_hf.py, or take the '-hf' sibling from the Hub"
         )
-    return f"{path} has no weights: neither model.safetensors nor model{_INDEX} is there"
+    return f"{path} has no weights: neither model.safetensors nor {INDEX} is there"
 
 
 def _sharded(path: Path, index: Path) -> tuple[Shard, ...]:
@@ -295,11 +319,14 @@ def storage(dtype: str, where: str) -> np.dtype:
 
 def read_array(shard: Shard, tensor: TensorInfo) -> np.ndarray:
     """A whole tensor in its storage dtype (BF16 as uint16)."""
+    return np.frombuffer(read_raw(shard, tensor), storage(tensor.dtype, tensor.name)).reshape(tensor.shape)
+
+
+def read_raw(shard: Shard, tensor: TensorInfo) -> bytes:
+    """A whole tensor as it is stored."""
     with open_input(shard.path) as file:
         file.seek(tensor.start)
-        return np.frombuffer(file.read(tensor.end - tensor.start), storage(tensor.dtype, tensor.name)).reshape(
-            tensor.shape
-        )
+        return file.read(tensor.end - tensor.start)
 
 
 # -------------------------------------------------------------------------------------------------------- publishing

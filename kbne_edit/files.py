@@ -1,4 +1,4 @@
-"""Files from outside: opened only if they are regular, JSON read strictly and written whole or not at all."""
+"""Files: opened only if they are regular, JSON read strictly and written whole or not at all, never over an input."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import io
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import CheckpointError, InputError, OutputError, short
+from .errors import CheckpointError, InputError, OutputError, short, shown
 
 MOST_JSON = 24 << 20  # bytes: the objects can take thirty times as much, and memory is to stay below 1 GB
 _DEEPEST = 50
@@ -82,6 +83,35 @@ def _depth(data: object) -> int:
         depth += 1
         level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
     return depth
+
+
+def forbid_overlap(out: str | Path, *inputs: str | Path, option: str = "--out") -> None:
+    """Raise OutputError if writing to `out`, a file or a directory, could change one of the `inputs`."""
+    target = Path(out).resolve()
+    for given in map(Path, inputs):
+        source = given.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            how = "is" if target == source else "lies in" if source in target.parents else "holds"
+            raise OutputError(f"{option} {out} {how} {given}, which is read and never changed: choose another {option}")
+
+
+def forbid_links_out(directory: str | Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError if one of the files, which are to be copied, is a link out of its directory.
+
+    A directory from elsewhere (a clone, an archive) could name a private file so, and its copy would be published.
+    .git, where a clone keeps addresses with tokens, counts as outside; the Hub's cache, whose snapshots are links to
+    the blobs beside them, does not.
+    """
+    root = Path(directory).resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    for name in names:
+        target = (root / name).resolve()
+        inside = target.is_relative_to(root) and ".git" not in target.relative_to(root).parts
+        if not inside and target.parent != blobs:
+            raise CheckpointError(
+                f"{directory} holds {shown(name)}, a link to {target}, which lies outside, and the output would hold "
+                "a copy of that file: remove the link, or put the copy in its place if you mean it"
+            )
 
 
 def json_text(data: object) -> str:

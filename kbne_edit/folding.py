@@ -7,12 +7,12 @@ rounded once to its own dtype. Files stream through in chunks of whole rows, so 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,22 +21,26 @@ import numpy as np
 from . import __version__
 from .checkpoint import (
     CHUNK,
+    INDEX,
     MANIFEST,
     UNDO,
     Checkpoint,
     Shard,
     TensorInfo,
     from_float,
+    header_bytes,
     read_array,
+    read_raw,
     staged,
     storage,
     sync,
     to_float,
 )  # fmt: skip
 from .edit import Edit
-from .errors import CheckpointError, EditError, OutputError, shown
+from .errors import CheckpointError, EditError, shown
 from .families import Slot, end, layer_sizes, slots
-from .files import json_text, open_input, read_json
+from .files import forbid_links_out, forbid_overlap, json_text, open_input, read_json
+from .sharding import Cut, as_it_was, cut, heads, index_text
 
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
 
@@ -98,56 +102,55 @@ def fold(
     edit: Edit,
     out_dir: str | Path,
     *,
+    shard_size: int | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict:
     """Write `source_dir` with `edit` folded in to `out_dir`, and return the manifest (also in kbne_edit.json).
 
     Streaming: no model class, memory independent of the model's size. The output appears whole or not at all.
-    Raises CheckpointError, FamilyError, EditError, OutputError.
+    shard_size: cut the weights into files of at most so many bytes, or "5GB" (default: the files of `source_dir`).
+    Raises CheckpointError, FamilyError, EditError, InputError, OutputError.
     """
     checkpoint = Checkpoint.open(source_dir)
-    forbid_overlap(checkpoint.path, Path(out_dir))
-    targets = plan(checkpoint, edit)
+    forbid_overlap(out_dir, checkpoint.path)
+    targets, cuts = plan(checkpoint, edit), cut(checkpoint, shard_size)
     with staged(out_dir, overwrite) as part:
-        manifest = fold_into(checkpoint, edit, targets, part, progress)
+        manifest = fold_into(checkpoint, edit, targets, part, progress, cuts)
         write_manifest(part, manifest)
     return manifest
 
 
-def forbid_overlap(source: Path, out: Path) -> None:
-    """Raise OutputError if writing `out` could touch `source`."""
-    a, b = source.resolve(), out.resolve()
-    if a == b:
-        raise OutputError(f"--out equals --in ({source}): the input is never changed, choose another --out")
-    if a in b.parents or b in a.parents:
-        raise OutputError(f"--out {out} and --in {source} lie within each other: choose another --out")
-
-
 def fold_into(
-    checkpoint: Checkpoint, edit: Edit, targets: dict[str, Target], part: Path, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    edit: Edit,
+    targets: dict[str, Target],
+    part: Path,
+    progress: Progress | None = None,
+    cuts: Sequence[Cut] = (),
 ) -> dict:
-    """`fold` into an existing directory, without the manifest file."""
+    """`fold` into an existing directory, without the manifest file. cuts: files to make in place of the base's."""
     carry, leave = checkpoint.other_files()
-    files, undo = {}, {}
-    with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(1) as syncing:
-        written = []  # a shard goes to the disk while the next one is made
-        for shard in checkpoint.shards:
+    forbid_links_out(checkpoint.path, carry)
+    old = heads(checkpoint) if cuts else {}
+    files, undo, resharded = {}, {}, {}
+    with ThreadPoolExecutor(2) as pool, _behind() as syncing:
+        if cuts:
+            files, resharded = _recut(checkpoint, cuts, targets, part, undo, pool, progress)
+        for shard in () if cuts else checkpoint.shards:
             with open(part / shard.path.name, "wb") as out:
                 before, after = rewrite(shard, targets, out, undo, pool, progress)
             files[shard.path.name] = {"in": before, "out": after}
-            written.append(syncing.submit(sync, part / shard.path.name))
-        for name in carry:
+            syncing(sync, part / shard.path.name)
+        for name in (name for name in carry if name not in old):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             with open(part / name, "wb") as out:
                 digest, _ = rewrite(Shard(checkpoint.path / name, (), 0, 0), {}, out, undo, pool, progress)
             files[name] = {"in": digest, "out": digest}
-        for job in written:
-            job.result()
-    # The edited columns (or rows) as they were: {tensor name: [D, k], [k, D] or [k]}.
+    # The edited columns (or rows) as they were: {tensor name: [D, k], [k, D] or [k]}; and how the files were cut.
     kept = {name: (checkpoint.tensors[name][1].dtype, np.concatenate(parts)) for name, parts in undo.items()}
-    write_tensors(part / UNDO, kept)
-    return {
+    write_tensors(part / UNDO, kept | {name: ("U8", np.frombuffer(head, np.uint8)) for name, head in old.items()})
+    manifest = {
         "kbne_manifest": 1,
         "tool": f"kbne-edit {__version__}",
         "edit": {**edit.to_dict(), "base": checkpoint.fingerprint()},
@@ -156,6 +159,54 @@ def fold_into(
         "undo": file_hash(part / UNDO),
         "left_out": leave,
     }
+    return manifest | ({"resharded": resharded} if cuts else {})
+
+
+def _recut(
+    checkpoint: Checkpoint,
+    cuts: Sequence[Cut],
+    targets: dict[str, Target],
+    part: Path,
+    undo: dict,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> tuple[dict, dict]:
+    """The weights in other files than the base's, and their index. Returns the manifest's "files" and "resharded".
+
+    resharded: {file of the base: {"in": its SHA-256, "into": the files that hold its tensors}}.
+    """
+    places = {name: new.name for new in cuts for name in new.tensors}
+    with _behind() as syncing, _behind() as hashing:
+        old = {shard.path.name: hashing(file_hash, shard.path) for shard in checkpoint.shards}
+        if (index := checkpoint.path / INDEX).is_file():
+            old[INDEX] = hashing(file_hash, index)
+        files = {}
+        for new in cuts:
+            with open(part / new.name, "wb") as out:
+                files[new.name] = {"in": None, "out": assemble(new, checkpoint, targets, out, undo, pool, progress)}
+            syncing(sync, part / new.name)
+    into = {shard.path.name: sorted({places[t.name] for t in shard.tensors}) for shard in checkpoint.shards}
+    if len(cuts) > 1:
+        (part / INDEX).write_text(index_text(checkpoint, cuts), encoding="utf-8")
+        files[INDEX], into[INDEX] = {"in": None, "out": file_hash(part / INDEX)}, [INDEX]
+    return files, {name: {"in": digest.result(), "into": into.get(name, [])} for name, digest in sorted(old.items())}
+
+
+@contextmanager
+def _behind() -> Iterator[Callable[..., Future]]:
+    """A thread for work that nobody waits for before the end, where its errors are raised."""
+    pool, jobs = ThreadPoolExecutor(1), []
+
+    def submit(work: Callable, path: Path) -> Future:
+        jobs.append(pool.submit(work, path))
+        return jobs[-1]
+
+    try:
+        yield submit
+        for job in jobs:
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write_manifest(directory: Path, manifest: dict) -> None:
@@ -180,11 +231,16 @@ def chunks(path: Path, tensors: tuple[TensorInfo, ...], edited: dict) -> Iterato
     position, size = 0, os.path.getsize(path)
     for tensor in (t for t in tensors if t.name in edited):
         yield from ((None, a, min(a + CHUNK, tensor.start)) for a in range(position, tensor.start, CHUNK))
-        row = max((tensor.end - tensor.start) // max(tensor.shape[0], 1), 1)
-        step = max(CHUNK // row, 1) * row
-        yield from ((tensor, a, min(a + step, tensor.end)) for a in range(tensor.start, tensor.end, step))
+        yield from ((tensor, a, b) for a, b in pieces(tensor, True))
         position = tensor.end
     yield from ((None, a, min(a + CHUNK, size)) for a in range(position, size, CHUNK))
+
+
+def pieces(tensor: TensorInfo, edited: bool) -> Iterator[tuple[int, int]]:
+    """(start, end) of a tensor's chunks in its file, in turn; those of an edited one hold whole rows."""
+    row = max((tensor.end - tensor.start) // max(tensor.shape[0], 1), 1) if edited else 1
+    step = max(CHUNK // row, 1) * row
+    return ((a, min(a + step, tensor.end)) for a in range(tensor.start, tensor.end, step))
 
 
 class TwoDigests:
@@ -234,6 +290,39 @@ def rewrite(
     return digests.hexdigests()
 
 
+def assemble(
+    new: Cut,
+    checkpoint: Checkpoint,
+    targets: dict[str, Target],
+    out: BinaryIO,
+    undo: dict,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> str:
+    """Write one file of another layout: its head, then each tensor from where it stands, the targets scaled.
+
+    Returns its SHA-256.
+    """
+    digests = TwoDigests(pool)
+    digests.update(new.head, new.head)
+    out.write(new.head)
+    for name in new.tensors:
+        shard, tensor = checkpoint.tensors[name]
+        with open_input(shard.path) as file:
+            file.seek(tensor.start)
+            for start, end in pieces(tensor, name in targets):
+                data = file.read(end - start)
+                if len(data) != end - start:
+                    raise CheckpointError(f"{shard.path} became shorter while it was read: start again")
+                if name in targets:
+                    data = scaled(data, tensor, start, targets[name], undo)
+                digests.update(data, data)
+                out.write(data)
+                if progress:
+                    progress(len(data))
+    return digests.hexdigests()[1]
+
+
 def _place(raw: bytes, tensor: TensorInfo, start: int, target: Target) -> tuple[np.ndarray, tuple, slice | np.ndarray]:
     """(rows, where, kept) of a chunk of whole rows that begins at byte `start` of the file.
 
@@ -264,15 +353,9 @@ def scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: dic
 
 def write_tensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]], metadata: dict | None = None) -> None:
     """A safetensors file of {name: (dtype, values as stored)}. metadata: {text: text}."""
-    header, blobs, position = {"__metadata__": metadata} if metadata else {}, [], 0
-    for name, (dtype, array) in sorted(tensors.items()):
-        end = position + array.nbytes
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [position, end]}
-        blobs.append(array.tobytes())
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+    ordered = sorted(tensors.items(), key=lambda item: (item[1][0] == "U8", item[0]))  # bytes last: they align nothing
+    head = header_bytes(((name, dtype, array.shape, array.nbytes) for name, (dtype, array) in ordered), metadata)
+    path.write_bytes(head + b"".join(array.tobytes() for _, (_, array) in ordered))
 
 
 def file_hash(path: Path) -> str:
@@ -295,12 +378,15 @@ def read_manifest(directory: str | Path) -> dict | None:
     manifest = read_json(path)
     try:
         Edit.from_dict(manifest["edit"], str(path))
-        entries = manifest["files"].values()
+        entries, old = manifest["files"].values(), manifest.get("resharded", {})
         hashes = [h for entry in entries for h in (entry["out"], *([] if entry["in"] is None else [entry["in"]]))]
         texts = [*hashes, *manifest["tensors"], *manifest["left_out"], manifest["undo"], manifest["sha256"]]
+        texts += [text for entry in old.values() for text in (entry["in"], *entry["into"])]
         if manifest["kbne_manifest"] != 1 or not all(isinstance(text, str) for text in texts):
             raise TypeError
         if not all(re.fullmatch(r"\w[\w.-]*", entry.get("base", "as_here")) for entry in entries):
+            raise TypeError
+        if not all(re.fullmatch(rf"[^/\0]+\.safetensors|{re.escape(INDEX)}", name) for name in old):
             raise TypeError
     except (KeyError, TypeError, AttributeError, EditError):
         raise CheckpointError(f"{path} is damaged: it is no manifest that kbne-edit wrote") from None
@@ -308,7 +394,7 @@ def read_manifest(directory: str | Path) -> dict | None:
 
 
 def base_names(manifest: dict | None, names: Iterable[str]) -> dict[str, str | None]:
-    """{file of a baked directory: its name in the base}; None for one that the base does not have, the model card.
+    """{file of a baked directory: its name in the base}; None for one that the base does not have, such as the card.
 
     The manifest's entry of a file says so: "base" if its name was another, "in" null if it was made while baking.
     .gitattributes, which the Hub adds to whatever it holds, is left out unless the manifest knows it.
@@ -333,56 +419,55 @@ def revert(
         raise CheckpointError(f"{baked_dir} has no {MANIFEST}: only a directory that kbne-edit baked can be reverted")
     if not is_sealed(baked_dir, manifest):
         raise CheckpointError(f"{Path(baked_dir) / MANIFEST} was changed after baking: the base is not certain")
-    forbid_overlap(checkpoint.path, Path(out_dir))
+    forbid_overlap(out_dir, checkpoint.path)
     undo_path = checkpoint.path / UNDO
     if not undo_path.is_file() or file_hash(undo_path) != manifest["undo"]:
         raise CheckpointError(f"{undo_path} is missing or was changed: the base cannot be restored from it")
     targets = plan(checkpoint, Edit.from_dict({**manifest["edit"], "base": None}))
     kept = stored_columns(undo_path, targets, checkpoint)
+    targets = {name: replace(target, values=kept[name]) for name, target in targets.items()}
+    old, resharded = _stored_heads(undo_path), manifest.get("resharded", {})
+    if old.keys() != resharded.keys():
+        raise CheckpointError(f"{undo_path} does not hold how the files of the base were cut: it is damaged")
     shards = {shard.path.name: shard for shard in checkpoint.shards}
     names = base_names(manifest, [*shards, *checkpoint.other_files()[0]])
     if wrong := sorted(set(names) ^ set(manifest["files"])):
         where = "its manifest does not know" if wrong[0] in names else "are missing in it"
         raise CheckpointError(f"{baked_dir} was changed after baking: files that {where}, {shown(wrong[0])}")
     restored = {name: origin for name, origin in names.items() if origin is not None}
-    with staged(out_dir, overwrite) as part:
+    with staged(out_dir, overwrite) as part, ThreadPoolExecutor(2) as pool:
         for name, origin in restored.items():
             shard = shards.get(name, Shard(checkpoint.path / name, (), 0, 0))
             (part / origin).parent.mkdir(parents=True, exist_ok=True)
-            digest = _restore(shard, targets, kept, part / origin, progress)
+            with open(part / origin, "wb") as out:
+                _, digest = rewrite(shard, targets, out, {}, pool, progress)
             if digest != manifest["files"][name]["in"]:
                 raise CheckpointError(f"{baked_dir}/{name} was changed after baking: it does not give the base back")
-    return {"files": len(restored), "left_out": manifest["left_out"]}
+        for name, head in old.items():
+            new = Cut(INDEX, head, ()) if name == INDEX else as_it_was(name, head, checkpoint.tensors)
+            with open(part / name, "wb") as out:
+                digest = assemble(new, checkpoint, targets, out, {}, pool, progress)
+            if digest != resharded[name]["in"]:
+                raise CheckpointError(f"{baked_dir} was changed after baking: it does not give {name} of the base back")
+    return {"files": len(restored) + len(old), "left_out": manifest["left_out"]}
+
+
+def _stored_heads(path: Path) -> dict[str, bytes]:
+    """The heads of the base's files, if an undo file holds them."""
+    undo = Shard.open(path)
+    return {tensor.name: read_raw(undo, tensor) for tensor in undo.tensors if tensor.dtype == "U8"}
 
 
 def stored_columns(path: Path, targets: dict[str, Target], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """What an undo file or a delta holds for each target: [D, k], [k, D] or [k]. Raises CheckpointError if not."""
     saved, expected = Shard.open(path), {}
+    columns = [tensor for tensor in saved.tensors if tensor.dtype != "U8"]  # those are heads, see `fold_into`
     for name, target in targets.items():
         shape = list(checkpoint.shapes[name])
         shape[target.slot.axis] = len(target.index)
         if target.expert is not None:
             shape = [len(target.index), *(size for axis, size in enumerate(shape) if axis not in (0, target.slot.axis))]
         expected[name] = (checkpoint.tensors[name][1].dtype, tuple(shape))
-    if {tensor.name: (tensor.dtype, tensor.shape) for tensor in saved.tensors} != expected:
+    if {tensor.name: (tensor.dtype, tensor.shape) for tensor in columns} != expected:
         raise CheckpointError(f"{path} does not hold what its edit changes in this checkpoint: it is damaged")
-    return {tensor.name: read_array(saved, tensor) for tensor in saved.tensors}
-
-
-def _restore(
-    shard: Shard, targets: dict[str, Target], originals: dict[str, np.ndarray], out: Path, progress: Progress | None
-) -> str:
-    """Copy one file with the originals [D, k] or [k, …] put back. Returns its SHA-256."""
-    digest = hashlib.sha256()
-    with open_input(shard.path) as file, open(out, "wb") as sink:
-        for tensor, start, end in chunks(shard.path, shard.tensors, targets):
-            data = file.read(end - start)
-            if tensor is not None:
-                rows, where, kept = _place(data, tensor, start, targets[tensor.name])
-                rows[where] = originals[tensor.name][kept]
-                data = rows.tobytes()
-            digest.update(data)
-            sink.write(data)
-            if progress:
-                progress(len(data))
-    return digest.hexdigest()
+    return {tensor.name: read_array(saved, tensor) for tensor in columns}

@@ -15,22 +15,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .checkpoint import DELTA, Checkpoint, Shard, read_array, staged, to_float
+from .checkpoint import DELTA, Checkpoint, Shard, read_array, read_metadata, staged, to_float
 from .edit import Edit
 from .errors import CheckpointError, EditError, FamilyError, ProofError, shown
 from .families import SITES, Site, family_of, slots, text_part
-from .files import json_text, open_input, parse_json, read_json
+from .files import forbid_overlap, json_text, parse_json, read_json
 from .folding import (
     Progress,
     Target,
     fold_into,
-    forbid_overlap,
     plan,
     rewrite,
     stored_columns,
     write_manifest,
     write_tensors,
 )  # fmt: skip
+from .sharding import cut
 from .verification import Report, file_proof
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -145,14 +145,7 @@ def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Edit:
         what = "both sites, and an edit has one" if sites else "nothing"
         raise EditError(f"{folder} scales {what}: train it with target_modules and feedforward_modules at one of them")
     ((site, factors),) = sites.items()
-    return Edit(site, factors, _metadata(folder / _WEIGHTS).get("kbne_base"), {"adapter": folder.resolve().name})
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file whose header `Shard.open` has checked."""
-    with open_input(path) as file:
-        header = parse_json(file.read(int.from_bytes(file.read(8), "little")), str(path))
-    return header.get("__metadata__", {})
+    return Edit(site, factors, read_metadata(folder / _WEIGHTS).get("kbne_base"), {"adapter": folder.resolve().name})
 
 
 # -------------------------------------------------------------------------------------------------------------- delta
@@ -196,25 +189,30 @@ def apply(
     base_dir: str | Path,
     out_dir: str | Path,
     *,
+    shard_size: int | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write `base_dir` with a delta's columns put in to `out_dir`, weights byte for byte as `bake` would have.
 
+    shard_size: as in `fold`; then it is the tensors that are those of `bake`, in other files.
     The result is proven to be the edit (first proof) before it appears, and can be verified and reverted as any other.
     Raises CheckpointError for a damaged delta, EditError for another base, ProofError, OutputError.
     """
     path = Path(delta) / DELTA if Path(delta).is_dir() else Path(delta)
+    forbid_overlap(out_dir, base_dir, delta)
     checkpoint, about = Checkpoint.open(base_dir), _about(path)
-    forbid_overlap(checkpoint.path, Path(out_dir))
     edit = Edit.from_dict(about["edit"], str(path))
     targets = plan(checkpoint, edit)
     columns = stored_columns(path, targets, checkpoint)
     targets = {name: replace(target, values=columns[name]) for name, target in targets.items()}
+    cuts = cut(checkpoint, shard_size)
     with staged(out_dir, overwrite) as part:
-        manifest = fold_into(checkpoint, edit, targets, part, progress)
+        manifest = fold_into(checkpoint, edit, targets, part, progress, cuts)
+        # Cut anew, no file is one that the delta knows: what it promises is then computed, and written nowhere.
+        hashes = _hashes(checkpoint, targets, progress)[0] if cuts else manifest["files"]
         for name in (shard.path.name for shard in checkpoint.shards):
-            if manifest["files"][name]["in"] != about["files"].get(name, {}).get("in"):
+            if hashes[name]["in"] != about["files"].get(name, {}).get("in"):
                 raise EditError(
                     f"{path} was made from another {name} (SHA-256 differs): apply it to {_origin(about)} as published"
                 )
@@ -222,7 +220,7 @@ def apply(
         report.faults += [
             f"{shard.path.name} is not what the delta promises (SHA-256 differs)"
             for shard in checkpoint.shards
-            if manifest["files"][shard.path.name]["out"] != about["files"][shard.path.name]["out"]
+            if hashes[shard.path.name]["out"] != about["files"][shard.path.name]["out"]
         ]
         if not report.ok:
             raise ProofError(f"the first proof failed, {out_dir} was not written: {report.faults[0]}", report)
@@ -233,7 +231,7 @@ def apply(
 def _about(path: Path) -> dict:
     """What a delta says of itself. Raises CheckpointError if it is none."""
     Shard.open(path)
-    about = parse_json(_metadata(path).get("kbne", "null").encode(), str(path), cure="download it again")
+    about = parse_json(read_metadata(path).get("kbne", "null").encode(), str(path), cure="download it again")
     try:
         hashes = [entry[way] for entry in about["files"].values() for way in ("in", "out")]
         texts = [*hashes, about["source"]["id"], about["edit"]["base"]]

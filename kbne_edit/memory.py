@@ -63,9 +63,9 @@ def needed(checkpoint: Checkpoint, itemsize: int = 4) -> float:
     return in_memory(checkpoint, itemsize) + graph + OVERHEAD
 
 
-def parse(text: str) -> float:
-    """ "8GB", "500 MB", "12.5G" to bytes. Raises InputError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
+def parse(text: str, what: str = "memory") -> float:
+    """ "8GB", "500 MB", "12.5G", "4GiB" to bytes. what: it is the size of. Raises InputError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
     if not match:
-        raise InputError(f"memory {text!r} is not a size: give a number with a unit, e.g. 8GB")
-    return float(match[1]) * 1000 ** ("KMGT".index(match[2].upper()) + 1)
+        raise InputError(f"{what} {text!r} is not a size: give a number with a unit, e.g. 8GB")
+    return float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)

@@ -71,9 +71,14 @@ def load_config(path: Path):
 
 def model_class(config):
     """transformers' class that has a language model's head for this configuration; of multimodal models, theirs."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
 
-    return AutoModelForImageTextToText if text_part(config.to_dict()) else AutoModelForCausalLM
+    return getattr(transformers, auto_class(config.to_dict()))
+
+
+def auto_class(config: dict) -> str:
+    """The name of that class. config: what config.json holds."""
+    return "AutoModelForImageTextToText" if text_part(config) else "AutoModelForCausalLM"
 
 
 def load_tokenizer(path: Path):

@@ -441,12 +441,16 @@ def _provenance(report: dict) -> list[str]:
     ]
     cells = ([words(name), words("not known" if value is None else value)] for name, value in rows)
     files = ([words(f["name"]), f'<td class="hash">{words(f["sha256"])}</td>', _same(f)] for f in found["files"])
+    old = ([words(f["name"]), f'<td class="hash">{words(f["sha256"])}</td>', words(", ".join(f["into"]) or "none")]
+           for f in found["resharded"])  # fmt: skip
     hashes = {f["name"]: f["sha256"] for f in found["files"]}
     hashes |= {"kbne_undo.safetensors": found["undo_sha256"], "kbne_edit.json": found["manifest_sha256"]}
     sums = "\n".join(one_line(f"{digest}  {name}") for name, digest in hashes.items())
     return [
         _table("Where it comes from", ["what", "value"], cells),
         _table("Files", ["file", "SHA-256", "in the base"], files),
+        *([_table("Files of the base, cut anew", ["file", "SHA-256", "its tensors are in"], old)]
+          if found["resharded"] else []),
         "<p>The hashes of files are those that the baking run computed and wrote into the manifest. They can be "
         "checked without this tool. In the directory, with the shell of Linux (on macOS, <code>shasum -a 256</code> "
         "takes the place of the first word):</p>",

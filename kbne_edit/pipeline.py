@@ -18,10 +18,13 @@ from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
 from .errors import InputError, ProofError
 from .families import Site, layer_sizes, slots
-from .folding import Target, fold_into, forbid_overlap, plan, write_manifest
+from .files import forbid_links_out, forbid_overlap
+from .folding import Target, fold_into, plan, write_manifest
 from .formats import check_form, load_edit, write_adapter, write_delta
+from .models import auto_class
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
+from .sharding import Cut, cut
 from .source import Source, resolved
 from .statistics import wilson
 
@@ -73,6 +76,7 @@ def locate(source: str, out: str | Path, settings: Settings | None = None) -> Sc
     """
     settings = settings or Settings()
     with resolved(source, say) as found:
+        forbid_overlap(out, found.origin)
         recipe = load_recipe(settings.recipe or found.recipe)
         return _locate(found, Checkpoint.open(found.path), recipe, Path(out), settings)
 
@@ -198,6 +202,11 @@ def choose(scores: Scores, recipe: Recipe, settings: Settings):
     return chosen.stable(stability(scores, **rule)["neurons"], settings.min_stability)
 
 
+def work_of(out: Path) -> Path:
+    """Where `bake` keeps scores and edit of an output, if nobody says otherwise."""
+    return out.absolute().parent / f"{out.name}.work"
+
+
 def bake(
     source: str,
     out: str | Path,
@@ -205,6 +214,7 @@ def bake(
     *,
     edit: Edit | str | Path | None = None,
     form: str = "checkpoint",
+    shard_size: int | str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     behaviour: bool = True,
@@ -214,6 +224,7 @@ def bake(
 
     edit: an Edit, an edit.json, or the folder of an IA3 adapter. form: "checkpoint"; "peft", the edit as an IA3
     adapter; "delta", the edited columns alone. The latter two are read back instead of proven.
+    shard_size: cut the checkpoint's weights into files of at most so many bytes, or "5GB" (default: those of the base).
     work: folder that keeps scores.safetensors and edit.json (default: OUT.work beside the output, resumable).
     Of several processes (`torchrun`) the first one folds; the others return {} once the questions are done.
     dry_run: stop before anything is written to `out`. behaviour: False leaves the second proof out.
@@ -225,14 +236,24 @@ def bake(
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
         check_form(form, checkpoint)
-        forbid_overlap(checkpoint.path, out)
+        cuts = cut(checkpoint, shard_size)
+        if form == "checkpoint":
+            forbid_links_out(checkpoint.path, checkpoint.other_files()[0])
+        elif shard_size is not None:
+            raise InputError(f"--shard-size cuts a checkpoint's weights, and --as {form} writes none: leave it out")
+        folder = Path(work) if work else work_of(out)
+        forbid_overlap(out, found.origin)
+        forbid_overlap(folder, found.origin, option="--work")
         if isinstance(edit, (str, Path)):
+            forbid_overlap(out, edit)
             edit = load_edit(edit, checkpoint)
         check_out(out, overwrite)
         recipe = load_recipe(settings.recipe or found.recipe) if settings.recipe or not edit else None
-        summary: dict = {"model": found.id, "commit": found.commit, "out": str(out), "form": form}
+        summary: dict = {
+            "model": found.id, "commit": found.commit, "out": str(out), "form": form,
+            "auto_class": auto_class(checkpoint.config),
+        }  # fmt: skip
         if edit is None:
-            folder = Path(work) if work else out.absolute().parent / f"{out.name}.work"
             edit = _found(found, checkpoint, recipe, folder, settings, summary)
             if edit is None:
                 return {}
@@ -240,11 +261,11 @@ def bake(
             edit = Edit(edit.site, {la: dict.fromkeys(ns, settings.factor) for la, ns in edit.factors.items()},
                         edit.base, edit.found)  # fmt: skip
         targets = plan(checkpoint, edit)
-        summary |= _size(edit, checkpoint)
+        summary |= _size(edit, checkpoint) | ({"shards": [len(checkpoint.shards), len(cuts)]} if cuts else {})
         if dry_run:
-            return summary | {"dry_run": True, "plan": _plan(edit, targets, checkpoint)}
+            return summary | {"dry_run": True, "plan": _plan(targets, checkpoint, cuts)}
         if form == "checkpoint":
-            _write(checkpoint, edit, targets, found, out, overwrite, behaviour, recipe, summary)
+            _write(checkpoint, edit, targets, cuts, found, out, overwrite, behaviour, recipe, summary)
         else:
             _write_alone(form, checkpoint, edit, targets, found, out, overwrite, recipe, summary)
     return summary
@@ -301,15 +322,19 @@ def _size(edit: Edit, checkpoint: Checkpoint) -> dict:
     }  # fmt: skip
 
 
-def _plan(edit: Edit, targets: dict[str, Target], checkpoint: Checkpoint) -> list[dict]:
+def _plan(targets: dict[str, Target], checkpoint: Checkpoint, cuts: list[Cut]) -> list[dict]:
+    files = {name: shard.path.name for name, (shard, _) in checkpoint.tensors.items()}
+    files |= {name: new.name for new in cuts for name in new.tensors}
     return [
-        {"tensor": name, "file": checkpoint.tensors[name][0].path.name, "axis": target.slot.axis,
+        {"tensor": name, "file": files[name], "axis": target.slot.axis,
          "neurons": (target.slot.offset + target.neurons).tolist(), "factors": target.factors.tolist()}
         for name, target in targets.items()
     ]  # fmt: skip
 
 
-def _write(checkpoint, edit, targets, found: Source, out: Path, overwrite, behaviour, recipe, summary: dict) -> None:
+def _write(
+    checkpoint, edit, targets, cuts, found: Source, out: Path, overwrite, behaviour, recipe, summary: dict
+) -> None:
     """Fold into a temporary sibling, prove it there, and only then give it its name."""
     from .verification import behaviour_proof, file_proof
 
@@ -317,7 +342,7 @@ def _write(checkpoint, edit, targets, found: Source, out: Path, overwrite, behav
     total += sum(shard.size for shard in checkpoint.shards)
     with staged(out, overwrite) as part:
         with progress("fold", total, "B") as update:
-            manifest = fold_into(checkpoint, edit, targets, part, update)
+            manifest = fold_into(checkpoint, edit, targets, part, update, cuts)
         manifest["source"] = {"id": found.label, "commit": found.commit}
         with progress("proof 1: the file is the edit", 2 * total, "B") as update:
             report = file_proof(checkpoint, Checkpoint.open(part), manifest, None, update, rehash=False)

@@ -22,7 +22,7 @@ from .errors import CheckpointError, InputError, ScoresError, shown
 from .families import end, slots
 from .folding import file_hash, is_sealed, read_manifest
 from .lens import Neuron, columns, vocabulary, written
-from .pipeline import attribution_summary
+from .pipeline import attribution_summary, work_of
 from .scores import Scores, load_scores
 from .search import in_words
 from .tuning import RESULT, load_tuning
@@ -54,7 +54,7 @@ def build(
     places = slots(checkpoint.shapes, checkpoint.config, edit.site)
     sizes = [end(places[layer]) for layer in sorted(places)]
     edit.check(sizes)
-    work = path.parent / f"{path.name}.work"
+    work = work_of(path)
     file = Path(scores) if scores else work / "scores.safetensors"
     found, measured = _scores(file, bool(scores), edit, sizes, say) or (None, None)
     try:
@@ -252,6 +252,10 @@ def _provenance(path: Path, manifest: dict) -> dict:
         "files": [
             {"name": name, "sha256": entry["out"], "base_sha256": entry["in"], "base_name": entry.get("base")}
             for name, entry in sorted(manifest["files"].items())
+        ],
+        "resharded": [
+            {"name": name, "sha256": entry["in"], "into": entry["into"]}
+            for name, entry in sorted(manifest.get("resharded", {}).items())
         ],
         "edited_tensors": manifest["tensors"],
         "left_out": manifest["left_out"],

@@ -13,11 +13,12 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
-from .checkpoint import is_weights, read_config
+from .checkpoint import is_weights, other_files, read_config
 from .client import TIMEOUT, passing, talking
-from .errors import OutputError, SourceError, short
-from .files import open_input
+from .errors import OutputError, SourceError, short, shown
+from .files import forbid_links_out, open_input, read_json
 
+DEMO = Path(__file__).parent / "demo"
 # Everything of a checkpoint but its weights, which are taken by name, in one format.
 _FILES = [
     "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja", "*.md", "*.py", "LICEN[CS]E*", "NOTICE*", "Notice*",
@@ -28,9 +29,13 @@ _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*", "*
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved source. id, commit: as named by the user and pinned on the Hub (None for a local directory)."""
+    """A resolved source. id, commit: as named by the user and pinned on the Hub (None for a local directory).
+
+    path: the safetensors; origin: the directory that they come from, where path is a temporary one.
+    """
 
     path: Path
+    origin: Path
     id: str
     commit: str | None = None
     recipe: str = "social-bias"
@@ -49,10 +54,10 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
     CheckpointError.
     """
     if source == "demo":
-        yield Source(Path(__file__).parent / "demo", "demo", None, "demo")
+        yield Source(DEMO, DEMO, "demo", None, "demo")
         return
     path = Path(os.path.expanduser(source))
-    found = Source(path, source)
+    found = Source(path, path, source)
     with ExitStack() as stack:
         if not path.exists() and _hub_like(source):
             found = stack.enter_context(_view(_download(source, say)))
@@ -82,7 +87,7 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
             if not passing(failure) or (folder := _cached(name, revision)) is None:
                 raise
             say(f"{name}: the Hub does not answer; taking the copy in the cache, commit {folder.name}")
-            return Source(folder, name, folder.name)
+            return Source(folder, folder, name, folder.name)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
         weights = _weights(sizes, lambda index: _index(name, info.sha, index))
         if not weights:
@@ -90,8 +95,9 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
         wanted = _wanted(weights, sizes)
         say(f"{name} at {info.sha}: {len(wanted)} files, {sum(sizes[n] for n in wanted) / 1e6:.1f} MB")
         # Not by the commit: a cache that knows the branch's commit serves the same command without a network.
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=[escape(n) for n in wanted])
-    return Source(Path(folder), name, Path(folder).name)
+        patterns = [escape(n) for n in wanted]
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    return Source(folder, folder, name, folder.name)
 
 
 @contextmanager
@@ -104,8 +110,10 @@ def _view(found: Source) -> Iterator[Source]:
         return
     with tempfile.TemporaryDirectory(prefix="kbne-") as folder:
         for name in wanted:
-            (link := Path(folder, name)).parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to((found.path / name).resolve())
+            if is_weights(name):
+                Path(folder, name).symlink_to((found.path / name).resolve())
+            else:
+                _copy(found.path / name, Path(folder, name))
         yield replace(found, path=Path(folder))
 
 
@@ -130,9 +138,9 @@ def _weights(files: Collection[str], index_path: Callable[[str], str | Path]) ->
 def _shards(index: Path) -> list[str]:
     """The files that an index names. Raises SourceError."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SourceError(f"{index} is not an index of weights: download it again") from None
+        return sorted(set(read_json(index, SourceError)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise SourceError(f"{index} has no weight_map {{tensor: file}}: download it again") from None
 
 
 def _index(name: str, commit: str, index: str) -> str:
@@ -178,7 +186,7 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
 
     index = path / "pytorch_model.bin.index.json"
     if missing := sorted(set(_shards(index) if index.is_file() else []) - {file.name for file in bins}):
-        raise SourceError(f"{index} names {missing[0]}, which is missing: download it again")
+        raise SourceError(f"{index} names {shown(missing[0])}, which is missing: download it again")
     weight_map = {}
     for number, file in enumerate(bins):
         state = _plain_weights(file)
@@ -191,11 +199,16 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
     if len(bins) > 1:
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    shutil.copytree(
-        path, folder, dirs_exist_ok=True,
-        ignore=lambda _, names: [n for n in names if is_weights(n) or n in (".git", ".cache", "__pycache__")],
-    )  # fmt: skip
+    carry, _ = other_files(path)
+    forbid_links_out(path, carry)
+    for name in carry:
+        _copy(path / name, folder / name)
     return folder
+
+
+def _copy(file: Path, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, out)
 
 
 def _plain_weights(file: Path) -> dict:

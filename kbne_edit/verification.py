@@ -15,14 +15,27 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .checkpoint import MANIFEST, UNDO, Checkpoint, Shard, from_float, read_array, storage, to_float
+from .checkpoint import INDEX, MANIFEST, UNDO, Checkpoint, Shard, TensorInfo, from_float, read_array, storage, to_float
 from .edit import Edit
 from .errors import CheckpointError, FamilyError
 from .families import SITES, by_neuron, slots
 from .files import open_input
-from .folding import Progress, Target, TwoDigests, base_names, chunks, file_hash, is_sealed, plan, read_manifest, scaled
+from .folding import (
+    Progress,
+    Target,
+    TwoDigests,
+    base_names,
+    chunks,
+    file_hash,
+    is_sealed,
+    pieces,
+    plan,
+    read_manifest,
+    scaled,
+)  # fmt: skip
 from .memory import SHARE, available, in_memory
 from .models import foreign, load_model, load_tokenizer
+from .sharding import head_of
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +109,7 @@ def file_proof(
     *,
     rehash: bool = True,
 ) -> Report:
-    """The first proof. Memory is bounded by a chunk where both directories have the same shards, else by a tensor.
+    """The first proof. Memory is bounded by a chunk, however the directories are cut into files.
 
     rehash: False leaves out the hashes of the shards, for a manifest whose hashes this very run has computed: the
     bytes are compared all the same, so hashing them again could say nothing new.
@@ -106,14 +119,26 @@ def file_proof(
     report = Report(edit, source)
     targets = plan(base, edit)
     report.tensors, report.edited = len(base.tensors), len(targets)
-    if [s.path.name for s in base.shards] == [s.path.name for s in baked.shards]:
+    matching = _matching(base, baked, manifest)
+    if matching:
         for old, new in zip(base.shards, baked.shards, strict=True):
             _compare_files(old, new, targets, manifest, rehash and manifest is not None, report, progress)
     else:
-        _compare_shards(base.tensors, baked.tensors, targets, report, progress)
+        _compare_tensors(base.tensors, baked.tensors, targets, report, progress)
         report.files += len(base.shards)
-    _compare_others(base, baked, manifest, report)
+    _compare_others(base, baked, manifest, matching, rehash, report)
+    if manifest and "resharded" in manifest:
+        _check_resharded(base, baked, manifest, rehash, report)
     return report
+
+
+def _matching(base: Checkpoint, baked: Checkpoint, manifest: dict | None) -> bool:
+    """True if weights can be compared file by file. A directory made elsewhere may say the same in other headers."""
+    if [shard.path.name for shard in base.shards] != [shard.path.name for shard in baked.shards]:
+        return False
+    if manifest:
+        return "resharded" not in manifest
+    return all(head_of(old) == head_of(new) for old, new in zip(base.shards, baked.shards, strict=True))
 
 
 def _compare_files(
@@ -126,9 +151,6 @@ def _compare_files(
     progress: Progress | None,
 ) -> None:
     """Fold the base once more, chunk by chunk, and compare with what is there; hash both on the way."""
-    if manifest is None and [(t.name, t.start) for t in old.tensors] != [(t.name, t.start) for t in new.tensors]:
-        return _compare_shards({t.name: (old, t) for t in old.tensors}, {t.name: (new, t) for t in new.tensors},
-                               targets, report, progress)  # fmt: skip
     name = new.path.name
     with open_input(old.path) as a, open_input(new.path) as b, ThreadPoolExecutor(2) as pool:
         digests = TwoDigests(pool)
@@ -137,7 +159,7 @@ def _compare_files(
             if rehash:
                 digests.update(before, before if before == after else after)
             expected = before if tensor is None else scaled(before, tensor, start, targets[tensor.name], {})
-            if expected != after and not (manifest is None and end <= old.data_start):
+            if expected != after:
                 what = tensor.name if tensor else _tensor_at(old, start, before, after)
                 report.faults.append(f"{name}: {what} is not what the edit gives")
             if progress:
@@ -164,38 +186,55 @@ def _check_hashes(name: str, before: str, after: str, manifest: dict, report: Re
         report.faults.append(f"{name} was changed after baking (SHA-256 differs from the manifest)")
 
 
-def _compare_shards(old: dict, new: dict, targets, report: Report, progress: Progress | None) -> None:
-    """Tensor by tensor, for directories whose shards are cut or ordered differently."""
+def _compare_tensors(old: dict, new: dict, targets, report: Report, progress: Progress | None) -> None:
+    """Tensor by tensor, for directories whose files are cut or ordered differently."""
     for name in sorted(set(old) ^ set(new)):
         report.faults.append(f"tensor {name} is {'missing' if name in old else 'new'}")
-    for name in sorted(set(old) & set(new)):
-        (shard, a), (other, b) = old[name], new[name]
+    for name in sorted(set(old) & set(new), key=lambda name: (old[name][0].path, old[name][1].start)):
+        a, b = old[name][1], new[name][1]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             report.faults.append(f"tensor {name} is {b.dtype} {list(b.shape)}; it was {a.dtype} {list(a.shape)}")
-            continue
-        before, after = _raw(shard, a), _raw(other, b)
-        if name in targets:
-            before = scaled(before, a, a.start, targets[name], {})
-        if before != after:
+        elif not _same_tensor(old[name], new[name], targets.get(name), progress):
             report.faults.append(f"{name} is not what the edit gives")
-        if progress:
-            progress(2 * len(before))
 
 
-def _raw(shard: Shard, tensor) -> bytes:
-    with open_input(shard.path) as file:
-        file.seek(tensor.start)
-        return file.read(tensor.end - tensor.start)
+def _same_tensor(
+    old: tuple[Shard, TensorInfo], new: tuple[Shard, TensorInfo], target: Target | None, progress: Progress | None
+) -> bool:
+    (shard, tensor), (other, place), same = old, new, True
+    with open_input(shard.path) as a, open_input(other.path) as b:
+        a.seek(tensor.start)
+        b.seek(place.start)
+        for start, end in pieces(tensor, target is not None):
+            before, after = a.read(end - start), b.read(end - start)
+            same &= (scaled(before, tensor, start, target, {}) if target else before) == after
+            if progress:
+                progress(2 * len(before))
+    return same
 
 
-def _compare_others(base: Checkpoint, baked: Checkpoint, manifest: dict | None, report: Report) -> None:
+def _check_resharded(base: Checkpoint, baked: Checkpoint, manifest: dict, rehash: bool, report: Report) -> None:
+    """The files of the base and those that their tensors went into, by what the manifest says of them."""
+    recorded = manifest["resharded"]
+    for name in sorted({shard.path.name for shard in baked.shards} - manifest["files"].keys()):
+        report.faults.append(f"{name} is not in the manifest")
+    for name in sorted({shard.path.name for shard in base.shards} ^ (recorded.keys() - {INDEX})):
+        report.faults.append(f"{name} is {'not in' if name not in recorded else 'only in'} the manifest")
+    for name, entry in recorded.items():
+        path = base.path / name
+        if rehash and path.is_file() and file_hash(path) != entry["in"]:
+            report.faults.append(f"{name} of the base is not the file that was baked (SHA-256 differs)")
+
+
+def _compare_others(
+    base: Checkpoint, baked: Checkpoint, manifest: dict | None, matching: bool, rehash: bool, report: Report
+) -> None:
     carried, stray = baked.other_files()
     names = base_names(manifest, carried)
     origins = {origin: name for name, origin in names.items() if origin is not None}
     old, new = set(base.other_files()[0]), set(origins)
-    if [s.path.name for s in base.shards] != [s.path.name for s in baked.shards]:
-        index = {"model.safetensors.index.json"}
-        old, new = old - index, new - index
+    if not matching:  # each index is that of its own files
+        old, new = old - {INDEX}, new - {INDEX}
     for name in sorted(old ^ new):
         report.faults.append(f"file {name} is {'missing' if name in old else 'new'}")
     for name in sorted(old & new):
@@ -205,9 +244,11 @@ def _compare_others(base: Checkpoint, baked: Checkpoint, manifest: dict | None, 
         elif manifest:
             _check_hashes(origins[name], before, after, manifest, report)
         report.files += 1
-    present = {*names, *(shard.path.name for shard in baked.shards)}
+    shards = {shard.path.name for shard in baked.shards}
+    present = {*names, *shards}
     for name, hashes in (manifest["files"] if manifest else {}).items():
-        if hashes["in"] is None and (name not in names or file_hash(baked.path / name) != hashes["out"]):
+        asked = rehash or name not in shards
+        if hashes["in"] is None and (name not in present or (asked and file_hash(baked.path / name) != hashes["out"])):
             report.faults.append(f"file {name} is missing or was changed after baking")
         elif name not in present and hashes.get("base", name) not in old:  # those that the base has were named above
             report.faults.append(f"the manifest names a file that is not there: {name}")

@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hub import card_faults
-from kbne_edit import Edit, load_scores, select
+from kbne_edit import Edit, fold, load_scores, select
+from kbne_edit.commands import options
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +148,68 @@ def test_dry_run_writes_no_checkpoint(baked, tmp_path):
 
 
 @pytest.fixture
+def shell(tmp_path):
+    """A shell that finds `kbne-edit`, as after an installation."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "kbne-edit"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "cli.py"} "$@"\n')
+    program.chmod(0o755)
+    kept = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    return lambda line, cwd: subprocess.run(["sh", "-c", line], cwd=cwd, env=kept, capture_output=True, text=True)
+
+
+def _next(result):
+    assert result.returncode == 0, result.stderr
+    return [line.removeprefix("next:").strip() for line in result.stdout.split("\nnext:", 1)[1].splitlines() if line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form, commands", [("checkpoint", ["verify", "report", "revert"]), ("peft", ["bake"]),
+                                            ("delta", ["apply"])])  # fmt: skip
+def test_what_is_said_to_come_next_works_as_printed(form, commands, edit, shell, tmp_path):
+    """Whatever the output is called: quotes, spaces, what the shell would expand, letters of any script."""
+    name = """it's "$HOME" `*` \\ über"""
+    lines = _next(run("bake", "--in", "demo", "--edit", edit, "--as", form, "--out", name, cwd=tmp_path))
+    assert [line.split()[1] for line in lines if line.startswith("kbne-edit")] == commands
+    assert len(lines) == len(commands) + (form != "delta")  # and one of Python
+    for line in lines:
+        result = shell(line, tmp_path)
+        assert result.returncode == 0, line + result.stderr
+    made = {"checkpoint": [".html", "-reverted"], "peft": ["-merged"], "delta": ["-applied"]}[form]
+    assert all((tmp_path / f"{name}{end}").exists() for end in made)
+
+
+def test_what_comes_next_on_the_way(baked, shell, tmp_path):
+    folder, _ = baked
+    scores = tmp_path / "its scores.safetensors"
+    shutil.copyfile(folder / "debiased.work" / "scores.safetensors", scores)
+    (line,) = _next(run("locate", "--in", "demo", "--out", scores, cwd=tmp_path))
+    (line,) = _next(shell(line, tmp_path))
+    assert line == "kbne-edit bake --in demo --edit edit.json --out ./debiased"
+    (line,) = _next(run("recipes", "new", "mine", "--out", "my recipe.yaml", cwd=tmp_path))
+    assert shell(line, tmp_path).returncode == 0
+    work = tmp_path / "some where"
+    shutil.copytree(folder / "debiased.work", work)
+    lines = _next(run("bake", "--in", "demo", "--work", work, "--out", "out", "--no-behaviour", cwd=tmp_path))
+    (line,) = (line for line in lines if line.startswith("kbne-edit report"))
+    assert shell(line, tmp_path).returncode == 0 and "Attribution by layer" in (tmp_path / "out.html").read_text()
+
+
+def test_a_program_that_the_shell_does_not_find_is_named_by_its_path(monkeypatch, tmp_path):
+    for name in ("python", "kbne-edit"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert options.shell("kbne-edit", "x y") == f"{tmp_path}/kbne-edit 'x y'"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert options.shell("kbne-edit") == "kbne-edit" and options.shell("python") == "python"
+    (tmp_path / "python").rename(tmp_path / "python3.11")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3.11"))
+    assert options.shell("python") == "python3.11"
+
+
+@pytest.fixture
 def base(tmp_path):
     shutil.copytree(DEMO, tmp_path / "base")
     return tmp_path / "base"
@@ -235,8 +298,11 @@ def _refused(result, message, tmp_path):
     (["--in", "edit.json"], "is a file"),
     (["--in", "empty"], "is empty"),
     (["--in", "org/name"], "cannot be reached"),
-    (["--in", "base", "--out", "base"], "--out equals --in"),
-    (["--in", "base", "--out", "base/sub"], "lie within each other"),
+    (["--in", "base", "--out", "base"], "--out base is base, which is read and never changed"),
+    (["--in", "base", "--out", "base/sub"], "--out base/sub lies in base"),
+    (["--in", "base", "--out", "."], "--out . holds "),
+    (["--in", "base", "--work", "base/work"], "--work base/work lies in "),
+    (["--in", "base", "--edit", "full/edit.json", "--out", "full", "--overwrite"], "--out full holds full/edit.json"),
     (["--in", "base", "--out", "full"], "exists"),
     (["--in", "base", "--edit", "range.json"], "neuron 100000"),
     (["--in", "base", "--edit", "other.json"], "another model"),
@@ -249,7 +315,7 @@ def _refused(result, message, tmp_path):
 def test_wrong_arguments(args, message, base, edit, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
+    shutil.copyfile(edit, tmp_path / "full" / "edit.json")
     Edit("down", {1: {100000: 2.0}}).save(tmp_path / "range.json")
     Edit("down", {1: {1: 2.0}}, base="0" * 64).save(tmp_path / "other.json")
     Edit("down", {1: {1: 1.0}}).save(tmp_path / "one.json")
@@ -259,6 +325,39 @@ def test_wrong_arguments(args, message, base, edit, tmp_path):
     result = run("bake", *args, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args", [
+    ["locate", "--in", "base", "--out", "base/scores.safetensors"],
+    ["locate", "--in", "base", "--out", "link/scores.safetensors"],
+    ["locate", "--in", "bin", "--out", "bin/scores.safetensors"],
+    ["bake", "--in", "bin", "--edit", "edit.json", "--out", "bin", "--overwrite"],
+    ["select", "scores.safetensors", "--out", "scores.safetensors"],
+    ["evaluate", "--in", "base", "--out", "base/results.json"],
+    ["evaluate", "--in", "base", "--edit", "edit.json", "--out", "edit.json"],
+    ["evaluate", "--in", "demo", "--baked", "base", "--out", "base/results.json"],
+    ["evaluate", "--in", "demo", "--scores", "scores.safetensors", "--out", "scores.safetensors"],
+    ["report", "base", "--out", "base/report.html"],
+    ["report", "base", "--scores", "scores.safetensors", "--out", "scores.safetensors"],
+    ["revert", "base", "--out", "base", "--overwrite"],
+    ["apply", "delta", "--in", "base", "--out", "delta", "--overwrite"],
+    ["apply", "delta", "--in", "bin", "--out", "bin", "--overwrite"],
+], ids=lambda args: " ".join([args[0], *args[-3:]]))  # fmt: skip
+def test_no_command_writes_over_what_it_reads(args, base, edit, tmp_path):
+    """An output that the model's directory held would be taken for a part of the model by the next command."""
+    (tmp_path / "link").symlink_to("base")
+    shutil.copytree(base, tmp_path / "bin")
+    torch.save(load_file(base / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    (tmp_path / "delta").mkdir()
+    shutil.copyfile(base / "model.safetensors", tmp_path / "delta" / "kbne_delta.safetensors")
+    shutil.copyfile(base / "model.safetensors", tmp_path / "scores.safetensors")
+    if args[0] == "revert":
+        fold(DEMO, Edit.load(edit), base, overwrite=True)
+    before = files(tmp_path)
+    result = run(*args, cwd=tmp_path)
+    assert result.returncode == 2 and "which is read and never changed" in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2 and files(tmp_path) == before
 
 
 def test_faults_of_a_recipe_come_all_at_once(tmp_path):

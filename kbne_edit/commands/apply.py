@@ -11,19 +11,22 @@ from . import options
 @click.argument("delta", type=click.Path(path_type=Path))
 @options.SOURCE
 @options.out("Directory of the new checkpoint.")
+@options.SHARD_SIZE
 @options.JSON
 @options.OVERWRITE
-def command(delta, source, out, as_json, overwrite) -> None:
+def command(delta, source, out, shard_size, as_json, overwrite) -> None:
     """Put the edited columns of DELTA (from `bake --as delta`) into a copy of its base, and prove the result."""
     from ..checkpoint import Checkpoint
+    from ..files import forbid_overlap
     from ..formats import apply
     from ..progress import progress, say
     from ..source import resolved
 
     with resolved(source, say) as found:
+        forbid_overlap(out, found.origin)
         total = 3 * sum(shard.size for shard in Checkpoint.open(found.path).shards)
         with progress("apply", total, "B") as update:
-            report = apply(delta, found.path, out, overwrite=overwrite, progress=update)
+            report = apply(delta, found.path, out, shard_size=shard_size, overwrite=overwrite, progress=update)
     data = report.to_dict()
     lines = [*options.proof_lines(data), "the weights are those that the delta was made from, by their SHA-256"]
     options.show(data, as_json, [*lines, f"written: {out}"])

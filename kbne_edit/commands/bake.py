@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -16,12 +17,13 @@ from . import options
               help="Fold this edit.json, or the IA3 adapter in this folder, instead of locating.")
 @click.option("--as", "form", type=click.Choice(["checkpoint", "peft", "delta"]), default="checkpoint",
               show_default=True, help="What OUT holds: the model; an IA3 adapter for PEFT; the edited columns alone.")
+@options.SHARD_SIZE
 @click.option("--work", type=click.Path(path_type=Path), help="Keeps scores and edit, to resume.  [default: OUT.work]")
 @click.option("--dry-run", is_flag=True, help="Print what would be folded, and write no checkpoint.")
 @click.option("--no-behaviour", is_flag=True, help="Skip the second proof (it loads the model).")
 @options.JSON
 @options.OVERWRITE
-def command(source, out, edit, form, work, dry_run, no_behaviour, as_json, overwrite, **values) -> None:
+def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as_json, overwrite, **values) -> None:
     """Locate know-bias neurons, fold their factors into the weights, and prove the result.
 
     With no option it does what the paper does: 45 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
@@ -29,8 +31,8 @@ def command(source, out, edit, form, work, dry_run, no_behaviour, as_json, overw
     from ..pipeline import bake
 
     summary = bake(
-        source, out, options.settings(**values), edit=edit, form=form, dry_run=dry_run, overwrite=overwrite,
-        behaviour=not no_behaviour, work=work,
+        source, out, options.settings(**values), edit=edit, form=form, shard_size=shard_size, dry_run=dry_run,
+        overwrite=overwrite, behaviour=not no_behaviour, work=work,
     )  # fmt: skip
     if summary:  # empty in all but the first of several processes
         options.show(summary, as_json, _lines(summary))
@@ -47,6 +49,8 @@ def _lines(summary: dict) -> list[str]:
     )
     if "selection" in summary:
         lines += options.selection_lines(summary["selection"])
+    if "shards" in summary:
+        lines.append("weights: in {1} files instead of {0}".format(*summary["shards"]))
     if summary.get("dry_run"):
         lines += [f"  {p['tensor']} ({p['file']}): neurons {p['neurons']}" for p in summary["plan"]]
         return [*lines, "dry run: nothing was written"]
@@ -58,27 +62,45 @@ def _lines(summary: dict) -> list[str]:
 
 
 def _next_lines(summary: dict) -> list[str]:
+    """What was written, and commands that work as they stand here."""
+    from ..pipeline import work_of
+
     out, model = summary["out"], summary["model"] + (f"@{summary['commit']}" if summary["commit"] else "")
+    loader = f"from transformers import {summary['auto_class']} as A; "
     if summary["form"] == "peft":
-        return [
-            f"written: {out} ({summary['bytes']:,} bytes; read back, the adapter is the edit)",
-            "next:",
-            f"  model = peft.PeftModel.from_pretrained(model, '{out}')   # then merge_and_unload(), if you like",
-            f"  kbne-edit bake --in {model} --edit {out} --out {out}-merged",
+        note = f" ({summary['bytes']:,} bytes; read back, the adapter is the edit)"
+        code = f"from peft import PeftModel as P; P.from_pretrained({_base(summary)}, {_literal(out)})"
+        commands = [
+            ("python", "-c", loader + code),
+            ("kbne-edit", "bake", "--in", model, "--edit", out, "--out", f"{out}-merged"),
         ]
-    if summary["form"] == "delta":
-        return [
-            f"written: {out} ({summary['bytes']:,} bytes; its columns put in give the hashes of the folded weights)",
-            "next:",
-            f"  kbne-edit apply {out} --in {model} --out {out}-applied",
+    elif summary["form"] == "delta":
+        note = f" ({summary['bytes']:,} bytes; its columns put in give the hashes of the folded weights)"
+        commands = [("kbne-edit", "apply", out, "--in", model, "--out", f"{out}-applied")]
+    else:
+        note, work = "", Path(summary.get("work", work_of(Path(out))))
+        scores = [] if work == work_of(Path(out)) else ["--scores", work / "scores.safetensors"]
+        commands = [
+            ("python", "-c", f"{loader}A.from_pretrained({_literal(out)})"),
+            ("kbne-edit", "verify", "--in", model, "--baked", out),
+            ("kbne-edit", "report", out, *scores, "--out", f"{out}.html"),
+            ("kbne-edit", "revert", out, "--out", f"{out}-reverted"),
         ]
-    return [
-        f"written: {out}",
-        "next:",
-        f"  python -c \"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{out}')\"",
-        f"  kbne-edit verify --in {model} --baked {out}",
-        f"  kbne-edit revert {out} --out {out}-reverted",
-    ]
+    return [f"written: {out}{note}", "next:", *("  " + options.shell(*command) for command in commands)]
+
+
+def _base(summary: dict) -> str:
+    """Python that loads the base."""
+    from ..source import DEMO
+
+    revision = f", revision={_literal(summary['commit'])}" if summary["commit"] else ""
+    path = DEMO if summary["model"] == "demo" else Path(summary["model"]).expanduser()
+    return f"A.from_pretrained({_literal(str(path))}{revision})"
+
+
+def _literal(text: str) -> str:
+    """Text in Python, in double quotes: single ones are the shell's."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _effect_lines(effect: dict) -> list[str]:

@@ -31,9 +31,13 @@ def command(source, edit_path, tasks, out, as_json, **values) -> None:
     from ..edit import Edit
     from ..errors import OutputError
     from ..evaluation import evaluate
+    from ..files import forbid_overlap
 
     if out and not out.absolute().parent.is_dir():  # said now, not after an hour
         raise OutputError(f"cannot write {out}: its folder does not exist")
+    if out:
+        model = None if source == "demo" else Path(source).expanduser()
+        forbid_overlap(out, *filter(None, [model, edit_path, values["baked"], values["scores"]]))
     edit = Edit.load(edit_path) if edit_path else None
     names = [name.strip() for name in tasks.split(",")] if tasks else None
     result = evaluate(source, edit=edit, tasks=names, **values)

@@ -21,6 +21,6 @@ def command(source, out, as_json, **values) -> None:
     lines = [
         *options.attribution_lines(found),
         f"written: {out}",
-        f"next: kbne-edit select {out} --out edit.json",
+        "next: " + options.shell("kbne-edit", "select", out, "--out", "edit.json"),
     ]
     options.show(found, as_json, lines)

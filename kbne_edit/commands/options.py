@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -11,6 +14,8 @@ from ..errors import one_line
 from ..recipe import COMBINE, RULES
 
 SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Directory, ORG/NAME[@REVISION], or demo.")
+SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Cut the weights into files of at most this size, e.g. "
+                          "5GB.  [default: the files of MODEL]")  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 
@@ -103,6 +108,17 @@ def settings(answers: str | None = None, **values):
 def show(result: dict, as_json: bool, lines: list[str]) -> None:
     """Results go to stdout: as JSON, or as lines."""
     click.echo(json.dumps(result, indent=1, default=str) if as_json else "\n".join(map(one_line, lines)))
+
+
+def shell(program: str, *words: object) -> str:
+    """A command to be pasted: quoted; "python" and "kbne-edit" by their path where the shell finds another, or none."""
+    here = Path(sys.executable).with_name(program)
+    if program == "python" and not here.exists():
+        here = Path(sys.executable)
+    found = shutil.which(here.name)
+    if here.exists():
+        program = here.name if found and Path(found).parent == here.parent else str(here)
+    return shlex.join([program, *map(str, words)])
 
 
 def selection_lines(summary: dict) -> list[str]:

@@ -58,4 +58,4 @@ def new(name, out) -> None:
 
     out = out or Path(f"{name}.yaml")
     new_recipe(name, out)
-    click.echo(f"written: {out}\nnext: kbne-edit recipes check {out}")
+    click.echo(f"written: {out}\nnext: {options.shell('kbne-edit', 'recipes', 'check', out)}")

@@ -17,15 +17,13 @@ from . import options
 @options.JSON
 def command(baked, out, scores, tuning, as_json) -> None:
     """Write one page on a baked directory for those who must judge it: no model is loaded, no network used."""
-    from ..errors import OutputError
-    from ..files import write_text
+    from ..files import forbid_overlap, write_text
     from ..page import render
     from ..progress import say
     from ..report import build
     from ..wording import STATES
 
-    if baked.resolve() in out.resolve().parents:
-        raise OutputError(f"{out} lies in {baked}, whose manifest does not know it: choose another --out")
+    forbid_overlap(out, baked, *filter(None, [scores, tuning]))
     found = build(baked, scores, say, tuning)
     write_text(out, render(found))
     lines = [f"{v['about']}: {STATES[v['state']]}. {v['text']}" for v in found["verdicts"]]

@@ -15,15 +15,19 @@ from . import options
 @options.JSON
 def command(scores, out, recipe, as_json, **values) -> None:
     """Choose neurons from kept scores, with other thresholds or another rule. Takes no model."""
+    from ..files import forbid_overlap
     from ..pipeline import choose
     from ..recipe import load_recipe
     from ..scores import load_scores
 
+    forbid_overlap(out, scores)
     found = load_scores(scores)
     chosen = choose(found, load_recipe(recipe or found.settings["recipe"]), options.settings(**values))
     chosen.edit.save(out)
     summary = chosen.summary()
     lines = [f"edit: {summary['neurons']} neurons ({summary['share']:.3%}) in {len(summary['layers'])} layers"]
     lines += options.selection_lines(summary)
-    lines += [f"written: {out}", f"next: kbne-edit bake --in {found.settings['model']} --edit {out} --out ./debiased"]
+    model = found.settings["model"] + (f"@{commit}" if (commit := found.settings.get("commit")) else "")
+    bake = options.shell("kbne-edit", "bake", "--in", model, "--edit", out, "--out", "./debiased")
+    lines += [f"written: {out}", f"next: {bake}"]
     options.show(summary, as_json, lines)
