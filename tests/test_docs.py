@@ -77,11 +77,18 @@ def test_modules_import_only_what_stands_above_them():
         assert used & set(order) <= set(order[:place]), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/comparison.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/comparison.md", "docs/results.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("https://")]
-    assert links and all((ROOT / page).parent.joinpath(link.split("#")[0]).is_file() for link in links)
+    assert links
+    for link in links:
+        file, _, heading = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.is_file(), link
+        titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        assert not heading or heading in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, link
+
 
 
 def test_the_map_shows_what_bake_prints():
