@@ -243,7 +243,7 @@ def bake(
             raise InputError(f"--shard-size cuts a checkpoint's weights, and --as {form} writes none: leave it out")
         folder = Path(work) if work else work_of(out)
         forbid_overlap(out, found.origin)
-        forbid_overlap(folder, found.origin, option="--work")
+        forbid_overlap(folder / "scores.safetensors", found.origin, option="--work")  # it may hold the model
         if isinstance(edit, (str, Path)):
             forbid_overlap(out, edit)
             edit = load_edit(edit, checkpoint)

@@ -45,7 +45,7 @@ def cut(checkpoint: Checkpoint, size: int | str | None) -> list[Cut]:
         head = header_bytes(((t.name, t.dtype, t.shape, t.end - t.start) for t in group), metadata)
         cuts.append(Cut(name, head, tuple(tensor.name for tensor in group)))
     as_it_is = [(shard.path.name, tuple(tensor.name for tensor in shard.tensors)) for shard in checkpoint.shards]
-    return [] if [(cut.name, cut.tensors) for cut in cuts] == as_it_is else cuts
+    return [] if [(new.name, new.tensors) for new in cuts] == as_it_is else cuts
 
 
 def _groups(tensors: Sequence[TensorInfo], most: int, metadata: dict[str, str]) -> list[list[TensorInfo]]:
@@ -77,7 +77,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
 def index_text(checkpoint: Checkpoint, cuts: Sequence[Cut]) -> str:
     """The index that goes with several files."""
     total = sum(tensor.end - tensor.start for _, tensor in checkpoint.tensors.values())
-    places = {name: cut.name for cut in cuts for name in cut.tensors}
+    places = {name: new.name for new in cuts for name in new.tensors}
     return json_text({"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
 
 

@@ -28,7 +28,7 @@ from .edit import Edit
 from .errors import InputError, OutputError, ScoresError
 from .evaluation import Runs, controls, random_edit
 from .families import layer_sizes, slots
-from .files import read_json, write_json, write_text
+from .files import forbid_overlap, read_json, write_json, write_text
 from .folding import file_hash
 from .goal import Goal, Run, goal_of
 from .journal import Journal
@@ -96,6 +96,7 @@ def tune(
         raise OutputError(f"{out} holds a model, whose files are not to be mixed with others: choose another --out")
     files = {Path(path): load_scores(path) for path in ([scores] if isinstance(scores, (str, Path)) else scores)}
     with resolved(source, say) as found:
+        forbid_overlap(out / RESULT, found.origin)
         checkpoint = Checkpoint.open(found.path)
         sites = _sites(files, checkpoint)
         asked = load_recipe(recipe or next(iter(files.values())).settings["recipe"])

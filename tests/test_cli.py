@@ -301,7 +301,7 @@ def _refused(result, message, tmp_path):
     (["--in", "base", "--out", "base"], "--out base is base, which is read and never changed"),
     (["--in", "base", "--out", "base/sub"], "--out base/sub lies in base"),
     (["--in", "base", "--out", "."], "--out . holds "),
-    (["--in", "base", "--work", "base/work"], "--work base/work lies in "),
+    (["--in", "base", "--work", "base/work"], "--work base/work/scores.safetensors lies in "),
     (["--in", "base", "--edit", "full/edit.json", "--out", "full", "--overwrite"], "--out full holds full/edit.json"),
     (["--in", "base", "--out", "full"], "exists"),
     (["--in", "base", "--edit", "range.json"], "neuron 100000"),
@@ -333,6 +333,7 @@ def test_wrong_arguments(args, message, base, edit, tmp_path):
     ["locate", "--in", "bin", "--out", "bin/scores.safetensors"],
     ["bake", "--in", "bin", "--edit", "edit.json", "--out", "bin", "--overwrite"],
     ["select", "scores.safetensors", "--out", "scores.safetensors"],
+    ["tune", "scores.safetensors", "--in", "base", "--tasks", "knowledge", "--out", "base/tuned"],
     ["evaluate", "--in", "base", "--out", "base/results.json"],
     ["evaluate", "--in", "base", "--edit", "edit.json", "--out", "edit.json"],
     ["evaluate", "--in", "demo", "--baked", "base", "--out", "base/results.json"],
@@ -343,7 +344,7 @@ def test_wrong_arguments(args, message, base, edit, tmp_path):
     ["apply", "delta", "--in", "base", "--out", "delta", "--overwrite"],
     ["apply", "delta", "--in", "bin", "--out", "bin", "--overwrite"],
 ], ids=lambda args: " ".join([args[0], *args[-3:]]))  # fmt: skip
-def test_no_command_writes_over_what_it_reads(args, base, edit, tmp_path):
+def test_no_command_writes_over_what_it_reads(args, base, edit, baked, tmp_path):
     """An output that the model's directory held would be taken for a part of the model by the next command."""
     (tmp_path / "link").symlink_to("base")
     shutil.copytree(base, tmp_path / "bin")
@@ -354,6 +355,8 @@ def test_no_command_writes_over_what_it_reads(args, base, edit, tmp_path):
     shutil.copyfile(base / "model.safetensors", tmp_path / "scores.safetensors")
     if args[0] == "revert":
         fold(DEMO, Edit.load(edit), base, overwrite=True)
+    if args[0] == "tune":
+        shutil.copyfile(baked[0] / "debiased.work" / "scores.safetensors", tmp_path / "scores.safetensors")
     before = files(tmp_path)
     result = run(*args, cwd=tmp_path)
     assert result.returncode == 2 and "which is read and never changed" in result.stderr, result.stderr
@@ -447,3 +450,8 @@ def test_verify_a_directory_made_elsewhere(tmp_path):
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     model.save_pretrained(tmp_path / "other", max_shard_size="20KB")
     assert run("verify", "--in", "base", "--baked", "other", cwd=tmp_path).returncode == 1
+
+
+def test_the_folder_of_the_work_may_hold_the_model(base, edit, tmp_path):
+    result = run("bake", "--in", "base", "--edit", edit, "--work", ".", "--out", "out", "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

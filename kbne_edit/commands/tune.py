@@ -127,7 +127,8 @@ def _end_lines(result: dict, out: Path) -> list[str]:
     if result["test"]:
         model = result["model"] + (f"@{result['commit']}" if result["commit"] else "")
         sure = "" if result["verdict"]["confirmed"] else " (not confirmed)"
-        lines.append(f"next{sure}: kbne-edit bake --in {model} --edit {out / 'edit.json'} --out ./debiased")
+        bake = options.shell("kbne-edit", "bake", "--in", model, "--edit", out / "edit.json", "--out", "./debiased")
+        lines.append(f"next{sure}: {bake}")
     elif result["chosen"]:
         lines.append("next: the same without --dev-only confirms the choice on the test split")
     return lines
