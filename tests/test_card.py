@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from hub import card_faults
 from kbne_edit import Edit, bake, fold, revert, verify
-from kbne_edit.card import notices
+from kbne_edit.card import _not_found, notices
 from kbne_edit.errors import CheckpointError
 from tiny import tiny_model
 
@@ -81,6 +81,14 @@ def test_it_says_what_the_run_did_and_did_not_do(weights, tmp_path):
     assert "| 1 | 2 |" in text and "| 2 | 1 |" in text
     assert "did not locate them" in text and "was not put to the proof" in text
     assert "Whether this model shows less bias than its base: it was not measured" in text
+
+
+def test_it_says_that_held_out_controls_use_the_neurons_too():
+    found = {"controls_overlap": 0, "neurons": 8, "unseen": [[1, 8], [2, 7]]}
+    said = "\n".join(_not_found({"summary": {"selection": found}}))
+    assert "none of the edit's is" in said and "20% are among as many that this half uses most" in said
+    found["unseen"] = [[0, 8], [0, 7]]
+    assert "uses most" not in "\n".join(_not_found({"summary": {"selection": found}}))
 
 
 def test_the_same_input_gives_the_same_card_wherever_it_lies(weights, tmp_path):

@@ -102,6 +102,24 @@ def test_select_again_takes_no_model(baked, tmp_path):
     assert Edit.load(tmp_path / "e.json").num_neurons > Edit.load(folder / "debiased.work" / "edit.json").num_neurons
 
 
+def test_select_by_other_rules(baked, tmp_path):
+    path = baked[0] / "debiased.work" / "scores.safetensors"
+    result = run("select", path, "--rule", "specific", "--top", "0.01", "--out", "e.json", "--json", cwd=tmp_path)
+    found, edit = json.loads(result.stdout), Edit.load(tmp_path / "e.json")
+    assert edit.factors == select(load_scores(path), rule="specific", top=0.01).factors
+    assert 0 < edit.num_neurons <= 3 * round(0.01 * 4 * 192)
+    said = run("select", path, "--rule", "specific", "--top", "0.01", "--out", "e.json", cwd=tmp_path).stdout
+    shared, total = (sum(column) for column in zip(*found["unseen"], strict=True))
+    assert f"held-out controls: {shared / total:.0%} [" in said
+    assert run("bake", "--in", "demo", "--edit", "e.json", "--no-behaviour", "--out", "o", cwd=tmp_path).returncode == 0
+    assert run("report", "o", "--scores", path, "--out", "r.html", cwd=tmp_path).returncode == 0
+    assert "rule specific, the largest 1.000% of all neurons, union" in (tmp_path / "r.html").read_text("utf-8")
+    for wrong, cure in (("--rule specific --tau 0.1", "--top"), ("--rule paired", "twin")):
+        result = run("select", path, *wrong.split(), "--out", "f.json", cwd=tmp_path)
+        assert result.returncode == 2 and cure in result.stderr and "Traceback" not in result.stderr
+        assert not (tmp_path / "f.json").exists()
+
+
 def test_select_by_some_dimensions(baked, tmp_path):
     """The same as a selection from those questions' scores, with the others never there."""
     folder, _ = baked

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kbne_edit.statistics import change, holm, interval, least_change, mcnemar, permutation, pooled
+from kbne_edit.statistics import change, holm, interval, least_change, mcnemar, permutation, pooled, wilson
 
 
 def _pairs(seed, n=60):
@@ -21,6 +21,12 @@ def test_mcnemar_is_the_exact_binomial_test(up, down):
     after = np.array([1.0] * up + [0.0] * down + [1.0, 0.0] * 5)
     expected = stats.binomtest(up, up + down).pvalue if up + down else 1.0
     assert mcnemar(before, after) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("k, n", [(0, 7), (1, 7), (7, 7), (31, 90), (500, 1000)])
+def test_interval_of_a_share_is_wilsons(k, n):
+    expected = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+    assert wilson(k, n) == pytest.approx(expected, abs=1e-5)  # 1.96 for 1.959964
 
 
 def test_interval_agrees_with_scipy():
