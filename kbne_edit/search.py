@@ -215,6 +215,8 @@ def in_words(settings: Sequence[dict], known: Container[str] = ()) -> str:
         "factor": "factor " + (", ".join(f"{name} {f:g}" for name, f in factor.items()) if isinstance(factor, dict)
                                else f"{factor:g}"),
     }  # fmt: skip
+    if first["rule"] == "specific":  # which has no thresholds
+        del said["tau"], said["beta"]
     return ", ".join(text for name, text in said.items() if name not in known) + (
         f" (so do {more} other settings)" if more else ""
     )
