@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,7 +38,8 @@ from .checkpoint import (
 from .edit import Edit
 from .errors import CheckpointError, EditError, shown
 from .families import Slot, end, layer_sizes, slots
-from .files import forbid_links_out, forbid_overlap, json_text, open_input, read_json
+from .files import forbid_links_out, forbid_overlap, open_input
+from .manifest import base_names, is_sealed, read_manifest, write_manifest
 from .sharding import Cut, as_it_was, cut, heads, index_text
 
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
@@ -209,23 +209,6 @@ def _behind() -> Iterator[Callable[..., Future]]:
         pool.shutdown(cancel_futures=True)
 
 
-def write_manifest(directory: Path, manifest: dict) -> None:
-    """Write the manifest with its own SHA-256, so that what no file can be compared with is covered as well."""
-    text = json_text({**manifest, "sha256": _seal(manifest)})
-    (directory / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _seal(manifest: dict) -> str:
-    """SHA-256 of the manifest's text, the seal left out."""
-    return hashlib.sha256(json_text({k: v for k, v in manifest.items() if k != "sha256"}).encode()).hexdigest()
-
-
-def is_sealed(directory: str | Path, manifest: dict) -> bool:
-    """False if the manifest's file is not to the byte what `write_manifest` wrote."""
-    written = (Path(directory) / MANIFEST).read_bytes()
-    return manifest["sha256"] == _seal(manifest) and written == json_text(manifest).encode()
-
-
 def chunks(path: Path, tensors: tuple[TensorInfo, ...], edited: dict) -> Iterator[tuple[TensorInfo | None, int, int]]:
     """(tensor or None, start, end) in file order; chunks of an edited tensor hold whole rows."""
     position, size = 0, os.path.getsize(path)
@@ -368,41 +351,6 @@ def file_hash(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ revert
-
-
-def read_manifest(directory: str | Path) -> dict | None:
-    """The manifest of a baked directory, or None. Raises CheckpointError if it is damaged."""
-    path = Path(directory) / MANIFEST
-    if not path.is_file():
-        return None
-    manifest = read_json(path)
-    try:
-        Edit.from_dict(manifest["edit"], str(path))
-        entries, old = manifest["files"].values(), manifest.get("resharded", {})
-        hashes = [h for entry in entries for h in (entry["out"], *([] if entry["in"] is None else [entry["in"]]))]
-        texts = [*hashes, *manifest["tensors"], *manifest["left_out"], manifest["undo"], manifest["sha256"]]
-        texts += [text for entry in old.values() for text in (entry["in"], *entry["into"])]
-        if manifest["kbne_manifest"] != 1 or not all(isinstance(text, str) for text in texts):
-            raise TypeError
-        if not all(re.fullmatch(r"\w[\w.-]*", entry.get("base", "as_here")) for entry in entries):
-            raise TypeError
-        if not all(re.fullmatch(rf"[^/\0]+\.safetensors|{re.escape(INDEX)}", name) for name in old):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError, EditError):
-        raise CheckpointError(f"{path} is damaged: it is no manifest that kbne-edit wrote") from None
-    return manifest
-
-
-def base_names(manifest: dict | None, names: Iterable[str]) -> dict[str, str | None]:
-    """{file of a baked directory: its name in the base}; None for one that the base does not have, such as the card.
-
-    The manifest's entry of a file says so: "base" if its name was another, "in" null if it was made while baking.
-    .gitattributes, which the Hub adds to whatever it holds, is left out unless the manifest knows it.
-    """
-    known = manifest["files"] if manifest else {}
-    names = [name for name in names if name in known or not (manifest and name == ".gitattributes")]
-    entries = {name: known.get(name, {}) for name in names}
-    return {name: None if entry.get("in", "") is None else entry.get("base", name) for name, entry in entries.items()}
 
 
 def revert(

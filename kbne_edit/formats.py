@@ -20,16 +20,8 @@ from .edit import Edit
 from .errors import CheckpointError, EditError, FamilyError, ProofError, shown
 from .families import SITES, Site, family_of, slots, text_part
 from .files import forbid_overlap, json_text, parse_json, read_json
-from .folding import (
-    Progress,
-    Target,
-    fold_into,
-    plan,
-    rewrite,
-    stored_columns,
-    write_manifest,
-    write_tensors,
-)  # fmt: skip
+from .folding import Progress, Target, fold_into, plan, rewrite, stored_columns, write_tensors
+from .manifest import write_manifest
 from .sharding import cut
 from .verification import Report, file_proof
 

@@ -16,7 +16,8 @@ from .card import base_metadata, notices
 from .checkpoint import MANIFEST, UNDO, Checkpoint, is_weights
 from .client import TIMEOUT, talking
 from .errors import CheckpointError, OutputError, ProofError
-from .folding import file_hash, is_sealed, read_manifest
+from .folding import file_hash
+from .manifest import is_sealed, read_manifest
 from .progress import say
 
 Progress = Callable[[int], None]  # called with the number of bytes checked since the last call

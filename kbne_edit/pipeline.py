@@ -19,8 +19,9 @@ from .edit import Edit
 from .errors import InputError, ProofError
 from .families import Site, layer_sizes, slots
 from .files import forbid_links_out, forbid_overlap
-from .folding import Target, fold_into, plan, write_manifest
+from .folding import Target, fold_into, plan
 from .formats import check_form, load_edit, write_adapter, write_delta
+from .manifest import write_manifest
 from .models import auto_class
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe

@@ -20,8 +20,9 @@ from .checkpoint import MANIFEST, UNDO, Checkpoint
 from .edit import Edit
 from .errors import CheckpointError, InputError, ScoresError, shown
 from .families import end, slots
-from .folding import file_hash, is_sealed, read_manifest
+from .folding import file_hash
 from .lens import Neuron, columns, vocabulary, written
+from .manifest import is_sealed, read_manifest
 from .pipeline import attribution_summary, work_of
 from .scores import Scores, load_scores
 from .search import in_words

@@ -20,19 +20,8 @@ from .edit import Edit
 from .errors import CheckpointError, FamilyError
 from .families import SITES, by_neuron, slots
 from .files import open_input
-from .folding import (
-    Progress,
-    Target,
-    TwoDigests,
-    base_names,
-    chunks,
-    file_hash,
-    is_sealed,
-    pieces,
-    plan,
-    read_manifest,
-    scaled,
-)  # fmt: skip
+from .folding import Progress, Target, TwoDigests, chunks, file_hash, pieces, plan, scaled
+from .manifest import base_names, is_sealed, read_manifest
 from .memory import SHARE, available, in_memory
 from .models import foreign, load_model, load_tokenizer
 from .sharding import head_of

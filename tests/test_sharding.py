@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from kbne_edit import Edit, apply, bake, fold, folding, push, revert, verify
 from kbne_edit.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError, EditError, InputError, KbneError, ProofError
-from kbne_edit.folding import read_manifest, write_manifest
+from kbne_edit.manifest import read_manifest, write_manifest
 from kbne_edit.page import render
 from kbne_edit.report import build
 from mutants import reseal, spoil_value

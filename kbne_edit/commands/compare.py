@@ -23,7 +23,7 @@ def command(edits, as_json) -> None:
 def _load(path: Path):
     from ..edit import Edit
     from ..errors import EditError
-    from ..folding import read_manifest
+    from ..manifest import read_manifest
 
     if not path.is_dir():
         return Edit.load(path)
