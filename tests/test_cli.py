@@ -166,14 +166,15 @@ def test_dry_run_writes_no_checkpoint(baked, tmp_path):
 
 
 @pytest.fixture
-def shell(tmp_path):
-    """A shell that finds `kbne-edit`, as after an installation."""
+def shell(tmp_path, monkeypatch):
+    """A shell that finds `kbne-edit`, as after an installation; so do all processes of the test."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "kbne-edit"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "cli.py"} "$@"\n')
     program.chmod(0o755)
-    kept = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    return lambda line, cwd: subprocess.run(["sh", "-c", line], cwd=cwd, env=kept, capture_output=True, text=True)
+    first = Path(sys.executable).parent  # where the program is installed, if it is
+    monkeypatch.setenv("PATH", f"{first}:{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return lambda line, cwd: subprocess.run(["sh", "-c", line], cwd=cwd, capture_output=True, text=True)
 
 
 def _next(result):

@@ -220,7 +220,8 @@ def test_per_dimension_tries_every_combination():
     assert "site down, paper, tau 0.15, beta 0.5, union, factor a 2, b 4" in words
 
 
-LARGE = Space(factors=(0.5, 2.0, 3.0), taus=(0.05, 0.1, 0.2, 1.0), betas=(0.1, 0.3), per_dimension=True)
+RULES = ("paper", "contrastive")
+LARGE = Space((0.5, 2.0, 3.0), (0.05, 0.1, 0.2, 1.0), (0.1, 0.3), RULES, per_dimension=True)
 
 
 def test_optuna_is_reproducible_with_its_seed(scores):
