@@ -1,4 +1,4 @@
-"""The model card of a baked directory, from its manifest alone, and what the base's licence asks of a changed model.
+"""The card of what is written, from its manifest alone, and what the base's licence asks of a changed model.
 
 The base's own card stays beside it as README.base.md. The same manifest gives the same bytes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,12 @@ def base_metadata(card: str) -> dict:
     return data if isinstance(data, dict) else {}
 
 
+def metadata_in(directory: Path) -> dict:
+    """The metadata of the card in a directory; {} where there is none."""
+    path = directory / _CARD
+    return base_metadata(path.read_text(encoding="utf-8-sig", errors="replace")) if path.is_file() else {}
+
+
 def licence_of(metadata: dict) -> str:
     """The licence's id, e.g. llama3.1; "" if none is named. Where `license` is other, its name."""
     named = metadata.get("license_name") if metadata.get("license") == "other" else None
@@ -83,11 +90,14 @@ def _plain(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
-def add_card(directory: Path, manifest: dict) -> None:
-    """Write README.md into a baked directory and record it in the manifest; the base's own becomes README.base.md."""
-    files, path, metadata = manifest["files"], directory / _CARD, {}
+def add_card(directory: Path, manifest: dict, metadata: dict | None = None) -> None:
+    """Write README.md and record it in the manifest; the base's own, if it was carried over, becomes README.base.md.
+
+    metadata: of the base's card, where that is not in the directory.
+    """
+    files, path = manifest["files"], directory / _CARD
+    metadata = metadata_in(directory) if metadata is None else metadata
     if path.exists():
-        metadata = base_metadata(path.read_text(encoding="utf-8-sig", errors="replace"))
         kept = "README.base.md"
         while kept in files:  # the base was baked itself
             kept = kept.removesuffix("md") + "base.md"
@@ -107,18 +117,20 @@ def build(manifest: dict, metadata: dict) -> str:
     name = source["id"].rpartition("/")[2]
     tags = [tag for tag in _listed(metadata.get("tags")) if not tag.startswith("base_model:")]
     languages = [code for code in _listed(metadata.get("language")) if re.fullmatch("[a-z]{2,3}|multilingual", code)]
+    form = manifest.get("form")
     data = ModelCardData(
         base_model=source["id"] if source["commit"] else None,
         language=languages or None,
-        library_name="transformers",
-        tags=[*tags, "kbne-edit", "bias-mitigation"],
+        library_name={None: "transformers", "delta": "kbne-edit"}.get(form, form),
+        tags=[*tags, *(["ia3"] if form == "peft" else []), "kbne-edit", "bias-mitigation"],
         model_name=f"{name}, know-bias neurons scaled" if effect else None,
         eval_results=_results(effect, _recipe(manifest)) if effect else None,
         **{"pipeline_tag": "text-generation"}
         | {key: metadata[key] for key in _CARRIED if isinstance(metadata.get(key), str)},
-        **({"base_model_relation": "finetune"} if source["commit"] else {}),
+        **({"base_model_relation": "adapter" if form else "finetune"} if source["commit"] else {}),
     )
-    sections = [_intro, _done, _proven, _measured, _not_found, _limits, _undo]
+    proven, last = (_read_back, _use) if form else (_proven, _undo)
+    sections = [_intro, _done, proven, _measured, _not_found, _limits, last]
     lines = [line for section in sections for line in [*section(manifest), ""]]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join([*lines, *_licence(metadata)]) + "\n"))
 
@@ -186,12 +198,18 @@ def _intro(manifest: dict) -> list[str]:
     if source["commit"]:
         base = f"[{source['id']}](https://huggingface.co/{source['id']}) at commit `{source['commit']}`"
     layers = edit["factors"]
+    scaled = f"{sum(map(len, layers.values()))} feed-forward neurons in {len(layers)} layers"
+    what = {
+        None: f"This is {base}, in which {scaled} were scaled by {_factors(edit)}. Nothing else was changed. ",
+        "peft": f"This is an IA3 adapter for {base}: it scales {scaled} by {_factors(edit)}, and does nothing else. ",
+        "delta": f"This is the difference between {base} and the same model with {scaled} scaled by {_factors(edit)}: "
+        "the weights that change, as they become. ",
+    }  # fmt: skip
     return [
         f"# {source['id'].rpartition('/')[2]}, know-bias neurons scaled",
         "",
-        f"This is {base}, in which {sum(map(len, layers.values()))} feed-forward neurons in {len(layers)} layers were "
-        f"scaled by {_factors(edit)}. Nothing else was changed. {_resharded(manifest)}It was made by "
-        f"{manifest['tool']}; each figure below was computed in the run that made it, and stands in `kbne_edit.json`.",
+        f"{what[manifest.get('form')]}{_resharded(manifest)}It was made by {manifest['tool']}; each figure below was "
+        "computed in the run that made it, and stands in `kbne_edit.json`.",
     ]
 
 
@@ -228,7 +246,7 @@ def _done(manifest: dict) -> list[str]:
     ]
     asked, chosen = manifest["summary"].get("attribution"), found.get("select")
     if not asked or not isinstance(chosen, dict):
-        return [*lines, "The neurons were given to the run that made this model; it did not locate them."]
+        return [*lines, "The neurons were given to the run that made this; it did not locate them."]
     answers = ", ".join(f"{answer} {right} of {n}" for answer, (right, n) in asked["right_by_answer"].items())
     return [
         *lines,
@@ -259,6 +277,21 @@ def _proven(manifest: dict) -> list[str]:
     if not proofs["behaviour"]:
         lines.append("- That the model behaves as the base with run-time hooks was not put to the proof.")
     return lines
+
+
+def _read_back(manifest: dict) -> list[str]:
+    held = {
+        "peft": "The adapter is the edit: read back after it was written, it holds these neurons and factors alone.",
+        "delta": "The delta gives the folded weights: put into the base, its columns give files of the same SHA-256 as "
+        "the products of the base's columns and their factors.",
+    }  # fmt: skip
+    return [
+        "## What was checked",
+        "",
+        f"- {held[manifest['form']]}",
+        "- That a model with it behaves as the base with run-time hooks was not put to the proof here: `kbne-edit`, as "
+        "below, does that, and makes no checkpoint if it fails.",
+    ]
 
 
 def _measured(manifest: dict) -> list[str]:
@@ -328,9 +361,39 @@ def _limits(_: dict) -> list[str]:
     ]
 
 
-def _undo(manifest: dict) -> list[str]:
+def _base(manifest: dict) -> str:
+    """The base as --in takes it."""
     source = manifest["source"]
-    base = f"{source['id']}@{source['commit']}" if source["commit"] else source["id"]
+    return shlex.quote(f"{source['id']}@{source['commit']}" if source["commit"] else source["id"])
+
+
+def _use(manifest: dict) -> list[str]:
+    lines = ["## How to use it", ""]
+    if manifest["form"] == "peft":
+        lines += [
+            "With PEFT, on the base as it is loaded for any other use; `merge_and_unload` makes a plain model of both.",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(base, "this repository, or its directory")',
+            "```",
+            "",
+        ]
+    command = "bake --in {} --edit adapter" if manifest["form"] == "peft" else "apply delta --in {}"
+    where = "adapter" if manifest["form"] == "peft" else "delta"
+    return [
+        *lines,
+        f"With this repository in the directory `{where}`, as a checkpoint of its own, once both proofs hold:",
+        "",
+        "```bash",
+        f"kbne-edit {command.format(_base(manifest))} --out model",
+        "```",
+    ]
+
+
+def _undo(manifest: dict) -> list[str]:
+    base = _base(manifest)
     return [
         "## How to undo it, and how to verify it",
         "",

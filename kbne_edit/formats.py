@@ -15,15 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import __version__
+from .card import add_card
 from .checkpoint import DELTA, Checkpoint, Shard, read_array, read_metadata, staged, to_float
 from .edit import Edit
 from .errors import CheckpointError, EditError, FamilyError, ProofError, shown
 from .families import SITES, Site, family_of, slots, text_part
 from .files import forbid_overlap, json_text, parse_json, read_json
-from .folding import Progress, Target, fold_into, plan, rewrite, stored_columns, write_tensors
+from .folding import Progress, Target, file_hash, fold_into, plan, rewrite, stored_columns, write_tensors
 from .manifest import write_manifest
 from .sharding import cut
-from .verification import Report, file_proof
+from .verification import Report, behaviour_proof, file_proof
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -35,6 +37,18 @@ def check_form(form: str, checkpoint: Checkpoint) -> None:
             f"{checkpoint.config['model_type']} is a mixture of experts: IA3 scales whole modules, and routed experts "
             "are none. Its edits are kept as an edit.json, a checkpoint or a delta"
         )
+
+
+def manifest_of(form: str, checkpoint: Checkpoint, edit: Edit, part: Path, source: dict) -> dict:
+    """The manifest of an adapter or a delta that was written to `part` and read back. source: as in `write_adapter`."""
+    return {
+        "kbne_manifest": 1,
+        "tool": f"kbne-edit {__version__}",
+        "form": form,
+        "edit": {**edit.to_dict(), "base": checkpoint.fingerprint()},
+        "files": {file.name: {"in": None, "out": file_hash(file)} for file in sorted(part.iterdir())},
+        "source": source,
+    }
 
 
 def load_edit(path: str | Path, checkpoint: Checkpoint) -> Edit:
@@ -181,14 +195,18 @@ def apply(
     base_dir: str | Path,
     out_dir: str | Path,
     *,
+    source: dict | None = None,
     shard_size: int | str | None = None,
+    behaviour: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write `base_dir` with a delta's columns put in to `out_dir`, weights byte for byte as `bake` would have.
 
+    source: {"id", "commit"} of the base, as manifest and card name it (default: the name of `base_dir`, and none).
     shard_size: as in `fold`; then it is the tensors that are those of `bake`, in other files.
-    The result is proven to be the edit (first proof) before it appears, and can be verified and reverted as any other.
+    behaviour: False leaves the second proof out. Both hold before the output appears; it can be verified, reverted and
+    pushed as one of `bake`. What the delta says that its own run measured is not repeated: this run did not see it.
     Raises CheckpointError for a damaged delta, EditError for another base, ProofError, OutputError.
     """
     path = Path(delta) / DELTA if Path(delta).is_dir() else Path(delta)
@@ -214,8 +232,14 @@ def apply(
             for shard in checkpoint.shards
             if hashes[shard.path.name]["out"] != about["files"][shard.path.name]["out"]
         ]
+        if behaviour and not report.faults:
+            report.behaviour = behaviour_proof(checkpoint, Checkpoint.open(part), edit)
         if not report.ok:
-            raise ProofError(f"the first proof failed, {out_dir} was not written: {report.faults[0]}", report)
+            which, why = ("first", report.faults[0]) if report.faults else ("second", "behaviour differs")
+            raise ProofError(f"the {which} proof failed, {out_dir} was not written: {why}", report)
+        manifest |= {"source": source or {"id": checkpoint.path.resolve().name, "commit": None}}
+        manifest |= {"proofs": report.to_dict(), "summary": {}}
+        add_card(part, manifest)
         write_manifest(part, manifest)
     return report
 

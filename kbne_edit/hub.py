@@ -1,4 +1,4 @@
-"""Push a baked directory to the Hub: first what would be sent, checked against the manifest; then the sending.
+"""Push what this tool wrote to the Hub: first what would be sent, checked against the manifest; then the sending.
 
 In one commit (`create_commit`), not by `upload_folder`, which commits a large folder in parts: whoever loads the model
 meets the whole of it or none, the files are the manifest's and not whatever lies in the folder, and a pull request is
@@ -12,8 +12,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from .card import base_metadata, notices
-from .checkpoint import MANIFEST, UNDO, Checkpoint, is_weights
+from .card import metadata_in, notices
+from .checkpoint import MANIFEST, UNDO, Checkpoint, is_weights, other_files
 from .client import TIMEOUT, talking
 from .errors import CheckpointError, OutputError, ProofError
 from .folding import file_hash
@@ -32,9 +32,10 @@ def push(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> dict:
-    """Send a baked directory to the model repository `name`, ORG/NAME, which is made if need be. Returns the summary.
+    """Send what `bake` or `apply` wrote to the model repository `name`, ORG/NAME, which is made if need be.
 
-    Refused unless every file is as the manifest says, nothing unknown lies beside them, and both proofs held.
+    Refused unless every file is as the manifest says, nothing unknown lies beside them, and both proofs of a checkpoint
+    held (an adapter or a delta was read back before it appeared). Returns the summary.
     private: of a repository that is made. create_pr: propose to a repository that exists. dry_run: check, send nothing.
     Raises CheckpointError, ProofError, OutputError. Tokens are huggingface_hub's business.
     """
@@ -48,7 +49,8 @@ def push(
     sizes = {file: (directory / file).stat().st_size for file in files}
     summary = {
         "repo": name, "private": private, "create_pr": create_pr, "files": sizes, "bytes": sum(sizes.values()),
-        "notices": notices(_metadata(directory), name),
+        "notices": [*_of_the_base(manifest), *notices(metadata_in(directory), name)],
+        "form": manifest.get("form", "checkpoint"),
     }  # fmt: skip
     if dry_run:
         return summary | {"dry_run": True}
@@ -59,13 +61,15 @@ def push(
 
 
 def _manifest(directory: Path) -> dict:
-    """The manifest, with both proofs in it. Raises CheckpointError, ProofError."""
-    Checkpoint.open(directory)
+    """The manifest; that of a checkpoint with both proofs in it. Raises CheckpointError, ProofError."""
     manifest = read_manifest(directory)
     if manifest is None:
-        raise CheckpointError(f"{directory} has no {MANIFEST}: only a directory that kbne-edit baked can be pushed")
+        raise CheckpointError(f"{directory} has no {MANIFEST}: only what kbne-edit baked can be pushed")
     if not is_sealed(directory, manifest):
         raise CheckpointError(f"{directory / MANIFEST} was changed after baking: bake again, and push the result")
+    if "form" in manifest:
+        return manifest
+    Checkpoint.open(directory)
     try:
         proofs = manifest.get("proofs") or {}
         held = proofs.get("file_proof"), all(entry["ok"] for entry in proofs.get("behaviour") or [{"ok": False}])
@@ -81,13 +85,12 @@ def _manifest(directory: Path) -> dict:
 
 
 def _checked(directory: Path, manifest: dict, progress: Progress | None) -> dict[str, str]:
-    """{file: SHA-256} of all that belongs to a baked directory, each as its manifest says. Raises CheckpointError."""
-    checkpoint = Checkpoint.open(directory)
-    carried, stray = checkpoint.other_files()
-    there = {shard.path.name for shard in checkpoint.shards} | set(carried) | set(stray)
-    known = {name: hashes["out"] for name, hashes in manifest["files"].items()} | {UNDO: manifest["undo"]}
+    """{file: SHA-256} of all that the manifest knows, each as it says. Raises CheckpointError."""
+    weights, others = other_files(directory)
+    known = {name: hashes["out"] for name, hashes in manifest["files"].items()}
+    known |= {UNDO: manifest["undo"]} if "undo" in manifest else {}
     # The Hub adds .gitattributes to whatever it holds: it may lie there, and is not sent.
-    if unknown := sorted(there - set(known) - {".gitattributes"}):
+    if unknown := sorted({*weights, *others} - set(known) - {".gitattributes"}):
         raise CheckpointError(f"{directory}/{unknown[0]} is not in the manifest: take it out, or bake again")
     for name, digest in known.items():
         if not (directory / name).is_file():
@@ -99,9 +102,12 @@ def _checked(directory: Path, manifest: dict, progress: Progress | None) -> dict
     return dict(sorted((known | {MANIFEST: file_hash(directory / MANIFEST)}).items()))
 
 
-def _metadata(directory: Path) -> dict:
-    path = directory / "README.md"
-    return base_metadata(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
+def _of_the_base(manifest: dict) -> list[str]:
+    """What to consider before an adapter or a delta is published whose base nobody else can find."""
+    source = manifest["source"]
+    if "form" not in manifest or source["commit"]:
+        return []
+    return [f"its base was a local directory, {source['id']}: nobody else can tell which model it is for"]
 
 
 def _message(manifest: dict) -> str:

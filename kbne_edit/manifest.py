@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checkpoint import INDEX, MANIFEST
+from .checkpoint import DELTA, INDEX, MANIFEST
 from .edit import Edit
 from .errors import CheckpointError, EditError
 from .files import json_text, read_json
+
+# The edit in another form than a checkpoint: {the manifest's "form": the files that hold it}.
+FORMS = {"peft": {"adapter_config.json", "adapter_model.safetensors"}, "delta": {DELTA}}
 
 
 def write_manifest(directory: Path, manifest: dict) -> None:
@@ -31,7 +34,7 @@ def is_sealed(directory: str | Path, manifest: dict) -> bool:
 
 
 def read_manifest(directory: str | Path) -> dict | None:
-    """The manifest of a baked directory, or None. Raises CheckpointError if it is damaged."""
+    """The manifest of a directory that kbne-edit wrote, or None. Raises CheckpointError if it is damaged."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
         return None
@@ -40,7 +43,13 @@ def read_manifest(directory: str | Path) -> dict | None:
         Edit.from_dict(manifest["edit"], str(path))
         entries, old = manifest["files"].values(), manifest.get("resharded", {})
         hashes = [h for entry in entries for h in (entry["out"], *([] if entry["in"] is None else [entry["in"]]))]
-        texts = [*hashes, *manifest["tensors"], *manifest["left_out"], manifest["undo"], manifest["sha256"]]
+        texts = [*hashes, manifest["sha256"]]
+        if "form" not in manifest:
+            texts += [*manifest["tensors"], *manifest["left_out"], manifest["undo"]]
+        else:
+            texts += [manifest["source"]["id"], manifest["source"]["commit"] or ""]
+            if set(manifest["files"]) - {"README.md"} != FORMS[manifest["form"]]:
+                raise TypeError
         texts += [text for entry in old.values() for text in (entry["in"], *entry["into"])]
         if manifest["kbne_manifest"] != 1 or not all(isinstance(text, str) for text in texts):
             raise TypeError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import memory
-from .card import add_card
+from .card import add_card, metadata_in
 from .checkpoint import Checkpoint, check_out, staged
 from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
@@ -20,7 +20,7 @@ from .errors import InputError, ProofError
 from .families import Site, layer_sizes, slots
 from .files import forbid_links_out, forbid_overlap
 from .folding import Target, fold_into, plan
-from .formats import check_form, load_edit, write_adapter, write_delta
+from .formats import check_form, load_edit, manifest_of, write_adapter, write_delta
 from .manifest import write_manifest
 from .models import auto_class
 from .progress import progress, say
@@ -356,10 +356,7 @@ def _write(
                 f"a proof failed, {out} was not written: {(report.faults or ['behaviour differs'])[0]}", report
             )
         _add_effect(checkpoint, edit, recipe, summary)
-        if recipe:
-            manifest["recipe"] = {"name": recipe.name, "sha256": recipe.sha256}
-        manifest["proofs"] = summary["proofs"]
-        manifest["summary"] = {key: summary[key] for key in ("selection", "attribution", "effect") if key in summary}
+        _add_run(manifest, recipe, summary)
         add_card(part, manifest)
         write_manifest(part, manifest)
 
@@ -374,7 +371,20 @@ def _write_alone(form: str, checkpoint, edit, targets, found: Source, out: Path,
             with progress("delta", 2 * sum(shard.size for shard in checkpoint.shards), "B") as update:
                 write_delta(checkpoint, edit, targets, part, source, update)
         summary["bytes"] = sum(file.stat().st_size for file in part.iterdir())
+        manifest = manifest_of(form, checkpoint, edit, part, source)
         _add_effect(checkpoint, edit, recipe, summary)
+        _add_run(manifest, recipe, summary)
+        add_card(part, manifest, metadata_in(checkpoint.path))
+        write_manifest(part, manifest)
+
+
+def _add_run(manifest: dict, recipe: Recipe | None, summary: dict) -> None:
+    """What the run did and measured, for the manifest and for the card that is made from it."""
+    if recipe:
+        manifest["recipe"] = {"name": recipe.name, "sha256": recipe.sha256}
+    if "proofs" in summary:
+        manifest["proofs"] = summary["proofs"]
+    manifest["summary"] = {key: summary[key] for key in ("selection", "attribution", "effect") if key in summary}
 
 
 def _add_effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe | None, summary: dict) -> None:

@@ -78,6 +78,8 @@ def _jobs(inputs):
         "locate": (lambda f: locate(str(inputs), f / "scores.safetensors", Settings(recipe="demo", questions=9)),
                    lambda f: None),
         "bake": (lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False), lambda f: None),
+        "cut anew": (lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False, shard_size="200KB"),
+                     lambda f: None),
         "overwrite": (lambda f: bake(str(inputs), f / "out", edit=SECOND, behaviour=False, overwrite=True), old),
     }  # fmt: skip
 
@@ -90,7 +92,7 @@ def _undisturbed(work, prepare, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["locate", "bake", "overwrite"])
+@pytest.mark.parametrize("name", ["locate", "bake", "cut anew", "overwrite"])
 def test_kills(name, inputs, tmp_path):
     """At every change of a file where there are few, at some of them in `locate`, and at a few random times."""
     work, prepare = _jobs(inputs)[name]
@@ -102,7 +104,7 @@ def test_kills(name, inputs, tmp_path):
         assert faults.kill_trial(work, tmp_path / f"{number}", inputs, whole, prepare=prepare, **strike) is None, strike
 
 
-@pytest.mark.parametrize("name", ["bake", "overwrite"])
+@pytest.mark.parametrize("name", ["bake", "cut anew", "overwrite"])
 @pytest.mark.parametrize("number, events", [(errno.ENOSPC, faults.FAILING), (errno.EIO, ("fsync",))],
                          ids=["full disk", "fsync"])  # fmt: skip
 def test_every_write_fails_once(name, number, events, inputs, tmp_path):

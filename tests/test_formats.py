@@ -1,5 +1,6 @@
 """Other forms of an edit: PEFT makes of the adapter, and `apply` of the delta, what `bake` writes."""
 
+import hashlib
 import json
 import random
 import subprocess
@@ -8,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from kbne_edit import Edit, apply, bake, hooked, revert, verify
+from hub import card_faults
+from kbne_edit import Edit, apply, bake, formats, hooked, revert, verify
 from kbne_edit.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError, EditError, FamilyError, KbneError, OutputError, ProofError
 from kbne_edit.formats import read_adapter
+from kbne_edit.manifest import is_sealed, read_manifest
 from tiny import MULTIMODAL, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,12 +179,52 @@ def test_a_delta_gives_what_bake_writes(name, site, factor, tmp_path):
     bake(base, tmp_path / "baked", edit=edit, behaviour=False)
     bake(base, tmp_path / "delta", edit=edit, form="delta")
     report = apply(tmp_path / "delta", base, tmp_path / "applied")
-    assert report.ok and report.edited == len(load_file(tmp_path / "delta" / "kbne_delta.safetensors"))
+    assert (
+        report.ok
+        and report.behaviour
+        and report.edited == len(load_file(tmp_path / "delta" / "kbne_delta.safetensors"))
+    )
     weights = _bytes(tmp_path / "baked", "*.safetensors*")
     assert len(weights) > 2 and _bytes(tmp_path / "applied", "*.safetensors*") == weights
     assert verify(base, tmp_path / "applied", behaviour=False).ok
     revert(tmp_path / "applied", tmp_path / "again")
     assert _bytes(tmp_path / "again") == _bytes(base)
+
+
+def test_what_is_applied_is_what_a_bake_leaves(base, tmp_path):
+    """Manifest, card and proofs are as of a bake to which the edit was given, so all that takes one takes the other."""
+    bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
+    bake(base, tmp_path / "baked", edit=_edit(2.0))
+    apply(tmp_path / "delta", base, tmp_path / "applied")
+    assert _bytes(tmp_path / "applied") == _bytes(tmp_path / "baked")
+
+
+def test_a_second_proof_that_fails_leaves_nothing(base, tmp_path, monkeypatch):
+    bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
+    monkeypatch.setattr(formats, "behaviour_proof", lambda *_: [{"ok": False}])
+    with pytest.raises(ProofError, match="second proof failed"):
+        apply(tmp_path / "delta", base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert apply(tmp_path / "delta", base, tmp_path / "out", behaviour=False).behaviour is None
+
+
+@pytest.mark.parametrize("form", ["peft", "delta"])
+def test_an_edit_alone_says_what_it_is(form, base, tmp_path):
+    """The same bytes wherever it is made; the hashes of its files; a card with the licence of the base."""
+    (base / "README.md").write_text("---\nlicense: llama3.2\ntags: [chat]\n---\n")
+    for out in ("one", "two"):
+        bake(base, tmp_path / out, edit=_edit(3.5), form=form)
+    assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
+    manifest = read_manifest(tmp_path / "one")
+    assert is_sealed(tmp_path / "one", manifest) and Edit.from_dict(manifest["edit"]).factors == _edit(3.5).factors
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in _bytes(tmp_path / "one").items()}
+    assert {name: entry["out"] for name, entry in manifest["files"].items()} == {
+        name: digest for name, digest in hashes.items() if name != "kbne_edit.json"
+    }
+    card = ModelCard.load(tmp_path / "one" / "README.md")
+    assert not card_faults(card.data.to_dict()) and "base_model" not in card.data.to_dict()  # not one of the Hub
+    assert card.data.license == "llama3.2" and card.data.tags[0] == "chat" and "Built with Llama." in card.text
+    assert card.data.library_name == {"peft": "peft", "delta": "kbne-edit"}[form]
 
 
 def test_the_columns_of_a_delta_are_the_edited_weights(base, tmp_path):
@@ -257,7 +301,7 @@ def test_damaged_deltas_and_adapters_never_pass(base, tmp_path):
             (tmp_path / name).write_bytes(data[: rng.choice([len(data), len(data), rng.randrange(len(data))])])
             try:
                 if name.startswith("delta"):
-                    apply(tmp_path / "delta", base, tmp_path / "out", overwrite=True)
+                    apply(tmp_path / "delta", base, tmp_path / "out", behaviour=False, overwrite=True)
                     assert _bytes(tmp_path / "out", "*.safetensors*") == weights
                 else:
                     read_adapter(tmp_path / "adapter", Checkpoint.open(base))
@@ -285,7 +329,9 @@ def test_overwrite_replaces_a_delta_and_nothing_else(base, tmp_path):
     with pytest.raises(OutputError, match="exists"):
         bake(base, tmp_path / "delta", edit=_edit(2.0), form="peft")
     bake(base, tmp_path / "delta", edit=_edit(2.0), form="peft", overwrite=True)
-    assert set(_bytes(tmp_path / "delta")) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(_bytes(tmp_path / "delta")) == {
+        "adapter_config.json", "adapter_model.safetensors", "kbne_edit.json", "README.md",
+    }  # fmt: skip
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(OutputError, match="replaces nothing else"):

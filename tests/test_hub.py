@@ -73,9 +73,9 @@ def bake(cli, edit):
     return lambda source, **kw: cli("bake", "--in", source, "--edit", edit, "--out", "out", "--no-behaviour", **kw)
 
 
-def _refused(result, *parts):
+def _refused(result, *parts, status=2):
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.returncode == status and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
     assert all(part in lines[0] for part in parts), lines[0]
 
 
@@ -385,6 +385,119 @@ def test_only_what_was_proven_is_pushed(case, out, hub):
     with pytest.raises(KbneError, match=message) as caught:
         push(out, "org/other")
     assert caught.value.exit_code == status and hub.requests == []
+
+
+@pytest.fixture(scope="module")
+def alone(proven, server, content):
+    """The same edit as an adapter and as a delta, and what `apply` makes of the latter."""
+    server.faults.clear()
+    server.add("org/tiny", content)
+    for form in ("peft", "delta"):
+        command = [CLI, "bake", "--in", "org/tiny", "--edit", "edit.json", "--as", form, "--out", form]
+        result = _process(*command, cwd=proven.parent, endpoint=server.url)
+        assert result.returncode == 0, result.stderr
+    command = [CLI, "apply", "delta", "--in", "org/tiny", "--out", "applied"]
+    result = _process(*command, cwd=proven.parent, endpoint=server.url)
+    assert result.returncode == 0, result.stderr
+    return proven.parent
+
+
+ADAPTED = """
+import json, sys, torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
+ids = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
+base = AutoModelForCausalLM.from_pretrained("org/tiny").eval()
+for model in (AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]), PeftModel.from_pretrained(base, sys.argv[1])):
+    print(json.dumps(model.eval()(ids).logits.tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_from_the_hub(alone, hub, cli, content, tmp_path):
+    """PEFT in another process, which knows the name alone and finds the base by it: the checkpoint's logits."""
+    commit = hub.add("org/tiny", content)
+    hub.repos["org/tiny"].commit(content | {"NOTE.txt": b"a later commit"})
+    result = cli("push", alone / "peft", "org/adapter", "--json", token=TOKEN)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["notices"] == []
+    sent = {k: v for k, v in hub.repos["org/adapter"].files.items() if k != ".gitattributes"}
+    assert sent == {path.name: path.read_bytes() for path in (alone / "peft").iterdir()}
+    card = ModelCard(sent["README.md"].decode()).data
+    assert (card.base_model, card.base_model_relation, card.library_name) == ("org/tiny", "adapter", "peft")
+    assert (card.license, card.tags) == ("apache-2.0", ["chat", "ia3", "kbne-edit", "bias-mitigation"])
+    config = json.loads(sent["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/tiny", commit)
+    adapted = _process("-c", ADAPTED, "org/adapter", cwd=tmp_path, endpoint=hub.url)
+    assert adapted.returncode == 0, adapted.stderr
+    loaded = _process("-c", LOGITS, alone / "out", "org/tiny", cwd=tmp_path, endpoint=hub.url)
+    assert loaded.returncode == 0, loaded.stderr
+    found, again = map(json.loads, adapted.stdout.splitlines())
+    baked, base = map(json.loads, loaded.stdout.splitlines())
+    assert found == again == baked != base
+
+
+def test_a_delta_from_the_hub(alone, hub, cli, content, tmp_path):
+    hub.add("org/tiny", content)
+    assert cli("push", alone / "delta", "org/delta", token=TOKEN).returncode == 0
+    card = ModelCard(hub.repos["org/delta"].files["README.md"].decode())
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/tiny", "adapter")
+    code = "import huggingface_hub as h; h.snapshot_download('org/delta', local_dir='delta')"
+    assert _process("-c", code, cwd=tmp_path, endpoint=hub.url).returncode == 0
+    (command,) = (line for line in card.text.splitlines() if line.startswith("kbne-edit "))
+    result = cli(*command.split()[1:], "--no-behaviour")  # as the card says it, with "--in org/tiny@COMMIT"
+    assert result.returncode == 0, result.stderr
+    for path in (alone / "out").glob("*.safetensors"):
+        assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes()
+    _refused(cli("push", "model", "org/other", token=TOKEN), "the model behaves as the hooks", status=1)
+
+
+def test_what_was_applied_is_pushed_as_what_was_baked(alone, hub, cli):
+    result = cli("push", alone / "applied", "org/other", token=TOKEN)
+    assert result.returncode == 0 and "both proofs held" in result.stdout, result.stderr
+    sent = hub.repos["org/other"].files
+    assert ModelCard(sent["README.md"].decode()).data.base_model == "org/tiny"
+    assert {k: v for k, v in sent.items() if k != ".gitattributes"} == {
+        path.name: path.read_bytes() for path in (alone / "out").iterdir()
+    }
+
+
+SPOILT_ALONE = {
+    "weights": ("was changed", lambda folder, file: _flip(folder / file)),
+    "missing": ("is missing", lambda folder, file: (folder / file).unlink()),
+    "card": ("README.md was changed", lambda folder, _: _flip(folder / "README.md")),
+    "unknown": ("secrets.txt is not in the manifest", lambda folder, _: _add(folder / "secrets.txt")),
+    "other weights": ("is not in the manifest", lambda folder, _: _add(folder / "adapter_model.bin")),
+    "no manifest": ("has no kbne_edit.json", lambda folder, _: (folder / "kbne_edit.json").unlink()),
+    "manifest": ("kbne_edit.json was changed", lambda folder, _: (folder / "kbne_edit.json").write_text(
+        (folder / "kbne_edit.json").read_text() + "\n")),
+    "other files": ("damaged", lambda folder, _: _manifest(folder, lambda m: m["files"].update(
+        {"x.bin": {"in": None, "out": sha256(b"x")}}))),
+    "other form": ("damaged", lambda folder, _: _manifest(folder, lambda m: m.update(form="gguf"))),
+    "no source": ("damaged", lambda folder, _: _manifest(folder, lambda m: m.pop("source"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT_ALONE)
+@pytest.mark.parametrize("form, file", [("peft", "adapter_model.safetensors"), ("delta", "kbne_delta.safetensors")])
+def test_an_edit_alone_is_pushed_as_it_was_written(form, file, case, alone, hub, tmp_path):
+    from kbne_edit import KbneError, push
+
+    shutil.copytree(alone / form, tmp_path / "copy")
+    message, spoil = SPOILT_ALONE[case]
+    spoil(tmp_path / "copy", file)
+    with pytest.raises(KbneError, match=message) as caught:
+        push(tmp_path / "copy", "org/other")
+    assert caught.value.exit_code == 2 and hub.requests == []
+
+
+def test_a_checkpoint_does_not_pass_for_an_adapter(out, hub):
+    """Nothing that lacks its proofs is pushed by another name."""
+    from kbne_edit import KbneError, push
+
+    _manifest(out, lambda m: m.update(form="peft", proofs=None))
+    with pytest.raises(KbneError, match="damaged"):
+        push(out, "org/other")
 
 
 def test_refusals_of_a_push(out, hub, cli):

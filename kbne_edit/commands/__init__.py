@@ -20,7 +20,7 @@ _COMMANDS = {
     "report": "write one page on a baked directory, for those who must judge it",
     "compare": "put two or more edits side by side",
     "revert": "restore the base from a baked directory alone",
-    "push": "publish a baked directory on the Hub, once its hashes and proofs are in order",
+    "push": "publish what was baked on the Hub, once its hashes and proofs are in order",
     "evaluate": "measure an edit on benchmarks, beside its controls",
     "tune": "choose factor and thresholds on one half of the items, confirm them once on the other",
     "recipes": "list, show, check or begin recipes",

@@ -12,9 +12,10 @@ from . import options
 @options.SOURCE
 @options.out("Directory of the new checkpoint.")
 @options.SHARD_SIZE
+@options.NO_BEHAVIOUR
 @options.JSON
 @options.OVERWRITE
-def command(delta, source, out, shard_size, as_json, overwrite) -> None:
+def command(delta, source, out, shard_size, no_behaviour, as_json, overwrite) -> None:
     """Put the edited columns of DELTA (from `bake --as delta`) into a copy of its base, and prove the result."""
     from ..checkpoint import Checkpoint
     from ..files import forbid_overlap
@@ -26,7 +27,10 @@ def command(delta, source, out, shard_size, as_json, overwrite) -> None:
         forbid_overlap(out, found.origin)
         total = 3 * sum(shard.size for shard in Checkpoint.open(found.path).shards)
         with progress("apply", total, "B") as update:
-            report = apply(delta, found.path, out, shard_size=shard_size, overwrite=overwrite, progress=update)
+            report = apply(
+                delta, found.path, out, source={"id": found.label, "commit": found.commit}, shard_size=shard_size,
+                behaviour=not no_behaviour, overwrite=overwrite, progress=update,
+            )  # fmt: skip
     data = report.to_dict()
     lines = [*options.proof_lines(data), "the weights are those that the delta was made from, by their SHA-256"]
     options.show(data, as_json, [*lines, f"written: {out}"])

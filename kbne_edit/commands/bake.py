@@ -20,7 +20,7 @@ from . import options
 @options.SHARD_SIZE
 @click.option("--work", type=click.Path(path_type=Path), help="Keeps scores and edit, to resume.  [default: OUT.work]")
 @click.option("--dry-run", is_flag=True, help="Print what would be folded, and write no checkpoint.")
-@click.option("--no-behaviour", is_flag=True, help="Skip the second proof (it loads the model).")
+@options.NO_BEHAVIOUR
 @options.JSON
 @options.OVERWRITE
 def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as_json, overwrite, **values) -> None:

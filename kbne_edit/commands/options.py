@@ -16,6 +16,7 @@ from ..recipe import COMBINE, RULES
 SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Directory, ORG/NAME[@REVISION], or demo.")
 SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Cut the weights into files of at most this size, e.g. "
                           "5GB.  [default: the files of MODEL]")  # fmt: skip
+NO_BEHAVIOUR = click.option("--no-behaviour", is_flag=True, help="Skip the second proof (it loads the model).")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 

@@ -15,17 +15,18 @@ from . import options
 @click.option("--dry-run", is_flag=True, help="Check, list files and sizes, and send nothing.")
 @options.JSON
 def command(baked, name, private, create_pr, dry_run, as_json) -> None:
-    """Publish a baked directory as a model on the Hub, once its files and proofs are found in order."""
-    from ..checkpoint import Checkpoint
+    """Publish on the Hub what `bake` or `apply` wrote, once its files and proofs are found in order."""
     from ..hub import push
     from ..progress import progress
 
     if private and create_pr:
         raise click.UsageError("--create-pr proposes to a repository that exists: --private has no place there")
-    with progress("checking hashes", sum(shard.size for shard in Checkpoint.open(baked).shards), "B") as update:
+    total = sum(path.stat().st_size for path in baked.rglob("*") if path.is_file())
+    with progress("checking hashes", total, "B") as update:
         result = push(baked, name, private=private, create_pr=create_pr, dry_run=dry_run, progress=update)
     lines = [f"  {file}: {size:,} bytes" for file, size in result["files"].items()]
-    lines.append(f"{len(result['files'])} files, {result['bytes']:,} bytes, all as the manifest says; both proofs held")
+    sound = "both proofs held" if result["form"] == "checkpoint" else "read back when it was written"
+    lines.append(f"{len(result['files'])} files, {result['bytes']:,} bytes, all as the manifest says; {sound}")
     if dry_run:
         lines += [f"note: {notice}" for notice in result["notices"]]
         lines.append(f"dry run: nothing was sent to {name}")

@@ -12,7 +12,7 @@ from . import options
 @click.option("--baked", required=True, type=click.Path(path_type=Path), help="Directory to prove.")
 @click.option("--edit", "edit_path", type=click.Path(path_type=Path),
               help="The edit.  [default: the manifest's, or recovered from the weights]")  # fmt: skip
-@click.option("--no-behaviour", is_flag=True, help="Skip the second proof (it loads the model).")
+@options.NO_BEHAVIOUR
 @options.JSON
 def command(source, baked, edit_path, no_behaviour, as_json) -> int:
     """Prove that BAKED is the model --in with an edit folded in, and nothing else. Exit status 1 if not."""
