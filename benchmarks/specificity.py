@@ -24,7 +24,6 @@ import torch
 
 from kbne_edit import hooked, load_recipe, neutral
 from kbne_edit.checkpoint import Checkpoint
-from kbne_edit.edit import Edit
 from kbne_edit.errors import EditError
 from kbne_edit.evaluation import random_edit
 from kbne_edit.families import layer_sizes, slots
@@ -125,7 +124,7 @@ def measured(bench, scores, rule):
     overlap = share(shared / total, *wilson(shared / 2, total / 2)) if total else "none selected"
     cells = [described(chosen.edit.found["select"]), chosen.edit.num_neurons, overlap]
     factor, dev, kl = best_factor(bench, chosen.edit)
-    edit, base = scaled(chosen.edit, factor), bench.base["test"]
+    edit, base = chosen.edit.with_factor(factor), bench.base["test"]
     after = bench.margins("test", edit)
     random = np.mean([bench.margins("test", random_edit(edit, bench.neurons, seed)) for seed in range(bench.draws)], 0)
     heat = neutral.temperature(bench.logits, kl)
@@ -139,15 +138,11 @@ def measured(bench, scores, rule):
 
 def best_factor(bench, edit):
     """(factor, its effect on the dev half, its KL). See the module's head."""
-    costs = {factor: bench.kl(scaled(edit, factor)) for factor in FACTORS}
+    costs = {factor: bench.kl(edit.with_factor(factor)) for factor in FACTORS}
     allowed = [factor for factor, kl in costs.items() if kl <= bench.most_kl] or [min(costs, key=costs.get)]
-    effects = {f: float((bench.margins("dev", scaled(edit, f)) - bench.base["dev"]).mean()) for f in allowed}
+    effects = {f: float((bench.margins("dev", edit.with_factor(f)) - bench.base["dev"]).mean()) for f in allowed}
     factor = min(effects, key=effects.get)
     return factor, effects[factor], costs[factor]
-
-
-def scaled(edit, factor):
-    return Edit(edit.site, {layer: dict.fromkeys(neurons, factor) for layer, neurons in edit.factors.items()})
 
 
 def figure(found):

@@ -12,7 +12,6 @@ of neurons that the same rule selects from the control questions. Printed as Mar
 import argparse
 import json
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,9 +19,7 @@ import torch
 from kbne_edit import neutral
 from kbne_edit.checkpoint import Checkpoint
 from kbne_edit.errors import EditError
-from kbne_edit.evaluation import _by_controls, random_edit
-from kbne_edit.families import layer_sizes, slots
-from kbne_edit.hooks import hooked
+from kbne_edit.evaluation import Runs, controls
 from kbne_edit.models import load_model, load_tokenizer
 from kbne_edit.recipe import load_recipe
 from kbne_edit.scores import load_scores
@@ -55,12 +52,10 @@ def main():
     scorer = Scorer(load_model(arguments.model, torch.float32), tokenizer)
     marks = benchmarks(TASKS, arguments.data, arguments.limit, recipe, scorer, tokenizer)
     texts = neutral.rows(scorer, recipe)[2]
-    columns, logits, minutes = {}, {}, {}
+    runs, columns, logits, minutes = Runs(marks, texts), {}, {}, {}
     for name, (edit, _) in rows.items():
         start = time.perf_counter()
-        with hooked(scorer.model, edit) if edit else nullcontext():
-            columns[name] = {mark.name: mark.columns(scorer.score(mark.pairs)) for mark in marks}
-            logits[name] = neutral.logits(scorer, texts)
+        columns[name], logits[name] = runs.measure(scorer, name, edit)
         minutes[name] = (time.perf_counter() - start) / 60
     result = {
         name: {"neurons": edit.num_neurons if edit else 0, "overlap": overlap, "minutes": minutes[name],
@@ -95,10 +90,9 @@ def edits(checkpoint, path, contrastive_tau):
             continue
         summary = chosen.summary()
         found[name] = chosen.edit, summary["controls_overlap"] / summary["neurons"]
-    edit = found["paper's rule, factor 2"][0]
-    neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, edit.site))
-    found["random neurons, factor 2"] = random_edit(edit, neurons, 0), None
-    found["control questions' neurons, factor 2"] = _by_controls(edit, checkpoint, path), None
+    others = controls(found["paper's rule, factor 2"][0], checkpoint, 1, path)
+    found["random neurons, factor 2"] = others["random 1"], None
+    found["control questions' neurons, factor 2"] = others["control questions"], None
     return found
 
 

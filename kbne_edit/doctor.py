@@ -104,8 +104,7 @@ def _model(checkpoint: Checkpoint, free: float) -> dict:
         sizes.append(sum(math.prod(shape) for name, shape in checkpoint.shapes.items() if name.startswith(begin)))
     outside = memory.in_memory(checkpoint, 1) - sum(sizes)
     whole = memory.needed(checkpoint)
-    streamed = memory.OVERHEAD + 4 * (outside + memory.LAYERS_HELD * max(sizes))
-    streamed += memory.activations(memory.ROWS, hidden_size(checkpoint.config))
+    streamed = memory.streamed(4 * outside, 4 * max(sizes), memory.ROWS, hidden_size(checkpoint.config))
     budget = memory.SHARE * free
     mode = "in memory" if whole <= budget else "layer by layer" if streamed <= budget else "too large"
     return {

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -67,6 +67,10 @@ class Edit:
     def sha256(self) -> str:
         """Of site and factors alone: edits that do the same have the same."""
         return hashlib.sha256(json.dumps([self.site, self.to_dict()["factors"]]).encode()).hexdigest()
+
+    def with_factor(self, factor: float) -> Edit:
+        """The same neurons, all at one factor."""
+        return replace(self, factors={layer: dict.fromkeys(found, factor) for layer, found in self.factors.items()})
 
     def check(self, neurons: Sequence[int], base: str | None = None) -> None:
         """Raise EditError unless the edit fits a model and does something to it. neurons: how many each layer has."""

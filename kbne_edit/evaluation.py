@@ -198,7 +198,7 @@ def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
     The other rules select next to nothing from controls: there, as many neurons as the controls use most.
     """
     from .scores import load_scores
-    from .selection import selection
+    from .selection import at_factor, selection
 
     scores = load_scores(path)
     if (scores.base, scores.site) != (checkpoint.fingerprint(), edit.site):
@@ -209,11 +209,7 @@ def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
     if mask is None or not mask.any():
         raise ScoresError(f"{path} has no control questions that select a neuron: leave --scores out")
     every = [factor for factors in edit.factors.values() for factor in factors.values()]
-    factor = max(edit.distinct_factors, key=every.count)
-    factors: dict[int, dict[int, float]] = {}
-    for layer, neuron in np.argwhere(mask).tolist():
-        factors.setdefault(layer, {})[neuron] = factor
-    return Edit(edit.site, factors)
+    return Edit(edit.site, at_factor(mask, max(edit.distinct_factors, key=every.count)))
 
 
 class Runs:

@@ -63,6 +63,14 @@ def needed(checkpoint: Checkpoint, itemsize: int = 4) -> float:
     return in_memory(checkpoint, itemsize) + graph + OVERHEAD
 
 
+def streamed(outside: float, layer: float, rows: float, size: float) -> float:
+    """What attribution takes layer by layer, besides what it keeps of each question.
+
+    outside: bytes of what is in no layer; layer: of the largest one; rows: that go through it; size: hidden size.
+    """
+    return OVERHEAD + outside + LAYERS_HELD * layer + activations(max(rows, ROWS), size)
+
+
 def parse(text: str, what: str = "memory") -> float:
     """ "8GB", "500 MB", "12.5G", "4GiB" to bytes. what: it is the size of. Raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)

@@ -259,8 +259,7 @@ def bake(
             if edit is None:
                 return {}
         elif settings.factor is not None:
-            edit = Edit(edit.site, {la: dict.fromkeys(ns, settings.factor) for la, ns in edit.factors.items()},
-                        edit.base, edit.found)  # fmt: skip
+            edit = edit.with_factor(settings.factor)
         targets = plan(checkpoint, edit)
         summary |= _size(edit, checkpoint) | ({"shards": [len(checkpoint.shards), len(cuts)]} if cuts else {})
         if dry_run:

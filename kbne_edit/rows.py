@@ -64,13 +64,14 @@ class Segment:
 
     def __init__(self, model: nn.Module, tokens: Tokens, before: Segment | None = None):
         self.model, self.tokens = model, tokens
-        self._earlier = before.context if before else NONE
-        self.context = self._earlier.before(tokens)
-        self.cache = _cache(decoder_layers(model), before.cache if before else None, len(self._earlier.ids))
+        earlier = before.context if before else NONE
+        self.context = earlier.before(tokens)
+        self.cache = _cache(decoder_layers(model), before.cache if before else None, len(earlier.ids))
+        self._mask = _mask_of(model, tokens, self.context)
 
     def climb(self, index: int, layer: nn.Module) -> None:
         """Go through layer `index`; at layer 0, start anew."""
-        first, call = _call(self.model, index, self.tokens, self._earlier, self.cache)
+        first, call = _call(self.model, index, self.tokens, self._mask, self.cache)
         if index == 0:
             self.hidden = first
         self._run(index, layer, call)
@@ -220,9 +221,9 @@ class Rows:
                 flat = flat.index_put((at,), part)
             return flat.view_as(h)
 
-        _, call = _call(pack.model, index, pack.rows(self._owner[: hidden.shape[1]]), pack.context, self._cache)
-        if start == hidden.shape[1] and not self._bare:
-            return _Held(hidden, own, bare, call.run(layer, hidden))
+        tokens = pack.rows(self._owner[: hidden.shape[1]])
+        mask = _mask_of(pack.model, tokens, pack.context.before(tokens))
+        _, call = _call(pack.model, index, tokens, mask, self._cache)
         with tapped(pack.places[index], pack.site, tap):
             return _Held(hidden, own, bare, call.run(layer, hidden))
 
@@ -364,15 +365,16 @@ class _Reached(Exception):
         self.hidden, self.call = hidden, call
 
 
-def _call(model: nn.Module, index: int, tokens: Tokens, earlier: Tokens, cache: DynamicCache) -> tuple[Tensor, _Call]:
+def _call(
+    model: nn.Module, index: int, tokens: Tokens, mask: Tensor | dict, cache: DynamicCache
+) -> tuple[Tensor, _Call]:
     """(the embedded tokens, how the model calls layer `index` for them), without running a layer."""
 
     def note(*args, **kwargs):
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         raise _Reached(hidden, _Call(args, kwargs))
 
-    layers, context = decoder_layers(model), earlier.before(tokens)
-    mask = attention_mask(model, context.seen_by(tokens), tokens.depth, context.depth)
+    layers = decoder_layers(model)
     try:
         with torch.no_grad(), replaced(layers[:index], _passed), replaced([layers[index]], note):
             positions = _tensor(model, tokens.depth[None])
@@ -380,6 +382,11 @@ def _call(model: nn.Module, index: int, tokens: Tokens, earlier: Tokens, cache: 
     except _Reached as reached:
         return reached.hidden, reached.call
     raise AssertionError(f"{type(model).__name__} did not call layer {index}")
+
+
+def _mask_of(model: nn.Module, tokens: Tokens, context: Tokens) -> Tensor | dict:
+    """What each of `tokens`, the last of their context, attends to."""
+    return attention_mask(model, context.seen_by(tokens), tokens.depth, context.depth)
 
 
 def _passed(*args, **kwargs) -> Tensor:

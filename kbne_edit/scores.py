@@ -9,16 +9,17 @@ done [Q] U8. The metadata holds questions, settings and the base's fingerprint.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import Shard, claim, write_errors
+from .checkpoint import Shard, claim, header_bytes, read_metadata, write_errors
 from .errors import CheckpointError, ScoresError
 from .families import SITES
-from .files import open_input, parse_json
+from .files import parse_json
 from .recipe import Question
 
 _PLAN = {
@@ -65,9 +66,7 @@ def load_scores(path: str | Path) -> Scores:
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         shard = Shard.open(path)
-        with open_input(path) as file:
-            header = parse_json(file.read(shard.data_start)[8:], f"the header of {path}")
-        meta = parse_json(header["__metadata__"]["kbne"].encode(), f"the metadata of {path}")
+        meta = parse_json(read_metadata(path)["kbne"].encode(), f"the metadata of {path}")
         known = {field.name: bool if field.name == "control" else str for field in fields(Question)}
         if not all({"twin": str} | {k: type(v) for k, v in q.items()} == known for q in meta["questions"]):
             raise TypeError
@@ -163,14 +162,12 @@ class ScoresWriter:
 
 
 def _lay_out(handle: int, meta: str, sizes: dict[str, int]) -> None:
-    header, position = {"__metadata__": {"kbne": meta}}, 0
-    for name, (dtype, shape) in _layout(sizes).items():
-        size = int(np.prod(shape)) * np.dtype(_DTYPE[dtype]).itemsize
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
-        position += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    tensors = [
+        (name, dtype, shape, math.prod(shape) * np.dtype(_DTYPE[dtype]).itemsize)
+        for name, (dtype, shape) in _layout(sizes).items()
+    ]
+    head = header_bytes(tensors, {"kbne": meta})
     os.truncate(handle, 0)
-    os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
-    os.truncate(handle, 8 + len(text) + position)
+    os.pwrite(handle, head, 0)
+    os.truncate(handle, len(head) + sum(size for *_, size in tensors))
     os.fsync(handle)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING
@@ -160,8 +160,7 @@ def _selector(scores: dict[str, Scores]) -> Callable[[dict], Edit | None]:
         if isinstance(factor, dict):
             edit = by_dimension(found, scores[setting["site"]], factor)
             return edit if edit.factors else None
-        factors = {layer: dict.fromkeys(neurons, factor) for layer, neurons in found.edit.factors.items()}
-        return replace(found.edit, factors=factors)
+        return found.edit.with_factor(factor)
 
     return edit_of
 

@@ -262,15 +262,21 @@ def selection(
     asked = questions(scores, dimensions, answers, forms, controls, twins, only, site, base)
     votes = ballot(asked, rule, tau, beta, top, combine)
     masks = votes.masks()
-    factors: dict[int, dict[int, float]] = {}
-    for layer, neuron in np.argwhere(combined(list(masks.values()), combine)).tolist():
-        factors.setdefault(layer, {})[neuron] = float(factor)
+    factors = at_factor(combined(list(masks.values()), combine), factor)
     settings = {"rule": rule, "tau": tau, "beta": beta, "combine": combine, "controls": len(asked.compared),
                 "questions": len(asked.asked)} | ({} if top is None else {"top": top})  # fmt: skip
     if not factors:
         raise EditError(nothing(**settings))
     edit = Edit(asked.site, factors, asked.base, {"select": settings})
     return Selection(edit, masks, votes.by_controls(), votes.counts, asked, (rule, tau, beta, top, combine))
+
+
+def at_factor(mask: np.ndarray, factor: float) -> dict[int, dict[int, float]]:
+    """The factors of an edit that scales the neurons of a mask [L, F] by one number."""
+    factors: dict[int, dict[int, float]] = {}
+    for layer, neuron in np.argwhere(mask).tolist():
+        factors.setdefault(layer, {})[neuron] = float(factor)
+    return factors
 
 
 def described(found: dict) -> str:

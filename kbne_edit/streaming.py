@@ -27,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, InputError
 from .families import decoder_layers, family_of, hidden_size, num_neurons
-from .memory import LAYERS_HELD, OVERHEAD, ROWS, activations, in_memory
+from .memory import in_memory, streamed
 from .models import foreign, load_config, model_class, quiet
 from .progress import progress, say
 
@@ -117,9 +117,8 @@ class Streamed:
         )
         size, neurons, count = hidden_size(self._checkpoint.config), num_neurons(self.model), len(rows)
         widest = max(sum(pack) + len(pack) * (sum(rows) + 1) for pack in packs)
-        working = activations(max(widest, ROWS), size)
         outer = in_memory(self._checkpoint) - layer * len(self._layers)
-        free = self._memory - OVERHEAD - outer - LAYERS_HELD * layer - working
+        free = self._memory - streamed(outer, layer, widest, size)
         held = sum((n + 1) * (count - index) for index, n in enumerate(rows)) * size + (sum(rows) + 3 * count) * neurons
         needs = [4 * (len(pack) * held + 2 * sum(pack) * size * count) for pack in packs]
         fit = int(np.searchsorted(np.cumsum(needs), free, "right"))

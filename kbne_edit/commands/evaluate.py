@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import click
@@ -31,7 +29,7 @@ def command(source, edit_path, tasks, out, as_json, **values) -> None:
     from ..edit import Edit
     from ..errors import OutputError
     from ..evaluation import evaluate
-    from ..files import forbid_overlap
+    from ..files import forbid_overlap, write_json
 
     if out and not out.absolute().parent.is_dir():  # said now, not after an hour
         raise OutputError(f"cannot write {out}: its folder does not exist")
@@ -39,20 +37,12 @@ def command(source, edit_path, tasks, out, as_json, **values) -> None:
         model = None if source == "demo" else Path(source).expanduser()
         forbid_overlap(out, *filter(None, [model, edit_path, values["baked"], values["scores"]]))
     edit = Edit.load(edit_path) if edit_path else None
-    names = [name.strip() for name in tasks.split(",")] if tasks else None
-    result = evaluate(source, edit=edit, tasks=names, **values)
+    result = evaluate(source, edit=edit, tasks=options.names(tasks), **values)
     lines = _lines(result)
     if out:
-        _write(out, result)
+        write_json(out, result)
         lines.append(f"written: {out}")
     options.show(result, as_json, lines)
-
-
-def _write(path: Path, result: dict) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def _lines(result: dict) -> list[str]:

@@ -101,9 +101,14 @@ def settings(answers: str | None = None, **values):
         except (ValueError, AttributeError):
             raise click.UsageError('--answers takes JSON such as {"yes": ["Yes", " yes"], "no": ["No"]}') from None
         values["answers"] = parsed
-    if values.get("dimensions") is not None:
-        values["dimensions"] = tuple(name.strip() for name in values["dimensions"].split(","))
+    if "dimensions" in values:
+        values["dimensions"] = names(values["dimensions"])
     return Settings(**values)
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """Names with commas between."""
+    return tuple(name.strip() for name in text.split(",")) if text is not None else None
 
 
 def show(result: dict, as_json: bool, lines: list[str]) -> None:

@@ -64,8 +64,7 @@ def command(source, scores, out, tasks, as_json, per_dimension, **values) -> Non
 
     given = {name: values.pop(name) for name in ("factors", "taus", "betas", "rules", "combines")}
     space = Space(per_dimension=per_dimension, **{name: value for name, value in given.items() if value is not None})
-    names = [name.strip() for name in tasks.split(",")] if tasks else None
-    result = tune(source, scores, out, space=space, tasks=names, **values)
+    result = tune(source, scores, out, space=space, tasks=options.names(tasks), **values)
     options.show(result, as_json, _lines(result, out))
 
 
