@@ -75,7 +75,7 @@ def _reference(model, ids, answer, nodes):
         ((found,),) = sweep(resident, climbing, [(pack, [request])], bare=False)
         climbing = []
         for la, (a, b) in wanted.items():
-            scores[la] += (b - a) * pack.h[0, la] * (w @ found[la].gradient)
+            scores[la] += (b - a) * pack.h[la, 0, 0] * (w @ found[la].gradient)
     return scores
 
 

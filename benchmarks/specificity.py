@@ -69,7 +69,7 @@ def rules(scores):
     """The rows of a scores file."""
     if any(question.twin for question in scores.questions):
         return [dict(rule="paired", tau=0.01), dict(rule="paired", top=0.0005), *SPECIFIC]
-    if scores.settings["objective"] == "probability":
+    if scores.settings["objective"] == "probability" and "positions" not in scores.settings:
         return [*PAPER, *CONTRAST, *SPECIFIC]
     return [PAPER[0], CONTRAST[1], *SPECIFIC]
 

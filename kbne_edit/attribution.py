@@ -2,6 +2,8 @@
 
     score_i = h_i * integral_0^1 dP(a* | gamma h) / dh_i dgamma        for each layer alone, at the last position
 
+At the last N positions instead, gamma scales h at all of them, and the score is the sum of theirs.
+
 Legend: Q questions, L layers, F neurons per layer, T positions, D hidden size, V vocabulary, R rows.
 
 Questions go up and down the layers in packs (`rows`), for the nodes that their quadrature asks for (`quadrature`). A
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from os.path import commonprefix
 from typing import Protocol
 
@@ -54,7 +57,8 @@ class Layers(Protocol):
     """Who supplies a model's layers. model: everything else is resident; keep: the layers are, too.
 
     up, down: yield (index, layer) in order, each layer ready to compute until the next one is asked for.
-    group: how many of the packs may be on their way at once; packs: their own tokens; rows: of each question, by layer.
+    group: how many of the packs may be on their way at once; packs: their own tokens; rows, bare: the tokens of each
+    question's rows, by layer, and of its bare row.
     """
 
     model: nn.Module
@@ -63,7 +67,7 @@ class Layers(Protocol):
 
     def up(self) -> Iterable[tuple[int, nn.Module]]: ...
     def down(self) -> Iterable[tuple[int, nn.Module]]: ...
-    def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int]) -> int: ...
+    def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int], bare: int) -> int: ...
 
 
 class Resident:
@@ -72,7 +76,7 @@ class Resident:
     keep = True
 
     def __init__(self, model: nn.Module):
-        self.model, self.max_rows = model, float("inf")
+        self.model, self.max_rows = model, ROWS
 
     def up(self):
         return enumerate(decoder_layers(self.model))
@@ -80,7 +84,7 @@ class Resident:
     def down(self):
         return reversed(list(enumerate(decoder_layers(self.model))))
 
-    def group(self, packs, rows):
+    def group(self, packs, rows, bare):
         return 1
 
 
@@ -93,6 +97,7 @@ def attribute(
     quadrature: str = "gauss",
     tolerance: float = TOLERANCE,
     other_ids: Sequence[Sequence[int]] | None = None,
+    positions: int = 1,
 ) -> Tensor:
     """Integrated-gradient scores of every neuron for every question, float32 [Q, L, F] on the CPU.
 
@@ -101,10 +106,12 @@ def attribute(
     the sum of their probabilities. quadrature: "gauss" (Gauss-Lobatto, refined per layer until the completeness
     residual is below `tolerance`), "gauss-N" (Gauss-Legendre, N nodes), "riemann-N" (N nodes linspace(0, 1, N), sum
     / N; the published code uses N = 20). other_ids: Q lists with the ids of the wrong answers' surface forms; with them
-    not P(a*) is attributed but the log-odds log P(a*) / P(others), which do not saturate. Raises InputError for an
-    empty prompt or answer or an unknown quadrature.
+    not P(a*) is attributed but the log-odds log P(a*) / P(others), which do not saturate. positions: how many of the
+    last ones are scaled. Raises InputError for an empty answer, a prompt of fewer tokens or an unknown quadrature.
     """
-    found = attributions(model, input_ids, answer_ids, site, quadrature, tolerance, other_ids=other_ids)
+    found = attributions(
+        model, input_ids, answer_ids, site, quadrature, tolerance, other_ids=other_ids, positions=positions
+    )
     results = [result.scores for result in found]
     if not results:
         raise InputError("attribute: no questions given")
@@ -120,6 +127,7 @@ def attributions(
     tolerance: float = TOLERANCE,
     only: Sequence[int] | None = None,
     other_ids: Sequence[Sequence[int]] | None = None,
+    positions: int = 1,
 ) -> Iterator[Attribution]:
     """`attribute`, question by question as they are finished.
 
@@ -128,31 +136,35 @@ def attributions(
     beginning, so that a question's scores have the same bytes whichever others are wanted.
     """
     layers = Resident(layers) if isinstance(layers, nn.Module) else layers
-    _check(input_ids, answer_ids)
+    _check(input_ids, answer_ids, positions)
     wanted = range(len(input_ids)) if only is None else only
-    todo = [pack for pack in packs(layers.model, input_ids, quadrature) if not set(pack).isdisjoint(wanted)]
-    rows = [len(gammas) for gammas in _rule(quadrature, layers.model, tolerance).request().values()]
-    shared = _shared(input_ids)
+    every = packs(layers.model, input_ids, quadrature, positions)
+    todo = [pack for pack in every if not set(pack).isdisjoint(wanted)]
+    rule = partial(_rule, quadrature, layers.model, tolerance, positions)
+    rows = [positions * len(gammas) for gammas in rule().request().values()]
+    shared = _shared(input_ids, positions)
     with _still(layers.model):
         stem = fresh = trunk(layers.model, input_ids[0][:shared]) if shared and todo else None
         while todo:
-            fit = layers.group([[len(input_ids[q]) - shared for q in pack] for pack in todo], rows)
+            fit = layers.group([[len(input_ids[q]) - shared for q in pack] for pack in todo], rows, positions)
             group, todo = todo[:fit], todo[fit:]
             asked = [Pack(layers.model, _of(pack, input_ids), _of(pack, answer_ids), site, stem,
-                          other_ids and _of(pack, other_ids)) for pack in group]  # fmt: skip
-            rules = [[_rule(quadrature, layers.model, tolerance) for _ in pack] for pack in group]
+                          other_ids and _of(pack, other_ids), positions) for pack in group]  # fmt: skip
+            rules = [[rule() for _ in pack] for pack in group]
             _settle(layers, fresh, asked, rules)
             for pack, questions, of_pack in zip(group, asked, rules, strict=True):
-                for slot, (q, rule) in enumerate(zip(pack, of_pack, strict=True)):
+                for slot, (q, done) in enumerate(zip(pack, of_pack, strict=True)):
                     if q in wanted:
-                        yield _finish(questions, slot, rule)
+                        yield _finish(questions, slot, done)
             fresh = None
 
 
-def packs(model: nn.Module, input_ids: Sequence[Sequence[int]], quadrature: str = "gauss") -> list[range]:
+def packs(
+    model: nn.Module, input_ids: Sequence[Sequence[int]], quadrature: str = "gauss", positions: int = 1
+) -> list[range]:
     """Which questions go through a layer side by side; the model and all questions decide, not who is wanted."""
-    rows = sum(map(len, _rule(quadrature, model, TOLERANCE).request().values()))
-    shared, most, result = _shared(input_ids), longest(model), []
+    rows = positions * sum(map(len, _rule(quadrature, model, TOLERANCE, positions).request().values()))
+    shared, most, result = _shared(input_ids, positions), longest(model), []
     start, tokens = 0, 0
     for q, ids in enumerate(input_ids):
         more = q + 1 - start
@@ -167,22 +179,24 @@ def _of(pack: range, values: Sequence) -> list:
     return [values[q] for q in pack]
 
 
-def _rule(name: str, model: nn.Module, tolerance: float) -> Fixed | Adaptive:
-    return quadrature(name, len(decoder_layers(model)), tolerance)
+def _rule(name: str, model: nn.Module, tolerance: float, positions: int) -> Fixed | Adaptive:
+    return quadrature(name, len(decoder_layers(model)), tolerance, positions)
 
 
-def _check(input_ids: Sequence[Sequence[int]], answer_ids: Sequence[Sequence[int]]) -> None:
+def _check(input_ids: Sequence[Sequence[int]], answer_ids: Sequence[Sequence[int]], positions: int) -> None:
     if len(input_ids) != len(answer_ids):
         raise InputError(f"attribute: {len(input_ids)} prompts but {len(answer_ids)} answers")
     for index, (ids, answer) in enumerate(zip(input_ids, answer_ids, strict=True)):
         if not len(ids) or not len(answer):
             raise InputError(f"attribute: {'prompt' if not len(ids) else 'answer'} of question {index} has no token")
+        if not 1 <= positions <= len(ids):
+            raise InputError(f"attribute: {positions} positions are wanted, question {index} has {len(ids)} tokens")
 
 
-def _shared(input_ids: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with; each keeps at least its last one for itself."""
+def _shared(input_ids: Sequence[Sequence[int]], positions: int) -> int:
+    """How many tokens all prompts begin with; each keeps the last ones, which are scaled, for itself."""
     shared = len(commonprefix([tuple(ids) for ids in input_ids]))
-    return min(shared, *(len(ids) - 1 for ids in input_ids)) if len(input_ids) > 1 else 0
+    return min(shared, *(len(ids) - positions for ids in input_ids)) if len(input_ids) > 1 else 0
 
 
 def _settle(layers: Layers, stem: Segment | None, asked: list[Pack], rules: list[list[Fixed | Adaptive]]) -> None:
@@ -198,7 +212,8 @@ def _settle(layers: Layers, stem: Segment | None, asked: list[Pack], rules: list
         for p, of_pack in zip(going, found, strict=True):
             for q, answer in enumerate(of_pack):
                 if requests[p][q]:
-                    rules[p][q].accept(asked[p].h[q], asked[p].gradient[q], asked[p].value[q], answer)
+                    h, at_one = (values[:, q].flatten(1) for values in (asked[p].h, asked[p].gradient))
+                    rules[p][q].accept(h, at_one, asked[p].value[q], answer)
 
 
 Wanted = list[tuple[Pack, list[dict[int, Tensor]]]]
@@ -206,8 +221,9 @@ Wanted = list[tuple[Pack, list[dict[int, Tensor]]]]
 
 def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool) -> list[list[dict[int, Found]]]:
     """`sweep`, with half as many rows at once wherever a device runs out of memory or the masks are too small."""
-    sizes = [sum(len(gammas) for request in of_pack for gammas in request.values()) for _, of_pack in wanted]
-    room = min(longest(layers.model) - len(pack.context.ids) - pack.count - size
+    sizes = [pack.positions * sum(len(gammas) for request in of_pack for gammas in request.values())
+             for pack, of_pack in wanted]  # fmt: skip
+    room = min(longest(layers.model) - len(pack.context.ids) - pack.count * pack.positions - size
                for (pack, _), size in zip(wanted, sizes, strict=True))  # fmt: skip
     divisible = any(len(request) > 1 for _, of_pack in wanted for request in of_pack)
     if not divisible and room < 0:
@@ -271,7 +287,8 @@ def _still(model: nn.Module) -> Iterator[None]:
 
 
 def _finish(pack: Pack, slot: int, rule: Fixed | Adaptive) -> Attribution:
-    scores = pack.h[slot] * rule.gradients
+    h = pack.h[:, slot]
+    scores = (h * rule.gradients.view_as(h)).sum(1)
     largest = max(scores.abs().max().item(), 1e-30)
     residual = np.abs(scores.sum(1).double().numpy() - (pack.value[slot] - rule.p_zero)) / largest
     return Attribution(scores, pack.p[slot], rule.p_zero, residual, rule.nodes, pack.next_token[slot])

@@ -41,6 +41,7 @@ class Settings:
     prompt: "chat" (through the template where there is one) or "plain"; before: text that comes before each question.
     dimensions: select by the questions of these alone (None: of all).
     objective: what is attributed, "probability" of the right answer (the paper's) or its "log-odds" against the others.
+    positions: how many of a prompt's last positions are scaled (the paper's: 1).
 
     memory: what attribution may use, e.g. "8GB" (None: most of what is free); a model that does not fit is read layer
     by layer.
@@ -64,6 +65,7 @@ class Settings:
     min_stability: float | None = None
     device: str = "cpu"
     objective: str = "probability"
+    positions: int = 1
     dtype: str = "float32"
     memory: str | None = None
 
@@ -99,7 +101,7 @@ def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, se
         "recipe_sha256": recipe.sha256, "site": settings.site, "quadrature": settings.quadrature,
         "dtype": settings.dtype, "objective": settings.objective, "prompt": settings.prompt, "before": settings.before,
         "answer_tokens": tokens,
-    }  # fmt: skip
+    } | ({"positions": settings.positions} if settings.positions != 1 else {})  # fmt: skip
     with ExitStack() as stack:
         processes, writer = stack.enter_context(team()), None
         if processes.rank == 0:
@@ -124,7 +126,7 @@ def _attribute(
     answers = [list(tokens[question.answer].values()) for question in asked]
     others = [sorted({i for a, ids in tokens.items() if a != q.answer for i in ids.values()}) for q in asked]
     layers = _supplier(checkpoint, settings)
-    ready = packs(layers.model, prompts, settings.quadrature)
+    ready = packs(layers.model, prompts, settings.quadrature, settings.positions)
     wanted = [left for pack in ready if (left := [q for q in pack if q in todo])]
     shares = [sum(wanted[rank :: processes.size], []) for rank in range(processes.size)]
     stream = attributions(
@@ -135,6 +137,7 @@ def _attribute(
         settings.quadrature,
         only=shares[processes.rank],
         other_ids=others if settings.objective == "log-odds" else None,
+        positions=settings.positions,
     )
     with progress("attribution", len(asked), "question", len(asked) - len(todo)) as update:
         for turn in zip_longest(*shares):

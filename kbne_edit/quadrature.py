@@ -31,19 +31,22 @@ Point = tuple[Tensor, float]  # at one gamma: dP/dh [F], and P(a* | gamma h)
 class Found(NamedTuple):
     """What one layer gave for its nodes. gradient: dP/dh, [n, F]; p: P(a* | gamma h), [n].
 
-    P stands for whatever is attributed: a probability, or log-odds.
+    P stands for whatever is attributed, a probability or log-odds; F for all that gamma scales, of N positions N * F.
     """
 
     gradient: Tensor
     p: Tensor
 
 
-def quadrature(name: str, layers: int, tolerance: float) -> Fixed | Adaptive:
-    """The quadrature called "gauss" (refined), "gauss-N" or "riemann-N", for L layers. Raises InputError."""
+def quadrature(name: str, layers: int, tolerance: float, positions: int = 1) -> Fixed | Adaptive:
+    """The quadrature called "gauss" (refined), "gauss-N" or "riemann-N", for L layers. Raises InputError.
+
+    positions: how many are scaled; h and gradients stand one position after the other, F values each.
+    """
     kind, _, number = name.partition("-")
     if kind not in ("gauss", "riemann") or not (number.isdigit() and int(number) if number else name == "gauss"):
         raise InputError(f"quadrature {name!r} is unknown: use gauss, gauss-N or riemann-N")
-    return Fixed(kind, int(number), layers) if number else Adaptive(layers, tolerance)
+    return Fixed(kind, int(number), layers) if number else Adaptive(layers, tolerance, positions)
 
 
 class Fixed:
@@ -73,8 +76,8 @@ class Adaptive:
     of the question's largest score.
     """
 
-    def __init__(self, layers: int, tolerance: float):
-        self._tolerance, self._rounds = tolerance, 0
+    def __init__(self, layers: int, tolerance: float, positions: int):
+        self._tolerance, self._positions, self._rounds = tolerance, positions, 0
         self._todo = {layer: _GRADED if layer == 0 else [(0.0, 1.0)] for layer in range(layers)}
         self._parts: list[list[_Part]] = [[] for _ in range(layers)]
         self._starts: list[dict[float, Point]] = [{} for _ in range(layers)]
@@ -101,7 +104,8 @@ class Adaptive:
             self.nodes[layer] += len(rows.p)
         self.gradients = torch.stack([sum(part.gradient for part in parts) for parts in self._parts])
         self.p_zero = np.array([starts[0.0][1] for starts in self._starts])
-        allowed = self._tolerance * max((h * self.gradients).abs().max().item(), 1e-30)
+        scores = (h * self.gradients).view(len(h), self._positions, -1).sum(1)
+        allowed = self._tolerance * max(scores.abs().max().item(), 1e-30)
         bad = [i for i, parts in enumerate(self._parts) if sum(part.residual for part in parts) > allowed]
         self._rounds += 1
         self._todo = {i: _finer(self._parts[i], allowed) for i in bad} if self._rounds <= _ROUNDS else {}

@@ -1,8 +1,9 @@
 """Questions on their way through a model, layer by layer: their tokens, and rows that scale h at their last positions.
 
-A (layer, gamma) pair of a question is one *row*: one position, which attends to the question's keys and values. A row
-that belongs to layer l equals its question below l, so the rows start from none and grow: layer l appends its own as
-copies of the question's last position, then scales h in them. One way up and one way down serve all layers.
+A (layer, gamma) pair of a question is one *row*: the question's last position (or its last N), which attends to the
+keys and values of what comes before. A row that belongs to layer l equals its question below l, so the rows start from
+none and grow: layer l appends its own as copies of the question's last positions, then scales h in them. One way up and
+one way down serve all layers.
 
 The questions of a *pack* stand side by side in one sequence, and so do all their rows; a mask keeps them apart. So a
 layer's weights meet hundreds of rows at once, which is what a matrix product needs to be fast. Rejected: a batch with
@@ -36,21 +37,29 @@ _HEAD_ROWS = 192  # rows that go through the head at once: it makes [R, V] logit
 
 
 class Tokens(NamedTuple):
-    """Tokens side by side. ids, owner (whose they are; -1: everyone's), depth (position in their prompt): [N] each."""
+    """Tokens side by side, [N] each. owner: whose they are (-1: everyone's); depth: position in their prompt.
+
+    row: which row they belong to (-1: none, they are the prompt itself); fork: where that row leaves the prompt.
+    """
 
     ids: np.ndarray
     owner: np.ndarray
     depth: np.ndarray
+    row: np.ndarray
+    fork: np.ndarray
+
+    @classmethod
+    def prompt(cls, ids: np.ndarray, owner: np.ndarray, depth: np.ndarray) -> Tokens:
+        return cls(ids, owner, depth, np.full(len(ids), -1), depth)
 
     def before(self, other: Tokens) -> Tokens:
         return Tokens(*map(np.concatenate, zip(self, other, strict=True)))
 
     def seen_by(self, tokens: Tokens) -> np.ndarray:
-        """Which of these each of `tokens`, the last of them, may see: its prompt up to itself, [N, K]."""
-        related = (self.owner == -1) | (self.owner == tokens.owner[:, None])
-        seen = related & (self.depth < tokens.depth[:, None])
-        seen[:, -len(tokens.ids) :] |= np.eye(len(tokens.ids), dtype=bool)
-        return seen
+        """Which of these each of `tokens` may see, [N, K]: up to itself, its row, and its prompt up to the fork."""
+        owner, depth, row, fork = (values[:, None] for values in tokens[1:])
+        related = (self.owner == -1) | (self.owner == owner)
+        return related & (self.depth <= depth) & ((self.row == row) | ((self.row == -1) & (self.depth < fork)))
 
 
 NONE = Tokens(*(np.zeros(0, int) for _ in Tokens._fields))
@@ -87,15 +96,15 @@ class Segment:
 def trunk(model: nn.Module, input_ids: Sequence[int]) -> Segment:
     """The beginning that all prompts share."""
     count = len(input_ids)
-    return Segment(model, Tokens(np.array(input_ids), np.full(count, -1), np.arange(count)))
+    return Segment(model, Tokens.prompt(np.array(input_ids), np.full(count, -1), np.arange(count)))
 
 
 class Pack(Segment):
     """Questions side by side, each with its tokens after the trunk. What is known once they have climbed:
 
-    h: the site's values at the last positions, [Q, L, F] float32 on the CPU; p: P(a*), [Q]; value: the objective
+    h: the site's values at the last N positions, [L, Q, N, F] float32 on the CPU; p: P(a*), [Q]; value: the objective
     (P(a*), or with `other_ids` the log-odds of a* against the other answers), [Q]; next_token: the model's
-    distribution after each prompt, [Q, V] float32 on the CPU. After the first rows: gradient, d value / dh, [Q, L, F].
+    distribution after each prompt, [Q, V] float32 on the CPU. After the first rows: gradient, d value / dh, as h.
     """
 
     def __init__(
@@ -106,34 +115,37 @@ class Pack(Segment):
         site: Site,
         before: Segment | None = None,
         other_ids: Sequence[Sequence[int]] | None = None,
+        positions: int = 1,
     ):
         shared = len(before.context.ids) if before else 0
         lengths = [len(ids) - shared for ids in input_ids]
         super().__init__(
             model,
-            Tokens(
+            Tokens.prompt(
                 np.concatenate([ids[shared:] for ids in input_ids]),
                 np.repeat(np.arange(len(lengths)), lengths),
                 np.concatenate([np.arange(shared, shared + length) for length in lengths]),
             ),
             before,
         )
-        self.count, self.site, self.places, self.neurons = len(lengths), site, places(model, site), num_neurons(model)
-        self.last = torch.tensor(np.cumsum(lengths) - 1)  # where each question's last token stands
+        self.count, self.positions = len(lengths), positions
+        self.site, self.places, self.neurons = site, places(model, site), num_neurons(model)
+        # Where each question's last tokens stand, [Q, N].
+        self.last = torch.tensor(np.cumsum(lengths))[:, None] + torch.arange(-positions, 0)
         self._answers, self._others = _Answers(answer_ids), other_ids and _Answers(other_ids)
         self.base: list[Tensor]  # the last positions' input to each layer, [1, Q, D]
         self.gradient: Tensor | None = None
 
     def _run(self, index: int, layer: nn.Module, call: _Call) -> None:
         if index == 0:
-            self.base, self.h = [], torch.zeros(self.count, len(self.places), self.neurons)
-        self.base.append(self.hidden[:, self.last.to(self.hidden.device)].clone())
+            self.base, self.h = [], torch.zeros(len(self.places), *self.last.shape, self.neurons)
+        self.base.append(self.hidden[0, self.last.to(self.hidden.device)].clone())
 
         def note(h: Tensor, tokens: Tensor | None, offset: int) -> None:
             where = tokens.cpu() if tokens is not None else torch.arange(self.hidden.shape[1])
-            at, whose = (where[:, None] == self.last).nonzero(as_tuple=True)  # of an expert, perhaps none
+            at, whose, which = (where[:, None, None] == self.last).nonzero(as_tuple=True)  # of an expert, perhaps none
             h = h.flatten(0, -2)[at.to(h.device)].float().cpu()
-            self.h[whose, index, offset : offset + h.shape[-1]] = h
+            self.h[index, whose, which, offset : offset + h.shape[-1]] = h
 
         with tapped(self.places[index], self.site, note):
             super()._run(index, layer, call)
@@ -141,15 +153,17 @@ class Pack(Segment):
     def arrive(self) -> None:
         """The head, once the last layer is done."""
         with torch.no_grad():
-            logits = torch.cat([head(self.model, part) for part in _parts(self.hidden[:, self.last])])
+            logits = torch.cat([head(self.model, part) for part in _parts(self.hidden[:, self.last[:, -1]])])
         self.value = self.objective(logits, np.arange(self.count)).tolist()
         self.next_token = logits.softmax(-1).cpu()
         self.p = [float(row[ids].sum()) for row, ids in zip(self.next_token, self._answers.ids, strict=True)]
 
     def rows(self, owner: np.ndarray) -> Tokens:
-        """Rows at the last positions of these questions."""
+        """The tokens of a row for each of these questions, one row after the other."""
         last = self.last.numpy()[owner]
-        return Tokens(self.tokens.ids[last], owner, self.tokens.depth[last])
+        depth = self.tokens.depth[last]
+        whose, row, fork = (np.repeat(x, self.positions) for x in (owner, np.arange(len(owner)), depth[:, 0]))
+        return Tokens(self.tokens.ids[last].ravel(), whose, depth.ravel(), row, fork)
 
     def objective(self, logits: Tensor, owner: np.ndarray) -> Tensor:
         """What is attributed. logits: [R, V], row by row of the questions `owner` -> [R]."""
@@ -169,10 +183,10 @@ class Rows:
     """
 
     def __init__(self, pack: Pack, gammas: Sequence[dict[int, Tensor]], keep: bool, bare: bool):
-        self.pack, self._gammas, self._keep = pack, gammas, keep
+        self.pack, self._gammas, self._keep, self._each = pack, gammas, keep, pack.positions
         self._bare, self._lowest = pack.count if bare else 0, 0 if bare else min(min(g) for g in gammas if g)
         self._hidden: Tensor | None = None
-        self._owner = np.zeros(0, int)
+        self._owner = np.zeros(0, int)  # of each row; its tokens stand side by side
         self._start: dict[int, int] = {}  # of the layer's own rows
         self._held: dict[int, _Held | Tensor] = {}
         self._cache = _cache(decoder_layers(pack.model), pack.cache, len(pack.context.ids), keep=False)
@@ -198,30 +212,31 @@ class Rows:
         owner = np.concatenate([bare, np.repeat(np.arange(len(counts)), counts)])
         self._start[index] = len(self._owner) + len(bare)
         self._owner = np.concatenate([self._owner, owner])
-        own = self.pack.base[index][:, torch.from_numpy(owner)]
+        own = self.pack.base[index][torch.from_numpy(owner)].flatten(0, 1)[None]
         self._hidden = own if self._hidden is None else torch.cat([self._hidden.to(own.device), own], 1)
 
     def _run(self, index: int, layer: nn.Module, hidden: Tensor) -> _Held:
         """Rows through one layer; the layer's own have h scaled by their gammas."""
-        pack, start, hidden = self.pack, self._start[index], hidden.detach().requires_grad_()
-        gammas = torch.cat([torch.zeros(start), *(g[index] for g in self._gammas if index in g)])
+        pack, start, hidden = self.pack, self._start[index] * self._each, hidden.detach().requires_grad_()
+        of_rows = torch.cat([torch.zeros(self._start[index]), *(g[index] for g in self._gammas if index in g)])
+        gammas = of_rows.repeat_interleave(self._each)
         own, bare = [], []
 
         def tap(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
             flat = h.flatten(0, -2)
-            rows = torch.arange(len(flat), device=h.device) if tokens is None else tokens
-            for leaves, mask in (own, rows >= start), (bare, rows < self._bare):
+            where = torch.arange(len(flat), device=h.device) if tokens is None else tokens
+            for leaves, mask in (own, where >= start), (bare, where < self._bare * self._each):
                 at = mask.nonzero()[:, 0]
                 if not len(at):  # an expert that none of them was given to
                     continue
                 part = flat[at]
                 if leaves is own:
-                    part = (gammas.to(h)[rows[at], None] * part.detach()).requires_grad_()
-                leaves.append(_Leaf(rows[at] - (start if leaves is own else 0), offset, part))
+                    part = (gammas.to(h)[where[at], None] * part.detach()).requires_grad_()
+                leaves.append(_Leaf(where[at] - (start if leaves is own else 0), offset, part))
                 flat = flat.index_put((at,), part)
             return flat.view_as(h)
 
-        tokens = pack.rows(self._owner[: hidden.shape[1]])
+        tokens = pack.rows(self._owner[: hidden.shape[1] // self._each])
         mask = _mask_of(pack.model, tokens, pack.context.before(tokens))
         _, call = _call(pack.model, index, tokens, mask, self._cache)
         with tapped(pack.places[index], pack.site, tap):
@@ -229,8 +244,8 @@ class Rows:
 
     def head(self) -> None:
         """The objective of every row, and its gradient with respect to the last layer's output."""
-        values, gradients, start = [], [], 0
-        for part in _parts(self._hidden):
+        values, gradients, start, last = [], [], 0, slice(self._each - 1, None, self._each)
+        for part in _parts(self._hidden[:, last]):
             owner = self._owner[start : start + part.shape[1]]
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
@@ -238,7 +253,8 @@ class Rows:
                 gradients.append(torch.autograd.grad(value.sum(), part)[0])
             values.append(value.detach().cpu())
             start += part.shape[1]
-        self._hidden, self._gradient, self._values = None, torch.cat(gradients, 1), torch.cat(values)
+        self._gradient, self._values = torch.zeros_like(self._hidden), torch.cat(values)
+        self._gradient[:, last], self._hidden = torch.cat(gradients, 1), None
 
     def down(self, index: int, layer: nn.Module) -> None:
         """The gradient one layer further down; at a layer that has rows, with respect to their h."""
@@ -251,20 +267,21 @@ class Rows:
         leaves, inputs = [*held.own, *held.bare], [held.input] if index > self._lowest else []
         wanted = [leaf.values for leaf in leaves] + inputs
         found = torch.autograd.grad(held.output, wanted, self._gradient.to(held.output.device)) if wanted else ()
-        start, rows = self._start[index], held.input.shape[1]
-        self.gradients[index] = self._gathered(held.own, found, rows - start)
+        start = self._start[index] * self._each
+        self.gradients[index] = self._gathered(held.own, found, held.input.shape[1] - start)
         if self._bare:
             if self.pack.gradient is None:
                 self.pack.gradient = torch.zeros_like(self.pack.h)
-            self.pack.gradient[:, index] = self._gathered(held.bare, found[len(held.own) :], self._bare)
+            of_bare = self._gathered(held.bare, found[len(held.own) :], self._bare * self._each)
+            self.pack.gradient[index] = of_bare.view_as(self.pack.gradient[index])
         self._gradient = found[-1][:, :start] if inputs else None
 
     def _gathered(self, leaves: list[_Leaf], found: Sequence[Tensor], count: int) -> Tensor:
-        """The leaves' gradients as one [count, F]; zero for the experts that were not chosen."""
+        """The leaves' gradients, row by row: [rows, N * F] of `count` tokens; zero for experts that were not chosen."""
         result = torch.zeros(count, self.pack.neurons)
         for leaf, gradient in zip(leaves, found, strict=False):
-            result[leaf.rows.cpu(), leaf.offset : leaf.offset + gradient.shape[-1]] = gradient.float().cpu()
-        return result
+            result[leaf.tokens.cpu(), leaf.offset : leaf.offset + gradient.shape[-1]] = gradient.float().cpu()
+        return result.view(count // self._each, self._each * self.pack.neurons)
 
     def found(self) -> list[dict[int, Found]]:
         """What each question's layers gave."""
@@ -280,9 +297,9 @@ class Rows:
 
 
 class _Leaf(NamedTuple):
-    """h of some rows, as the layer goes on with it. rows: which of those meant, [n]; offset: of the first neuron."""
+    """h of some tokens, [n, F'], as the layer goes on with it. tokens: which of those meant; offset: of neuron 0."""
 
-    rows: Tensor
+    tokens: Tensor
     offset: int
     values: Tensor
 

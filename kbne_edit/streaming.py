@@ -108,18 +108,19 @@ class Streamed:
                 _empty(self._layers[index])
                 update(1)
 
-    def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int]) -> int:
-        """How many of the packs fit the budget together. packs: their questions' tokens; rows: of each layer."""
+    def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int], bare: int) -> int:
+        """How many of the packs fit the budget together. packs: their questions' tokens; rows, bare: as of `Layers`."""
         layer = max(
             sum(4 * math.prod(self._checkpoint.shapes[name]) for name in names)
             for layer, names in self._names.items()
             if layer is not None
         )
         size, neurons, count = hidden_size(self._checkpoint.config), num_neurons(self.model), len(rows)
-        widest = max(sum(pack) + len(pack) * (sum(rows) + 1) for pack in packs)
+        widest = max(sum(pack) + len(pack) * (sum(rows) + bare) for pack in packs)
         outer = in_memory(self._checkpoint) - layer * len(self._layers)
         free = self._memory - streamed(outer, layer, widest, size)
-        held = sum((n + 1) * (count - index) for index, n in enumerate(rows)) * size + (sum(rows) + 3 * count) * neurons
+        held = sum((n + bare) * (count - index) for index, n in enumerate(rows)) * size
+        held += (sum(rows) + 3 * count * bare) * neurons
         needs = [4 * (len(pack) * held + 2 * sum(pack) * size * count) for pack in packs]
         fit = int(np.searchsorted(np.cumsum(needs), free, "right"))
         if not fit:

@@ -33,15 +33,17 @@ def test_published_scores(shared):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize("positions", [1, 3])
 @pytest.mark.parametrize("name", [*FAMILIES, *MULTIMODAL])
-def test_captum(name):
+def test_captum(name, positions):
     """Captum scales h of one layer in the whole model's forward pass: no cache, no rows, one layer at a time."""
     from captum.attr import IntegratedGradients
 
     from kbne_edit.families import places
 
     model = tiny_model(name)
-    scores = attribute(model, [PROMPT], [ANSWER], quadrature="gauss-16")[0]
+    prompts = [PROMPT, PROMPT[2:]]  # the other one stands beside it, and makes no difference
+    scores = attribute(model, prompts, [ANSWER, ANSWER], quadrature="gauss-16", positions=positions)[0]
     for layer, ((module, *_),) in enumerate(places(model, "down")):
         seen = []
         handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach()))
@@ -52,7 +54,7 @@ def test_captum(name):
         def probability(h, module=module):
             def put(_, args):
                 new = args[0].clone().reshape(len(h), len(PROMPT), -1)
-                new[:, -1] = h
+                new[:, -positions:] = h
                 return (new.reshape(args[0].shape), *args[1:])
 
             handle = module.register_forward_pre_hook(put)
@@ -60,8 +62,8 @@ def test_captum(name):
             handle.remove()
             return logits.softmax(-1)[:, ANSWER].sum(-1)
 
-        h = seen[0].reshape(len(PROMPT), -1)[-1:]
-        want = IntegratedGradients(probability).attribute(h, n_steps=16, method="gausslegendre")[0]
+        h = seen[0].reshape(1, len(PROMPT), -1)[:, -positions:]
+        want = IntegratedGradients(probability).attribute(h, n_steps=16, method="gausslegendre")[0].sum(0)
         assert (scores[layer] - want).abs().max() <= 1e-5 * scores.abs().max()
 
 
@@ -97,6 +99,17 @@ def test_log_odds_against_captum():
 
     want = IntegratedGradients(log_odds).attribute(seen[0][:, -1], n_steps=16, method="gausslegendre")[0]
     assert (scores[1] - want).abs().max() <= 1e-5 * scores.abs().max()
+
+
+def test_more_positions_than_the_prompt_has():
+    with pytest.raises(InputError, match="7 positions are wanted, question 0 has 6 tokens"):
+        attribute(tiny_model("llama"), [PROMPT], [ANSWER], positions=7)
+
+
+def test_completeness_at_several_positions():
+    model = tiny_model("llama")
+    for found in attributions(model, [PROMPT, PROMPT[1:]], [ANSWER, ANSWER], positions=4):
+        assert found.residual.max() <= 0.01
 
 
 def test_the_model_is_left_as_it_was():

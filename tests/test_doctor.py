@@ -61,8 +61,8 @@ def test_layer_by_layer_takes_what_the_streamed_model_says(name, question, tmp_p
     need = doctor.examine(checkpoint)["model"]["memory"]["layer by layer"]
     rows = [4] * 3
     with pytest.raises(InputError, match="at least"):
-        Streamed(checkpoint, need).group([[4]], rows)
-    assert Streamed(checkpoint, need + question).group([[4]], rows) == 1
+        Streamed(checkpoint, need).group([[4]], rows, 1)
+    assert Streamed(checkpoint, need + question).group([[4]], rows, 1) == 1
 
 
 def test_a_model_that_bake_refuses(tmp_path, devices):

@@ -67,14 +67,15 @@ def test_verify_with_and_without_manifest(name, tmp_path):
     assert found.ok and found.edit.factors == _edit(model, 3.5).factors
 
 
+@pytest.mark.parametrize("positions", [1, 3])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_scores_equal_gradients_of_the_weights(name):
-    """h_i dP/dh_i is the sum over j of W_ji dP/dW_ji: plain transformers on the last token, W scaled by gamma."""
+def test_scores_equal_gradients_of_the_weights(name, positions):
+    """h_i dP/dh_i is the sum over j of W_ji dP/dW_ji: plain transformers on the last tokens, W scaled by gamma."""
     model = tiny_model(name)
-    scores = attribute(model, [PROMPT], [ANSWER], quadrature="gauss-8")[0]
+    scores = attribute(model, [PROMPT, PROMPT[2:]], [ANSWER, ANSWER], quadrature="gauss-8", positions=positions)[0]
     prefix = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.tensor([PROMPT[:-1]]), past_key_values=prefix, use_cache=True)
+        model(torch.tensor([PROMPT[:-positions]]), past_key_values=prefix, use_cache=True)
     nodes, weights = np.polynomial.legendre.leggauss(8)
     for layer, found in enumerate(places(model, "down")):
         for place in found:
@@ -87,7 +88,7 @@ def test_scores_equal_gradients_of_the_weights(name):
                 with torch.no_grad():
                     for p in parameter_of_others:
                         p.mul_(gamma)
-                logits = model(torch.tensor([PROMPT[-1:]]), past_key_values=copy.deepcopy(prefix)).logits[0, -1]
+                logits = model(torch.tensor([PROMPT[-positions:]]), past_key_values=copy.deepcopy(prefix)).logits[0, -1]
                 (gradient,) = torch.autograd.grad(logits.softmax(-1)[ANSWER].sum(), parameter)
                 with torch.no_grad():
                     for p, old in zip(parameter_of_others, kept, strict=True):

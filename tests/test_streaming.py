@@ -14,12 +14,13 @@ ANSWERS = [[11, 12], [13], [11]]
 PLENTY = 64e9
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES, *MULTIMODAL])
-def test_same_scores_as_in_memory(name, tmp_path):
+@pytest.mark.parametrize("name, positions", [*((n, 1) for n in (*FAMILIES, *MIXTURES, *MULTIMODAL)), ("gemma3", 3)])
+def test_same_scores_as_in_memory(name, positions, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     streamed = Streamed(Checkpoint.open(tmp_path), PLENTY)
-    for got, want in zip(attributions(streamed, PROMPTS, ANSWERS), attributions(model, PROMPTS, ANSWERS), strict=True):
+    both = (attributions(layers, PROMPTS, ANSWERS, positions=positions) for layers in (streamed, model))
+    for got, want in zip(*both, strict=True):
         assert (got.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()
         assert got.p == pytest.approx(want.p, rel=1e-6)
         assert (got.nodes == want.nodes).all()
@@ -44,7 +45,7 @@ def test_whatever_is_wanted_and_however_grouped_the_bytes_are_the_same(tmp_path,
     assert packs(model, PROMPTS) == [range(0, 2), range(2, 3)]
     streamed = Streamed(Checkpoint.open(tmp_path), PLENTY)
     together = [a.scores for a in attributions(streamed, PROMPTS, ANSWERS)]
-    streamed.group = lambda packs, rows: 1
+    streamed.group = lambda packs, rows, bare: 1
     assert all(
         torch.equal(a.scores, b) for a, b in zip(attributions(streamed, PROMPTS, ANSWERS), together, strict=True)
     )

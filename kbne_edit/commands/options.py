@@ -36,6 +36,8 @@ def locating(command):
                      help="gauss (refined until complete), gauss-N, riemann-N (riemann-20: the published sum)."),
         click.option("--objective", type=click.Choice(["probability", "log-odds"]), default="probability",
                      show_default=True, help="What is attributed: P of the right answer, or its log-odds."),
+        click.option("--positions", type=click.IntRange(1), default=1, show_default=True,
+                     help="How many of a prompt's last positions are scaled and scored; each adds as much work."),
         click.option("--prompt", type=click.Choice(["chat", "plain"]), default="chat", show_default=True,
                      help="Through the chat template where there is one, or plain."),
         click.option("--before", default="", metavar="TEXT",
