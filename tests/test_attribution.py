@@ -156,3 +156,29 @@ def test_half_the_rows_where_memory_runs_out(monkeypatch):
     monkeypatch.setattr(rows, "head", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(InputError, match="rows of one layer"):
         attribute(model, [PROMPT], [ANSWER])
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"positions": 3}, {"objective": "log-odds"}, {"before": "Consider this. ", "quadrature": "gauss-4"},
+])  # fmt: skip
+def test_locate_attributes_what_its_settings_say(settings, tmp_path):
+    """Question by question, from the prompts and answers as the library gives them."""
+    from kbne_edit.models import load_model, load_tokenizer
+    from kbne_edit.pipeline import Settings, locate
+    from kbne_edit.prompts import answer_tokens, encode
+    from kbne_edit.recipe import load_recipe
+    from kbne_edit.source import DEMO
+
+    scores = locate("demo", tmp_path / "scores.safetensors", Settings(recipe="demo", questions=9, **settings))
+    recipe, model, tokenizer = load_recipe("demo"), load_model(DEMO, torch.float32), load_tokenizer(DEMO)
+    tokens = {answer: sorted(ids.values()) for answer, ids in answer_tokens(tokenizer, recipe.answers).items()}
+    prompts = [encode(tokenizer, recipe, q, before=settings.get("before", "")) for q in scores.questions]
+    other = {"yes": "no", "no": "yes"}
+    want = attribute(
+        model, prompts, [tokens[q.answer] for q in scores.questions],
+        quadrature=settings.get("quadrature", "gauss"), positions=settings.get("positions", 1),
+        other_ids=[tokens[other[q.answer]] for q in scores.questions] if "objective" in settings else None,
+    )  # fmt: skip
+    assert torch.equal(torch.tensor(scores.values), want)
+    plain = attribute(model, prompts, [tokens[q.answer] for q in scores.questions])
+    assert torch.equal(plain, want) == (settings == {})
