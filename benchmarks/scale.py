@@ -1,11 +1,12 @@
 """Attribution at scale: layer by layer against in memory, two processes against one, and a model of Llama-2-7B's shape.
 
-    python benchmarks/scale.py real MODEL_DIR [--questions 8]
+    python benchmarks/scale.py real MODEL_DIR [--questions 8] [--shared 45]
     python benchmarks/scale.py large FOLDER [--questions 45] [--memory 10GB] [--layers 32] [--keep]
 
 `real` prints the ratio of times and the largest difference of scores, then the ratio of two processes with one thread
-each to one process with one thread. `large` writes 13.5 GB of seeded weights into FOLDER (unless they are there),
-attributes the recipe's questions, and prints wall time, peak memory and bytes read; it deletes the weights afterwards.
+each to one process with one thread, for `shared` questions and as many controls. `large` writes 13.5 GB of seeded
+weights into FOLDER (unless they are there), attributes the recipe's questions, and prints wall time, peak memory and
+bytes read; it deletes the weights afterwards.
 """
 
 import argparse
@@ -42,13 +43,14 @@ def main():
     parser.add_argument("what", choices=["real", "large"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--questions", type=int)
+    parser.add_argument("--shared", type=int, default=45)
     parser.add_argument("--memory", default="10GB")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
     if arguments.what == "real":
         against_memory(arguments.folder, arguments.questions or 8)
-        processes(arguments.folder)
+        processes(arguments.folder, arguments.shared)
     else:
         large(arguments)
 
@@ -74,14 +76,14 @@ def against_memory(folder, count):
     print(f"layer by layer / in memory: {ratio:.2f}; largest difference {worst:.1e} of a question's largest score")
 
 
-def processes(folder):
-    """The whole of `locate`, loading included, with 9 questions and 9 controls."""
+def processes(folder, count):
+    """The whole of `locate`, loading included, with so many questions and controls."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     seconds = []
     with tempfile.TemporaryDirectory() as out:
         for number, start in enumerate(([sys.executable], launch)):
-            command = [*start, "-m", "kbne_edit", "locate", "--in", folder.resolve(), "--questions", 9]
+            command = [*start, "-m", "kbne_edit", "locate", "--in", folder.resolve(), "--questions", count]
             command += ["--out", Path(out) / f"{number}.safetensors"]
             begun = time.perf_counter()
             subprocess.run(list(map(str, command)), check=True, env=environment, capture_output=True)
