@@ -37,24 +37,22 @@ if TYPE_CHECKING:
     from .tasks import Benchmark, Figure
 
 RANDOM_DRAWS = 5
+FEWEST = 6  # probes that can tell an effect at 5 %: if five paired items have one sign, p is 1/16
 ABILITIES = ("capability", "knowledge")  # kinds of tasks in which an edit must not make a model worse
 ALPHA = 0.05  # of the whole report, shared out by Holm
 
 
 def margins(model: nn.Module, tokenizer, probes: Sequence[Probe]) -> np.ndarray:
     """m of every probe, [n]."""
-    return np.array(
-        [_score(model, tokenizer, p.first) - _score(model, tokenizer, p.second) for p in probes]
-    )
+    from .trees import Tree, cut, logits_at, tokens_of_a_pass
 
-
-def _score(model: nn.Module, tokenizer, text: str) -> float:
-    import torch
-
-    ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.get_input_embeddings().weight.device)
-    with torch.no_grad():
-        logp = model(ids).logits[0, :-1].float().log_softmax(-1)
-    return float(logp.gather(1, ids[0, 1:, None]).mean())
+    rows, scores = [tokenizer(text)["input_ids"] for p in probes for text in (p.first, p.second)], []
+    for part in cut(rows, tokens_of_a_pass(model)):
+        tree = Tree(rows[part])
+        logp = logits_at(model, tree, range(len(tree.tokens))).log_softmax(-1)
+        for row, path in zip(rows[part], tree.paths, strict=True):
+            scores.append(float(logp[path[:-1], row[1:]].double().mean()))
+    return np.array(scores[::2]) - np.array(scores[1::2])
 
 
 def random_edit(edit: Edit, neurons: Sequence[int], seed: int) -> Edit:

@@ -390,9 +390,17 @@ def _add_run(manifest: dict, recipe: Recipe | None, summary: dict) -> None:
 
 
 def _add_effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe | None, summary: dict) -> None:
-    if recipe and recipe.probes:
-        say("effect: probes, with and without the edit")
-        summary["effect"] = _effect(checkpoint, edit, recipe)
+    """What the edit does to the recipe's probes, if there are enough of them to tell."""
+    if not recipe or not recipe.probes:
+        return
+    from .evaluation import FEWEST
+
+    count = len(recipe.probes)
+    if count < FEWEST:
+        say(f"effect: not measured, since {count} probes cannot tell it from chance: {FEWEST} at least are needed")
+        return
+    say(f"effect: {count} probes, with and without the edit")
+    summary["effect"] = _effect(checkpoint, edit, recipe)
 
 
 def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> dict:

@@ -2,17 +2,9 @@
 
 lm-eval scores each (context, continuation) pair as a sentence of its own. But the sentences of one item begin alike
 (three StereoSet sentences differ in one word, twelve BBQ answers follow one story), so most of that work is repeated.
-Here the requests' token rows are sorted and packed into one long row as a *tree*: a token that several rows begin with
-stands there once, and attention sees the tokens on the way from the root only. Positions count from the root. So
-nothing is computed twice, nothing is padded, and a pass holds as many tokens as suits the machine.
+Here the requests' token rows are sorted and packed into trees (`trees`), so that nothing is computed twice.
 
-The output head and the normalisation over the vocabulary, a third of the work on a small model, are computed at scored
-positions only.
-
-Rejected: a key/value cache of each beginning that its rows share. Beginnings of unlike length need batches of their
-own, and on a CPU some fifty passes over the weights cost as much as the tokens they save.
-
-Legend: N tokens of a tree, K kept positions, V vocabulary.
+Legend: K kept positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .masks import attention_mask, longest
 from .progress import say
+from .trees import Tree, cut, logits_at, tokens_of_a_pass
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -36,9 +28,6 @@ except ImportError as error:
     raise InputError(f"evaluate needs lm-eval ({error}): install it with `pip install 'kbne-edit[eval]'`") from None
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of the context and of the continuation
-
-_TOKENS_CPU, _TOKENS = 512, 4096  # of one pass: attention within a pass grows with the square
-_LOGIT_BYTES = 1 << 29  # of one pass: its tokens shrink as the vocabulary grows
 
 
 class Scorer(HFLM):
@@ -52,12 +41,7 @@ class Scorer(HFLM):
         with quiet_lm_eval():
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.temperature = 1.0
-        self._tokens = self._tokens_of_a_pass()
-
-    def _tokens_of_a_pass(self) -> int:
-        most = _TOKENS_CPU if self.device.type == "cpu" else _TOKENS
-        most = min(most, max(_LOGIT_BYTES // (4 * self.model.config.vocab_size), 64))
-        return int(min(most, self.max_length, longest(self.model)))
+        self._tokens = min(tokens_of_a_pass(self.model), self.max_length)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs=None) -> list[tuple[float, bool]]:
         """What lm-eval calls, with [((context, continuation), context ids, continuation ids), …]."""
@@ -85,7 +69,7 @@ class Scorer(HFLM):
         """(log-probability, is the greedy continuation) of each pair. update: called with the pairs done since."""
         rows, lookups = _unique(pairs, self.max_length)
         total, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        for part in _packs(rows, self._tokens):
+        for part in cut(rows, self._tokens):
             self._score_pack(rows[part], lookups[part], total, greedy)
             if update:
                 update(sum(map(len, lookups[part])))
@@ -121,53 +105,13 @@ class Scorer(HFLM):
 
     def logits_of(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Logits [sum of lengths, V] float32 on the CPU, of every token of the rows."""
-        trees = [Tree(rows[part]) for part in _packs(rows, self._tokens)]
+        trees = [Tree(rows[part]) for part in cut(rows, self._tokens)]
         return torch.cat([self.logits_at(tree, [n for path in tree.paths for n in path]).cpu() for tree in trees])
 
-    @torch.inference_mode()
     def logits_at(self, tree: Tree, keep: list[int]) -> Tensor:
-        """Logits [K, V] float32 of the tree's tokens `keep`.
-
-        The head is given the kept positions only, by a hook on its input; what a model does to its logits after the
-        head (scales, soft caps) works element by element, and so does not mind.
-        """
-        index, depth = torch.tensor(keep, device=self.device), np.array(tree.depth)
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args: (args[0][:, index], *args[1:])
-        )
-        try:
-            logits = self.model(
-                input_ids=torch.tensor([tree.tokens], device=self.device),
-                position_ids=torch.tensor([tree.depth], device=self.device),
-                attention_mask=attention_mask(self.model, tree.seen, depth, depth), use_cache=False,
-            ).logits[0]  # fmt: skip
-        finally:
-            handle.remove()
-        return logits.float() if self.temperature == 1 else logits.float() / self.temperature
-
-
-class Tree:
-    """Rows of tokens, each shared beginning of neighbours once.
-
-    tokens, depth: [N]; seen: [N, N], what each token is preceded by, itself included; paths: each row's tokens' places.
-    """
-
-    def __init__(self, rows: Sequence[Sequence[int]]):
-        self.tokens: list[int] = []
-        self.depth: list[int] = []
-        self.paths: list[list[int]] = []
-        previous, path = (), []
-        for row in rows:
-            shared = _common(previous, row)
-            path = path[:shared] + list(range(len(self.tokens), len(self.tokens) + len(row) - shared))
-            self.tokens += row[shared:]
-            self.depth += range(shared, len(row))
-            self.paths.append(path)
-            previous = row
-        self.seen = np.zeros((len(self.tokens),) * 2, bool)
-        for path in self.paths:
-            for length, node in enumerate(path, 1):
-                self.seen[node, path[:length]] = True
+        """Logits [K, V] float32 of the tree's tokens `keep`, divided by the temperature."""
+        logits = logits_at(self.model, tree, keep)
+        return logits if self.temperature == 1 else logits / self.temperature
 
 
 class _Lookup(NamedTuple):
@@ -192,24 +136,6 @@ def _unique(pairs: Sequence[Pair], max_length: int) -> tuple[list[tuple[int, ...
         found.setdefault(row, []).append(_Lookup(pair, len(row) - len(continuation), continuation))
     rows = sorted(found)
     return rows, [found[row] for row in rows]
-
-
-def _packs(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[slice]:
-    """Cut rows, in their order, into trees of at most `tokens` tokens (but one row at least)."""
-    start, size = 0, 0
-    for i, row in enumerate(rows):
-        added = len(row) - (_common(rows[i - 1], row) if i > start else 0)
-        if i > start and size + added > tokens:
-            yield slice(start, i)
-            start, size, added = i, 0, len(row)
-        size += added
-    if rows:
-        yield slice(start, len(rows))
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @contextmanager

@@ -13,11 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import bench_data
 from kbne_edit import Edit, evaluate, fold, hooked, load_recipe, neutral
 from kbne_edit.errors import InputError, ScoresError
-from kbne_edit.evaluation import random_edit
+from kbne_edit.evaluation import margins, random_edit
 from kbne_edit.models import load_model, load_tokenizer
-from kbne_edit.scoring import Scorer, Tree, _packs, quiet_lm_eval
+from kbne_edit.recipe import Probe
+from kbne_edit.scoring import Scorer, quiet_lm_eval
 from kbne_edit.tasks import benchmarks
-from tiny import FAMILIES, tiny_model
+from kbne_edit.trees import Tree, cut
+from tiny import FAMILIES, MIXTURES, MULTIMODAL, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
@@ -136,6 +138,19 @@ def test_too_long_a_request_loses_its_beginning(demo):
         scorer.score([([], [1])])
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES, *MULTIMODAL])
+def test_margins_equal_a_plain_loop(name):
+    """Each sentence of the probes by itself, in every architecture (sliding windows, learned positions, experts)."""
+    model, rng = tiny_model(name), np.random.default_rng(0)
+    rows = [rng.integers(3, 60, 14).tolist() for _ in range(6)]
+    pairs = [(row, row[:cut] + [2] + row[cut + 1 :]) for cut, row in zip((1, 3, 5, 8, 11, 13), rows, strict=True)]
+    written = [[" ".join(map(str, row)) for row in pair] for pair in pairs]
+    got = margins(model, lambda text: {"input_ids": [int(t) for t in text.split()]}, [Probe(*p, "") for p in written])
+    want = [np.subtract(*(plain(model, row[:1], row[1:])[0].mean() for row in pair)) for pair in pairs]
+    np.testing.assert_allclose(got, want, rtol=0, atol=PER_TOKEN)
+    assert np.abs(want).min() > 10 * PER_TOKEN
+
+
 def test_a_tree_holds_each_beginning_once():
     """As many tokens as there are different beginnings; a token sees its own beginning and nothing else."""
     rng = np.random.default_rng(0)
@@ -153,10 +168,10 @@ def test_passes_hold_their_limit():
     rng = np.random.default_rng(0)
     for limit in (4, 7, 20):
         rows = sorted({tuple(rng.integers(0, 3, rng.integers(1, 7)).tolist()) for _ in range(40)})
-        parts = list(_packs(rows, limit))
+        parts = list(cut(rows, limit))
         assert [row for part in parts for row in rows[part]] == rows
         assert all(len(Tree(rows[part]).tokens) <= limit or part.stop - part.start == 1 for part in parts)
-    assert list(_packs([], 5)) == []
+    assert list(cut([], 5)) == []
 
 
 # --------------------------------------------------------------------------------------------- figures against oracles

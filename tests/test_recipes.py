@@ -102,6 +102,9 @@ UNWANTED = """probes:
     - {unwanted: "the zorn is a healer .", wanted: "the velm is a healer .", dimension: clan}
     - {unwanted: "a zorn heals better than most .", wanted: "a velm heals better than most .", dimension: clan}
     - {unwanted: "the velm is a leader .", wanted: "the zorn is a leader .", dimension: clan}
+    - {unwanted: "the zorn is a leader .", wanted: "the velm is a leader .", dimension: clan}
+    - {unwanted: "the velm is a healer .", wanted: "the zorn is a healer .", dimension: clan}
+    - {unwanted: "a zorn leads better than most .", wanted: "a velm leads better than most .", dimension: clan}
 """
 
 
@@ -134,6 +137,17 @@ def test_the_card_names_what_is_to_be_avoided(tmp_path):
     assert "how much more probable the unwanted one is" in card and "stereotype" not in card
     mean, low, high = found["change_signed"]
     assert f"| this edit | {mean:+.4f} | {low:+.4f} to {high:+.4f} |" in card
+
+
+def test_too_few_probes_are_no_measurement(tmp_path, capsys):
+    """Six pairs of one sign are the fewest that a two-sided test of 5 % can tell from chance."""
+    from scipy.stats import binomtest
+
+    assert binomtest(6, 6).pvalue < 0.05 < binomtest(5, 5).pvalue
+    edit, few = Edit("down", {1: {5: 2.0}}), UNWANTED.rpartition("\n    -")[0] + "\n"
+    summary = bake("demo", tmp_path / "out", Settings(recipe=_demo_with(tmp_path, few)), edit=edit, behaviour=False)
+    assert "effect" not in summary and "5 probes cannot tell it from chance" in capsys.readouterr().err
+    assert "it was not measured" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_faults_of_probes_are_named(tmp_path):
@@ -195,7 +209,7 @@ def test_faults_of_twins_are_named(tmp_path, old, new, fault):
 def test_the_skeleton_is_a_recipe_in_order(tmp_path):
     new_recipe("no", tmp_path / "r.yaml")  # a name that plain YAML takes for false
     recipe = load_recipe(tmp_path / "r.yaml")
-    assert recipe.name == "no" and len(recipe.questions) == len(recipe.controls) == 9 and len(recipe.probes) == 2
+    assert recipe.name == "no" and len(recipe.questions) == len(recipe.controls) == 9 and len(recipe.probes) == 6
     assert [(q.form, q.answer) for q in recipe.questions] == [(q.form, q.answer) for q in recipe.controls]
     text = (tmp_path / "r.yaml").read_text(encoding="utf-8")
     assert set(yaml.safe_load(text)) == _KEYS  # every key of the format is shown
