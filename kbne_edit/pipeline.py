@@ -84,7 +84,10 @@ def locate(source: str, out: str | Path, settings: Settings | None = None) -> Sc
         return _locate(found, Checkpoint.open(found.path), recipe, Path(out), settings)
 
 
-def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings) -> Scores | None:
+def _locate(
+    found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings, aside: bool = False
+) -> Scores | None:
+    """`locate`. aside: as of `ScoresWriter`."""
     from .models import foreign, load_tokenizer
     from .prompts import answer_tokens, encode
     from .scores import ScoresWriter, load_scores
@@ -106,7 +109,7 @@ def _locate(found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, se
         processes, writer = stack.enter_context(team()), None
         if processes.rank == 0:
             width = max(layer_sizes(places))
-            writer = stack.enter_context(closing(ScoresWriter(out, asked, len(places), width, about)))
+            writer = stack.enter_context(closing(ScoresWriter(out, asked, len(places), width, about, aside)))
         todo = processes.share([q for q, done in enumerate(writer.done) if not done] if writer else None)
         if todo:
             if len(todo) < len(asked):
@@ -275,7 +278,7 @@ def bake(
 
 
 def _found(found: Source, checkpoint, recipe: Recipe, folder: Path, settings: Settings, summary: dict) -> Edit | None:
-    scores = _locate(found, checkpoint, recipe, folder / "scores.safetensors", settings)
+    scores = _locate(found, checkpoint, recipe, folder / "scores.safetensors", settings, aside=True)
     if scores is None:
         return None
     chosen = choose(scores, recipe, settings)

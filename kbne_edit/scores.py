@@ -8,6 +8,7 @@ done [Q] U8. The metadata holds questions, settings and the base's fingerprint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from .checkpoint import Shard, claim, header_bytes, read_metadata, write_errors
 from .errors import CheckpointError, ScoresError
 from .families import SITES
 from .files import parse_json
+from .progress import say
 from .recipe import Question
 
 _PLAN = {
@@ -91,20 +93,28 @@ def _layout(sizes: dict[str, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
 class ScoresWriter:
     """Writes a scores file in place; `done` lists the questions that an earlier run finished.
 
-    The file is locked until `close`. Raises ScoresError if it belongs to another run's settings, OutputError if it
-    cannot be written or another run is writing it.
+    The file is locked until `close`. aside: a file of other settings is kept under another name, and found again when
+    its settings come back; else it raises ScoresError. Raises OutputError if it cannot be written or another run is
+    writing it.
     """
 
-    def __init__(self, path: Path, questions: tuple[Question, ...], layers: int, neurons: int, settings: dict):
+    def __init__(
+        self, path: Path, questions: tuple[Question, ...], layers: int, neurons: int, settings: dict,
+        aside: bool = False,
+    ):  # fmt: skip
         self.path = path
         # A twin is written where there is one, so that all other files keep their bytes.
         about = [{k: v for k, v in asdict(q).items() if k != "twin" or v} for q in questions]
         meta = json.dumps({**settings, "questions": about}, sort_keys=True)
+        sizes = {"Q": len(questions), "L": layers, "F": neurons}
         with write_errors(path):
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
-            self._handle = self._open(meta, {"Q": len(questions), "L": layers, "F": neurons})
+            self._handle = self._open(meta, sizes)
         try:
             arrays, found = _read(path)
+            if (other := json.dumps(found, sort_keys=True)) != meta and aside:
+                self._put_aside(other, meta, sizes)
+                arrays, found = _read(path)
             if json.dumps(found, sort_keys=True) != meta:
                 raise ScoresError(
                     f"{path} was begun with another model, recipe or setting: move it away, or choose another --out"
@@ -134,6 +144,21 @@ class ScoresWriter:
         handle = os.open(self.path, os.O_RDWR)
         claim(handle, self.path)
         return handle
+
+    def _put_aside(self, other: str, meta: str, sizes: dict[str, int]) -> None:
+        """Give the locked file, whose metadata is `other`, a name of its own, and take up what there is for `meta`."""
+        kept, earlier = (
+            self.path.with_stem(f"{self.path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+            for text in (other, meta)
+        )
+        say(f"{self.path} is of another model, recipe or setting: it is kept as {kept.name}")
+        with write_errors(self.path):
+            os.rename(self.path, kept)
+            if earlier.exists():
+                os.rename(earlier, self.path)
+            handle = self._open(meta, sizes)
+        os.close(self._handle)
+        self._handle = handle
 
     def write(self, q: int, values: dict[str, np.ndarray | float]) -> None:
         """Store question q: every tensor of the plan except `done`. Raises ScoresError, OutputError."""

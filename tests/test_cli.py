@@ -15,8 +15,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hub import card_faults
-from kbne_edit import Edit, fold, load_scores, select
+from kbne_edit import Edit, bake, fold, load_scores, locate, select
 from kbne_edit.commands import options
+from kbne_edit.errors import ScoresError
+from kbne_edit.pipeline import Settings
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,6 +141,21 @@ def test_help_does_not_import_torch():
            "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"  # fmt: skip
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "--factor" in result.stdout, result.stderr
+
+
+def test_scores_of_other_settings_are_kept_and_found_again(tmp_path, capsys):
+    def run(**settings):
+        bake("demo", tmp_path / "out", Settings(questions=9, **settings), dry_run=True)
+        return (tmp_path / "out.work" / "scores.safetensors").read_bytes()
+
+    first = run()
+    second = run(objective="log-odds")
+    names = {path.name for path in (tmp_path / "out.work").glob("*.safetensors")}
+    assert second != first and len(names) == 2 and "is kept as scores-" in capsys.readouterr().err
+    assert run() == first and "attribution" not in capsys.readouterr().err  # nothing was computed again
+    assert {path.read_bytes() for path in (tmp_path / "out.work").glob("*.safetensors")} == {first, second}
+    with pytest.raises(ScoresError, match="another model, recipe or setting"):
+        locate("demo", tmp_path / "out.work" / "scores.safetensors", Settings(questions=9, site="gate"))
 
 
 def test_killed_locate_resumes_with_the_same_bytes(baked, tmp_path):

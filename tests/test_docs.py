@@ -42,13 +42,6 @@ def test_every_command_is_shown():
     assert {line.split()[0] for line in COMMANDS} == set(cli.list_commands(click.Context(cli)))
 
 
-def test_the_python_block_runs_as_far_as_it_can():
-    (block,) = (text for kind, text in BLOCKS if kind == "python")
-    compile(block, "README", "exec")
-    names = re.search(r"from kbne_edit import (.*)", block)[1].split(", ")
-    assert all(callable(getattr(kbne_edit, name)) for name in names)
-
-
 def test_the_file_tree_is_complete():
     listed = re.findall(r"^├── (\w+)\.py ", README, re.MULTILINE)
     modules = {path.stem for path in (ROOT / "kbne_edit").glob("*.py")} - {"__init__", "__main__"}

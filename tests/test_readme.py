@@ -1,0 +1,130 @@
+"""The README from top to bottom, as a new user types it, on the demo where it says MODEL.
+
+The two commands that set everything up are run by CI itself; installing and the shell's completion are tested there and
+in test_commands.py.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench_data
+from kbne_edit.commands import cli
+from kbne_edit.source import DEMO
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+SHOWN = [text for _, text in BLOCKS if text.startswith("$ ")]
+TYPED = [line.split("  #")[0] for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+ELSEWHERE = ("python3 -m venv ", "pip install ", "eval ")
+NUMBER = re.compile(r"([-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?)")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where the new user is. The blocks are run in their order and find what the earlier ones left."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return bench_data.write(tmp_path_factory.mktemp("data"))
+
+
+def _run(line):
+    assert cli.main(shlex.split(line)[1:], prog_name="kbne-edit", standalone_mode=False) in (None, 0), line
+
+
+def _alike(shown, printed):
+    """The same words and whole numbers; decimals may differ by two units of the last digit from machine to machine."""
+    a, b = NUMBER.split(shown), NUMBER.split(printed)
+    if a[::2] != b[::2]:
+        return False
+    for x, y in zip(a[1::2], b[1::2], strict=True):
+        mantissa, _, exponent = x.partition("e")
+        digits = len(mantissa.partition(".")[2])
+        unit = 10.0 ** (int(exponent or 0) - digits) if digits else 0
+        if abs(float(x) - float(y)) > 2.001 * unit:
+            return False
+    return True
+
+
+def test_numbers_are_compared_as_printed():
+    assert _alike("0.1535 to -0.02, p 1.2e-03", "0.1537 to -0.01, p 1.4e-03")
+    assert not _alike("0.1535", "0.1538") and not _alike("17 neurons", "18 neurons") and not _alike("1 a", "1 b")
+
+
+@pytest.mark.parametrize("block", SHOWN, ids=[text.split()[2] for text in SHOWN])
+def test_a_session_prints_what_is_shown(block, home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    command, *shown = block.splitlines()
+    _run(command.removeprefix("$ "))
+    printed = re.sub(r"\S*/(kbne-edit|python)\S* ", r"\1 ", capsys.readouterr().out).splitlines()
+    place = 0
+    for part in "\n".join(shown).split("…"):
+        lines = part.strip("\n").splitlines()
+        ends = (i + len(lines) for i in range(place, len(printed) - len(lines) + 1)
+                if all(map(_alike, lines, printed[i : i + len(lines)])))  # fmt: skip
+        place = next(ends, None)
+        assert place is not None, f"{part}\nis not in\n" + "\n".join(printed)
+    assert shown[-1] == "…" or place == len(printed)
+
+
+def _ready(line, data):
+    """The line with names that exist here, and shortened where it would take minutes or the network."""
+    for name, value in (("Qwen/Qwen2.5-0.5B-Instruct", "demo"), ("MODEL", "demo"), ("DIR", str(data)), ("ORG", "org")):
+        line = line.replace(name, value)
+    verb = line.split()[1]
+    if verb in ("evaluate", "tune") and "--data" not in line:
+        line += f" --data {data}"
+    short = {"tune": " --trials 2 --draws 1 --margin 45", "evaluate": " --draws 1", "push": " --dry-run"}
+    return line + short.get(verb, "")
+
+
+@pytest.mark.parametrize("line", [line for line in TYPED if not line.startswith(ELSEWHERE)])
+def test_a_typed_line_works(line, home, data, monkeypatch):
+    monkeypatch.chdir(home)
+    line = _ready(line, data)
+    if "gate.safetensors" in line and not Path("gate.safetensors").exists():
+        _run("kbne-edit locate --in demo --questions 9 --site gate --out gate.safetensors")
+    if out := re.search(r"--out (\./\S+)", line):  # most examples write to ./debiased
+        shutil.rmtree(out[1], ignore_errors=True)
+    if line.startswith("torchrun "):
+        Path("scores.safetensors").unlink()
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *shlex.split(line)[1:]]
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        subprocess.run(words, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths})
+        assert Path("scores.safetensors").is_file()
+    else:
+        _run(line)
+
+
+def test_the_lines_of_python(home, data, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(home)
+    (block,), where = (text for kind, text in BLOCKS if kind == "python"), f"data={str(data)!r}"
+    for name, value in (
+        ("{11: {402: 2.0, 77: 2.0}}", "{1: {102: 2.0, 77: 2.0}}"), ('"path/to/base"', repr(str(DEMO))),
+        ('"path/to/out"', '"folded"'), ('"copa"', '"bbq"'), ("limit=200", f"limit=5, draws=1, {where}"),
+        ('"arc_easy"]', f'"arc_easy"], trials=2, draws=1, margin=45, {where}'),
+    ):  # fmt: skip
+        assert name in block
+        block = block.replace(name, value)
+    found = {
+        "model": AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32),
+        "input_ids": [[5, 9, 40], [7, 8, 9, 10]], "answer_ids": [[11], [12]],
+    }  # fmt: skip
+    shutil.rmtree("sweep", ignore_errors=True)
+    exec(compile(block, "README", "exec"), found)
+    assert found["report"].ok and found["scores"].shape == (2, 4, 192) and found["edit"].num_neurons
+    assert found["result"]["points"]
