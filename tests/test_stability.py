@@ -1,16 +1,19 @@
 """Stability against probabilities worked out by hand."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from kbne_edit import select
+from kbne_edit.commands.stability import command as stability_command
 from kbne_edit.errors import EditError, InputError
-from kbne_edit.recipe import Question
-from kbne_edit.scores import Scores
+from kbne_edit.recipe import COMBINE, Question
+from kbne_edit.scores import Scores, ScoresWriter
 from kbne_edit.selection import selection
-from kbne_edit.stability import agreement, stability
+from kbne_edit.stability import agreement, resample, stability
+from kbne_edit.statistics import wilson
 
 
 def _scores(values, controls=0):
@@ -57,11 +60,82 @@ def test_the_specific_rule_is_resampled_too():
 
 
 def test_agreement():
-    a = _scores(_ten())
-    assert agreement(a, a) == {"neurons": [2, 2, 2], "jaccard": 1.0, "rank": pytest.approx(1.0)}
+    a = resample(_scores(_ten()))
+    same = agreement(a, a)
+    assert same["neurons"] == [2, 2, 2] and same["jaccard"] == [1, 1, 1] and same["rank"] == pytest.approx([1, 1, 1])
     other = _ten()
     other[3, 1, 2], other[5, 1, 1] = 0, 0.5
-    found = agreement(a, _scores(other))
-    assert found["neurons"] == [2, 2, 1] and found["jaccard"] == pytest.approx(1 / 3) and found["rank"] < 1
+    found = agreement(a, resample(_scores(other)))
+    assert found["neurons"] == [2, 2, 1] and found["jaccard"][0] == pytest.approx(1 / 3) and found["rank"][0] < 1
     with pytest.raises(InputError, match="different models"):
-        agreement(a, replace(a, base="another"))
+        agreement(a, resample(replace(a.scores, base="another")))
+
+
+def test_the_intervals_of_an_agreement():
+    """The selections of two files from the same draws, by hand: each has neuron 0, and one that needs its question."""
+    other = _ten()
+    other[3, 1, 2], other[5, 1, 1] = 0, 0.5
+    a, b = resample(_scores(_ten()), draws=500), resample(_scores(other), draws=500)
+    values = []
+    for (first, x), (second, y) in zip(a.drawn, b.drawn, strict=True):
+        assert (first == second).all()  # paired
+        expected = {0} | ({5} if 3 in first else set()), {0} | ({4} if 5 in first else set())
+        assert (set(x.tolist()), set(y.tolist())) == expected
+        values.append(len(expected[0] & expected[1]) / len(expected[0] | expected[1]))
+    assert agreement(a, b)["jaccard"][1:] == pytest.approx(np.quantile(values, [0.025, 0.975]).tolist())
+    assert set(values) == {1, 1 / 2, 1 / 3}
+
+
+def test_the_rank_correlation_is_spearmans():
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    a, b = (resample(_scores(rng.random((8, 2, 30)) ** 3, controls=2), tau=0.9) for _ in range(2))
+    means = [np.mean([s / s.max() for s in own.scores.values[:6]], 0).ravel() for own in (a, b)]
+    assert agreement(a, b)["rank"][0] == pytest.approx(spearmanr(*means).statistic, abs=1e-6)
+    drawn = [spearmanr(*(np.mean([own.scores.values[q] / own.scores.values[q].max() for q in asked], 0).ravel()
+                         for own, (asked, _) in zip((a, b), pair, strict=True))).statistic
+             for pair in zip(a.drawn, b.drawn, strict=True)]  # fmt: skip
+    assert agreement(a, b)["rank"][1:] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=1e-6)
+
+
+def test_intersection_is_compared_as_intersection():
+    values = np.zeros((4, 1, 4))
+    values[:, 0, 0] = 1.0
+    values[:2, 0, 1] = 0.5  # of the first dimension alone
+    scores = _scores(values)
+    kinds = tuple(replace(q, dimension="ab"[i // 2]) for i, q in enumerate(scores.questions))
+    found = {how: resample(replace(scores, questions=kinds), combine=how).whole.tolist() for how in COMBINE}
+    assert found == {"union": [0, 1], "intersection": [0]}
+
+
+def test_several_files_on_the_command_line(tmp_path, capsys):
+    """One neuron that all files select, one that two of three do; a file that selects nothing is a finding."""
+    paths = []
+    for number in range(3):
+        values = np.zeros((4, 2, 3), np.float32)
+        values[:, 0, 0] = 1.0
+        values[:, 1, 1] = 0.5 * (number < 2)
+        paths.append(tmp_path / f"{number}.safetensors")
+        _write(paths[-1], values)
+    stability_command.main([*map(str, paths), "--json"], standalone_mode=False)
+    result = json.loads(capsys.readouterr().out)
+    assert result["in_files"] == {
+        "0": {"0": [1.0, *wilson(3, 3)]}, "1": {"1": [2 / 3, *wilson(2, 3)]},
+    }  # fmt: skip
+    assert [pair["jaccard"][0] for pair in result["pairs"]] == [1.0, 0.5, 0.5] and result["nothing"] == []
+    stability_command.main([*map(str, paths), "--tau", "1"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [f"{path}: nothing is selected" for path in paths]
+    assert "of 0 neurons that any of the 3 files selects" in lines[-2]
+    with pytest.raises(EditError, match="no neuron counts"):
+        stability_command.main([str(paths[0]), "--tau", "1"], standalone_mode=False)
+
+
+def _write(path, values):
+    questions = _scores(values).questions
+    about = {"model": "m", "recipe": "social-bias", "base": "base", "site": "down"}
+    writer = ScoresWriter(path, questions, *values.shape[1:], about)
+    for q, row in enumerate(values):
+        writer.write(q, {"nodes": 4, "p": 1, "p_best_wrong": 0, "p_zero": 0, "residual": 0, "scores": row})
+    writer.close()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import click
@@ -21,19 +23,33 @@ def command(scores, recipe, draws, as_json, **values) -> None:
     from ..pipeline import choosing
     from ..recipe import load_recipe
     from ..scores import load_scores
-    from ..stability import agreement, stability
+    from ..stability import agreement, resample, stability
 
-    found = {str(path): load_scores(path) for path in scores}
-    first = next(iter(found.values()))
-    settings = options.settings(**values)
-    rules = {name: choosing(s, load_recipe(recipe or first.settings["recipe"]), settings) for name, s in found.items()}
-    result = {"files": {name: stability(s, draws=draws, **rules[name]) for name, s in found.items()}, "pairs": []}
-    names = list(found)
-    shared = {key: value for key, value in rules[names[0]].items() if key != "only"}
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            result["pairs"].append({"a": a, "b": b, **agreement(found[a], found[b], **shared)})
+    files = {str(path): load_scores(path) for path in scores}
+    first, settings = next(iter(files.values())), options.settings(**values)
+    named = load_recipe(recipe or first.settings["recipe"])
+    found = {name: resample(s, draws=draws, **choosing(s, named, settings)) for name, s in files.items()}
+    one = len(found) == 1  # that nothing is selected is an error for one, and a finding beside others
+    result = {
+        "files": {name: stability(own) for name, own in found.items() if one or len(own.whole)},
+        "nothing": [name for name, own in found.items() if not len(own.whole)],
+        "pairs": [{"a": a, "b": b, **agreement(found[a], found[b])} for a, b in combinations(found, 2)],
+    }
+    if len(found) > 2:
+        result["in_files"] = _in_files(list(found.values()))
     options.show(result, as_json, _lines(result))
+
+
+def _in_files(found: list) -> dict:
+    """{layer: {neuron: [share of the files that select it, low, high]}}, intervals by Wilson."""
+    from ..statistics import wilson
+
+    counted, width = Counter(place for own in found for place in own.whole.tolist()), found[0].scores.values.shape[2]
+    shares: dict[int, dict[int, list[float]]] = {}
+    for place, count in sorted(counted.items()):
+        layer, neuron = divmod(place, width)
+        shares.setdefault(layer, {})[neuron] = [count / len(found), *wilson(count, len(found))]
+    return shares
 
 
 def _lines(result: dict) -> list[str]:
@@ -44,10 +60,21 @@ def _lines(result: dict) -> list[str]:
         lines.append("  a resample's selection: {:.0f} neurons [{:.0f}, {:.0f}]".format(*found["size"]))
         lines.append("  its Jaccard overlap with the whole: {:.2f} [{:.2f}, {:.2f}]".format(*found["jaccard"]))
         lines.append("  neurons in at least 80 % of the resamples: " + str(sum(share >= 0.8 for share in shares)))
+    lines += [f"{name}: nothing is selected" for name in result["nothing"]]
     for pair in result["pairs"]:
         a, b, both = pair["neurons"]
         lines.append(
             f"{pair['a']} and {pair['b']}: {both} neurons in common of {a} and {b}, "
-            f"Jaccard {pair['jaccard']:.2f}, rank correlation {pair['rank']:.2f}"
+            "Jaccard {:.2f} [{:.2f}, {:.2f}], ".format(*pair["jaccard"])
+            + "rank correlation {:.2f} [{:.2f}, {:.2f}]".format(*pair["rank"])
         )
+    if "in_files" in result:
+        shares = [share for neurons in result["in_files"].values() for share, *_ in neurons.values()]
+        count = len(result["files"]) + len(result["nothing"])
+        lines.append(
+            f"of {len(shares)} neurons that any of the {count} files selects, {sum(s == 1 for s in shares)} are in all "
+            f"of them and {sum(s >= 0.8 for s in shares)} in at least 80 %"
+        )
+    if result["pairs"]:
+        lines.append("intervals: 95 % of the draws; the same questions are drawn where files have as many of each kind")
     return lines
