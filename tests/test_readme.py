@@ -21,23 +21,8 @@ from kbne_edit.source import DEMO
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-SHOWN = [text for _, text in BLOCKS if text.startswith("$ ")]
-TYPED = [line.split("  #")[0] for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
 ELSEWHERE = ("python3 -m venv ", "pip install ", "eval ")
 NUMBER = re.compile(r"([-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?)")
-
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Where the new user is. The blocks are run in their order and find what the earlier ones left."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return bench_data.write(tmp_path_factory.mktemp("data"))
 
 
 def _run(line):
@@ -63,10 +48,25 @@ def test_numbers_are_compared_as_printed():
     assert not _alike("0.1535", "0.1538") and not _alike("17 neurons", "18 neurons") and not _alike("1 a", "1 b")
 
 
-@pytest.mark.parametrize("block", SHOWN, ids=[text.split()[2] for text in SHOWN])
-def test_a_session_prints_what_is_shown(block, home, monkeypatch, capsys):
-    monkeypatch.chdir(home)
-    command, *shown = block.splitlines()
+@pytest.mark.slow
+def test_each_block_in_turn(tmp_path, monkeypatch, capsys):
+    """In one folder, and in the README's order, but what is shown before what is only typed: examples write over it."""
+    data = bench_data.write(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for kind, text in sorted(BLOCKS, key=lambda block: not block[1].startswith("$ ")):
+        if text.startswith("$ "):
+            _session(*text.splitlines(), capsys=capsys)
+        elif kind == "bash":
+            for line in text.splitlines():
+                if not line.startswith(ELSEWHERE):
+                    _typed(_ready(line.split("  #")[0], data))
+        elif kind == "python":
+            _python(text, f"data={str(data)!r}")
+
+
+def _session(command, *shown, capsys):
+    """What a command prints is what is shown; … stands for lines that are left out."""
+    capsys.readouterr()
     _run(command.removeprefix("$ "))
     printed = re.sub(r"\S*/(kbne-edit|python)\S* ", r"\1 ", capsys.readouterr().out).splitlines()
     place = 0
@@ -90,29 +90,23 @@ def _ready(line, data):
     return line + short.get(verb, "")
 
 
-@pytest.mark.parametrize("line", [line for line in TYPED if not line.startswith(ELSEWHERE)])
-def test_a_typed_line_works(line, home, data, monkeypatch):
-    monkeypatch.chdir(home)
-    line = _ready(line, data)
+def _typed(line):
     if "gate.safetensors" in line and not Path("gate.safetensors").exists():
         _run("kbne-edit locate --in demo --questions 9 --site gate --out gate.safetensors")
     if out := re.search(r"--out (\./\S+)", line):  # most examples write to ./debiased
         shutil.rmtree(out[1], ignore_errors=True)
-    if line.startswith("torchrun "):
-        Path("scores.safetensors").unlink()
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *shlex.split(line)[1:]]
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        subprocess.run(words, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths})
-        assert Path("scores.safetensors").is_file()
-    else:
-        _run(line)
+    if not line.startswith("torchrun "):
+        return _run(line)
+    Path("scores.safetensors").unlink()
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *shlex.split(line)[1:]]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    subprocess.run(words, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths})
+    assert Path("scores.safetensors").is_file()
 
 
-def test_the_lines_of_python(home, data, monkeypatch):
+def _python(block, where):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.chdir(home)
-    (block,), where = (text for kind, text in BLOCKS if kind == "python"), f"data={str(data)!r}"
     for name, value in (
         ("{11: {402: 2.0, 77: 2.0}}", "{1: {102: 2.0, 77: 2.0}}"), ('"path/to/base"', repr(str(DEMO))),
         ('"path/to/out"', '"folded"'), ('"copa"', '"bbq"'), ("limit=200", f"limit=5, draws=1, {where}"),
