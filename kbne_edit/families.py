@@ -58,7 +58,7 @@ _PACKED = Family("model.layers", "mlp.down_proj", "mlp.gate_up_proj", packed=Tru
 
 
 def _moe(block: str, expert_down: str, **kwargs) -> Family:
-    return Family("model.layers", "mlp.down_proj", experts=f"{block}.experts", expert_down=expert_down, **kwargs)
+    return Family("model.layers", f"{block}.down_proj", experts=f"{block}.experts", expert_down=expert_down, **kwargs)
 
 
 _TABLE: dict[Family, str] = {
@@ -80,8 +80,15 @@ _TABLE: dict[Family, str] = {
     _moe("mlp", "block_sparse_moe.experts.N.w2.weight"): "mixtral",
     _moe("block_sparse_moe", "block_sparse_moe.output_linear.weight"): "granitemoe",
     _moe("mlp", "mlp.experts.down_proj", transposed=True): "gpt_oss",
+    _moe(
+        "feed_forward", "feed_forward.experts.down_proj", transposed=True, shared="feed_forward.shared_expert.down_proj"
+    ): "llama4_text",
 }
 FAMILIES: dict[str, Family] = {name: family for family, names in _TABLE.items() for name in names.split()}
+
+# Multimodal models of which the text part is loaded alone, as AutoModelForCausalLM does it: the forward pass of
+# transformers' multimodal class (5.24) asks its text part for outputs that it does not have.
+TEXT_ALONE = ("llama4",)
 
 # Read by name so that the refusal can say what the model is instead of "unknown".
 _NOT_CAUSAL = {

@@ -145,8 +145,8 @@ def test_columns_of_experts(name, tmp_path):
     neuron = 2 * first.neurons + 7  # the eighth of the third expert
     fold(tmp_path / "base", Edit("down", {layer: {neuron: 2.0, 3: 2.0}}), tmp_path / "out")
     found = columns(Checkpoint.open(tmp_path / "out"), Edit("down", {layer: {neuron: 2.0, 3: 2.0}}))
-    weight = first.module.down_proj.detach()  # [E, D, F], or in one family [E, F, D]
-    expected = weight[2][7] if name == "gpt_oss" else weight[2][:, 7]
+    weight = first.module.down_proj.detach()  # [E, D, F], or in two families [E, F, D]
+    expected = weight[2][7] if name in ("gpt_oss", "llama4_text") else weight[2][:, 7]
     assert torch.equal(torch.from_numpy(np.array(found[layer, neuron])), expected)
 
 

@@ -62,6 +62,9 @@ FAMILIES: dict[str, dict] = {
 }
 
 _MOE = _LLAMA | dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+_LLAMA4 = _MOE | dict(
+    intermediate_size_mlp=40, moe_layers=[0, 2], no_rope_layers=[1, 0, 1], attention_chunk_size=4, num_experts_per_tok=1
+)
 MIXTURES: dict[str, dict] = {
     "mixtral": _MOE,
     "qwen2_moe": _MOE | dict(shared_expert_intermediate_size=40, decoder_sparse_step=1, mlp_only_layers=[1]),
@@ -78,6 +81,7 @@ MIXTURES: dict[str, dict] = {
         qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4, n_group=1, topk_group=1,
     ),
     "gpt_oss": _MOE | dict(sliding_window=8),
+    "llama4_text": _LLAMA4,
 }
 
 _VISION = dict(
@@ -92,22 +96,34 @@ MULTIMODAL: dict[str, dict] = {
     "qwen2_5_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
     "qwen3_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
 }
+MULTIMODAL_MIXTURES: dict[str, dict] = {}
+TEXT_ALONE: dict[str, dict] = {  # made as a whole, run without the rest
+    "llama4": dict(
+        text_config=_LLAMA4,
+        vision_config=_VISION | dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
+    ),
+}
+WHOLE = MULTIMODAL | MULTIMODAL_MIXTURES | TEXT_ALONE
 
 
 def tiny_config(name: str):
     model_type, *_ = name.split("-")
-    return AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES | MULTIMODAL)[name])
+    return AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES | WHOLE)[name])
+
+
+def auto_class(name: str):
+    return AutoModelForImageTextToText if name in WHOLE else AutoModelForCausalLM
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32):
     """A seeded causal model of the family; weights wide enough that layers and biases matter."""
     torch.manual_seed(sum(map(ord, name)))
-    build = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
-    model = build.from_config(tiny_config(name), dtype=torch.float32, experts_implementation="eager").eval()
+    build = auto_class(name).from_config
+    model = build(tiny_config(name), dtype=torch.float32, experts_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.to(dtype)
+    return model if dtype == torch.float32 else model.to(dtype)
