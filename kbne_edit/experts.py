@@ -57,7 +57,7 @@ def _run_chosen(
 
 
 def _run_all(experts: nn.Module, hidden: Tensor, *, tap: Tap, after: Tap | None) -> Tensor:
-    """hidden: [E * T, D], the tokens as each expert takes them. Of those not chosen h is 0: the taps do not see them."""
+    """hidden: [E * T, D], the tokens as each expert takes them. Of those not chosen h is 0: no tap sees them."""
     x = _by_expert(experts, hidden)
     gate, up = torch.bmm(x, experts.gate_up_proj).chunk(2, -1)
     tokens = [own.nonzero()[:, 0] for own in x.any(-1)]

@@ -39,7 +39,7 @@ class Family:
     conv1d: bool = False  # transformers' Conv1D keeps its weight as [in, out], nn.Linear as [out, in]
     experts: str | None = None  # the module that holds the routed experts, in layers that have them
     expert_down: str = ""  # their down-projection on disk: one tensor per expert (N), or all in one [E, D, F]
-    transposed: bool = False  # the latter is [E, F, D]
+    transposed: bool | None = False  # the latter is [E, F, D]; None: on disk it may be either, in memory it is not
     shared: str | None = None  # the down-projection of the expert that every token takes
 
     def module(self, site: Site) -> str:
@@ -63,10 +63,13 @@ def _moe(block: str, expert_down: str, **kwargs) -> Family:
 
 _TABLE: dict[Family, str] = {
     _GATED: "llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 olmo3 cohere cohere2 granite "
-    "smollm3 stablelm seed_oss exaone4 helium qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
-    _PACKED: "phi3 glm glm4",
-    Family("model.layers", "mlp.fc2"): "phi",
-    Family("model.layers", "mlp.down_proj"): "nemotron arcee",
+    "smollm3 stablelm seed_oss exaone4 helium ministral3 ernie4_5 hunyuan_v1_dense vaultgemma cwm minicpm3 youtu "
+    "hyperclovax granite_swa qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
+    _PACKED: "phi3 glm glm4 glm4v_text",
+    Family("model.layers", "mlp.fc2"): "phi nanochat",
+    Family("model.layers", "mlp.down_proj"): "nemotron arcee apertus jais2",
+    Family("model.layers", "mlp.dense_4h_to_h"): "persimmon",
+    Family("model.layers", "fc2"): "xglm",
     Family("model.layers", "mlp.c_proj"): "starcoder2",
     Family("transformer.h", "mlp.c_proj", conv1d=True): "gpt2",
     Family("transformer.h", "mlp.c_proj"): "gpt_bigcode gpt_neo",
@@ -74,12 +77,16 @@ _TABLE: dict[Family, str] = {
     Family("transformer.h", "mlp.dense_4h_to_h"): "falcon",
     Family("gpt_neox.layers", "mlp.dense_4h_to_h"): "gpt_neox",
     Family("model.decoder.layers", "fc2"): "opt",
-    _moe("mlp", "mlp.experts.N.down_proj.weight"): "qwen3_moe olmoe",
+    _moe("mlp", "mlp.experts.N.down_proj.weight"): "qwen3_moe olmoe flex_olmo mellum",
     _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_expert.down_proj"): "qwen2_moe",
-    _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_experts.down_proj"): "deepseek_v2 deepseek_v3",
-    _moe("mlp", "block_sparse_moe.experts.N.w2.weight"): "mixtral",
+    _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_experts.down_proj"): "deepseek_v2 deepseek_v3 "
+    "glm4_moe glm4_moe_lite dots1 ernie4_5_moe exaone_moe afmoe solar_open glm4v_moe_text",
+    _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_mlp.down_proj"): "hunyuan_v1_moe",
+    _moe("mlp", "block_sparse_moe.experts.N.w2.weight"): "mixtral phimoe minimax_m2",
     _moe("block_sparse_moe", "block_sparse_moe.output_linear.weight"): "granitemoe",
+    _moe("mlp", "mlp.experts.down_proj", shared="mlp.shared_experts.down_proj"): "mistral4",
     _moe("mlp", "mlp.experts.down_proj", transposed=True): "gpt_oss",
+    _moe("mlp", "mlp.experts.down_proj", transposed=None): "qwen3_vl_moe_text",
     _moe(
         "feed_forward", "feed_forward.experts.down_proj", transposed=True, shared="feed_forward.shared_expert.down_proj"
     ): "llama4_text",
@@ -243,7 +250,7 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[
 
     `shapes` maps tensor names on disk to shapes. Raises FamilyError if a layer's tensor is absent or ambiguous.
     """
-    family, count = family_of(config), num_layers(config)
+    family, count, size = family_of(config), num_layers(config), hidden_size(config)
     stem = family.layers.rsplit(".", 1)[-1]
     by_tail: dict[str, list[str]] = {}
     for name in shapes:
@@ -252,7 +259,7 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[
     found = {}
     for layer in range(count):
         own = {tail.partition(".")[2]: names for tail, names in by_tail.items() if tail.startswith(f"{layer}.")}
-        found[layer] = _expert_slots(own, shapes, layer, family) or _dense_slots(own, shapes, layer, family, site)
+        found[layer] = _expert_slots(own, shapes, layer, family, size) or _dense_slots(own, shapes, layer, family, site)
         if not found[layer]:
             raise FamilyError(
                 f"no tensor on disk for {stem}.{layer}.{family.module(site)}.weight of {config['model_type']}; "
@@ -287,14 +294,16 @@ def _dense_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: Fa
     return result if result and result[0].tensor.endswith("weight") else []
 
 
-def _expert_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: Family) -> list[Slot]:
+def _expert_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: Family, size: int) -> list[Slot]:
+    """own: as of `_dense_slots`; size: D."""
     if family.experts is None:
         return []
     result = []
     if "N" not in family.expert_down:
         if names := own.get(family.expert_down):
             experts, a, b = _shape(_only(names), shapes, 3)
-            result.append(Slot(names[0], layer, *((1, 0, a) if family.transposed else (2, 0, b)), experts))
+            transposed = a != size if family.transposed is None else family.transposed  # as transformers decides it
+            result.append(Slot(names[0], layer, *((1, 0, a) if transposed else (2, 0, b)), experts))
     else:
         pattern = re.compile(re.escape(family.expert_down).replace("N", r"(\d+)"))
         numbered = {int(match[1]): _only(names) for tail, names in own.items() if (match := pattern.fullmatch(tail))}
@@ -321,10 +330,11 @@ class Readout(NamedTuple):
 
 
 _CENTRED = (
-    "gpt2 gpt_bigcode gpt_neo gptj codegen falcon gpt_neox opt phi starcoder2 nemotron stablelm cohere cohere2 olmo"
+    "gpt2 gpt_bigcode gpt_neo gptj codegen falcon gpt_neox opt phi starcoder2 nemotron stablelm cohere cohere2 olmo "
+    "jais2 persimmon xglm"
 )
-_ONE_PLUS = "gemma gemma2 gemma3_text nemotron"
-_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+_ONE_PLUS = "gemma gemma2 gemma3_text nemotron vaultgemma"
+_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layer_norm")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 

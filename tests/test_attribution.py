@@ -117,7 +117,7 @@ def test_a_scale_that_goes_by_the_place_in_the_row():
     got = attribute(model, prompts, answers, quadrature="gauss-4")
     assert (got - want).abs().max() <= 1e-6 * want.abs().max()
     model.config.floor_scale = 11
-    with pytest.raises(InputError, match="at most 10 tokens"):
+    with pytest.raises(InputError, match="fit into 10 tokens"):
         attribute(model, prompts, answers, quadrature="gauss-4")
 
 
