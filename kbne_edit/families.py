@@ -62,9 +62,9 @@ def _moe(block: str, expert_down: str, **kwargs) -> Family:
 
 
 _TABLE: dict[Family, str] = {
-    _GATED: "llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 olmo3 cohere cohere2 granite "
-    "smollm3 stablelm seed_oss exaone4 helium ministral3 ernie4_5 hunyuan_v1_dense vaultgemma cwm minicpm3 youtu "
-    "hyperclovax granite_swa qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
+    _GATED: "llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text olmo olmo2 olmo3 "
+    "cohere cohere2 granite granite_swa smollm3 stablelm seed_oss exaone4 helium ernie4_5 hunyuan_v1_dense vaultgemma "
+    "cwm minicpm3 youtu hyperclovax qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
     _PACKED: "phi3 glm glm4 glm4v_text",
     Family("model.layers", "mlp.fc2"): "phi nanochat",
     Family("model.layers", "mlp.down_proj"): "nemotron arcee apertus jais2",
@@ -93,6 +93,7 @@ _TABLE: dict[Family, str] = {
 }
 FAMILIES: dict[str, Family] = {name: family for family, names in _TABLE.items() for name in names.split()}
 
+_TEXT_MODEL = {"idefics3": "text_model", "smolvlm": "text_model"}  # of a multimodal model, where not "language_model"
 # Multimodal models of which the text part is loaded alone, as AutoModelForCausalLM does it: the forward pass of
 # transformers' multimodal class (5.24) asks its text part for outputs that it does not have.
 TEXT_ALONE = ("llama4",)
@@ -104,6 +105,13 @@ _NOT_CAUSAL = {
     "encoder-only": "bert roberta distilbert albert electra deberta deberta-v2 xlm-roberta mpnet modernbert camembert "
     "esm eurobert",
 }
+
+# A mask keeps the questions of a packed row apart only where attention is all that tokens have of each other.
+_RECURRENT = (
+    "mamba mamba2 falcon_mamba rwkv xlstm recurrent_gemma jamba bamba zamba zamba2 nemotron_h falcon_h1 olmo_hybrid "
+    "granitemoehybrid qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text lfm2 lfm2_moe lfm2_vl minimax "
+    "kimi_linear"
+)
 
 
 def family_of(config: dict) -> Family:
@@ -118,14 +126,25 @@ def family_of(config: dict) -> Family:
         raise FamilyError(f"{model_type} is an encoder-decoder model: kbne-edit edits decoder-only language models")
     if config.get("alibi"):  # its position table is cut for the prompt's batch, and rows of one batch entry do not fit
         raise FamilyError(f"{model_type} with ALiBi positions is not supported: kbne-edit reads its rotary variants")
-    if model_type not in FAMILIES and text_part(config).get("model_type") in FAMILIES:
-        return replace(FAMILIES[text_part(config)["model_type"]], layers="model.language_model.layers")
-    if model_type not in FAMILIES:
+    if model_type in _RECURRENT.split():
+        raise FamilyError(
+            f"{model_type} has layers that hand a state from token to token (recurrent, linear attention, "
+            "convolution): questions that kbne-edit computes side by side would mix. Use a model whose layers all attend"
+        )
+    part = config if model_type in FAMILIES else text_part(config)
+    if part.get("model_type") not in FAMILIES:
         raise FamilyError(
             f"unknown architecture {model_type!r} ({_architectures(config)}); known: {', '.join(sorted(FAMILIES))}. "
             "To add one: a line in kbne_edit/families.py and a tiny configuration in tests/tiny.py"
         )
-    return FAMILIES[model_type]
+    if part.get("num_kv_shared_layers"):  # layers are computed one by one, and these need what others have computed
+        raise FamilyError(f"{model_type} with layers that share keys and values is not supported: use one without")
+    family = FAMILIES[part["model_type"]]
+    if part.get("enable_moe_block"):  # Gemma 4 may have experts beside the dense block, which every token takes
+        family = replace(family, experts="experts", expert_down="experts.down_proj", shared=family.down)
+    if part is config:
+        return family
+    return replace(family, layers=f"model.{_TEXT_MODEL.get(model_type, 'language_model')}.layers")
 
 
 def text_part(config: dict) -> dict:

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from kbne_edit import Edit, attribute, fold, hooked, revert, verify
@@ -112,6 +112,23 @@ def test_scores_equal_gradients_of_the_weights(name, positions):
 def test_gate_site_is_refused():
     with pytest.raises(FamilyError, match="--site down"), hooked(tiny_model("mixtral"), Edit("gate", {0: {1: 2.0}})):
         pass
+
+
+def test_experts_either_way_round(tmp_path):
+    """Qwen3-VL: published checkpoints hold [E, F, D], those that transformers writes [E, D, F]; it reads both."""
+    model = tiny_model("qwen3_vl_moe")
+    model.save_pretrained(tmp_path / "base")
+    edit, path = _edit(model, 2.0), tmp_path / "base/model.safetensors"
+    tensors = load_file(path)
+    turned = {key for key in tensors if "mlp.experts" in key}
+    save_file(
+        {key: t.mT.contiguous() if key in turned else t for key, t in tensors.items()}, path, metadata={"format": "pt"}
+    )
+    fold(tmp_path / "base", edit, tmp_path / "baked")
+    with hooked(model, edit):
+        reference = _logits(model)
+    assert turned and torch.equal(_logits(_load("qwen3_vl_moe", tmp_path / "baked", torch.float32)), reference)
+    assert not torch.equal(_logits(model), reference)
 
 
 def test_the_text_part_alone(tmp_path):

@@ -96,7 +96,7 @@ def test_site_by_site_where_the_model_does_not_fit(name, site, factor, tmp_path,
     assert not entry["ok"]  # a factor that is five percent off is seen
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "llama-tied"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "llama-tied", "llama4_text"])
 def test_second_process_and_revert(name, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")

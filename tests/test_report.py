@@ -1,6 +1,7 @@
 """What a report says, against the same figures computed by hand; and what it refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_tokens_against_the_model_itself(name, tmp_path):
     with torch.no_grad():
         expected = down(one) - down(torch.zeros_like(one))
         modules = getattr(model.base_model, "decoder", model.base_model).named_children()
-        (norm,) = (module for name, module in modules if "norm" in name or name == "ln_f")
+        (norm,) = (module for name, module in modules if re.fullmatch(r"(final_?)?(layer_?)?norm|ln_f", name))
         head = model.get_output_embeddings()
         logits = head(norm(expected)) - head(norm(torch.zeros_like(expected)))
     z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, correction=0, keepdim=True)

@@ -16,6 +16,7 @@ _LATENT = dict(
     q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4
 )
 
+_GEMMA4 = _LLAMA | dict(hidden_size_per_layer_input=0, sliding_window=4, global_head_dim=16)
 FAMILIES: dict[str, dict] = {
     "llama": _LLAMA,
     "llama-tied": _LLAMA | dict(tie_word_embeddings=True),
@@ -62,6 +63,7 @@ FAMILIES: dict[str, dict] = {
         hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, attention_types=[[["global"], 3]],
         max_position_embeddings=64,
     ),
+    "gemma4_text-dense": _GEMMA4 | dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=97),
     "ministral3": _LLAMA | dict(rope_parameters={
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4,
         "llama_4_scaling_beta": 0.5,
@@ -88,6 +90,7 @@ _LLAMA4 = _MOE | dict(
 _SHARED = _MOE | dict(
     n_routed_experts=4, n_shared_experts=1, num_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1
 )
+_GEMMA4_MOE = _MOE | _GEMMA4 | dict(enable_moe_block=True, top_k_experts=2)
 MIXTURES: dict[str, dict] = {
     "mixtral": _MOE,
     "qwen2_moe": _MOE | dict(shared_expert_intermediate_size=40, decoder_sparse_step=1, mlp_only_layers=[1]),
@@ -105,6 +108,7 @@ MIXTURES: dict[str, dict] = {
     ),
     "gpt_oss": _MOE | dict(sliding_window=8),
     "llama4_text": _LLAMA4,
+    "gemma4_text": _GEMMA4_MOE,
     "flex_olmo": _MOE,
     "mellum": _MOE | dict(sliding_window=8),
     "glm4_moe": _SHARED,
@@ -131,13 +135,17 @@ MULTIMODAL: dict[str, dict] = {
     "qwen2_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
     "qwen2_5_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
     "qwen3_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
+    "smolvlm": dict(text_config=_LLAMA | dict(model_type="llama"), vision_config=_VISION),
+    "llava": dict(text_config=_LLAMA | dict(model_type="llama"), vision_config=_VISION),
     "glm4v": dict(text_config=_LLAMA | _GLM_ROPE, vision_config=_QWEN_VISION),
 }
 MULTIMODAL_MIXTURES: dict[str, dict] = {
     "qwen3_vl_moe": dict(text_config=_MOE | _ROPE, vision_config=_QWEN_VISION),
     "mistral3-mistral4": dict(
-        text_config=_SHARED | _LATENT | dict(model_type="mistral4", head_dim=16), vision_config=_VISION | dict(head_dim=16)
+        text_config=_SHARED | _LATENT | dict(model_type="mistral4", head_dim=16),
+        vision_config=_VISION | dict(head_dim=16),
     ),
+    "gemma4": dict(text_config=_GEMMA4_MOE | dict(model_type="gemma4_text"), vision_config=_VISION, audio_config=None),
     "glm4v_moe": dict(text_config=_SHARED | _GLM_ROPE, vision_config=_QWEN_VISION),
 }
 TEXT_ALONE: dict[str, dict] = {  # made as a whole, run without the rest
@@ -169,4 +177,8 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32):
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
+        saved = model.state_dict().keys()
+        for name, buffer in model.named_buffers():  # a router's bias, a layer's scale
+            if name in saved:
+                buffer.add_(torch.randn_like(buffer) * 0.05)
     return model if dtype == torch.float32 else model.to(dtype)
