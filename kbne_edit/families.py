@@ -129,7 +129,7 @@ def family_of(config: dict) -> Family:
     if model_type in _RECURRENT.split():
         raise FamilyError(
             f"{model_type} has layers that hand a state from token to token (recurrent, linear attention, "
-            "convolution): questions that kbne-edit computes side by side would mix. Use a model whose layers all attend"
+            "convolution): questions that stand side by side in a row would mix. Use a model whose layers all attend"
         )
     part = config if model_type in FAMILIES else text_part(config)
     if part.get("model_type") not in FAMILIES:
