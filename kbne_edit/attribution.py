@@ -227,7 +227,8 @@ def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool)
                for (pack, _), size in zip(wanted, sizes, strict=True))  # fmt: skip
     divisible = any(len(request) > 1 for _, of_pack in wanted for request in of_pack)
     if not divisible and room < 0:
-        raise InputError("a prompt is too long for the window within which this architecture attends: shorten it")
+        most = longest(layers.model)
+        raise InputError(f"a prompt is too long: with its rows it has to fit into {most} tokens here. Shorten it")
     if (sum(sizes) <= layers.max_rows and room >= 0) or not divisible:
         try:
             return sweep(layers, climbing, wanted, bare)

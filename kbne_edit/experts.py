@@ -1,7 +1,8 @@
 """The forward pass of a module of routed experts, with a tap on h.
 
 transformers 5 keeps all experts of a layer in one module, so there is no projection per expert to hook. This is the
-pass that it calls "eager", expert by expert and operation by operation, so that it gives the same bits.
+pass that it calls "eager", expert by expert and operation by operation, so that it gives the same bits. Llama 4 has a
+pass of its own: its experts all take every token, times the router's weight, which is 0 for those it did not choose.
 """
 
 from __future__ import annotations
@@ -15,8 +16,31 @@ from torch import Tensor, nn
 Tap = Callable[[int, Tensor, Tensor], "Tensor | None"]
 
 
-def run(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, *, tap: Tap, after: Tap | None = None):
-    """hidden: [T, D]; index, weights: the router's choice for each token, [T, k]. after: a tap on the output [n, D]."""
+def run(experts: nn.Module, hidden: Tensor, *routing: Tensor, tap: Tap, after: Tap | None = None) -> Tensor:
+    """hidden, routing: what the module is called with. after: a tap on the output [n, D], which it returns anew."""
+    return (_run_chosen if routing else _run_all)(experts, hidden, *routing, tap=tap, after=after)
+
+
+def chosen(hidden: Tensor, *routing: Tensor, experts: nn.Module) -> Tensor:
+    """What the router chose for each token, [T, any]. hidden, routing: what the module is called with."""
+    return routing[0] if routing else _by_expert(experts, hidden).any(-1).T
+
+
+def down_proj(experts: nn.Module, expert: int) -> Tensor:
+    """One expert's down-projection, [F, D]."""
+    weight = experts.down_proj[expert]
+    return weight if transposed(experts) else weight.T
+
+
+def transposed(experts: nn.Module) -> bool:
+    """Whether the weights are [E, in, out]. Modules of which transformers has one implementation only do not say."""
+    return getattr(experts, "is_transposed", True)
+
+
+def _run_chosen(
+    experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, *, tap: Tap, after: Tap | None
+) -> Tensor:
+    """hidden: [T, D]; index, weights: the router's choice for each token, [T, k]."""
     result = torch.zeros_like(hidden)
     for expert in torch.unique(index).tolist():
         if expert >= experts.num_experts:  # a router's mark for "no expert"
@@ -32,7 +56,30 @@ def run(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, *, t
     return result
 
 
+def _run_all(experts: nn.Module, hidden: Tensor, *, tap: Tap, after: Tap | None) -> Tensor:
+    """hidden: [E * T, D], the tokens as each expert takes them. Of those not chosen h is 0: no tap sees them."""
+    x = _by_expert(experts, hidden)
+    gate, up = torch.bmm(x, experts.gate_up_proj).chunk(2, -1)
+    tokens = [own.nonzero()[:, 0] for own in x.any(-1)]
+    h = _through(tap, tokens, up * experts.act_fn(gate))
+    output = torch.bmm(h, experts.down_proj)
+    return (output if after is None else _through(after, tokens, output)).view(hidden.shape)
+
+
+def _by_expert(experts: nn.Module, hidden: Tensor) -> Tensor:
+    return hidden.view(experts.num_experts, -1, hidden.shape[-1])
+
+
+def _through(tap: Tap, tokens: list[Tensor], values: Tensor) -> Tensor:
+    """values: [E, T, any]; what the tap makes of each expert's tokens takes their place."""
+    result = list(values)
+    for expert, own in enumerate(tokens):
+        if len(own) and (new := tap(expert, own, values[expert, own])) is not None:
+            result[expert] = values[expert].index_put((own,), new)
+    return torch.stack(result)
+
+
 def _project(experts: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
     weight = getattr(experts, name)[expert]
-    y = x @ weight if experts.is_transposed else nn.functional.linear(x, weight)
+    y = x @ weight if transposed(experts) else nn.functional.linear(x, weight)
     return y + getattr(experts, name + "_bias")[expert] if experts.has_bias else y

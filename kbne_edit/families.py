@@ -39,7 +39,7 @@ class Family:
     conv1d: bool = False  # transformers' Conv1D keeps its weight as [in, out], nn.Linear as [out, in]
     experts: str | None = None  # the module that holds the routed experts, in layers that have them
     expert_down: str = ""  # their down-projection on disk: one tensor per expert (N), or all in one [E, D, F]
-    transposed: bool = False  # the latter is [E, F, D]
+    transposed: bool | None = False  # the latter is [E, F, D]; None: on disk it may be either, in memory it is not
     shared: str | None = None  # the down-projection of the expert that every token takes
 
     def module(self, site: Site) -> str:
@@ -58,15 +58,18 @@ _PACKED = Family("model.layers", "mlp.down_proj", "mlp.gate_up_proj", packed=Tru
 
 
 def _moe(block: str, expert_down: str, **kwargs) -> Family:
-    return Family("model.layers", "mlp.down_proj", experts=f"{block}.experts", expert_down=expert_down, **kwargs)
+    return Family("model.layers", f"{block}.down_proj", experts=f"{block}.experts", expert_down=expert_down, **kwargs)
 
 
 _TABLE: dict[Family, str] = {
-    _GATED: "llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 olmo3 cohere cohere2 granite "
-    "smollm3 stablelm seed_oss exaone4 helium qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
-    _PACKED: "phi3 glm glm4",
-    Family("model.layers", "mlp.fc2"): "phi",
-    Family("model.layers", "mlp.down_proj"): "nemotron arcee",
+    _GATED: "llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text olmo olmo2 olmo3 "
+    "cohere cohere2 granite granite_swa smollm3 stablelm seed_oss exaone4 helium ernie4_5 hunyuan_v1_dense vaultgemma "
+    "cwm minicpm3 youtu hyperclovax qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
+    _PACKED: "phi3 glm glm4 glm4v_text",
+    Family("model.layers", "mlp.fc2"): "phi nanochat",
+    Family("model.layers", "mlp.down_proj"): "nemotron arcee apertus jais2",
+    Family("model.layers", "mlp.dense_4h_to_h"): "persimmon",
+    Family("model.layers", "fc2"): "xglm",
     Family("model.layers", "mlp.c_proj"): "starcoder2",
     Family("transformer.h", "mlp.c_proj", conv1d=True): "gpt2",
     Family("transformer.h", "mlp.c_proj"): "gpt_bigcode gpt_neo",
@@ -74,14 +77,26 @@ _TABLE: dict[Family, str] = {
     Family("transformer.h", "mlp.dense_4h_to_h"): "falcon",
     Family("gpt_neox.layers", "mlp.dense_4h_to_h"): "gpt_neox",
     Family("model.decoder.layers", "fc2"): "opt",
-    _moe("mlp", "mlp.experts.N.down_proj.weight"): "qwen3_moe olmoe",
+    _moe("mlp", "mlp.experts.N.down_proj.weight"): "qwen3_moe olmoe flex_olmo mellum",
     _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_expert.down_proj"): "qwen2_moe",
-    _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_experts.down_proj"): "deepseek_v2 deepseek_v3",
-    _moe("mlp", "block_sparse_moe.experts.N.w2.weight"): "mixtral",
+    _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_experts.down_proj"): "deepseek_v2 deepseek_v3 "
+    "glm4_moe glm4_moe_lite dots1 ernie4_5_moe exaone_moe afmoe solar_open glm4v_moe_text",
+    _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_mlp.down_proj"): "hunyuan_v1_moe",
+    _moe("mlp", "block_sparse_moe.experts.N.w2.weight"): "mixtral phimoe minimax_m2",
     _moe("block_sparse_moe", "block_sparse_moe.output_linear.weight"): "granitemoe",
+    _moe("mlp", "mlp.experts.down_proj", shared="mlp.shared_experts.down_proj"): "mistral4",
     _moe("mlp", "mlp.experts.down_proj", transposed=True): "gpt_oss",
+    _moe("mlp", "mlp.experts.down_proj", transposed=None): "qwen3_vl_moe_text",
+    _moe(
+        "feed_forward", "feed_forward.experts.down_proj", transposed=True, shared="feed_forward.shared_expert.down_proj"
+    ): "llama4_text",
 }
 FAMILIES: dict[str, Family] = {name: family for family, names in _TABLE.items() for name in names.split()}
+
+_TEXT_MODEL = {"idefics3": "text_model", "smolvlm": "text_model"}  # of a multimodal model, where not "language_model"
+# Multimodal models of which the text part is loaded alone, as AutoModelForCausalLM does it: the forward pass of
+# transformers' multimodal class (5.24) asks its text part for outputs that it does not have.
+TEXT_ALONE = ("llama4",)
 
 # Read by name so that the refusal can say what the model is instead of "unknown".
 _NOT_CAUSAL = {
@@ -90,6 +105,13 @@ _NOT_CAUSAL = {
     "encoder-only": "bert roberta distilbert albert electra deberta deberta-v2 xlm-roberta mpnet modernbert camembert "
     "esm eurobert",
 }
+
+# A mask keeps the questions of a packed row apart only where attention is all that tokens have of each other.
+_RECURRENT = (
+    "mamba mamba2 falcon_mamba rwkv xlstm recurrent_gemma jamba bamba zamba zamba2 nemotron_h falcon_h1 olmo_hybrid "
+    "granitemoehybrid qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text lfm2 lfm2_moe lfm2_vl minimax "
+    "kimi_linear"
+)
 
 
 def family_of(config: dict) -> Family:
@@ -104,14 +126,25 @@ def family_of(config: dict) -> Family:
         raise FamilyError(f"{model_type} is an encoder-decoder model: kbne-edit edits decoder-only language models")
     if config.get("alibi"):  # its position table is cut for the prompt's batch, and rows of one batch entry do not fit
         raise FamilyError(f"{model_type} with ALiBi positions is not supported: kbne-edit reads its rotary variants")
-    if model_type not in FAMILIES and text_part(config).get("model_type") in FAMILIES:
-        return replace(FAMILIES[text_part(config)["model_type"]], layers="model.language_model.layers")
-    if model_type not in FAMILIES:
+    if model_type in _RECURRENT.split():
+        raise FamilyError(
+            f"{model_type} has layers that hand a state from token to token (recurrent, linear attention, "
+            "convolution): questions that stand side by side in a row would mix. Use a model whose layers all attend"
+        )
+    part = config if model_type in FAMILIES else text_part(config)
+    if part.get("model_type") not in FAMILIES:
         raise FamilyError(
             f"unknown architecture {model_type!r} ({_architectures(config)}); known: {', '.join(sorted(FAMILIES))}. "
             "To add one: a line in kbne_edit/families.py and a tiny configuration in tests/tiny.py"
         )
-    return FAMILIES[model_type]
+    if part.get("num_kv_shared_layers"):  # layers are computed one by one, and these need what others have computed
+        raise FamilyError(f"{model_type} with layers that share keys and values is not supported: use one without")
+    family = FAMILIES[part["model_type"]]
+    if part.get("enable_moe_block"):  # Gemma 4 may have experts beside the dense block, which every token takes
+        family = replace(family, experts="experts", expert_down="experts.down_proj", shared=family.down)
+    if part is config:
+        return family
+    return replace(family, layers=f"model.{_TEXT_MODEL.get(model_type, 'language_model')}.layers")
 
 
 def text_part(config: dict) -> dict:
@@ -236,7 +269,7 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[
 
     `shapes` maps tensor names on disk to shapes. Raises FamilyError if a layer's tensor is absent or ambiguous.
     """
-    family, count = family_of(config), num_layers(config)
+    family, count, size = family_of(config), num_layers(config), hidden_size(config)
     stem = family.layers.rsplit(".", 1)[-1]
     by_tail: dict[str, list[str]] = {}
     for name in shapes:
@@ -245,7 +278,7 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[
     found = {}
     for layer in range(count):
         own = {tail.partition(".")[2]: names for tail, names in by_tail.items() if tail.startswith(f"{layer}.")}
-        found[layer] = _expert_slots(own, shapes, layer, family) or _dense_slots(own, shapes, layer, family, site)
+        found[layer] = _expert_slots(own, shapes, layer, family, size) or _dense_slots(own, shapes, layer, family, site)
         if not found[layer]:
             raise FamilyError(
                 f"no tensor on disk for {stem}.{layer}.{family.module(site)}.weight of {config['model_type']}; "
@@ -280,14 +313,16 @@ def _dense_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: Fa
     return result if result and result[0].tensor.endswith("weight") else []
 
 
-def _expert_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: Family) -> list[Slot]:
+def _expert_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: Family, size: int) -> list[Slot]:
+    """own: as of `_dense_slots`; size: D."""
     if family.experts is None:
         return []
     result = []
     if "N" not in family.expert_down:
         if names := own.get(family.expert_down):
             experts, a, b = _shape(_only(names), shapes, 3)
-            result.append(Slot(names[0], layer, *((1, 0, a) if family.transposed else (2, 0, b)), experts))
+            transposed = a != size if family.transposed is None else family.transposed  # as transformers decides it
+            result.append(Slot(names[0], layer, *((1, 0, a) if transposed else (2, 0, b)), experts))
     else:
         pattern = re.compile(re.escape(family.expert_down).replace("N", r"(\d+)"))
         numbered = {int(match[1]): _only(names) for tail, names in own.items() if (match := pattern.fullmatch(tail))}
@@ -314,10 +349,11 @@ class Readout(NamedTuple):
 
 
 _CENTRED = (
-    "gpt2 gpt_bigcode gpt_neo gptj codegen falcon gpt_neox opt phi starcoder2 nemotron stablelm cohere cohere2 olmo"
+    "gpt2 gpt_bigcode gpt_neo gptj codegen falcon gpt_neox opt phi starcoder2 nemotron stablelm cohere cohere2 olmo "
+    "jais2 persimmon xglm"
 )
-_ONE_PLUS = "gemma gemma2 gemma3_text nemotron"
-_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+_ONE_PLUS = "gemma gemma2 gemma3_text nemotron vaultgemma"
+_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layer_norm")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 

@@ -1,7 +1,7 @@
 """What the tokens of a packed row may see: several sequences stand side by side in one row, and none sees another.
 
 transformers takes such a mask as it is, for every architecture of `families`. Where a model attends within a sliding
-window, the window is cut by position too.
+window, or within the chunk in which a token stands, that is cut by position too.
 """
 
 from __future__ import annotations
@@ -19,23 +19,30 @@ def attention_mask(model: nn.Module, seen: np.ndarray, depth: np.ndarray, keys: 
     seen: [N, K], which keys each token may see, itself included; depth, keys: positions of the tokens, of the keys.
     """
     config = model.config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     weight = model.get_input_embeddings().weight
 
     def additive(seen: np.ndarray) -> Tensor:
         mask = torch.zeros(seen.shape, dtype=weight.dtype, device=weight.device)
         return mask.masked_fill_(torch.from_numpy(~seen).to(weight.device), torch.finfo(weight.dtype).min)[None, None]
 
-    if not window or (kinds and "sliding_attention" not in kinds):
-        return additive(seen)
-    near = seen & (np.subtract.outer(depth, keys) < window)
-    if len(kinds) > 1:
-        return {"full_attention": additive(seen), "sliding_attention": additive(near)}
-    return additive(near)
+    masks = {"full_attention": seen}
+    if "sliding_attention" in kinds:
+        masks["sliding_attention"] = seen & (np.subtract.outer(depth, keys) < (window or math.inf))
+    if "chunked_attention" in kinds:
+        masks["chunked_attention"] = seen & np.equal.outer(depth // chunk, keys // chunk)
+    return {k: additive(m) for k, m in masks.items()} if len(kinds) > 1 else additive(masks[kinds.pop()])
 
 
 def longest(model: nn.Module) -> float:
-    """Keys that a packed row may have: GPT-Neo masks by index, beside the mask that it is given."""
+    """Keys that a packed row may have, where attention goes by a token's index in the row and not by its position.
+
+    GPT-Neo masks by index, beside the mask that it is given; Llama 4 scales the queries of layers without rotary
+    positions, by 1 as long as the index plus one is below `floor_scale`.
+    """
     config = model.config.get_text_config()
-    window = getattr(config, "window_size", None)
-    return min(window, config.max_position_embeddings) if window else math.inf
+    if window := getattr(config, "window_size", None):
+        return min(window, config.max_position_embeddings)
+    scaled = getattr(config, "attn_temperature_tuning", False) and not all(config.no_rope_layers)
+    return config.floor_scale - 1 if scaled else math.inf

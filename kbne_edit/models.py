@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError, KbneError, short
-from .families import text_part
+from .families import TEXT_ALONE, text_part
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,8 @@ def model_class(config):
 
 def auto_class(config: dict) -> str:
     """The name of that class. config: what config.json holds."""
-    return "AutoModelForImageTextToText" if text_part(config) else "AutoModelForCausalLM"
+    together = text_part(config) and config["model_type"] not in TEXT_ALONE
+    return "AutoModelForImageTextToText" if together else "AutoModelForCausalLM"
 
 
 def load_tokenizer(path: Path):

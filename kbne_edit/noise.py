@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .edit import Edit
+from .experts import down_proj
 from .families import Place, places
 from .hooks import replaced
 
@@ -78,8 +79,7 @@ class _Noise:
         return self._moved(output, deviation)
 
     def _expert(self, expert: int, h: Tensor, output: Tensor) -> Tensor:
-        weight = self._place.module.down_proj[expert].float()
-        weight = weight if self._place.module.is_transposed else weight.T  # [in, out]
+        weight = down_proj(self._place.module, expert).float()
         index = self._index[self._index // self._place.neurons == expert] % self._place.neurons
         return self._moved(output, (h.float()[:, index].square() @ weight[index].square()).sqrt())
 

@@ -47,16 +47,16 @@ class Streamed:
     def __init__(self, checkpoint: Checkpoint, memory: float):
         self._checkpoint, self._memory, self.bytes_read = checkpoint, memory, 0
         self.model = _skeleton(checkpoint)
-        self._layers = decoder_layers(self.model)
+        self._layers, self._path = decoder_layers(self.model), family_of(self.model.config.to_dict()).layers + "."
         self._names = self._whose_tensors()
         self._load(None)
         self.model.tie_weights()
-        prefix = family_of(checkpoint.config).layers + "."
-        self._complete(name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(prefix))
+        outer = [(name, p) for name, p in self.model.named_parameters() if not name.startswith(self._path)]
+        self._complete(name for name, p in outer if p.is_meta)
 
     def _whose_tensors(self) -> dict[int | None, list[str]]:
         """The names on disk of each layer's tensors; None: of everything else that the model has."""
-        known, path = self.model.state_dict(), family_of(self._checkpoint.config).layers + "."
+        known, path = self.model.state_dict(), self._path
         transforms = get_model_conversion_mapping(self.model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]

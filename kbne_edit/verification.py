@@ -345,18 +345,22 @@ def _run(model, probes: list[list[int]], tokens: int = 0) -> _Outcome:
     """Logits and routes of the probes, and greedy continuations of `tokens` tokens."""
     import torch
 
+    from .experts import chosen
     from .families import places
 
     logits, texts, routes = [], [], []
     experts = [p.module for found in places(model, "down") for p in found if p.experts]
     with torch.no_grad():
         for ids in probes:
-            chosen: list[torch.Tensor] = []
-            notes = [m.register_forward_pre_hook(lambda _, args, c=chosen: c.append(args[1])) for m in experts]
+            routed: list[torch.Tensor] = []
+            notes = [
+                m.register_forward_pre_hook(lambda m, args, r=routed: r.append(chosen(*args, experts=m)))
+                for m in experts
+            ]
             logits.append(model(torch.tensor([ids])).logits[0].float().numpy())
             for note in notes:
                 note.remove()
-            routes.append(torch.cat(chosen, -1).numpy() if chosen else np.zeros((len(ids), 0)))
+            routes.append(torch.cat(routed, -1).numpy() if routed else np.zeros((len(ids), 0)))
             ids = list(ids)
             for _ in range(tokens):
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))

@@ -106,6 +106,21 @@ def test_more_positions_than_the_prompt_has():
         attribute(tiny_model("llama"), [PROMPT], [ANSWER], positions=7)
 
 
+def test_a_scale_that_goes_by_the_place_in_the_row():
+    """Llama 4 scales queries from a token on; prompts that end before it must not meet it, whatever stands beside."""
+    model = tiny_model("llama4_text")
+    prompts, answers = [PROMPT, PROMPT[2:], PROMPT[:3]], [ANSWER] * 3
+    want = attribute(model, prompts, answers, quadrature="gauss-4")
+    for layer in model.model.layers:
+        layer.self_attn.floor_scale, layer.self_attn.attn_scale = 16, 5.0
+    model.config.floor_scale = 16
+    got = attribute(model, prompts, answers, quadrature="gauss-4")
+    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+    model.config.floor_scale = 11
+    with pytest.raises(InputError, match="fit into 10 tokens"):
+        attribute(model, prompts, answers, quadrature="gauss-4")
+
+
 def test_completeness_at_several_positions():
     model = tiny_model("llama")
     for found in attributions(model, [PROMPT, PROMPT[1:]], [ANSWER, ANSWER], positions=4):

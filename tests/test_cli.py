@@ -302,6 +302,8 @@ WRONG = {
     "quantised": (lambda b: _config(b, quantization_config={"quant_method": "gptq"}), "gptq"),
     "encoder-decoder": (lambda b: _config(b, model_type="t5"), "encoder-decoder"),
     "unknown": (lambda b: _config(b, model_type="newarch"), "unknown architecture 'newarch'"),
+    "recurrent": (lambda b: _config(b, model_type="mamba2"), "mamba2 has layers that hand a state from token to token"),
+    "shared keys": (lambda b: _config(b, model_type="gemma4_text", num_kv_shared_layers=1), "share keys and values"),
     "alibi": (lambda b: _config(b, model_type="falcon", alibi=True), "ALiBi"),
     "adapter": (_adapter, "adapter"),
     "pth": (_pth, ".pth"),

@@ -13,7 +13,7 @@ import pytest
 
 import kbne_edit
 from kbne_edit.commands import cli
-from kbne_edit.families import FAMILIES
+from tiny import FAMILIES, MIXTURES, WHOLE
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def test_the_file_tree_is_complete():
 
 def test_every_architecture_is_named():
     section = README.split("## Architectures")[1].split("##")[0]
-    assert set(re.findall(r"`([a-z0-9_]+)`", section)) == {name for name in FAMILIES if not name.endswith("vl_text")}
+    assert set(re.findall(r"`([a-z0-9_]+)`", section)) == {n.split("-")[0] for n in [*FAMILIES, *MIXTURES, *WHOLE]}
 
 
 def test_an_installation_brings_one_module():

@@ -19,7 +19,7 @@ from kbne_edit.recipe import Probe
 from kbne_edit.scoring import Scorer, quiet_lm_eval
 from kbne_edit.tasks import benchmarks
 from kbne_edit.trees import Tree, cut
-from tiny import FAMILIES, MIXTURES, MULTIMODAL, tiny_model
+from tiny import FAMILIES, MIXTURES, MULTIMODAL, MULTIMODAL_MIXTURES, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
@@ -138,7 +138,7 @@ def test_too_long_a_request_loses_its_beginning(demo):
         scorer.score([([], [1])])
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES, *MULTIMODAL])
+@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES, *MULTIMODAL, *MULTIMODAL_MIXTURES])
 def test_margins_equal_a_plain_loop(name):
     """Each sentence of the probes by itself, in every architecture (sliding windows, learned positions, experts)."""
     model, rng = tiny_model(name), np.random.default_rng(0)

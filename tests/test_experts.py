@@ -5,14 +5,20 @@ import copy
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from kbne_edit import Edit, attribute, fold, hooked, revert, verify
+from kbne_edit.attribution import attributions
+from kbne_edit.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError
+from kbne_edit.experts import transposed
 from kbne_edit.families import end, places
-from tiny import MIXTURES, tiny_model
+from kbne_edit.models import load_model
+from kbne_edit.streaming import Streamed
+from tiny import MIXTURES, MULTIMODAL_MIXTURES, auto_class, tiny_model
 
+ALL = [*MIXTURES, *MULTIMODAL_MIXTURES]
 IDS = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
 PROMPT, ANSWER = [5, 17, 40, 8, 22, 31], [11, 12]
 
@@ -26,8 +32,12 @@ def _edit(model, factor):
     )  # fmt: skip
 
 
-def _load(path, dtype):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
+def _load(name, path, dtype):
+    return _plain(auto_class(name), path, dtype)
+
+
+def _plain(auto, path, dtype=torch.float32):
+    return auto.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
 
 
 def _logits(model):
@@ -36,15 +46,15 @@ def _logits(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", ALL)
 def test_fold_equals_hooks(name, dtype, tmp_path):
     tiny_model(name, dtype).save_pretrained(tmp_path / "base")
-    base = _load(tmp_path / "base", dtype)
+    base = _load(name, tmp_path / "base", dtype)
     edit = _edit(base, 2.0)
     manifest = fold(tmp_path / "base", edit, tmp_path / "baked")
     with hooked(base, edit):
         reference = _logits(base)
-    assert torch.equal(_logits(_load(tmp_path / "baked", dtype)), reference)
+    assert torch.equal(_logits(_load(name, tmp_path / "baked", dtype)), reference)
     assert not torch.equal(reference, _logits(base))
     before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "baked"))
     assert before.keys() == after.keys()
@@ -54,7 +64,7 @@ def test_fold_equals_hooks(name, dtype, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", ALL)
 def test_verify_with_and_without_manifest(name, tmp_path):
     model = tiny_model(name, torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
@@ -68,12 +78,12 @@ def test_verify_with_and_without_manifest(name, tmp_path):
 
 
 @pytest.mark.parametrize("positions", [1, 3])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", ALL)
 def test_scores_equal_gradients_of_the_weights(name, positions):
     """h_i dP/dh_i is the sum over j of W_ji dP/dW_ji: plain transformers on the last tokens, W scaled by gamma."""
     model = tiny_model(name)
     scores = attribute(model, [PROMPT, PROMPT[2:]], [ANSWER, ANSWER], quadrature="gauss-8", positions=positions)[0]
-    prefix = DynamicCache(config=model.config)
+    prefix = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
         model(torch.tensor([PROMPT[:-positions]]), past_key_values=prefix, use_cache=True)
     nodes, weights = np.polynomial.legendre.leggauss(8)
@@ -93,7 +103,7 @@ def test_scores_equal_gradients_of_the_weights(name, positions):
                 with torch.no_grad():
                     for p, old in zip(parameter_of_others, kept, strict=True):
                         p.copy_(old)
-                axis = 2 if place.experts and place.module.is_transposed else 1 if place.experts else 0
+                axis = 2 if place.experts and transposed(place.module) else 1 if place.experts else 0
                 want = want + weight * (original * gradient).sum(axis)
             got = scores[layer, place.offset : place.offset + want.numel()]
             assert (got - want.reshape(-1)).abs().max() <= 1e-5 * scores.abs().max()
@@ -102,3 +112,46 @@ def test_scores_equal_gradients_of_the_weights(name, positions):
 def test_gate_site_is_refused():
     with pytest.raises(FamilyError, match="--site down"), hooked(tiny_model("mixtral"), Edit("gate", {0: {1: 2.0}})):
         pass
+
+
+def test_experts_either_way_round(tmp_path):
+    """Qwen3-VL: published checkpoints hold [E, F, D], those that transformers writes [E, D, F]; it reads both."""
+    model = tiny_model("qwen3_vl_moe")
+    model.save_pretrained(tmp_path / "base")
+    edit, path = _edit(model, 2.0), tmp_path / "base/model.safetensors"
+    tensors = load_file(path)
+    turned = {key for key in tensors if "mlp.experts" in key}
+    save_file(
+        {key: t.mT.contiguous() if key in turned else t for key, t in tensors.items()}, path, metadata={"format": "pt"}
+    )
+    fold(tmp_path / "base", edit, tmp_path / "baked")
+    with hooked(model, edit):
+        reference = _logits(model)
+    assert turned and torch.equal(_logits(_load("qwen3_vl_moe", tmp_path / "baked", torch.float32)), reference)
+    assert not torch.equal(_logits(model), reference)
+
+
+def test_the_text_part_alone(tmp_path):
+    """Llama 4: the multimodal checkpoint is edited as a whole and run as a causal model, by plain transformers too."""
+    whole = tiny_model("llama4")
+    whole.save_pretrained(tmp_path / "base")
+    base = load_model(tmp_path / "base", torch.float32)
+    with torch.no_grad():
+        assert torch.equal(_logits(base), whole.language_model(IDS).logits)
+    edit = _edit(base, 2.0)
+    manifest = fold(tmp_path / "base", edit, tmp_path / "baked")
+    with hooked(base, edit):
+        reference = _logits(base)
+    assert torch.equal(_logits(_plain(AutoModelForCausalLM, tmp_path / "baked")), reference)
+    assert not torch.equal(_logits(base), reference)
+    together = _plain(AutoModelForImageTextToText, tmp_path / "baked")
+    with torch.no_grad():
+        assert torch.equal(together.language_model(IDS).logits, reference)
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "baked"))
+    assert {key for key, old in before.items() if not torch.equal(old, after[key])} == set(manifest["tensors"])
+    assert verify(tmp_path / "base", tmp_path / "baked").behaviour[0]["how"] == "whole model"
+    (streamed,) = attributions(Streamed(Checkpoint.open(tmp_path / "base"), 64e9), [PROMPT], [ANSWER])
+    (want,) = attributions(base, [PROMPT], [ANSWER])
+    assert (streamed.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()
+    with pytest.raises(FamilyError, match="AutoModelForCausalLM"):
+        attribute(whole, [PROMPT], [ANSWER])

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from kbne_edit import Edit, fold, hooked, revert, verification, verify
 from kbne_edit.checkpoint import Checkpoint
 from kbne_edit.families import family_of, num_neurons, places
-from tiny import FAMILIES, MIXTURES, MULTIMODAL, tiny_config, tiny_model
+from tiny import FAMILIES, MIXTURES, MULTIMODAL, WHOLE, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
 NEURONS = {0: (3, 47), 2: (0, 10, 11)}
@@ -96,7 +96,7 @@ def test_site_by_site_where_the_model_does_not_fit(name, site, factor, tmp_path,
     assert not entry["ok"]  # a factor that is five percent off is seen
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "llama-tied"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "llama-tied", "llama4_text"])
 def test_second_process_and_revert(name, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
@@ -152,5 +152,5 @@ def test_the_text_part_of_multimodal_models(name, dtype, tmp_path):
 def test_every_family_is_under_the_contract():
     from kbne_edit.families import FAMILIES as known
 
-    text_parts = {tiny_config(name).text_config.model_type for name in MULTIMODAL}
+    text_parts = {tiny_config(name).text_config.model_type for name in WHOLE}
     assert set(known) == {name.split("-")[0] for name in [*FAMILIES, *MIXTURES]} | text_parts

@@ -1,6 +1,7 @@
 """What a report says, against the same figures computed by hand; and what it refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_tokens_against_the_model_itself(name, tmp_path):
     with torch.no_grad():
         expected = down(one) - down(torch.zeros_like(one))
         modules = getattr(model.base_model, "decoder", model.base_model).named_children()
-        (norm,) = (module for name, module in modules if "norm" in name or name == "ln_f")
+        (norm,) = (module for name, module in modules if re.fullmatch(r"(final_?)?(layer_?)?norm|ln_f", name))
         head = model.get_output_embeddings()
         logits = head(norm(expected)) - head(norm(torch.zeros_like(expected)))
     z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, correction=0, keepdim=True)
@@ -145,8 +146,8 @@ def test_columns_of_experts(name, tmp_path):
     neuron = 2 * first.neurons + 7  # the eighth of the third expert
     fold(tmp_path / "base", Edit("down", {layer: {neuron: 2.0, 3: 2.0}}), tmp_path / "out")
     found = columns(Checkpoint.open(tmp_path / "out"), Edit("down", {layer: {neuron: 2.0, 3: 2.0}}))
-    weight = first.module.down_proj.detach()  # [E, D, F], or in one family [E, F, D]
-    expected = weight[2][7] if name == "gpt_oss" else weight[2][:, 7]
+    weight = first.module.down_proj.detach()  # [E, D, F], or in two families [E, F, D]
+    expected = weight[2][7] if name in ("gpt_oss", "llama4_text") else weight[2][:, 7]
     assert torch.equal(torch.from_numpy(np.array(found[layer, neuron])), expected)
 
 

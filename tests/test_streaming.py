@@ -7,14 +7,17 @@ from kbne_edit.attribution import attributions, packs
 from kbne_edit.checkpoint import Checkpoint
 from kbne_edit.errors import InputError
 from kbne_edit.streaming import Streamed
-from tiny import FAMILIES, MIXTURES, MULTIMODAL, tiny_model
+from tiny import FAMILIES, MIXTURES, MULTIMODAL, MULTIMODAL_MIXTURES, tiny_model
 
 PROMPTS = [[5, 17, 40, 8, 22, 31], [5, 17, 40, 9], [5, 17, 40, 8, 60, 3, 7]]
 ANSWERS = [[11, 12], [13], [11]]
 PLENTY = 64e9
 
 
-@pytest.mark.parametrize("name, positions", [*((n, 1) for n in (*FAMILIES, *MIXTURES, *MULTIMODAL)), ("gemma3", 3)])
+ALL = [*FAMILIES, *MIXTURES, *MULTIMODAL, *MULTIMODAL_MIXTURES]
+
+
+@pytest.mark.parametrize("name, positions", [*((name, 1) for name in ALL), ("gemma3", 3)])
 def test_same_scores_as_in_memory(name, positions, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path, max_shard_size="30KB")

@@ -12,7 +12,11 @@ _GPT2 = _COMMON | dict(n_embd=32, n_inner=48, n_layer=3, n_head=4, n_positions=6
 _NEOX = _COMMON | dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64
 )
+_LATENT = dict(
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4
+)
 
+_GEMMA4 = _LLAMA | dict(hidden_size_per_layer_input=0, sliding_window=4, global_head_dim=16)
 FAMILIES: dict[str, dict] = {
     "llama": _LLAMA,
     "llama-tied": _LLAMA | dict(tie_word_embeddings=True),
@@ -59,9 +63,34 @@ FAMILIES: dict[str, dict] = {
         hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, attention_types=[[["global"], 3]],
         max_position_embeddings=64,
     ),
+    "gemma4_text-dense": _GEMMA4 | dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=97),
+    "ministral3": _LLAMA | dict(rope_parameters={
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4,
+        "llama_4_scaling_beta": 0.5,
+    }),
+    "ernie4_5": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "vaultgemma": _LLAMA | dict(sliding_window=8),
+    "cwm": _LLAMA | dict(sliding_window=8),
+    "minicpm3": _LLAMA | _LATENT,
+    "youtu": _LLAMA | _LATENT,
+    "hyperclovax": _LLAMA,
+    "granite_swa": _LLAMA | dict(sliding_window=8),
+    "apertus": _LLAMA,
+    "jais2": _LLAMA,
+    "nanochat": _LLAMA,
+    "persimmon": _NEOX,
+    "xglm": _COMMON | dict(d_model=32, ffn_dim=48, num_layers=3, attention_heads=4, max_position_embeddings=64),
 }
 
 _MOE = _LLAMA | dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+_LLAMA4 = _MOE | dict(
+    intermediate_size_mlp=40, moe_layers=[0, 2], no_rope_layers=[1, 0, 1], attention_chunk_size=4, num_experts_per_tok=1
+)
+_SHARED = _MOE | dict(
+    n_routed_experts=4, n_shared_experts=1, num_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1
+)
+_GEMMA4_MOE = _MOE | _GEMMA4 | dict(enable_moe_block=True, top_k_experts=2)
 MIXTURES: dict[str, dict] = {
     "mixtral": _MOE,
     "qwen2_moe": _MOE | dict(shared_expert_intermediate_size=40, decoder_sparse_step=1, mlp_only_layers=[1]),
@@ -78,12 +107,27 @@ MIXTURES: dict[str, dict] = {
         qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4, n_group=1, topk_group=1,
     ),
     "gpt_oss": _MOE | dict(sliding_window=8),
+    "llama4_text": _LLAMA4,
+    "gemma4_text": _GEMMA4_MOE,
+    "flex_olmo": _MOE,
+    "mellum": _MOE | dict(sliding_window=8),
+    "glm4_moe": _SHARED,
+    "glm4_moe_lite": _SHARED | _LATENT,
+    "dots1": _SHARED,
+    "ernie4_5_moe": _SHARED | dict(moe_k=2, moe_num_experts=4, moe_num_shared_experts=1),
+    "exaone_moe": _SHARED | dict(sliding_window=8),
+    "afmoe": _SHARED | dict(sliding_window=8),
+    "solar_open": _SHARED,
+    "hunyuan_v1_moe": _MOE | dict(moe_topk=2),
+    "phimoe": _MOE,
+    "minimax_m2": _MOE,
 }
 
 _VISION = dict(
     hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
 )  # fmt: skip
 _ROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]})
+_GLM_ROPE = dict(rope_parameters=_ROPE["rope_parameters"] | {"partial_rotary_factor": 1.0})
 _QWEN_VISION = dict(depth=2, hidden_size=32, intermediate_size=40, num_heads=2, out_hidden_size=32, embed_dim=32)
 MULTIMODAL: dict[str, dict] = {
     "gemma3": dict(text_config=_LLAMA | dict(model_type="gemma3_text"), vision_config=_VISION, mm_tokens_per_image=4),
@@ -91,23 +135,50 @@ MULTIMODAL: dict[str, dict] = {
     "qwen2_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
     "qwen2_5_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
     "qwen3_vl": dict(text_config=_LLAMA | _ROPE, vision_config=_QWEN_VISION),
+    "smolvlm": dict(text_config=_LLAMA | dict(model_type="llama"), vision_config=_VISION),
+    "llava": dict(text_config=_LLAMA | dict(model_type="llama"), vision_config=_VISION),
+    "glm4v": dict(text_config=_LLAMA | _GLM_ROPE, vision_config=_QWEN_VISION),
 }
+MULTIMODAL_MIXTURES: dict[str, dict] = {
+    "qwen3_vl_moe": dict(text_config=_MOE | _ROPE, vision_config=_QWEN_VISION),
+    "mistral3-mistral4": dict(
+        text_config=_SHARED | _LATENT | dict(model_type="mistral4", head_dim=16),
+        vision_config=_VISION | dict(head_dim=16),
+    ),
+    "gemma4": dict(text_config=_GEMMA4_MOE | dict(model_type="gemma4_text"), vision_config=_VISION, audio_config=None),
+    "glm4v_moe": dict(text_config=_SHARED | _GLM_ROPE, vision_config=_QWEN_VISION),
+}
+TEXT_ALONE: dict[str, dict] = {  # made as a whole, run without the rest
+    "llama4": dict(
+        text_config=_LLAMA4,
+        vision_config=_VISION | dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
+    ),
+}
+WHOLE = MULTIMODAL | MULTIMODAL_MIXTURES | TEXT_ALONE
 
 
 def tiny_config(name: str):
     model_type, *_ = name.split("-")
-    return AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES | MULTIMODAL)[name])
+    return AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES | WHOLE)[name])
+
+
+def auto_class(name: str):
+    return AutoModelForImageTextToText if name in WHOLE else AutoModelForCausalLM
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32):
     """A seeded causal model of the family; weights wide enough that layers and biases matter."""
     torch.manual_seed(sum(map(ord, name)))
-    build = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
-    model = build.from_config(tiny_config(name), dtype=torch.float32, experts_implementation="eager").eval()
+    build = auto_class(name).from_config
+    model = build(tiny_config(name), dtype=torch.float32, experts_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.to(dtype)
+        saved = model.state_dict().keys()
+        for name, buffer in model.named_buffers():  # a router's bias, a layer's scale
+            if name in saved:
+                buffer.add_(torch.randn_like(buffer) * 0.05)
+    return model if dtype == torch.float32 else model.to(dtype)
