@@ -5,7 +5,7 @@ The literature leaves both open (generalisation and stability). Everything here 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .scores import Scores
 
 DRAWS = 200
-_TOP = 1000  # neurons of either side whose ranks are compared
 
 
 class Resamples(NamedTuple):
@@ -85,33 +84,41 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return both / either if (either := len(a) + len(b) - both) else 1.0
 
 
-def agreement(a: Resamples, b: Resamples) -> dict:
-    """Two ways to ask one model: other wording, prompt, language or context.
+def agreements(found: dict[str, Resamples]) -> list[dict]:
+    """Each two ways to ask one model: other wording, prompt, language or context.
 
-    Returns {"neurons": [of a, of b, of both], "jaccard": of the two selections, "rank": Spearman's correlation of the
-    neurons' mean score / largest over the 1000 highest of either}, the latter two as [value, low, high] (95 % of the
+    Returns [{"a", "b": their names, "neurons": [of a, of b, of both], "jaccard": of the two selections, "rank":
+    Spearman's correlation of all neurons' mean score / largest}], the latter two as [value, low, high] (95 % of the
     draws). Raises InputError if the models differ.
     """
-    if a.scores.base != b.scores.base or a.scores.site != b.scores.site:
+    if len({(own.scores.base, own.scores.site) for own in found.values()}) > 1:
         raise InputError("stability: the scores are of different models or sites, so their neurons are not the same")
-    rank = _rank(a, b)
-    pairs = list(zip(a.drawn, b.drawn, strict=True))
-    jaccard = [_jaccard(x, y) for (_, x), (_, y) in pairs]
-    return {
-        "neurons": [len(a.whole), len(b.whole), len(np.intersect1d(a.whole, b.whole))],
-        "jaccard": [_jaccard(a.whole, b.whole), *_spread(jaccard)],
-        "rank": [rank(a.asked.asked, b.asked.asked), *_spread([rank(x, y) for (x, _), (y, _) in pairs])],
-    }
+    pairs, files = list(combinations(found, 2)), found.items()
+    whole = _correlations({name: _ranks(own.asked, own.asked.asked) for name, own in files}, pairs)
+    drawn = [  # draw by draw, since the ranks of all draws would fill the memory
+        _correlations({name: _ranks(own.asked, asked) for name, own in files for asked, _ in [own.drawn[d]]}, pairs)
+        for d in range(min(len(own.drawn) for own in found.values()))
+    ]  # fmt: skip
+    result = []
+    for (a, b), rank, *ranks in zip(pairs, whole, *drawn, strict=True):
+        x, y = found[a], found[b]
+        jaccard = [_jaccard(p, q) for (_, p), (_, q) in zip(x.drawn, y.drawn, strict=True)]
+        result.append({
+            "a": a, "b": b, "neurons": [len(x.whole), len(y.whole), len(np.intersect1d(x.whole, y.whole))],
+            "jaccard": [_jaccard(x.whole, y.whole), *_spread(jaccard)], "rank": [rank, *_spread(ranks)],
+        })  # fmt: skip
+    return result
 
 
-def _rank(a: Resamples, b: Resamples) -> Callable[[np.ndarray, np.ndarray], float]:
-    """A function: questions of a, questions of b -> the rank correlation of what the neurons do in them."""
-    means = [np.mean([found.asked.share(q).ravel() for q in found.asked.asked.tolist()], 0) for found in (a, b)]
-    top = np.unique(np.concatenate([np.argsort(-mean)[:_TOP] for mean in means]))
-    tables = [np.array([s.asked.share(q).ravel()[top] for q in range(len(s.asked.scores))]) for s in (a, b)]
+def _ranks(asked: Asked, which: np.ndarray) -> np.ndarray:
+    """Ranks of the neurons' mean share in these questions, centred and of length 1, [L * F]; equals share a rank."""
+    times = np.bincount(which)
+    mean = sum(count * asked.share(q) for q, count in enumerate(times.tolist()) if count).ravel()
+    _, place, counts = np.unique(mean, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    ranks -= ranks.mean()
+    return ranks / max(float(np.linalg.norm(ranks)), 1e-30)
 
-    def rank(*drawn: np.ndarray) -> float:
-        ranks = [np.argsort(np.argsort(table[own].mean(0))) for table, own in zip(tables, drawn, strict=True)]
-        return float(np.corrcoef(*ranks)[0, 1])
 
-    return rank
+def _correlations(ranks: dict[str, np.ndarray], pairs: list[tuple[str, str]]) -> list[float]:
+    return [float(ranks[a] @ ranks[b]) for a, b in pairs]

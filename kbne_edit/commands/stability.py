@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import combinations
 from pathlib import Path
 
 import click
@@ -23,7 +22,7 @@ def command(scores, recipe, draws, as_json, **values) -> None:
     from ..pipeline import choosing
     from ..recipe import load_recipe
     from ..scores import load_scores
-    from ..stability import agreement, resample, stability
+    from ..stability import agreements, resample, stability
 
     files = {str(path): load_scores(path) for path in scores}
     first, settings = next(iter(files.values())), options.settings(**values)
@@ -33,7 +32,7 @@ def command(scores, recipe, draws, as_json, **values) -> None:
     result = {
         "files": {name: stability(own) for name, own in found.items() if one or len(own.whole)},
         "nothing": [name for name, own in found.items() if not len(own.whole)],
-        "pairs": [{"a": a, "b": b, **agreement(found[a], found[b])} for a, b in combinations(found, 2)],
+        "pairs": [] if one else agreements(found),
     }
     if len(found) > 2:
         result["in_files"] = _in_files(list(found.values()))
