@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import bench_data
+from bench_data import avoiding
 from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, neutral, select, tune
 from kbne_edit.errors import EditError, InputError, OutputError
 from kbne_edit.goal import Goal, Run, goal_of
@@ -32,7 +34,7 @@ from kbne_edit.scoring import Scorer
 from kbne_edit.search import Space, front, in_words, sweep
 from kbne_edit.selection import by_dimension, selection
 from kbne_edit.split import Half, halves
-from kbne_edit.tasks import _ACCURACY, _PREFERENCE, Benchmark, benchmarks
+from kbne_edit.tasks import _ACCURACY, _AVOIDED, _PREFERENCE, Benchmark, benchmarks
 from kbne_edit.tuning import USED, load_tuning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -676,22 +678,55 @@ def test_wrong_scores_and_folders(scores, tmp_path):
         tune("demo", scores, tmp_path / "other", **ASKED)
 
 
-def test_probes_that_are_to_be_avoided_do_not_steer():
-    from dataclasses import replace
+def test_the_figure_that_steers_unless_told_otherwise():
+    """The absolute margin where a task has it, and there it steers alone; else the unwanted margin."""
+    avoided, crows, ability = (
+        Benchmark(name, kind, [], [1] * 99, [""] * 99, None, figures) for name, kind, figures in (
+            ("probes", "bias", _AVOIDED), ("crows_pairs", "bias", _PREFERENCE), ("copa", "capability", _ACCURACY))
+    )  # fmt: skip
 
-    probes = Benchmark("probes", "bias", [], [1] * 99, [""] * 99, None, _PREFERENCE)
-    ability = Benchmark("copa", "capability", [], [1] * 99, [""] * 99, None, _ACCURACY)
-    half, recipe = Half([probes, ability], []), load_recipe("demo")
-    assert goal_of([half, half], "margin", 5.0, None, recipe).abilities == ["copa"]
-    with pytest.raises(InputError, match="are to avoid"):
-        goal_of([half, half], "margin", 5.0, None, replace(recipe, aim="avoid"))
+    def steering(*marks, figure=None):
+        return {name: f.name for name, f in goal_of([Half(marks, [])] * 2, figure, 5.0, None).steering.items()}
+
+    assert steering(avoided, ability) == {"probes": "unwanted margin"}
+    assert steering(avoided, crows, ability) == {"crows_pairs": "absolute margin"}
+    assert steering(avoided, crows, ability, figure="unwanted margin") == {"probes": "unwanted margin"}
+    with pytest.raises(InputError, match="--figure is one of unwanted margin, unwanted preferred"):
+        steering(avoided, ability, figure="absolute margin")
+
+
+def test_probes_that_are_to_be_avoided_steer_by_their_signed_margin(scores, scorer, tmp_path):
+    """Dev and test figures again by plain loops, and a verdict that asks for a fall."""
+    recipe = avoiding(tmp_path)
+    result = tune("demo", scores, tmp_path / "out", **ASKED, recipe=recipe)
+    marks = benchmarks(["probes"], None, None, load_recipe(recipe), scorer, scorer.tokenizer)
+    _, stories, texts = neutral.rows(scorer, load_recipe(recipe))
+    (dev,), (test,) = (half.marks for half in halves(marks, stories, texts, 0))
+    assert result["figure"] == "unwanted margin" and result["chosen_by"].startswith("the least of what is unwanted")
+
+    def mean(mark, edit=None):
+        with hooked(scorer.model, edit) if edit else nullcontext():
+            return _margins(mark)(scorer.model).mean()
+
+    assert result["base_bias"]["probes"] == pytest.approx(mean(dev), abs=PER_TOKEN)
+    edits, base = _edits(result, scores), mean(dev)
+    for point in result["points"]:
+        change = mean(dev, edits[point["edit"]]) - base
+        assert point["bias"][0] == pytest.approx(change, abs=2 * PER_TOKEN)
+        assert not point["front"] or change < 0
+    assert {point["bias"][0] < 0 for point in result["points"]} == {False, True}
+    entry = result["test"]["tasks"]["probes"]["figures"]["unwanted margin"]
+    assert entry["edit"] == pytest.approx(mean(test, edits[result["chosen"]]), abs=PER_TOKEN)
+    found = result["verdict"]
+    fell = entry["edit"] < entry["base"] and entry["p_holm"] < 0.05 and entry["beyond"]["random neurons"][2] < 0
+    assert found["confirmed"] == fell and entry["verdict"] in found["text"]
 
 
 def test_capability_tasks_bound_the_loss_where_there_are_any():
     names = {"knowledge": "knowledge", "copa": "capability", "probes": "bias"}
     marks = [Benchmark(name, kind, [], [1] * 99, [""] * 99, None, _PREFERENCE if kind == "bias" else _ACCURACY)
              for name, kind in names.items()]  # fmt: skip
-    goals = [goal_of([Half(m, [])] * 2, "SS", 5.0, None, load_recipe("demo")) for m in (marks, [marks[0], marks[2]])]
+    goals = [goal_of([Half(m, [])] * 2, "SS", 5.0, None) for m in (marks, [marks[0], marks[2]])]
     assert [goal.abilities for goal in goals] == [["copa"], ["knowledge"]]
 
 
