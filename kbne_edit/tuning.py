@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,8 +107,9 @@ def tune(
         goal = goal_of((dev, test), figure, margin, max_kl)
         measured = _measured(checkpoint, asked, dev, test, dtype)
         choice = {
-            "scores": {site: file_hash(path) for site, path in sites.items()}, "space": asdict(space), "trials": trials,
-            "seed": seed, "draws": draws, "figure": goal.figure.name, "margin": margin, "max_kl": max_kl,
+            "scores": {site: file_hash(path) for site, path in sites.items()}, "space": space.record(),
+            "trials": trials, "seed": seed, "draws": draws, "figure": goal.figure.name, "margin": margin,
+            "max_kl": max_kl,
         }  # fmt: skip
         with closing(Journal(out / JOURNAL, measured)) as journal:
             if (stored := _stored(out, choice)) is not None:

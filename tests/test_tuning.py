@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,48 @@ def test_a_grid_holds_every_edit_once(scores):
     assert all(c.edit.found["select"]["tau"] == c.settings[0]["tau"] for c in found.candidates.values())
 
 
+def _with_controls():
+    """Noise in 400 neurons of twelve questions and as many controls; five neurons know the questions from the rest."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_exponential((24, 2, 200)).astype(np.float32) * 0.02
+    values[:, 0, 0] += 1.0
+    values[:12, 1, 10:15] += np.linspace(0.2, 0.6, 5, dtype=np.float32)
+    questions = tuple(Question(f"q{i}", "no", "a", "", i >= 12) for i in range(24))
+    ones = np.ones(24, np.float32)
+    return Scores(values, ones, 0 * ones, ones, ones, questions, {}, "down", "base")
+
+
+def test_tops_stand_beside_taus_and_are_not_multiplied_with_them():
+    """A setting has a tau or a top, never both; each selects what `select` does, under the specific rule too."""
+    loaded, limits = _with_controls(), (("tau", 0.1), ("tau", 0.5), ("top", 0.0025), ("top", 0.01))
+    space = Space(factors=(0.5, 2.0), taus=(0.1, 0.5), tops=(0.0025, 0.01), rules=("paper", "specific"))
+    found = sweep(space, {"down": loaded}, 16, 0, _measure)
+    expected = {}
+    for rule, limit, factor in product(("paper", "specific"), limits, (0.5, 2.0)):
+        edit = select(loaded, rule=rule, factor=factor, **dict([limit]))
+        expected.setdefault(edit.sha256, []).append({"rule": rule, "factor": factor, **dict([limit])})
+    common = {"site": "down", "combine": "union", "beta": 0.1}
+    got = {key: candidate.settings for key, candidate in found.candidates.items()}
+    assert got == {key: [common | setting for setting in settings] for key, settings in expected.items()}
+    assert (found.how, found.size, found.empty) == ("grid", 16, 0) and len(got) == 12  # of specific, tau says nothing
+    words = {in_words([setting]) for settings in got.values() for setting in settings}
+    assert {"site down, paper, top 0.0025, beta 0.1, union, factor 2",
+            "site down, specific, top 0.01, union, factor 0.5"} <= words  # fmt: skip
+    alone = sweep(Space((2.0,), tops=(0.01,), rules=("paper",)), {"down": loaded}, 1, 0, _measure)
+    (candidate,) = alone.candidates.values()
+    assert candidate.settings == [common | {"rule": "paper", "top": 0.01, "factor": 2.0}] and alone.size == 1
+
+
+def test_optuna_asks_for_taus_and_tops(scores):
+    pytest.importorskip("optuna")
+    space = Space((0.5, 2.0, 3.0), (0.1, 0.2), rules=("paper",), tops=(0.002, 0.005, 0.01), per_dimension=True)
+    found = sweep(space, {"down": load_scores(scores)}, 40, 0, _measure)
+    settings = [setting for candidate in found.candidates.values() for setting in candidate.settings]
+    assert found.size == 4**3 * 5 and all(("tau" in setting) != ("top" in setting) for setting in settings)
+    tried = {(name, setting[name]) for setting in settings for name in ("tau", "top") if name in setting}
+    assert tried == {("tau", 0.1), ("tau", 0.2), ("top", 0.002), ("top", 0.005), ("top", 0.01)}
+
+
 def _of_two_dimensions():
     """Neuron 0 is kept by both, more by b; 1 by a alone; 2 by b alone; 3 by a alone, though b has the larger mean."""
     rows = [("a", [0.5, 1.0, 0.0, 0.2]), ("a", [0.5, 1.0, 0.0, 0.0]), ("b", [0.9, 0.0, 1.0, 0.12]),
@@ -257,6 +300,9 @@ def test_without_optuna_the_error_says_what_to_install(scores, monkeypatch):
     (dict(factors=()), "needs values"),
     (dict(factors=(2.0, 2.0)), "each once"),
     (dict(taus=(1.5,)), "1.5 is no value for taus"),
+    (dict(taus=()), "needs values"),
+    (dict(taus=(), tops=(0.0,)), "0.0 is no value for tops"),
+    (dict(tops=(0.01, 0.01)), "each once"),
     (dict(rules=("best",)), "'best' is no value for rules"),
     (dict(combines=("any",)), "'any' is no value for combines"),
 ])  # fmt: skip
@@ -638,9 +684,29 @@ def test_command(scores, tmp_path, tuned):
     assert nothing.returncode == 0 and "nothing to choose: " in nothing.stdout and "next:" not in nothing.stdout
 
 
+@pytest.mark.slow
+def test_command_with_tops(scores, tmp_path):
+    """From the sweep to the report: an edit chosen by a top is baked as printed, and selected again from its record."""
+    options = [*SMALL_OPTIONS[:4], "--factors", 2, "--tops", "0.01", "--taus", "0.2", "--rules", "paper"]
+    result = run("tune", "--in", "demo", scores, "--out", "out", *options, cwd=tmp_path)
+    assert result.returncode == 0 and "2 of 2 settings tried (grid)" in result.stdout, result.stdout + result.stderr
+    assert "in common: site down, paper, beta 0.1, union" in result.stdout and "top 0.01, factor 2" in result.stdout
+    found = load_tuning(tmp_path / "out" / "tune.json")
+    assert (found["space"]["taus"], found["space"]["tops"]) == ([0.2], [0.01])
+    (chosen,) = (point for point in found["points"] if point["edit"] == found["chosen"])
+    assert chosen["settings"][0]["top"] == 0.01 and "tau" not in chosen["settings"][0]
+    assert chosen["neurons"] == select(load_scores(scores), top=0.01).num_neurons
+    baking = shlex.split(result.stdout.splitlines()[-1].split("kbne-edit ")[-1])
+    assert run(*baking, "--no-behaviour", cwd=tmp_path).returncode == 0
+    report = build(tmp_path / "debiased", scores, tuning=tmp_path / "out" / "tune.json")
+    assert report["selection"]["top"] == 0.01 and report["selection"]["reproduced"] is True
+    assert "top 0.01" in next(point["settings"] for point in report["tuning"]["points"] if point["chosen"])
+
+
 @pytest.mark.parametrize("options, message", [
     (["--factors", "2,x"], "'2,x': numbers with commas between"),
     (["--factors", "1"], "1.0 is no value for factors"),
+    (["--tops", "0"], "0.0 is no value for tops"),
     (["--tasks", "nonsense"], "there is no task nonsense"),
     (["--trials", 0], "--trials"),
 ])  # fmt: skip

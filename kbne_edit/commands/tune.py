@@ -30,7 +30,9 @@ class _Values(click.ParamType):
 @click.argument("scores", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options.out("Folder for everything: journal, tune.json, pareto.svg, edit.json; an interrupted run is continued.")
 @click.option("--factors", type=_Values(float), help="Multipliers.  [default: 0.5,1.5,2,3,4]")
-@click.option("--taus", type=_Values(float), help="Shares of a question's largest score.  [default: 0.05,0.1,0.2]")
+@click.option("--taus", type=_Values(float), help="Shares of a question's largest score.  [default: 0.05,0.1,0.2; with "
+              "--tops none]")  # fmt: skip
+@click.option("--tops", type=_Values(float), help="Shares of all neurons: ranks, each in place of a tau.")
 @click.option("--betas", type=_Values(float), help="Shares of a dimension's questions.  [default: 0.1]")
 @click.option("--rules", type=_Values(str), help="Selection rules.  [default: all that the scores allow]")
 @click.option("--combine", "combines", type=_Values(str), help="Over dimensions.  [default: union]")
@@ -62,7 +64,7 @@ def command(source, scores, out, tasks, as_json, per_dimension, **values) -> Non
     from ..search import Space
     from ..tuning import tune
 
-    given = {name: values.pop(name) for name in ("factors", "taus", "betas", "rules", "combines")}
+    given = {name: values.pop(name) for name in ("factors", "taus", "tops", "betas", "rules", "combines")}
     space = Space(per_dimension=per_dimension, **{name: value for name, value in given.items() if value is not None})
     result = tune(source, scores, out, space=space, tasks=options.names(tasks), **values)
     options.show(result, as_json, _lines(result, out))
@@ -82,7 +84,7 @@ def _dev_lines(result: dict) -> list[str]:
 
     search, points, figure = result["search"], result["points"], result["figure"]
     every = [setting for point in points for setting in point["settings"]]
-    common = {name for name in every[0] if name != "factor" and len({setting[name] for setting in every}) == 1}
+    common = {name for name in every[0] if name != "factor" and len({setting.get(name) for setting in every}) == 1}
     bound = "" if result["max_kl"] is None else f", KL below {result['max_kl']:g}"
     best = sorted((p for p in points if p["front"]), key=lambda p: p["bias"][0])
     lines = [
