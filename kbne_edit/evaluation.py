@@ -11,6 +11,7 @@ model's distribution (a temperature with the same KL from the base on neutral te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -273,10 +274,11 @@ def _report(
         for name, entry in tasks[mark.name]["figures"].items():
             if only not in (None, name):
                 entry.pop("p", None)
-    tested = [entry for task in tasks.values() for entry in task["figures"].values() if "p" in entry]
-    for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
+    known = [(figure, tasks[mark.name]["figures"].get(figure.name, {})) for mark in marks for figure in mark.figures]
+    tested = [(figure, entry) for figure, entry in known if "p" in entry]
+    for (figure, entry), p in zip(tested, holm([entry["p"] for _, entry in tested]), strict=True):
         entry["p_holm"] = p
-        entry["verdict"] = _verdict(entry)
+        entry["verdict"] = _verdict(figure, entry)
     return {"comparisons": len(tested), "tasks": tasks}
 
 
@@ -332,7 +334,7 @@ def _figure_report(figure: Figure, columns: dict[str, np.ndarray]) -> dict:
     draws = [values for name, values in columns.items() if name.startswith("random ")]
     others = {"random neurons": draws} if draws else {}
     others |= {n: [v] for n, v in columns.items() if n not in ("base", "edit") and not n.startswith("random ")}
-    found["ideal"] = figure.ideal
+    found["ideal"] = "lowest" if figure.ideal == -math.inf else figure.ideal  # JSON has no infinity
     found["controls"] = {name: change([before], values, figure.of) for name, values in others.items()}
     found["beyond"] = {name: change(values, [after], figure.distance) for name, values in others.items()}
     if figure.binary is not None:
@@ -342,13 +344,12 @@ def _figure_report(figure: Figure, columns: dict[str, np.ndarray]) -> dict:
     return found
 
 
-def _verdict(entry: dict) -> str:
+def _verdict(figure: Figure, entry: dict) -> str:
     """One line on a tested figure."""
     if entry["p_holm"] >= ALPHA:
         return "no effect found"
-    ideal = entry["ideal"]
-    nearer = abs(entry["edit"] - ideal) < abs(entry["base"] - ideal)
-    better, worse = ("better", "worse") if ideal == 100 else ("less bias", "more bias")
+    nearer = figure.away(entry["edit"]) < figure.away(entry["base"])
+    better, worse = ("better", "worse") if figure.ideal == 100 else (f"less {figure.excess}", f"more {figure.excess}")
     same = [name for name, (_, low, high) in entry["beyond"].items() if (high >= 0 if nearer else low <= 0)]
     if same:
         return f"{better if nearer else worse}, but not beyond {', '.join(same)}"

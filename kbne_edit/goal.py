@@ -11,12 +11,13 @@ import numpy as np
 
 from .errors import InputError
 from .evaluation import ABILITIES, ALPHA, least
-from .recipe import Recipe
 from .statistics import pooled
 
 if TYPE_CHECKING:
     from .split import Half
     from .tasks import Figure
+
+FIGURES = ("absolute margin", "unwanted margin")  # what steers unless told otherwise
 
 
 class Run(NamedTuple):
@@ -35,6 +36,11 @@ class Goal:
     abilities: list[str]
     margin: float
     max_kl: float | None = None
+
+    @property
+    def figure(self) -> Figure:
+        """The steering one, which is the same in every task."""
+        return next(iter(self.steering.values()))
 
     def moved(self, run: Run, others: Sequence[Run]) -> list[float]:
         """[d, low, high]: the figure's distance from its ideal, less that of the others; mean over the tasks."""
@@ -61,7 +67,7 @@ class Goal:
         good, said = [], []
         for name, figure in self.steering.items():
             entry = report["tasks"][name]["figures"][figure.name]
-            nearer = abs(entry["edit"] - entry["ideal"]) < abs(entry["base"] - entry["ideal"])
+            nearer = figure.away(entry["edit"]) < figure.away(entry["base"])
             good.append(entry["p_holm"] < ALPHA and nearer and entry["beyond"]["random neurons"][2] < 0)
             said.append(f"{name}: {entry['verdict']}")
         for name in self.abilities:
@@ -85,20 +91,19 @@ def _difference(figure: Figure, k: int, others: int) -> Callable[[np.ndarray], n
     return difference
 
 
-def goal_of(halves: Sequence[Half], figure: str, margin: float, max_kl: float | None, recipe: Recipe) -> Goal:
-    """The goal for the tasks that there are: bias tasks with this figure steer; capability tasks (where there are none,
-    the recipe's questions) bound the loss.
+def goal_of(halves: Sequence[Half], figure: str | None, margin: float, max_kl: float | None) -> Goal:
+    """The goal for the tasks that there are: bias tasks with this figure (None: the first of FIGURES that one has)
+    steer; capability tasks (where there are none, the recipe's questions) bound the loss.
 
     Raises InputError if nothing steers or bounds, or if a half is so small that no loss could ever be excluded.
     """
     of_bias = [mark for mark in halves[0].marks if mark.kind == "bias"]
     known = {f.name for mark in of_bias for f in mark.figures if f.ideal is not None}
+    figure = figure or next(filter(known.__contains__, FIGURES), FIGURES[0])
     steering = {m.name: f for m in of_bias for f in m.figures if f.name == figure and figure in known}
     if not steering:
         cure = f"--figure is one of {', '.join(sorted(known))}" if known else "there is no bias task with data at all"
         raise InputError(f"no bias task has the figure {figure!r}: {cure}")
-    if "probes" in steering and recipe.aim != "balance":
-        raise InputError(f"tune balances, and the probes of {recipe.name} are to {recipe.aim}: name other --tasks")
     by_kind = ([mark.name for mark in halves[0].marks if mark.kind == kind] for kind in ABILITIES)
     abilities = next(filter(None, by_kind), None)
     if not abilities:

@@ -345,7 +345,7 @@ def _tuning(report: dict) -> list[str]:
          "chosen" if p["chosen"] else "on the front" if p["front"] else "" if p["within"] else "out of bounds"]
         for p in sorted(points, key=lambda p: (not p["front"], p["bias"][0]))
     )  # fmt: skip
-    heads = ["settings", "neurons", "change of bias", "from", "to", "KL", "lower end of the capability", "note"]
+    heads = ["settings", "neurons", "change", "from", "to", "KL", "lower end of the capability", "note"]
     steered, bounded = (words(", ".join(found[key])) for key in ("steered_by", "bounded_by"))
     bound = "" if found["max_kl"] is None else f" and the KL is below {found['max_kl']:g}"
     return [

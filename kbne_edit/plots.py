@@ -142,11 +142,11 @@ def intervals(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
 
 
 def pareto(points: Sequence[tuple[float, float, bool, bool, bool]], figure: str) -> str:
-    """What each edit of a sweep does (down: less bias) and costs (left: less KL, on a logarithmic scale).
+    """What each edit of a sweep does (down: better) and costs (left: less KL, on a logarithmic scale).
 
-    points: (KL, change of bias, within bounds, on the front, chosen). Marks differ in shape too: a disc on the front, a
-    ring behind it, a square out of bounds; a second ring about the chosen one.
-    Where the bias falls less than it rises elsewhere, the rise is cut off at twice the fall, and the marks lie there.
+    points: (KL, change of the figure's distance from its ideal, within bounds, on the front, chosen). Marks differ in
+    shape too: a disc on the front, a ring behind it, a square out of bounds; a second ring about the chosen one.
+    Where it falls less than it rises elsewhere, the rise is cut off at twice the fall, and the marks lie there.
     """
     costs = [max(point[0], 1e-12) for point in points]
     left, right = math.floor(math.log10(min(costs))), math.ceil(math.log10(max(costs)))
@@ -163,7 +163,7 @@ def pareto(points: Sequence[tuple[float, float, bool, bool, bool]], figure: str)
     def down(bias: float) -> float:
         return top + (bottom - top) * (high - min(bias, high)) / spread
 
-    body = [_text(8, 16, f"change of bias ({figure})", kind="quiet")]
+    body = [_text(8, 16, f"change ({figure})", kind="quiet")]
     for power in range(left, right + 1):
         x = across(10.0**power)
         body += [_line(x, top, x, bottom, "grid"), _text(x, bottom + 18, f"1e{power}", "middle", "quiet")]

@@ -7,8 +7,8 @@ same edit are one candidate, which is measured once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from .selection import by_dimension, selection
 if TYPE_CHECKING:
     from .scores import Scores
 
+_EITHER = "tau or top"  # an axis of (name, value): the two exclude each other, so they are no two axes
 _ASKS = 5  # of the sampler, for each edit that may be measured: it repeats itself
 
 # Of an edit: (what is to be small, what is to be small, by how much it breaks the constraint: above 0 it does)
@@ -32,25 +33,34 @@ class Space:
     """What is tried. factors: 2 and 4 are exact, 1.5 and 3 lie between, 0.5 asks whether turning down does as well.
 
     rules: None for all that the scores allow. per_dimension: each dimension of the recipe has a factor of its own, 1
-    (its neurons are left alone) among them. Raises InputError on construction for values out of range.
+    (its neurons are left alone) among them. tops: shares of all neurons, each in place of a tau; taus: None for 0.05,
+    0.1 and 0.2, or for none at all where there are tops. Raises InputError on construction for values out of range.
     """
 
     factors: Sequence[float] = (0.5, 1.5, 2.0, 3.0, 4.0)
-    taus: Sequence[float] = (0.05, 0.1, 0.2)
+    taus: Sequence[float] | None = None
     betas: Sequence[float] = (0.1,)
     rules: Sequence[str] | None = None
     combines: Sequence[str] = ("union",)
     per_dimension: bool = False
+    tops: Sequence[float] = ()
 
     def __post_init__(self) -> None:
+        if self.taus is None:
+            object.__setattr__(self, "taus", () if self.tops else (0.05, 0.1, 0.2))
+        optional = {"tops", "taus"} if self.tops else {"tops"}
         for name, (good, allowed) in _VALUES.items():
             values = getattr(self, name)
-            if values is None:
+            if values is None or (not values and name in optional):
                 continue
             if not values or len(set(values)) != len(values):
                 raise InputError(f"the space needs values, each once: {name} is {shown(list(values))}")
             if wrong := [value for value in values if not good(value)]:
                 raise InputError(f"the space: {shown(wrong[0])} is no value for {name} ({allowed})")
+
+    def record(self) -> dict:
+        """As JSON holds it; tops only where there are any."""
+        return {name: values for name, values in asdict(self).items() if name != "tops" or values}
 
 
 def _share(value: float) -> bool:
@@ -60,6 +70,7 @@ def _share(value: float) -> bool:
 _VALUES: dict[str, tuple[Callable, str]] = {
     "factors": (lambda f: 0 <= f <= 2**16 and f != 1, "numbers from 0, and not 1, which changes nothing"),
     "taus": (_share, "numbers from 0 to 1"), "betas": (_share, "numbers from 0 to 1"),
+    "tops": (lambda top: 0 < top <= 1, "numbers above 0, up to 1"),
     "rules": (RULES.__contains__, ", ".join(RULES)), "combines": (COMBINE.__contains__, ", ".join(COMBINE)),
 }  # fmt: skip
 
@@ -110,14 +121,18 @@ def sweep(space: Space, scores: dict[str, Scores], trials: int, seed: int, measu
     else:
         how = _ask_optuna(axes, size, trials, seed, visit, found)
     if not found:
-        raise InputError("no setting of the space selects a neuron: add smaller --taus or --betas")
+        raise InputError("no setting of the space selects a neuron: add smaller --taus or --betas, or larger --tops")
     return Sweep(found, how, size, len({str(setting) for setting in empty}))
 
 
 def _axes(space: Space, scores: dict[str, Scores]) -> dict[str, tuple]:
     """{name: its values}: the space is their product."""
     rules = space.rules or tuple(rule for rule in RULES if all(_allows(s, rule) for s in scores.values()))
-    axes = {"site": tuple(scores), "rule": rules, "combine": space.combines, "tau": space.taus, "beta": space.betas}
+    if space.taus and space.tops:
+        thresholds = {_EITHER: (*(("tau", v) for v in space.taus), *(("top", v) for v in space.tops))}
+    else:
+        thresholds = {"tau": space.taus} if space.taus else {"top": space.tops}
+    axes = {"site": tuple(scores), "rule": rules, "combine": space.combines, **thresholds, "beta": space.betas}
     if not space.per_dimension:
         return axes | {"factor": space.factors}
     dimensions = dict.fromkeys(q.dimension for s in scores.values() for q in s.questions if not q.control)
@@ -136,9 +151,9 @@ def _allows(scores: Scores, rule: str) -> bool:
 
 
 def _setting(values: dict) -> dict:
-    """The values of the axes, with factors by dimension as one dict."""
+    """The values of the axes, with a tau or a top under its own name, and factors by dimension as one dict."""
     named = {name.removeprefix("factor of "): v for name, v in values.items() if name.startswith("factor of ")}
-    kept = {name: v for name, v in values.items() if not name.startswith("factor of ")}
+    kept = dict(v if name == _EITHER else (name, v) for name, v in values.items() if not name.startswith("factor of "))
     return kept | {"factor": named} if named else kept
 
 
@@ -177,7 +192,7 @@ def _ask_optuna(axes: dict[str, tuple], size: int, trials: int, seed: int, visit
     ordered = {name: all(isinstance(value, (int, float)) for value in values) for name, values in axes.items()}
     space = {
         name: optuna.distributions.IntDistribution(0, len(values) - 1) if ordered[name]
-        else optuna.distributions.CategoricalDistribution(values)
+        else optuna.distributions.CategoricalDistribution(range(len(values)))
         for name, values in axes.items()
     }  # fmt: skip
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -187,7 +202,7 @@ def _ask_optuna(axes: dict[str, tuple], size: int, trials: int, seed: int, visit
         if len(found) == trials:
             break
         trial = study.ask(space)
-        values = {name: axes[name][v] if ordered[name] else v for name, v in trial.params.items()}
+        values = {name: axes[name][place] for name, place in trial.params.items()}
         first, second, breaks = visit(_setting(values)) or (0.0, 0.0, 1.0)  # no neuron: the base, and of no use
         trial.set_constraint("loss", breaks)
         study.tell(trial, [first, second])
@@ -204,18 +219,19 @@ def front(values: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
-def in_words(settings: Sequence[dict], known: Container[str] = ()) -> str:
+def in_words(settings: Sequence[dict], known: Iterable[str] = ()) -> str:
     """The first of the settings that select an edit, and how many more do. known: names that need not be said."""
     first, more = settings[0], len(settings) - 1
     factor = first["factor"]
     said = {
-        "site": f"site {first['site']}", "rule": first["rule"], "tau": f"tau {first['tau']:g}",
-        "beta": f"beta {first['beta']:g}", "combine": first["combine"],
+        "site": f"site {first['site']}", "rule": first["rule"],
+        **{name: f"{name} {first[name]:g}" for name in ("tau", "top", "beta") if name in first},
+        "combine": first["combine"],
         "factor": "factor " + (", ".join(f"{name} {f:g}" for name, f in factor.items()) if isinstance(factor, dict)
                                else f"{factor:g}"),
     }  # fmt: skip
-    if first["rule"] == "specific":  # which has no thresholds
-        del said["tau"], said["beta"]
+    if first["rule"] == "specific":  # which knows no other threshold than a top
+        known = {*known, "tau", "beta"}
     return ", ".join(text for name, text in said.items() if name not in known) + (
         f" (so do {more} other settings)" if more else ""
     )

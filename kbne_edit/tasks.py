@@ -7,6 +7,7 @@ the figures are made of (see `statistics`). The requests are built once, so ever
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -55,17 +56,23 @@ class Answer(NamedTuple):
 class Figure:
     """A number made of column means. of: means [..., k] -> [...]. ideal: its best value (None: shown, not compared).
 
-    binary: the 0/1 column that it is the mean of, if it is one (then changes are tested by McNemar).
+    An ideal of -inf: the lower, the better. binary: the 0/1 column that it is the mean of, if it is one (then changes
+    are tested by McNemar). excess: of what there is less, the nearer it comes.
     """
 
     name: str
     of: Callable[[np.ndarray], np.ndarray]
     ideal: float | None
     binary: int | None = None
+    excess: str = "bias"
 
     def distance(self, means: np.ndarray) -> np.ndarray:
         """How far the figure is from its ideal."""
-        return np.abs(self.of(means) - self.ideal)
+        return self.away(self.of(means))
+
+    def away(self, value):
+        """How far a value is from the ideal; if that is -inf the value itself, which has the same differences."""
+        return value if self.ideal == -math.inf else abs(value - self.ideal)
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,10 @@ _PREFERENCE = (
     Figure("absolute margin", _column(2), 0),
     Figure("SS per token", _column(3, 100), None),
 )
+_AVOIDED = (
+    Figure("unwanted preferred", _column(3, 100), 0, 3, excess="of what is unwanted"),
+    Figure("unwanted margin", _column(1), -math.inf, excess="of what is unwanted"),
+)
 _STEREOSET = (
     *_PREFERENCE,
     Figure("LMS", _column(4, 100), 100),
@@ -128,7 +139,7 @@ _ACCURACY = (Figure("accuracy", _column(0, 100), 100, 0),)
 
 
 def _preference(preferred: float, answers: list[Answer]) -> list[float]:
-    """Columns of a stereotyped and an anti-stereotyped sentence. margin: difference of the log-probs per token."""
+    """Columns of a pair, the stereotyped or unwanted sentence first. margin: difference of the log-probs per token."""
     margin = answers[0].per_token - answers[1].per_token
     return [preferred, margin, abs(margin), float(margin > 0)]
 
@@ -318,7 +329,8 @@ def _own(name: str, recipe: Recipe, scorer, tokenizer, limit: int | None) -> Ben
         pairs = scorer.encode_pairs([("", text) for p in probes for text in (p.first, p.second)])
         read = lambda _, answers: _preference(float(answers[0].logprob > answers[1].logprob), answers)  # noqa: E731
         groups, stories = [p.dimension for p in probes], [f"{p.first} {p.second}" for p in probes]
-        return Benchmark(name, "bias", pairs, [2] * len(probes), groups, read, _PREFERENCE, stories)
+        figures = _PREFERENCE if recipe.aim == "balance" else _AVOIDED
+        return Benchmark(name, "bias", pairs, [2] * len(probes), groups, read, figures, stories)
     return _knowledge(name, recipe, tokenizer, limit)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 JOURNAL, USED, RESULT, PLOT, EDIT = "journal.jsonl", "test-used.json", "tune.json", "pareto.svg", "edit.json"
-RULE = "the least bias on dev, of the front's edits that go beyond random neurons"
+RULE = "the least {} on dev, of the front's edits that go beyond random neurons"  # bias, or what else is to fall
 _KEYS = {
     "base", "split", "figure", "margin", "max_kl", "steered_by", "bounded_by", "points", "chosen", "test", "verdict",
 }  # fmt: skip
@@ -62,7 +61,7 @@ def tune(
     data: str | Path | None = None,
     limit: int | None = None,
     recipe: str | Path | None = None,
-    figure: str = "absolute margin",
+    figure: str | None = None,
     margin: float = 5.0,
     max_kl: float | None = None,
     trials: int = 60,
@@ -77,9 +76,10 @@ def tune(
     scores: scores files of the model, one per site. out: the folder that keeps everything; a run with the same settings
     goes on there, or returns the result that is there. space: what is tried, `trials` edits of it at most.
     tasks, data, limit, recipe (None: that of the scores), device, dtype: as of `evaluate`. figure: of the bias tasks,
-    what is to come nearer to its ideal. margin: points of accuracy whose loss must be excluded; max_kl: bound of the KL
-    from the base on neutral text, nats per token (None: none). draws: of random neurons. seed: of the split and of the
-    sampler. dev_only: stop before the test half is scored.
+    what is to come nearer to its ideal (None: the absolute margin; where only probes that are to be avoided have data,
+    the unwanted margin). margin: points of accuracy whose loss must be excluded; max_kl: bound of the KL from the base
+    on neutral text, nats per token (None: none). draws: of random neurons. seed: of the split and of the sampler.
+    dev_only: stop before the test half is scored.
     Raises InputError and its kin.
     """
     import torch
@@ -104,11 +104,12 @@ def tune(
         scorer = Scorer(load_model(checkpoint.path, getattr(torch, dtype), device), tokenizer)
         origin, stories, texts = neutral.rows(scorer, asked)
         dev, test = halves(benchmarks(tasks, data, limit, asked, scorer, tokenizer), stories, texts, seed)
-        goal = goal_of((dev, test), figure, margin, max_kl, asked)
+        goal = goal_of((dev, test), figure, margin, max_kl)
         measured = _measured(checkpoint, asked, dev, test, dtype)
         choice = {
-            "scores": {site: file_hash(path) for site, path in sites.items()}, "space": asdict(space), "trials": trials,
-            "seed": seed, "draws": draws, "figure": figure, "margin": margin, "max_kl": max_kl,
+            "scores": {site: file_hash(path) for site, path in sites.items()}, "space": space.record(),
+            "trials": trials, "seed": seed, "draws": draws, "figure": goal.figure.name, "margin": margin,
+            "max_kl": max_kl,
         }  # fmt: skip
         with closing(Journal(out / JOURNAL, measured)) as journal:
             if (stored := _stored(out, choice)) is not None:
@@ -222,7 +223,8 @@ class _Tuner:
             "steered_by": list(self._goal.steering), "bounded_by": self._goal.abilities,
             "base_bias": {name: float(f.distance(base.tasks[name].mean(0))) for name, f in self._goal.steering.items()},
             "search": {"how": found.how, "size": found.size, "empty": found.empty},
-            "points": points, "chosen": chosen and chosen.sha256, "chosen_by": RULE, "test": None, "verdict": None,
+            "points": points, "chosen": chosen and chosen.sha256,
+            "chosen_by": RULE.format(self._goal.figure.excess), "test": None, "verdict": None,
         }  # fmt: skip
 
     def _values(self, edit: Edit) -> tuple[float, float, float]:
@@ -301,9 +303,8 @@ def _confirm(scorer: Scorer, test: Half, origin: str, edit: Edit, others: dict[s
     runs = Runs(test.marks, test.texts)
     edited = runs.measure(scorer, "confirm on test: edit", edit)
     heat = runs.fill(scorer, edited, others)
-    (figure,) = {figure.name for figure in goal.steering.values()}
     sizes = {name: control.num_neurons for name, control in others.items()}
-    return {"controls": sizes, "temperature": heat} | runs.report(origin, goal.margin, figure)
+    return {"controls": sizes, "temperature": heat} | runs.report(origin, goal.margin, goal.figure.name)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -315,7 +316,7 @@ def _write(out: Path, result: dict, edit: Edit | None) -> None:
     marks = [(p["kl"], p["bias"][0], p["within"], p["front"], p["edit"] == chosen) for p in result["points"]]
     write_text(out / PLOT, plots.standalone(plots.pareto(marks, result["figure"])))
     if result["verdict"]:
-        record = {"figure": result["figure"], "chosen_by": RULE, **result["verdict"]}
+        record = {"figure": result["figure"], "chosen_by": result["chosen_by"], **result["verdict"]}
         found = {**edit.found, "recipe": result["recipe"], "recipe_sha256": result["recipe_sha256"],
                  "model": result["model"], "commit": result["commit"], "tune": record}  # fmt: skip
         Edit(edit.site, edit.factors, edit.base, found).save(out / EDIT)

@@ -2,6 +2,11 @@
 
 import csv
 import json
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
 
 JOBS = ["healer", "leader", "teacher", "builder", "baker", "singer", "hunter", "painter"]
 THINGS = ["cup", "gate", "cloud", "jug"]
@@ -84,3 +89,16 @@ def write(folder):
         writer.writeheader()
         writer.writerows({"": i, **row} for i, row in enumerate(crows_pairs()))
     return folder
+
+
+def avoiding(folder):
+    """The demo's recipe, its anti-stereotypes to be avoided, which it seldom prefers: the path of a file in `folder`.
+
+    So most margins are below 0: what lowers them makes the absolute ones larger.
+    """
+    recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
+    items = [{"unwanted": p["anti_stereotype"], "wanted": p["stereotype"], "dimension": p["dimension"]}
+             for p in recipe["probes"]["items"]]  # fmt: skip
+    path = folder / "avoiding.yaml"
+    path.write_text(json.dumps(recipe | {"probes": {"aim": "avoid", "items": items}}), encoding="utf-8")
+    return path

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bench_data
+from bench_data import avoiding
 from kbne_edit import Edit, evaluate, fold, hooked, load_recipe, neutral
 from kbne_edit.errors import InputError, ScoresError
 from kbne_edit.evaluation import margins, random_edit
@@ -464,6 +465,51 @@ def test_verdicts(of_random, of_flattened, verdict):
     figures = _report([mark], runs, 5.0)["tasks"]["own"]["figures"]
     assert figures["absolute margin"]["verdict"] == verdict
     assert figures["SS"]["verdict"] == "no effect found"
+
+
+@pytest.mark.parametrize("shift, of_random, verdict", [
+    (-0.3, 0.0, "less of what is unwanted, beyond every control"),
+    (-0.3, -0.5, "less of what is unwanted, but not beyond random neurons"),
+    (0.3, 0.0, "more of what is unwanted, beyond every control"),
+    (0.0, 0.0, "no effect found"),
+])  # fmt: skip
+def test_verdicts_on_what_is_to_be_avoided(shift, of_random, verdict):
+    """Every margin moves by what is given: below 0 on the whole, so that a fall makes the absolute ones larger."""
+    from kbne_edit.evaluation import _report
+    from kbne_edit.tasks import _AVOIDED, Benchmark
+
+    margin, noise = np.random.default_rng(0).normal((-1.0, 0.0), (0.5, 1e-3), (200, 2)).T
+
+    def columns(m):
+        return {"own": np.stack([m > 0, m, np.abs(m), m > 0], 1).astype(float)}
+
+    runs = {"base": columns(margin), "edit": columns(margin + shift + noise), "random 1": columns(margin + of_random)}
+    mark = Benchmark("own", "bias", [], [1] * 200, [""] * 200, None, _AVOIDED)
+    figures = _report([mark], runs, 5.0)["tasks"]["own"]["figures"]
+    entry = figures["unwanted margin"]
+    assert entry["verdict"] == verdict and entry["ideal"] == "lowest"
+    assert entry["base"] == pytest.approx(margin.mean())
+    assert entry["beyond"]["random neurons"][0] == pytest.approx(shift - of_random + noise.mean())
+    assert figures["unwanted preferred"]["ideal"] == 0
+
+
+def test_probes_to_be_avoided_equal_a_plain_loop(demo, tmp_path):
+    """The signed margin of every pair, before and after; and what JSON there is has no infinity in it."""
+    recipe = load_recipe(avoiding(tmp_path))
+    entries = evaluate("demo", edit=EDIT, recipe=avoiding(tmp_path), tasks=["probes"])["tasks"]["probes"]["figures"]
+
+    def margins():
+        return np.array([sentence(demo, p.first).mean() - sentence(demo, p.second).mean() for p in recipe.probes])
+
+    before = margins()
+    with hooked(demo[0], EDIT):
+        after = margins()
+    assert set(entries) == {"unwanted preferred", "unwanted margin"}
+    for name, m in (("base", before), ("edit", after)):
+        assert entries["unwanted margin"][name] == pytest.approx(m.mean(), abs=PER_TOKEN)
+        assert entries["unwanted preferred"][name] == pytest.approx(100 * (m > 0).mean())
+    assert entries["unwanted margin"]["change"][0] == pytest.approx((after - before).mean(), abs=2 * PER_TOKEN)
+    json.dumps(entries, allow_nan=False)
 
 
 def test_non_inferiority_is_the_lower_end_of_the_paired_change():

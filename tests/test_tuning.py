@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 import bench_data
+from bench_data import avoiding
 from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, neutral, select, tune
 from kbne_edit.errors import EditError, InputError, OutputError
 from kbne_edit.goal import Goal, Run, goal_of
@@ -32,7 +35,7 @@ from kbne_edit.scoring import Scorer
 from kbne_edit.search import Space, front, in_words, sweep
 from kbne_edit.selection import by_dimension, selection
 from kbne_edit.split import Half, halves
-from kbne_edit.tasks import _ACCURACY, _PREFERENCE, Benchmark, benchmarks
+from kbne_edit.tasks import _ACCURACY, _AVOIDED, _PREFERENCE, Benchmark, benchmarks
 from kbne_edit.tuning import USED, load_tuning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,6 +194,48 @@ def test_a_grid_holds_every_edit_once(scores):
     assert all(c.edit.found["select"]["tau"] == c.settings[0]["tau"] for c in found.candidates.values())
 
 
+def _with_controls():
+    """Noise in 400 neurons of twelve questions and as many controls; five neurons know the questions from the rest."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_exponential((24, 2, 200)).astype(np.float32) * 0.02
+    values[:, 0, 0] += 1.0
+    values[:12, 1, 10:15] += np.linspace(0.2, 0.6, 5, dtype=np.float32)
+    questions = tuple(Question(f"q{i}", "no", "a", "", i >= 12) for i in range(24))
+    ones = np.ones(24, np.float32)
+    return Scores(values, ones, 0 * ones, ones, ones, questions, {}, "down", "base")
+
+
+def test_tops_stand_beside_taus_and_are_not_multiplied_with_them():
+    """A setting has a tau or a top, never both; each selects what `select` does, under the specific rule too."""
+    loaded, limits = _with_controls(), (("tau", 0.1), ("tau", 0.5), ("top", 0.0025), ("top", 0.01))
+    space = Space(factors=(0.5, 2.0), taus=(0.1, 0.5), tops=(0.0025, 0.01), rules=("paper", "specific"))
+    found = sweep(space, {"down": loaded}, 16, 0, _measure)
+    expected = {}
+    for rule, limit, factor in product(("paper", "specific"), limits, (0.5, 2.0)):
+        edit = select(loaded, rule=rule, factor=factor, **dict([limit]))
+        expected.setdefault(edit.sha256, []).append({"rule": rule, "factor": factor, **dict([limit])})
+    common = {"site": "down", "combine": "union", "beta": 0.1}
+    got = {key: candidate.settings for key, candidate in found.candidates.items()}
+    assert got == {key: [common | setting for setting in settings] for key, settings in expected.items()}
+    assert (found.how, found.size, found.empty) == ("grid", 16, 0) and len(got) == 12  # of specific, tau says nothing
+    words = {in_words([setting]) for settings in got.values() for setting in settings}
+    assert {"site down, paper, top 0.0025, beta 0.1, union, factor 2",
+            "site down, specific, top 0.01, union, factor 0.5"} <= words  # fmt: skip
+    alone = sweep(Space((2.0,), tops=(0.01,), rules=("paper",)), {"down": loaded}, 1, 0, _measure)
+    (candidate,) = alone.candidates.values()
+    assert candidate.settings == [common | {"rule": "paper", "top": 0.01, "factor": 2.0}] and alone.size == 1
+
+
+def test_optuna_asks_for_taus_and_tops(scores):
+    pytest.importorskip("optuna")
+    space = Space((0.5, 2.0, 3.0), (0.1, 0.2), rules=("paper",), tops=(0.002, 0.005, 0.01), per_dimension=True)
+    found = sweep(space, {"down": load_scores(scores)}, 40, 0, _measure)
+    settings = [setting for candidate in found.candidates.values() for setting in candidate.settings]
+    assert found.size == 4**3 * 5 and all(("tau" in setting) != ("top" in setting) for setting in settings)
+    tried = {(name, setting[name]) for setting in settings for name in ("tau", "top") if name in setting}
+    assert tried == {("tau", 0.1), ("tau", 0.2), ("top", 0.002), ("top", 0.005), ("top", 0.01)}
+
+
 def _of_two_dimensions():
     """Neuron 0 is kept by both, more by b; 1 by a alone; 2 by b alone; 3 by a alone, though b has the larger mean."""
     rows = [("a", [0.5, 1.0, 0.0, 0.2]), ("a", [0.5, 1.0, 0.0, 0.0]), ("b", [0.9, 0.0, 1.0, 0.12]),
@@ -255,6 +300,9 @@ def test_without_optuna_the_error_says_what_to_install(scores, monkeypatch):
     (dict(factors=()), "needs values"),
     (dict(factors=(2.0, 2.0)), "each once"),
     (dict(taus=(1.5,)), "1.5 is no value for taus"),
+    (dict(taus=()), "needs values"),
+    (dict(taus=(), tops=(0.0,)), "0.0 is no value for tops"),
+    (dict(tops=(0.01, 0.01)), "each once"),
     (dict(rules=("best",)), "'best' is no value for rules"),
     (dict(combines=("any",)), "'any' is no value for combines"),
 ])  # fmt: skip
@@ -636,9 +684,29 @@ def test_command(scores, tmp_path, tuned):
     assert nothing.returncode == 0 and "nothing to choose: " in nothing.stdout and "next:" not in nothing.stdout
 
 
+@pytest.mark.slow
+def test_command_with_tops(scores, tmp_path):
+    """From the sweep to the report: an edit chosen by a top is baked as printed, and selected again from its record."""
+    options = [*SMALL_OPTIONS[:4], "--factors", 2, "--tops", "0.01", "--taus", "0.2", "--rules", "paper"]
+    result = run("tune", "--in", "demo", scores, "--out", "out", *options, cwd=tmp_path)
+    assert result.returncode == 0 and "2 of 2 settings tried (grid)" in result.stdout, result.stdout + result.stderr
+    assert "in common: site down, paper, beta 0.1, union" in result.stdout and "top 0.01, factor 2" in result.stdout
+    found = load_tuning(tmp_path / "out" / "tune.json")
+    assert (found["space"]["taus"], found["space"]["tops"]) == ([0.2], [0.01])
+    (chosen,) = (point for point in found["points"] if point["edit"] == found["chosen"])
+    assert chosen["settings"][0]["top"] == 0.01 and "tau" not in chosen["settings"][0]
+    assert chosen["neurons"] == select(load_scores(scores), top=0.01).num_neurons
+    baking = shlex.split(result.stdout.splitlines()[-1].split("kbne-edit ")[-1])
+    assert run(*baking, "--no-behaviour", cwd=tmp_path).returncode == 0
+    report = build(tmp_path / "debiased", scores, tuning=tmp_path / "out" / "tune.json")
+    assert report["selection"]["top"] == 0.01 and report["selection"]["reproduced"] is True
+    assert "top 0.01" in next(point["settings"] for point in report["tuning"]["points"] if point["chosen"])
+
+
 @pytest.mark.parametrize("options, message", [
     (["--factors", "2,x"], "'2,x': numbers with commas between"),
     (["--factors", "1"], "1.0 is no value for factors"),
+    (["--tops", "0"], "0.0 is no value for tops"),
     (["--tasks", "nonsense"], "there is no task nonsense"),
     (["--trials", 0], "--trials"),
 ])  # fmt: skip
@@ -676,22 +744,55 @@ def test_wrong_scores_and_folders(scores, tmp_path):
         tune("demo", scores, tmp_path / "other", **ASKED)
 
 
-def test_probes_that_are_to_be_avoided_do_not_steer():
-    from dataclasses import replace
+def test_the_figure_that_steers_unless_told_otherwise():
+    """The absolute margin where a task has it, and there it steers alone; else the unwanted margin."""
+    avoided, crows, ability = (
+        Benchmark(name, kind, [], [1] * 99, [""] * 99, None, figures) for name, kind, figures in (
+            ("probes", "bias", _AVOIDED), ("crows_pairs", "bias", _PREFERENCE), ("copa", "capability", _ACCURACY))
+    )  # fmt: skip
 
-    probes = Benchmark("probes", "bias", [], [1] * 99, [""] * 99, None, _PREFERENCE)
-    ability = Benchmark("copa", "capability", [], [1] * 99, [""] * 99, None, _ACCURACY)
-    half, recipe = Half([probes, ability], []), load_recipe("demo")
-    assert goal_of([half, half], "margin", 5.0, None, recipe).abilities == ["copa"]
-    with pytest.raises(InputError, match="are to avoid"):
-        goal_of([half, half], "margin", 5.0, None, replace(recipe, aim="avoid"))
+    def steering(*marks, figure=None):
+        return {name: f.name for name, f in goal_of([Half(marks, [])] * 2, figure, 5.0, None).steering.items()}
+
+    assert steering(avoided, ability) == {"probes": "unwanted margin"}
+    assert steering(avoided, crows, ability) == {"crows_pairs": "absolute margin"}
+    assert steering(avoided, crows, ability, figure="unwanted margin") == {"probes": "unwanted margin"}
+    with pytest.raises(InputError, match="--figure is one of unwanted margin, unwanted preferred"):
+        steering(avoided, ability, figure="absolute margin")
+
+
+def test_probes_that_are_to_be_avoided_steer_by_their_signed_margin(scores, scorer, tmp_path):
+    """Dev and test figures again by plain loops, and a verdict that asks for a fall."""
+    recipe = avoiding(tmp_path)
+    result = tune("demo", scores, tmp_path / "out", **ASKED, recipe=recipe)
+    marks = benchmarks(["probes"], None, None, load_recipe(recipe), scorer, scorer.tokenizer)
+    _, stories, texts = neutral.rows(scorer, load_recipe(recipe))
+    (dev,), (test,) = (half.marks for half in halves(marks, stories, texts, 0))
+    assert result["figure"] == "unwanted margin" and result["chosen_by"].startswith("the least of what is unwanted")
+
+    def mean(mark, edit=None):
+        with hooked(scorer.model, edit) if edit else nullcontext():
+            return _margins(mark)(scorer.model).mean()
+
+    assert result["base_bias"]["probes"] == pytest.approx(mean(dev), abs=PER_TOKEN)
+    edits, base = _edits(result, scores), mean(dev)
+    for point in result["points"]:
+        change = mean(dev, edits[point["edit"]]) - base
+        assert point["bias"][0] == pytest.approx(change, abs=2 * PER_TOKEN)
+        assert not point["front"] or change < 0
+    assert {point["bias"][0] < 0 for point in result["points"]} == {False, True}
+    entry = result["test"]["tasks"]["probes"]["figures"]["unwanted margin"]
+    assert entry["edit"] == pytest.approx(mean(test, edits[result["chosen"]]), abs=PER_TOKEN)
+    found = result["verdict"]
+    fell = entry["edit"] < entry["base"] and entry["p_holm"] < 0.05 and entry["beyond"]["random neurons"][2] < 0
+    assert found["confirmed"] == fell and entry["verdict"] in found["text"]
 
 
 def test_capability_tasks_bound_the_loss_where_there_are_any():
     names = {"knowledge": "knowledge", "copa": "capability", "probes": "bias"}
     marks = [Benchmark(name, kind, [], [1] * 99, [""] * 99, None, _PREFERENCE if kind == "bias" else _ACCURACY)
              for name, kind in names.items()]  # fmt: skip
-    goals = [goal_of([Half(m, [])] * 2, "SS", 5.0, None, load_recipe("demo")) for m in (marks, [marks[0], marks[2]])]
+    goals = [goal_of([Half(m, [])] * 2, "SS", 5.0, None) for m in (marks, [marks[0], marks[2]])]
     assert [goal.abilities for goal in goals] == [["copa"], ["knowledge"]]
 
 

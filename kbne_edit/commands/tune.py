@@ -30,15 +30,17 @@ class _Values(click.ParamType):
 @click.argument("scores", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options.out("Folder for everything: journal, tune.json, pareto.svg, edit.json; an interrupted run is continued.")
 @click.option("--factors", type=_Values(float), help="Multipliers.  [default: 0.5,1.5,2,3,4]")
-@click.option("--taus", type=_Values(float), help="Shares of a question's largest score.  [default: 0.05,0.1,0.2]")
+@click.option("--taus", type=_Values(float), help="Shares of a question's largest score.  [default: 0.05,0.1,0.2; with "
+              "--tops none]")  # fmt: skip
+@click.option("--tops", type=_Values(float), help="Shares of all neurons: ranks, each in place of a tau.")
 @click.option("--betas", type=_Values(float), help="Shares of a dimension's questions.  [default: 0.1]")
 @click.option("--rules", type=_Values(str), help="Selection rules.  [default: all that the scores allow]")
 @click.option("--combine", "combines", type=_Values(str), help="Over dimensions.  [default: union]")
 @click.option("--per-dimension", is_flag=True, help="A factor for each dimension, 1 (left alone) among them.")
 @click.option("--trials", type=click.IntRange(1), default=60, show_default=True,
               help="Edits to try at most: a larger space is sampled by Optuna, not tried in full.")  # fmt: skip
-@click.option("--figure", default="absolute margin", show_default=True,
-              help="Of the bias tasks: what is to come nearer to its ideal.")  # fmt: skip
+@click.option("--figure", help="Of the bias tasks: what is to come nearer to its ideal.  [default: absolute margin; "
+              "unwanted margin of probes that are to be avoided]")  # fmt: skip
 @click.option("--max-kl", type=click.FloatRange(0, min_open=True), help="Most KL from the base on neutral text, nats "
               "per token.  [default: no bound]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split and the sampler.")
@@ -62,7 +64,7 @@ def command(source, scores, out, tasks, as_json, per_dimension, **values) -> Non
     from ..search import Space
     from ..tuning import tune
 
-    given = {name: values.pop(name) for name in ("factors", "taus", "betas", "rules", "combines")}
+    given = {name: values.pop(name) for name in ("factors", "taus", "tops", "betas", "rules", "combines")}
     space = Space(per_dimension=per_dimension, **{name: value for name, value in given.items() if value is not None})
     result = tune(source, scores, out, space=space, tasks=options.names(tasks), **values)
     options.show(result, as_json, _lines(result, out))
@@ -82,7 +84,7 @@ def _dev_lines(result: dict) -> list[str]:
 
     search, points, figure = result["search"], result["points"], result["figure"]
     every = [setting for point in points for setting in point["settings"]]
-    common = {name for name in every[0] if name != "factor" and len({setting[name] for setting in every}) == 1}
+    common = {name for name in every[0] if name != "factor" and len({setting.get(name) for setting in every}) == 1}
     bound = "" if result["max_kl"] is None else f", KL below {result['max_kl']:g}"
     best = sorted((p for p in points if p["front"]), key=lambda p: p["bias"][0])
     lines = [
@@ -104,7 +106,7 @@ def _dev_lines(result: dict) -> list[str]:
             lines.append(f"    less the mean of {result['draws']} draws of random neurons: {interval(figure, held)}")
     if result["chosen"]:
         return [*lines, f"chosen (*): {result['chosen_by']}"]
-    why = "goes beyond random neurons" if best else "lowers the bias"
+    why = "goes beyond random neurons" if best else f"improves the {figure}"
     return [*lines, f"nothing to choose: on dev no edit within bounds {why}; the test split was not scored"]
 
 
