@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from .recipe import COMBINE, RULES
 if TYPE_CHECKING:
     from .scores import Scores
 
+T = TypeVar("T")
 TOP = 0.002  # of all neurons: what the specific rule keeps of each dimension unless told otherwise
 
 
@@ -273,10 +274,16 @@ def selection(
 
 def at_factor(mask: np.ndarray, factor: float) -> dict[int, dict[int, float]]:
     """The factors of an edit that scales the neurons of a mask [L, F] by one number."""
-    factors: dict[int, dict[int, float]] = {}
-    for layer, neuron in np.argwhere(mask).tolist():
-        factors.setdefault(layer, {})[neuron] = float(factor)
-    return factors
+    return by_layer(dict.fromkeys(np.flatnonzero(mask).tolist(), float(factor)), mask.shape[1])
+
+
+def by_layer(values: dict[int, T], neurons: int) -> dict[int, dict[int, T]]:
+    """{layer: {neuron: value}} of values by their place in [L * F]. neurons: F."""
+    result: dict[int, dict[int, T]] = {}
+    for place, value in values.items():
+        layer, neuron = divmod(place, neurons)
+        result.setdefault(layer, {})[neuron] = value
+    return result
 
 
 def described(found: dict) -> str:

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .errors import EditError, InputError
-from .selection import Asked, ballot, combined, nothing, questions
+from .selection import Asked, ballot, by_layer, combined, nothing, questions
 
 if TYPE_CHECKING:
     from .scores import Scores
-
-DRAWS = 200
 
 
 class Resamples(NamedTuple):
@@ -34,7 +32,7 @@ class Resamples(NamedTuple):
 
 
 def resample(
-    scores: Scores, *, draws: int = DRAWS, seed: int = 0, rule="paper", tau=0.1, beta=0.1, top=None, combine="union",
+    scores: Scores, *, draws: int = 200, seed: int = 0, rule="paper", tau=0.1, beta=0.1, top=None, combine="union",
     only=None,
 ) -> Resamples:  # fmt: skip
     """A bootstrap over the questions of each dimension; controls are not resampled. Settings as of `select`.
@@ -63,14 +61,12 @@ def stability(scores: Scores | Resamples, **settings) -> dict:
     if not len(found.whole):
         raise EditError(nothing(**found.rule))
     times = sum(np.isin(found.whole, neurons) for _, neurons in found.drawn)
-    shares: dict[int, dict[int, float]] = {}
-    for place, count in zip(found.whole.tolist(), times.tolist(), strict=True):
-        layer, neuron = divmod(place, found.scores.values.shape[2])
-        shares.setdefault(layer, {})[neuron] = count / len(found.drawn)
+    shares = dict(zip(found.whole.tolist(), (times / len(found.drawn)).tolist(), strict=True))
     jaccard = [_jaccard(found.whole, neurons) for _, neurons in found.drawn]
     sizes = [len(neurons) for _, neurons in found.drawn]
     return {
-        "neurons": shares, "jaccard": [float(np.mean(jaccard)), *_spread(jaccard)],
+        "neurons": by_layer(shares, found.scores.values.shape[2]),
+        "jaccard": [float(np.mean(jaccard)), *_spread(jaccard)],
         "size": [float(np.mean(sizes)), *_spread(sizes)], "draws": len(found.drawn),
     }  # fmt: skip
 
@@ -96,9 +92,9 @@ def agreements(found: dict[str, Resamples]) -> list[dict]:
     pairs, files = list(combinations(found, 2)), found.items()
     whole = _correlations({name: _ranks(own.asked, own.asked.asked) for name, own in files}, pairs)
     drawn = [  # draw by draw, since the ranks of all draws would fill the memory
-        _correlations({name: _ranks(own.asked, asked) for name, own in files for asked, _ in [own.drawn[d]]}, pairs)
-        for d in range(min(len(own.drawn) for own in found.values()))
-    ]  # fmt: skip
+        _correlations({name: _ranks(own.asked, asked) for name, own, (asked, _) in of_draw}, pairs)
+        for of_draw in zip(*([(name, own, draw) for draw in own.drawn] for name, own in files), strict=True)
+    ]
     result = []
     for (a, b), rank, *ranks in zip(pairs, whole, *drawn, strict=True):
         x, y = found[a], found[b]

@@ -41,14 +41,12 @@ def command(scores, recipe, draws, as_json, **values) -> None:
 
 def _in_files(found: list) -> dict:
     """{layer: {neuron: [share of the files that select it, low, high]}}, intervals by Wilson."""
+    from ..selection import by_layer
     from ..statistics import wilson
 
-    counted, width = Counter(place for own in found for place in own.whole.tolist()), found[0].scores.values.shape[2]
-    shares: dict[int, dict[int, list[float]]] = {}
-    for place, count in sorted(counted.items()):
-        layer, neuron = divmod(place, width)
-        shares.setdefault(layer, {})[neuron] = [count / len(found), *wilson(count, len(found))]
-    return shares
+    counted, files = sorted(Counter(place for own in found for place in own.whole.tolist()).items()), len(found)
+    shares = {place: [count / files, *wilson(count, files)] for place, count in counted}
+    return by_layer(shares, found[0].scores.values.shape[2])
 
 
 def _lines(result: dict) -> list[str]:
