@@ -284,6 +284,7 @@ def _task(name: str, known_as: str, folder: str | None, items: list[dict] | None
     """lm-eval's task, with its data from the Hub or with `items`."""
     import lm_eval.tasks
     from datasets import Dataset
+    from datasets.exceptions import DatasetsError
 
     where = Path(lm_eval.tasks.__file__).parent / folder if folder else Path(__file__).parent / "lm_tasks"
     manager = lm_eval.tasks.TaskManager(include_path=str(where), include_defaults=False)
@@ -294,7 +295,7 @@ def _task(name: str, known_as: str, folder: str | None, items: list[dict] | None
     try:
         # A group of one: lm-eval changes settings of a named task within a group only.
         return manager.load({"group": "kbne_edit", "task": [changes]})["tasks"][known_as]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         if items is not None:
             raise
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__

@@ -1,4 +1,5 @@
 """A Hub on 127.0.0.1 that speaks the protocol of huggingface_hub: enough of it to download, to upload, and to fail.
+Data sets are read through it as well, by the client of `datasets`.
 
 It keeps repositories in memory, hashes what it is given, and answers as the real one does: large files by a redirect to
 another origin (as its CDN), uploads through LFS with signed addresses, errors with X-Error-Code. `requests` is the log.
@@ -18,7 +19,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 SIGNATURE = "signed-0123456789abcdef"  # stands in every address that the CDN and the store hand out: must not leak
-LFS = (".safetensors", ".bin", ".pth", ".onnx", ".gguf")
+LFS = (".safetensors", ".bin", ".pth", ".onnx", ".gguf", ".parquet")
+DATASETS = "datasets/"  # what the names of repositories of data begin with, as their addresses do
 
 
 @dataclass
@@ -110,6 +112,14 @@ def git_sha(data: bytes) -> str:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _row(path: str, data: bytes | None) -> dict:
+    """What the Hub says of a path; data: None for a folder."""
+    if data is None:
+        return {"type": "directory", "path": path, "oid": git_sha(b""), "size": 0}
+    row = {"type": "file", "path": path, "size": len(data), "oid": git_sha(data)}
+    return row | ({"lfs": {"oid": sha256(data), "size": len(data), "pointerSize": 134}} if path.endswith(LFS) else {})
 
 
 class _Refusal(Exception):
@@ -210,19 +220,22 @@ class _Handler(BaseHTTPRequestHandler):
         if "blobs" in self.query:
             siblings = [s | {"size": len(repo.commits[sha][s["rfilename"]])} for s in siblings]
         return 200, {
-            "id": name, "modelId": name, "sha": sha, "private": repo.private, "gated": "auto" if repo.gated else False,
+            "id": name.removeprefix(DATASETS), "sha": sha, "private": repo.private,
+            "gated": "auto" if repo.gated else False,
             "tags": [], "downloads": 0, "likes": 0, "siblings": siblings,
         }  # fmt: skip
 
-    def tree(self, name: str, revision: str):
+    def tree(self, name: str, revision: str, folder: str = ""):
+        """What lies in a folder: its files and folders, or with `recursive` all that lies below it."""
         repo, sha = self.at(name, revision)
-        rows = []
-        for path, data in sorted(repo.commits[sha].items()):
-            row = {"type": "file", "path": path, "size": len(data), "oid": git_sha(data)}
-            if path.endswith(LFS):
-                row["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 134}
-            rows.append(row)
-        return 200, rows
+        start = f"{folder}/" if folder else ""
+        found = {path: data for path, data in sorted(repo.commits[sha].items()) if path.startswith(start)}
+        if folder and not found:
+            raise _Refusal(404, "EntryNotFound", f"{folder} does not exist")
+        if self.query.get("recursive", ["false"])[0].lower() == "true":
+            return 200, [_row(path, data) for path, data in found.items()]
+        inside = {path.removeprefix(start).split("/")[0] for path in found}
+        return 200, [_row(start + name, found.get(start + name)) for name in sorted(inside)]
 
     def resolve(self, name: str, revision: str, path: str):
         repo, sha = self.at(name, revision)
@@ -367,7 +380,13 @@ def card_faults(data: object) -> list[str]:
 
 
 _NAME, _REV = r"([\w.-]+/[\w.-]+)", r"(refs/[\w/]+|[^/]+)"
+_DATASET = r"(datasets/[\w.-]+/[\w.-]+)"
 _ROUTES = [
+    (rf"GET /api/{_DATASET}", _Handler.info),
+    (rf"GET /api/{_DATASET}/revision/(.+)", _Handler.info),
+    (rf"GET /api/{_DATASET}/tree/{_REV}", _Handler.tree),
+    (rf"GET /api/{_DATASET}/tree/{_REV}/(.+)", _Handler.tree),
+    (rf"(?:GET|HEAD) /{_DATASET}/resolve/{_REV}/(.+)", _Handler.resolve),
     (rf"GET /api/models/{_NAME}", _Handler.info),
     (rf"GET /api/models/{_NAME}/revision/(.+)", _Handler.info),
     (rf"GET /api/models/{_NAME}/tree/{_REV}", _Handler.tree),
