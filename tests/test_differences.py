@@ -1,5 +1,7 @@
 """Differences of columns against SciPy, against loops, and against how often chance may win."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -100,3 +102,30 @@ def test_columns_that_never_move_are_never_found():
     scores[6:, 0, 2] = scores[0, 0, 2] - 1e-10
     bounds = lower_bounds(scores, np.arange(6), np.arange(6, 12), np.array(["a"] * 12))
     assert not (bounds(np.arange(6)) > 0)[0, :3].any()
+
+
+def test_the_level_is_one_of_the_exact_relabellings():
+    """Two strata of four and six rows, 6 * 20 = 120 relabellings within them, all by hand: the maximum over columns."""
+    x, strata = np.random.default_rng(7).standard_exponential((10, 5)), np.array([0] * 4 + [1] * 6)
+    first = np.array([True, True, False, False] + [True] * 3 + [False] * 3)
+    exact = []
+    for a in combinations(range(4), 2):
+        for b in combinations(range(4, 10), 3):
+            group, rest = [*a, *b], [i for i in range(10) if i not in (*a, *b)]
+            parts = (_by_hand(x[:, column], strata.tolist(), group, rest) for column in range(5))
+            exact.append(max(difference / error for difference, error in parts))
+    levels = [critical([x[:, :2], x[:, 2:]], strata, first, seed) for seed in range(20)]
+    for level in levels:
+        assert np.abs(np.array(exact) - level).min() < 1e-5 * level  # the labels are float32
+    # Of 200 draws the share below the level scatters by sqrt(.05 * .95 / 200) = 0.015 about 0.95, and each of the 120
+    # weighs 0.008; twenty levels together by a fifth of that.
+    below = [np.mean(np.array(exact) <= level * (1 + 1e-5)) for level in levels]
+    assert abs(np.mean(below) - CONFIDENCE) < 0.02 and min(below) > 0.88 and len(set(levels)) > 1
+
+
+def test_the_level_depends_on_its_seed_and_on_no_division_into_blocks():
+    x, first = np.random.default_rng(8).standard_normal((14, 9)), FIRST
+    whole = critical([x], STRATA, first, 1)
+    assert whole == critical([x], STRATA, first, 1)
+    assert whole == pytest.approx(critical([x[:, :1], x[:, 1:4], x[:, 4:]], STRATA, first, 1), rel=1e-6)
+    assert critical([x[:, :4]], STRATA, first, 1) <= whole * (1 + 1e-6)  # more columns, more that chance may reach

@@ -1,5 +1,6 @@
 """Selection against rules written out by hand."""
 
+import math
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from kbne_edit import load_recipe, load_scores, select
+from kbne_edit.differences import critical
 from kbne_edit.errors import EditError, InputError
 from kbne_edit.pipeline import Settings, choosing
 from kbne_edit.recipe import Question
@@ -225,3 +227,133 @@ def test_thresholds_of_recipe_and_command():
     assert choosing(scores, recipe, Settings(tau=0.2, top=0.3))["top"] == 0.3
     with pytest.raises(InputError, match="neither --tau nor --beta"):
         choosing(scores, recipe, Settings(rule="specific", beta=0.2))
+
+
+def _random_questions(seed):
+    """Scores of eighteen questions and fourteen controls with answers and forms; no control has the form "z"."""
+    rng = np.random.default_rng(seed)
+    scores = (rng.standard_exponential((32, 3, 20)) * rng.choice([1, -1], (32, 3, 20), p=[0.7, 0.3])).astype(np.float32)
+    about = dict(
+        dimensions=[*rng.choice(["a", "b"], 18), *["c"] * 14], answers=[("yes", "no")[i % 2] for i in range(32)],
+        forms=[*("xyz"[i // 2 % 3] for i in range(18)), *("xy"[i // 2 % 2] for i in range(14))],
+        controls=[i >= 18 for i in range(32)], twins=[18 + i * 5 % 14 for i in range(18)] + [-1] * 14,
+    )  # fmt: skip
+    return scores, about
+
+
+def _expected(scores, about, rule, beta, q):
+    """What a rule expects of every neuron in question q anyway, neuron by neuron."""
+    share = [row.ravel() / row.max() for row in scores]
+    if rule == "paper":
+        return [0.0] * share[q].size
+    if rule == "paired":
+        return share[about["twins"][q]]
+    answer, form = about["answers"], about["forms"]
+    same = [c for c in range(18, 32) if answer[c] == answer[q]]
+    pool = [c for c in same if form[c] == form[q]] or same
+    needed = max(math.ceil(beta * len(pool)), 1)
+    reached = []
+    for n in range(share[q].size):  # the largest level that enough of the controls reach
+        levels = [share[c][n] for c in pool if sum(share[d][n] >= share[c][n] for d in pool) >= needed]
+        reached.append(max(0.0, *levels))
+    return reached
+
+
+@pytest.mark.parametrize("limit", [dict(tau=0.25), dict(top=0.1), dict(top=1e-6)])
+@pytest.mark.parametrize("rule", ["paper", "contrastive", "paired"])
+@pytest.mark.parametrize("beta, combine", [(0.3, "union"), (0.05, "intersection")])
+def test_rules_against_plain_loops(rule, limit, beta, combine):
+    """Every question's votes, one neuron after the other, then the share of the dimension's questions."""
+    for seed in range(3):
+        scores, about = _random_questions(seed)
+        kept = {}
+        for name in ("a", "b"):
+            asked = [q for q in range(18) if about["dimensions"][q] == name]
+            votes = [0] * 60
+            for q in asked:
+                share = scores[q].ravel() / scores[q].max()
+                excess = [float(s - e) for s, e in zip(share, _expected(scores, about, rule, beta, q), strict=True)]
+                floor = limit.get("tau", 0.0)
+                best = sorted(range(60), key=lambda n: -excess[n])
+                for n in best[: max(round(limit["top"] * 60), 1)] if "top" in limit else best:
+                    votes[n] += excess[n] > floor
+            kept[name] = {n for n in range(60) if votes[n] >= max(math.ceil(beta * len(asked)), 1)}
+        expected = kept["a"] | kept["b"] if combine == "union" else kept["a"] & kept["b"]
+        try:
+            factors = select(scores, **about, rule=rule, beta=beta, combine=combine, **limit).factors
+        except EditError:
+            factors = {}
+        assert {20 * la + n for la, ns in factors.items() for n in ns} == expected
+
+
+def test_equal_ranks_are_all_kept():
+    scores = np.zeros((1, 1, 10), np.float32)
+    scores[0, 0, [1, 4, 7]] = 0.5
+    scores[0, 0, 2] = 1.0
+    assert select(scores, top=0.19).factors == {0: {1: 2.0, 2: 2.0, 4: 2.0, 7: 2.0}}  # the nearest number, two
+    assert select(scores, top=0.1).factors == select(scores, top=0.0).factors == {0: {2: 2.0}}  # one at least
+    with pytest.raises(InputError, match="top lie from 0 to 1"):
+        select(scores, top=1.5)
+
+
+def test_specific_rule_against_plain_loops():
+    """The order of the lower bounds, from differences, standard errors and the level of chance for all neurons."""
+    rng = np.random.default_rng(2)
+    scores, about = _planted(3, 0.0, 12, 12)
+    scores[:12, 1, :40] += rng.uniform(0.05, 0.4, 40)
+    about |= dict(dimensions=["a"] * 24)
+    kinds = np.array([f"{a} {f}" for a, f in zip(about["answers"], about["forms"], strict=True)])
+    x = (scores / scores.max((1, 2), keepdims=True)).reshape(24, -1)
+    first = np.arange(24) < 12
+    level = critical([x], kinds, first)
+    bounds = np.zeros(600)
+    for n in range(600):
+        difference = spread = 0.0
+        parts = {(k, g): x[(kinds == k) & (first == g), n] for k in set(kinds) for g in (True, False)}
+        pooled = {g: sum(((p - p.mean()) ** 2).sum() for (_, h), p in parts.items() if h == g) / (12 - 3)
+                  for g in (True, False)}  # fmt: skip
+        for k in set(kinds):
+            a, b = parts[k, True], parts[k, False]
+            difference += len(a) / 12 * (a.mean() - b.mean())
+            spread += (len(a) / 12) ** 2 * (pooled[True] / len(a) + pooled[False] / len(b))
+        bounds[n] = difference - level * spread**0.5
+    above = np.flatnonzero(bounds > 0)
+    assert 8 < len(above) < 40
+    for top, count in ((1.0, len(above)), (5 / 600, 5), (None, 1)):  # 0.002 of 600, unless told otherwise
+        found = select(scores, **about, top=top).factors
+        assert {200 * la + n for la, ns in found.items() for n in ns} == set(np.argsort(-bounds)[:count])
+
+
+def test_specific_rule_compares_with_matched_controls_only():
+    """Controls of another answer, and of another form where the form has controls, might as well not be there."""
+    scores, about = _planted(1, 0.3, 12, 24)
+    about |= dict(dimensions=["a"] * 36, answers=["no"] * 36, forms=["x"] * 36)
+    without = select(scores[:24], **{k: v[:24] if isinstance(v, list) else v for k, v in about.items()}, top=0.5)
+    wild = np.random.default_rng(4).standard_exponential((12, 3, 200)) * 9
+    for key, other in (("answers", "yes"), ("forms", "y")):
+        matched = about | {key: [*about[key][:24], *[other] * 12]}
+        changed = np.concatenate([scores[:24], wild.astype(np.float32)])
+        assert select(changed, **matched, top=0.5).factors == without.factors != {}
+    assert select(changed, **about, top=0.5).factors != without.factors  # all of one kind: now they do take part
+
+
+def test_twins_are_never_held_out():
+    """Under the paired rule: what is held out, and what counts as used, are the controls that are nobody's twin."""
+    scores, about = _random_questions(5)
+    about |= dict(twins=[18 + i % 8 for i in range(18)] + [-1] * 14)
+    own = list(range(26, 32))
+    found = selection(scores, **about, rule="paired", beta=0.3)
+    count = found.edit.num_neurons
+    share = (scores / scores.max((1, 2), keepdims=True)).reshape(32, -1)
+    used = set(np.argsort(-share[own].mean(0), kind="stable")[:count])
+    assert set(np.flatnonzero(found.used_by_controls())) == used
+    selected = {20 * la + n for la, ns in found.edit.factors.items() for n in ns}
+    halves = [[c for c in own if _turn(about, c) == half] for half in (0, 1)]
+    most = [set(np.argsort(-share[held].mean(0), kind="stable")[:count]) for held in halves]
+    assert found.unseen() == [(len(selected & used), count) for used in most]
+
+
+def _turn(about, control):
+    """0 or 1: the controls of each answer and form are dealt in turn."""
+    before = [c for c in range(18, control) if all(about[k][c] == about[k][control] for k in ("answers", "forms"))]
+    return len(before) % 2
