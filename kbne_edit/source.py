@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -179,8 +180,7 @@ def _instead(name: str, revision: str, files: Collection[str], say: Callable[[st
 
 
 def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
-    """The checkpoint at `path` with its .bin weights as safetensors, in `folder`. One shard in memory at a time."""
-
+    """The checkpoint at `path` with its .bin weights as safetensors, in `folder`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -212,17 +212,26 @@ def _copy(file: Path, out: Path) -> None:
 
 
 def _plain_weights(file: Path) -> dict:
-    """The tensors of a .bin file, {name: tensor}. Raises SourceError; runs nothing of it."""
+    """The tensors of a .bin file, {name: tensor}, each with storage of its own. Raises SourceError; runs nothing of it.
+
+    They lie in the file and not in memory, but for those that share storage or are no plain bytes there, and those of
+    a file that torch before 1.6 wrote.
+    """
     import torch
 
     try:
         open_input(file).close()  # torch would wait for a pipe
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         most = file.stat().st_size  # a view can claim more elements than there are
         if not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.nbytes <= most for k, v in state.items()):
             raise ValueError("not a table of tensors")
-        # Cloned: tensors that share storage stay under each of their names, as plain bytes.
-        return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+        taken: set[int] = set()
+        for name, tensor in state.items():
+            storage = tensor.untyped_storage().data_ptr()
+            if storage in taken or not tensor.is_contiguous():
+                state[name] = tensor.clone(memory_format=torch.contiguous_format)
+            taken.add(storage)
+        return state
     except MemoryError:
         raise
     except Exception as error:  # damaged archives make the unpickler raise nearly anything

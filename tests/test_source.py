@@ -1,6 +1,8 @@
 """What `--in` names, before anything is made of it."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,11 @@ from safetensors.torch import load_file
 
 from kbne_edit import Edit, bake, fold, revert, verify
 from kbne_edit.errors import CheckpointError, SourceError
-from kbne_edit.source import resolved
+from kbne_edit.source import DEMO, resolved
 from tiny import tiny_model
 
 EDIT = Edit("down", {1: {5: 2.0}})
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("index, message", [
@@ -184,3 +187,58 @@ def test_a_cache_is_no_way_out_either(link, base, secret, tmp_path):
     link(snapshot, secret)
     with pytest.raises(CheckpointError, match="lies outside"):
         fold(snapshot, EDIT, tmp_path / "out")
+
+
+def _bin(folder, state, **how):
+    """A demo whose weights are a .bin file with this state."""
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    torch.save(state, folder / "pytorch_model.bin", **how)
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [True, False])  # False: as torch before 1.6 wrote it
+def test_bin_weights_of_every_build_keep_their_values(zipped, tmp_path):
+    """Tied ones under each of their names, views as they are read, parameters, empty ones, one value for all."""
+    tied = torch.arange(12.0).reshape(3, 4).bfloat16()
+    state = {
+        "tied": tied, "again": tied, "turned": tied.T, "part": tied[1:, 2:], "row": tied[1],
+        "parameter": torch.nn.Parameter(torch.ones(2)), "none": torch.zeros(0, 4), "same": torch.ones(1).expand(5),
+        "whole": torch.arange(3), "half": torch.ones(2, dtype=torch.float16),
+    }  # fmt: skip
+    with resolved(str(_bin(tmp_path / "bin", state, _use_new_zipfile_serialization=zipped))) as found:
+        got = load_file(found.path / "model.safetensors")
+    assert got.keys() == state.keys()
+    for name, tensor in state.items():
+        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
+
+
+# Prints by how many bytes the memory that no file backs grew while the weights were converted, at the most.
+GROWTH = """
+import re, sys, threading
+from pathlib import Path
+import safetensors.torch, torch
+from kbne_edit.source import resolved
+def used():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+def watch():
+    while not done.wait(0.001):
+        seen.append(used())
+done, seen = threading.Event(), [used()]
+watcher = threading.Thread(target=watch)
+watcher.start()
+with resolved(sys.argv[1]) as found:
+    done.set(), watcher.join()
+print(max(seen) - seen[0], len(seen))
+"""
+
+
+@pytest.mark.slow
+def test_bin_weights_are_not_held_in_memory(tmp_path):
+    weight = torch.zeros(2, 2**19)
+    state = {f"{i}": weight + i for i in range(64)} | {"tied": weight}
+    state["again"] = state["tied"]
+    folder = _bin(tmp_path / "bin", state)  # 273 MB, 4 MB each
+    command = [sys.executable, "-c", GROWTH, str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    growth, samples = map(int, result.stdout.split())
+    assert growth < 40e6 and samples > 20
