@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
-from .checkpoint import is_weights, other_files, read_config
+from .checkpoint import header_bytes, is_weights, other_files, read_config
 from .client import TIMEOUT, passing, talking
 from .errors import OutputError, SourceError, short, shown
 from .files import forbid_links_out, open_input, read_json
@@ -26,6 +26,15 @@ _FILES = [
     "USE_POLICY*",
 ]  # fmt: skip
 _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*", "*.index.json"]
+
+# torch's dtypes under safetensors' names, in the order in which its writer puts them: the widest first.
+_DTYPES = {
+    "torch.uint64": "U64", "torch.int64": "I64", "torch.float64": "F64", "torch.complex64": "C64",
+    "torch.float32": "F32", "torch.uint32": "U32", "torch.int32": "I32", "torch.bfloat16": "BF16",
+    "torch.float16": "F16", "torch.uint16": "U16", "torch.int16": "I16", "torch.float8_e8m0fnu": "F8_E8M0",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,9 +190,6 @@ def _instead(name: str, revision: str, files: Collection[str], say: Callable[[st
 
 def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
     """The checkpoint at `path` with its .bin weights as safetensors, in `folder`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     index = path / "pytorch_model.bin.index.json"
     if missing := sorted(set(_shards(index) if index.is_file() else []) - {file.name for file in bins}):
         raise SourceError(f"{index} names {shown(missing[0])}, which is missing: download it again")
@@ -192,9 +198,9 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
         state = _plain_weights(file)
         name = "model.safetensors" if len(bins) == 1 else f"model-{number + 1:05}-of-{len(bins):05}.safetensors"
         try:
-            save_file(state, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OutputError(f"cannot write {folder / name}: {short(error)}") from None
+            _write(state, folder / name)
+        except OSError as error:
+            raise OutputError(f"cannot write {folder / name}: {error.strerror}") from None
         weight_map |= dict.fromkeys(state, name)
     if len(bins) > 1:
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
@@ -212,10 +218,9 @@ def _copy(file: Path, out: Path) -> None:
 
 
 def _plain_weights(file: Path) -> dict:
-    """The tensors of a .bin file, {name: tensor}, each with storage of its own. Raises SourceError; runs nothing of it.
+    """The tensors of a .bin file, {name: tensor}. Raises SourceError; runs nothing of it.
 
-    They lie in the file and not in memory, but for those that share storage or are no plain bytes there, and those of
-    a file that torch before 1.6 wrote.
+    They lie in the file and not in memory, but for those of a file that torch before 1.6 wrote.
     """
     import torch
 
@@ -225,14 +230,29 @@ def _plain_weights(file: Path) -> dict:
         most = file.stat().st_size  # a view can claim more elements than there are
         if not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.nbytes <= most for k, v in state.items()):
             raise ValueError("not a table of tensors")
-        taken: set[int] = set()
         for name, tensor in state.items():
-            storage = tensor.untyped_storage().data_ptr()
-            if storage in taken or not tensor.is_contiguous():
-                state[name] = tensor.clone(memory_format=torch.contiguous_format)
-            taken.add(storage)
+            if tensor.layout != torch.strided or tensor.device.type != "cpu" or str(tensor.dtype) not in _DTYPES:
+                raise ValueError(f"{shown(name)} is {tensor.dtype}, {tensor.layout}, {tensor.device}")
+            state[name] = tensor.detach()
         return state
     except MemoryError:
         raise
     except Exception as error:  # damaged archives make the unpickler raise nearly anything
         raise SourceError(f"{file} cannot be read as plain weights ({short(error)}): nothing of it was run") from None
+
+
+def _write(state: dict, out: Path) -> None:
+    """A safetensors file of {name: tensor}, the bytes that safetensors' `save_file` gives; one tensor in memory.
+
+    Tensors that share storage stay under each of their names. Raises OSError.
+    """
+    import torch
+
+    order = list(_DTYPES)
+    ordered = sorted(state.items(), key=lambda item: (order.index(str(item[1].dtype)), item[0]))
+    entries = ((name, _DTYPES[str(t.dtype)], t.shape, t.nbytes) for name, t in ordered)
+    with open(out, "wb") as file:
+        file.write(header_bytes(entries, {"format": "pt"}))
+        for _, tensor in ordered:
+            plain = tensor.resolve_conj().resolve_neg().contiguous()
+            file.write(plain.reshape(-1).view(torch.uint8).numpy())

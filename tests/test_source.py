@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kbne_edit import Edit, bake, fold, revert, verify
 from kbne_edit.errors import CheckpointError, SourceError
@@ -212,6 +212,28 @@ def test_bin_weights_of_every_build_keep_their_values(zipped, tmp_path):
         assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
 
 
+def test_bin_weights_become_the_file_that_safetensors_writes(tmp_path):
+    dtypes = [
+        torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int16, torch.float16,
+        torch.bfloat16, torch.int32, torch.float32, torch.complex64, torch.float64, torch.int64, torch.uint16,
+        torch.uint32, torch.uint64,
+    ]  # fmt: skip
+    state = {f"{name} {dtype}": torch.arange(5).to(dtype) for dtype in dtypes for name in ("b", "a")}
+    state |= {"scalar": torch.tensor(3.0), "none": torch.zeros(2, 0), "turned": torch.arange(6.0).reshape(2, 3).T}
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "expected", metadata={"format": "pt"})
+    with resolved(str(_bin(tmp_path / "bin", state))) as found:
+        assert (found.path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex128), torch.ones(2, device="meta"),
+], ids=["sparse", "complex128", "without values"])  # fmt: skip
+def test_bin_weights_that_are_no_plain_numbers_are_refused(tensor, tmp_path):
+    folder = _bin(tmp_path / "bin", {"w": tensor})
+    with pytest.raises(SourceError, match="cannot be read as plain weights"), resolved(str(folder)):
+        pass
+
+
 # Prints by how many bytes the memory that no file backs grew while the weights were converted, at the most.
 GROWTH = """
 import re, sys, threading
@@ -233,11 +255,12 @@ print(max(seen) - seen[0], len(seen))
 
 
 @pytest.mark.slow
-def test_bin_weights_are_not_held_in_memory(tmp_path):
-    weight = torch.zeros(2, 2**19)
-    state = {f"{i}": weight + i for i in range(64)} | {"tied": weight}
-    state["again"] = state["tied"]
-    folder = _bin(tmp_path / "bin", state)  # 273 MB, 4 MB each
+@pytest.mark.parametrize("shared", [False, True])
+def test_bin_weights_are_not_held_in_memory(shared, tmp_path):
+    flat = torch.zeros(64, 2, 2**19)  # 268 MB, 4 MB each
+    state = {f"{i}": weight if shared else weight.clone() for i, weight in enumerate(flat)}
+    state |= {"again": state["1"], "turned": state["1"].T}
+    folder = _bin(tmp_path / "bin", state)
     command = [sys.executable, "-c", GROWTH, str(folder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     growth, samples = map(int, result.stdout.split())
