@@ -3,7 +3,7 @@
 1. The file is the edit: every edited weight is the rounded product of the original and its factor, everything else
    is identical to the bit. Streaming, no model in memory.
 2. The model behaves as the hooks: original with hooks against the baked directory loaded by plain transformers.
-   Bit-equal where every factor is a power of two; otherwise within the rounding noise, which is computed (see _noise).
+   Bit-equal where every factor is a power of two; otherwise within the rounding noise, which is computed (see `noise`).
 """
 
 from __future__ import annotations
@@ -375,7 +375,8 @@ def _whole_model(base: Checkpoint, baked: Checkpoint, edit: Edit, dtype: torch.d
     probes, tokens = _probes(base), 8 if str(dtype) == "torch.float32" else 0
     model = load_model(base.path, dtype)
     with hooked(model, edit):
-        reference, noise = _run(model, probes, tokens), 0.0
+        reference = _run(model, probes, tokens)
+        noise = 0.0 if edit.exact else _last_rounding(reference.logits, dtype)
         for seed in range(0 if edit.exact else _NOISE_DRAWS):
             with rounding_noise(model, edit, own, seed):
                 noise = max(noise, _difference(_run(model, probes), reference))
@@ -405,6 +406,18 @@ def _difference(got: _Outcome, reference: _Outcome) -> float:
     kept = _same_route(got, reference)
     largest = np.abs(got.logits - reference.logits)[kept].max(initial=0)
     return float(largest / max(float(reference.logits.std()), 1e-30))
+
+
+def _last_rounding(logits: np.ndarray, dtype: torch.dtype) -> float:
+    """Deviation of the rounding of the largest logit, relative to the logits' standard deviation.
+
+    It is there however little an edit changes: a few small draws of noise may move no logit over a rounding step, and
+    the edit one.
+    """
+    import torch
+
+    step = torch.finfo(dtype).eps * 2 ** np.floor(np.log2(max(float(np.abs(logits).max()), 1e-30)))
+    return float(step / 12**0.5 / max(float(logits.std()), 1e-30))
 
 
 def _same_route(got: _Outcome, reference: _Outcome) -> np.ndarray:

@@ -80,6 +80,17 @@ def test_other_factors_stay_within_the_rounding_bound(name, site, tmp_path):
     assert all(0 < entry["noise"] < 0.2 for entry in report.behaviour)  # the bound says something
 
 
+@pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, torch.int16), (torch.float32, torch.int32)])
+def test_the_rounding_of_a_logit_is_a_uniform_error_of_one_step(dtype, bits):
+    """The step: from the largest logit to the number that its dtype has next."""
+    logits = torch.randn(40, 30, generator=torch.Generator().manual_seed(3)).to(dtype)
+    largest = logits.abs().max()
+    after = (largest.view(bits) + 1).view(dtype)
+    deviation = float(after.double() - largest.double()) * (1 / 12) ** 0.5
+    found = verification._last_rounding(logits.float().numpy(), dtype)
+    assert found == pytest.approx(deviation / float(logits.float().std(correction=0)), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "gpt2", "phi3"])
 @pytest.mark.parametrize("site", ["down", "gate"])
 @pytest.mark.parametrize("factor", [2.0, 3.5])
