@@ -275,7 +275,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.repos:
             return 409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
         self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"},
-                     private=asked.get("visibility") == "private")  # fmt: skip
+                     private=asked.get("visibility") == "private" or bool(asked.get("private")))  # fmt: skip
         return 200, {"url": f"{self.hub.url}/{name}"}
 
     def validate(self):
