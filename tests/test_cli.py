@@ -167,9 +167,9 @@ def test_killed_locate_resumes_with_the_same_bytes(baked, tmp_path):
     deadline = time.time() + 120
     while not out.exists() and time.time() < deadline:
         time.sleep(0.02)
-    time.sleep(0.5)
+    time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # it was not done yet
     assert run("locate", "--in", "demo", "--out", out, cwd=tmp_path).returncode == 0
     assert out.read_bytes() == (folder / "debiased.work" / "scores.safetensors").read_bytes()
 

@@ -243,7 +243,7 @@ from kbne_edit.source import resolved
 def used():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 def watch():
-    while not done.wait(0.001):
+    while not done.is_set():
         seen.append(used())
 done, seen = threading.Event(), [used()]
 watcher = threading.Thread(target=watch)
