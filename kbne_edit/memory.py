@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import resource
 from pathlib import Path
@@ -24,7 +25,8 @@ def available() -> float:
 
 
 def _machine() -> float:
-    return _kilobytes("/proc/meminfo", "MemAvailable")
+    free = _kilobytes("/proc/meminfo", "MemAvailable")
+    return free if free < math.inf else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS
 
 
 def _group() -> float:
@@ -37,7 +39,8 @@ def _group() -> float:
 
 def _process() -> float:
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    return math.inf if limit == resource.RLIM_INFINITY else limit - _kilobytes("/proc/self/status", "VmData")
+    used = _kilobytes("/proc/self/status", "VmData")
+    return math.inf if limit == resource.RLIM_INFINITY or used == math.inf else limit - used
 
 
 def _kilobytes(path: str, key: str) -> float:

@@ -1,6 +1,7 @@
 """`doctor` says what `bake` then does."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -89,3 +90,11 @@ def test_the_help_imports_nothing_large():
     code = "import sys; from kbne_edit.commands import cli; cli(['doctor', '--help'], standalone_mode=False); " \
            "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_memory_where_the_kernel_tells_nothing(monkeypatch):
+    """As on macOS: the machine's own memory, whatever limit a process has."""
+    total = memory._kilobytes("/proc/meminfo", "MemTotal")
+    monkeypatch.setattr(memory, "_kilobytes", lambda *_: math.inf)
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (1000, 1000))
+    assert memory._process() == math.inf and memory._machine() == pytest.approx(total, rel=0.01)
