@@ -11,6 +11,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import random
 import shutil
 import sys
@@ -19,6 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # forked children would wait for ever for OpenMP's threads
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("", "tests")]
 
 import faults  # noqa: E402

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from .errors import FamilyError
+from .errors import FamilyError, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,7 +123,7 @@ def family_of(config: dict) -> Family:
         if model_type in names.split():
             raise FamilyError(f"{model_type} is an {kind} model: kbne-edit edits decoder-only (causal) language models")
     if config.get("is_encoder_decoder"):
-        raise FamilyError(f"{model_type} is an encoder-decoder model: kbne-edit edits decoder-only language models")
+        raise FamilyError(f"{shown(model_type)} is an encoder-decoder: kbne-edit edits decoder-only language models")
     if config.get("alibi"):  # its position table is cut for the prompt's batch, and rows of one batch entry do not fit
         raise FamilyError(f"{model_type} with ALiBi positions is not supported: kbne-edit reads its rotary variants")
     if model_type in _RECURRENT.split():
@@ -134,11 +134,12 @@ def family_of(config: dict) -> Family:
     part = config if model_type in FAMILIES else text_part(config)
     if part.get("model_type") not in FAMILIES:
         raise FamilyError(
-            f"unknown architecture {model_type!r} ({_architectures(config)}); known: {', '.join(sorted(FAMILIES))}. "
+            f"unknown architecture {shown(model_type)} ({_architectures(config)}); known: "
+            f"{', '.join(sorted(FAMILIES))}. "
             "To add one: a line in kbne_edit/families.py and a tiny configuration in tests/tiny.py"
         )
     if part.get("num_kv_shared_layers"):  # layers are computed one by one, and these need what others have computed
-        raise FamilyError(f"{model_type} with layers that share keys and values is not supported: use one without")
+        raise FamilyError(f"{shown(model_type)}: layers that share keys and values are not supported, use one without")
     family = FAMILIES[part["model_type"]]
     if part.get("enable_moe_block"):  # Gemma 4 may have experts beside the dense block, which every token takes
         family = replace(family, experts="experts", expert_down="experts.down_proj", shared=family.down)
@@ -162,7 +163,7 @@ def unknown_family_hint(names: Iterable[str]) -> str:
 
 def _architectures(config: dict) -> str:
     found = config.get("architectures")
-    return ", ".join(map(str, found)) if isinstance(found, list) and found else "no architectures named"
+    return f"architectures {shown(found)}" if found else "no architectures named"
 
 
 def num_layers(config: dict) -> int:

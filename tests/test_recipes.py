@@ -18,7 +18,10 @@ from kbne_edit.recipe import _KEYS, new_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
-TRANSLATED = {"es": {"sí", "no"}, "fr": {"oui", "non"}, "de": {"ja", "nein"}, "zh": {"是", "否"}}
+VARIANTS = {  # of the head of social-bias: {name: (language, answers)}
+    "es": ("es", ["sí", "no"]), "fr": ("fr", ["oui", "non"]), "de": ("de", ["ja", "nein"]), "zh": ("zh", ["是", "否"]),
+    "reworded": ("en", ["yes", "no"]), "true-false": ("en", ["true", "false"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -66,14 +69,14 @@ def test_probes_are_pairs_of_the_recipes_dimensions(name):
     assert len({text for probe in recipe.probes for text in (probe.first, probe.second)}) >= len(recipe.probes)
 
 
-@pytest.mark.parametrize("language, answers", TRANSLATED.items())
-def test_a_translation_asks_what_the_original_asks(language, answers):
-    translated, original = load_recipe(f"social-bias-{language}"), load_recipe("social-bias")
-    assert translated.language == language and set(translated.answers) == answers
-    sides = [(translated.questions, original.questions[:45]), (translated.controls, original.controls[:18])]
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_asks_what_the_original_asks(name):
+    variant, original = load_recipe(f"social-bias-{name}"), load_recipe("social-bias")
+    assert (variant.language, list(variant.answers)) == VARIANTS[name]
+    sides = [(variant.questions, original.questions[:45]), (variant.controls, original.controls[:18])]
     for got, want in sides:
         assert [(q.form, q.dimension) for q in got] == [(q.form, q.dimension) for q in want]
-        same = dict(zip(original.answers, translated.answers, strict=True))
+        same = dict(zip(original.answers, variant.answers, strict=True))
         assert [q.answer for q in got] == [same[q.answer] for q in want]
         assert not {q.text for q in got} & {q.text for q in want}
 
