@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .errors import EditError, InputError
+from .progress import progress
 from .selection import Asked, ballot, by_layer, combined, nothing, questions
 
 if TYPE_CHECKING:
@@ -42,10 +43,12 @@ def resample(
     """
     asked = questions(scores, only=only)
     votes, rng, drawn = ballot(asked, rule, tau, beta, top, combine), np.random.default_rng(seed), []
-    for _ in range(draws):
-        own = {name: of_it[rng.integers(0, len(of_it), len(of_it))] for name, of_it in votes.dimensions.items()}
-        mask = combined([votes.kept[name](of_it) for name, of_it in own.items()], combine)
-        drawn.append((np.concatenate(list(own.values())), np.flatnonzero(mask)))
+    with progress("resamples of the questions", draws) as done:
+        for _ in range(draws):
+            own = {name: of_it[rng.integers(0, len(of_it), len(of_it))] for name, of_it in votes.dimensions.items()}
+            mask = combined([votes.kept[name](of_it) for name, of_it in own.items()], combine)
+            drawn.append((np.concatenate(list(own.values())), np.flatnonzero(mask)))
+            done(1)
     settings = {"rule": rule, "tau": tau, "beta": beta, "combine": combine, "top": top}
     return Resamples(scores, asked, settings, np.flatnonzero(combined(list(votes.masks().values()), combine)), drawn)
 
@@ -91,10 +94,11 @@ def agreements(found: dict[str, Resamples]) -> list[dict]:
         raise InputError("stability: the scores are of different models or sites, so their neurons are not the same")
     pairs, files = list(combinations(found, 2)), found.items()
     whole = _correlations({name: _ranks(own.asked, own.asked.asked) for name, own in files}, pairs)
-    drawn = [  # draw by draw, since the ranks of all draws would fill the memory
-        _correlations({name: _ranks(own.asked, asked) for name, own, (asked, _) in of_draw}, pairs)
-        for of_draw in zip(*([(name, own, draw) for draw in own.drawn] for name, own in files), strict=True)
-    ]
+    drawn, draws = [], list(zip(*([(name, own, draw) for draw in own.drawn] for name, own in files), strict=True))
+    with progress("agreement of the files", len(draws)) as done:
+        for of_draw in draws:  # one by one, since the ranks of all draws would fill the memory
+            drawn.append(_correlations({name: _ranks(own.asked, asked) for name, own, (asked, _) in of_draw}, pairs))
+            done(1)
     result = []
     for (a, b), rank, *ranks in zip(pairs, whole, *drawn, strict=True):
         x, y = found[a], found[b]
