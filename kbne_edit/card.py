@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .selection import described
+from .statistics import side
 
 _CARD = "README.md"
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
@@ -323,11 +324,15 @@ def _not_found(manifest: dict) -> list[str]:
     lines = ["## What was not found", ""]
     if not effect:
         lines.append("- Whether this model shows less bias than its base: it was not measured.")
-    elif (low_high := effect["versus_random"][1:]) and low_high[0] > 0:
-        what = "of what is unwanted" if _avoids(effect) else "bias"
-        lines.append(f"- Less {what}: the edit raised the margin more than random neurons did.")
-    elif low_high[1] >= 0:
-        lines.append("- An effect beyond that of random neurons: the interval of the difference holds 0.")
+    else:
+        own, _, versus, _ = margin_changes(effect)[1].values()
+        if side(own, versus) > 0:
+            what = "of what is unwanted" if _avoids(effect) else "bias"
+            lines.append(f"- Less {what}: the edit raised the margin more than random neurons did.")
+        elif not side(versus):
+            lines.append("- An effect beyond that of random neurons: the interval of the difference holds 0.")
+        elif not side(own, versus):
+            lines.append("- A change from the base itself: the edit differs from random neurons only.")
     if effect and effect["stereotype_share"][1] >= effect["stereotype_share"][0]:
         lines.append(f"- Fewer pairs in which the {_first(effect)} sentence is preferred: their share did not fall.")
     if "controls_overlap" in selection:

@@ -28,7 +28,7 @@ from .hooks import hooked
 from .progress import progress, say
 from .recipe import Probe, load_recipe
 from .source import resolved
-from .statistics import change, holm, interval, least_change, mcnemar, permutation
+from .statistics import change, holm, interval, least_change, mcnemar, permutation, side
 
 if TYPE_CHECKING:
     import torch
@@ -96,13 +96,18 @@ def effect(
         "random_draws": RANDOM_DRAWS,
         "versus_random": interval(size(after) - np.mean([size(d) for d in draws], 0)),
     }
-    low, high = result["versus_random"][1:]
-    result["found"] = (
-        f"less {what} than random neurons"
-        if high < 0
-        else (f"more {what} than random neurons" if low > 0 else "no effect found beyond random neurons")
-    )
-    return result
+    own = result["change_abs" if aim == "balance" else "change_signed"]
+    return result | {"found": _found(what, own, result["versus_random"])}
+
+
+def _found(what: str, own: list[float], versus: list[float]) -> str:
+    """In words. own: the change from the base; versus: that beyond random neurons, as [mean, low, high]."""
+    word = {-1: "less", 0: "no", 1: "more"}[side(versus)]
+    if side(own, versus):
+        return f"{word} {what} than random neurons"
+    if side(versus):
+        return f"no effect found: {word} {what} than with random neurons, but not than in the base"
+    return "no effect found beyond random neurons"
 
 
 # -------------------------------------------------------------------------------------------------------- benchmarks

@@ -31,6 +31,11 @@ def interval(columns: np.ndarray, figure: Figure = mean, resamples: int = _RESAM
     return pooled([(columns[:, None] if columns.ndim == 1 else columns, figure)], resamples)
 
 
+def side(*intervals: Sequence[float]) -> int:
+    """-1 if each [figure, low, high] lies below 0, 1 if each lies above, else 0."""
+    return all(low > 0 for _, low, _ in intervals) - all(high < 0 for _, _, high in intervals)
+
+
 def pooled(parts: Sequence[tuple[np.ndarray, Figure]], resamples: int = _RESAMPLES) -> list[float]:
     """[mean of several figures, low, high], each figure's items drawn on their own. parts: (columns [n, k], figure)."""
     draws = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .statistics import side
+
 STATES = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not known"}  # state: its word
 
 _COUNTS = (
@@ -99,20 +101,23 @@ def _effect(report: dict) -> tuple[str, str, str]:
         )  # fmt: skip
     if effect is None:
         return about, "open", "Whether this model shows less bias than its base was not measured."
-    margin, first = "the absolute stereotype margin", "stereotype"
+    margin, first, own = "the absolute stereotype margin", "stereotype", effect["change_abs"]
     if effect["aim"] == "avoid":
         about, margin, first = "effect on behaviour", "the margin of the unwanted sentence", "unwanted sentence"
-    (mean, low, high), (before, after) = effect["versus_random"], effect["stereotype_share"]
-    if low <= 0 <= high:
-        said = "no effect beyond that of random neurons of the same layers was found: the interval holds 0"
+        own = effect["change_signed"]
+    versus, (before, after) = effect["versus_random"], effect["stereotype_share"]
+    mean, low, high = versus
+    if side(versus):
+        said = f"{margin} is {'lower' if high < 0 else 'higher'} than with random neurons of the same layers"
+        if not side(own, versus):
+            said += ", but not than in the base"
     else:
-        said = f"{margin} is {'lower' if high < 0 else 'higher'} than with random neurons of the "
-        said += "same layers"
+        said = "no effect beyond that of random neurons of the same layers was found: the interval holds 0"
     text = f"On {effect['probes']} pairs of sentences {said} (difference {mean:+.4f} nats per token, 95 % interval "
     text += f"{low:+.4f} to {high:+.4f})."
     if after >= before:
         text += f" The share of pairs in which the {first} is preferred did not fall."
-    return about, "holds" if high < 0 and after < before else "warning", text
+    return about, "holds" if side(own, versus) < 0 and after < before else "warning", text
 
 
 def _answers(report: dict) -> tuple[str, str, str]:

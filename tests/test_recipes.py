@@ -10,14 +10,16 @@ import pytest
 import yaml
 
 from kbne_edit import Edit, bake, hooked, load_recipe
+from kbne_edit.card import _not_found
 from kbne_edit.errors import InputError, OutputError, RecipeError
-from kbne_edit.evaluation import RANDOM_DRAWS, effect, margins, random_edit
+from kbne_edit.evaluation import RANDOM_DRAWS, _found, effect, margins, random_edit
 from kbne_edit.models import load_model, load_tokenizer
 from kbne_edit.pipeline import Settings
 from kbne_edit.recipe import _KEYS, new_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
+LOWER, UNCLEAR, HIGHER = [-0.1, -0.2, -0.01], [-0.1, -0.2, 0.01], [0.1, 0.01, 0.2]
 VARIANTS = {  # of the head of social-bias: {name: (language, answers)}
     "es": ("es", ["sí", "no"]), "fr": ("fr", ["oui", "non"]), "de": ("de", ["ja", "nein"]), "zh": ("zh", ["是", "否"]),
     "reworded": ("en", ["yes", "no"]), "true-false": ("en", ["true", "false"]),
@@ -140,6 +142,24 @@ def test_the_card_names_what_is_to_be_avoided(tmp_path):
     assert "how much more probable the unwanted one is" in card and "stereotype" not in card
     mean, low, high = found["change_signed"]
     assert f"| this edit | {mean:+.4f} | {low:+.4f} to {high:+.4f} |" in card
+
+
+@pytest.mark.parametrize("own, versus, said, lacks", [
+    (LOWER, LOWER, "less bias than random neurons", None),
+    (HIGHER, HIGHER, "more bias than random neurons", "- Less bias"),
+    (LOWER, UNCLEAR, "no effect found beyond random neurons", "- An effect beyond that of random neurons"),
+    (UNCLEAR, LOWER, "no effect found: less bias than with random neurons, but not than in the base", "- A change"),
+    (HIGHER, LOWER, "no effect found: less bias than with random neurons, but not than in the base", "- A change"),
+    (UNCLEAR, HIGHER, "no effect found: more bias than with random neurons, but not than in the base", "- A change"),
+])  # fmt: skip
+def test_an_effect_differs_from_the_base_and_from_random_neurons(own, versus, said, lacks):
+    """Where random neurons alone raise the margin, an edit that leaves it as it was has no effect."""
+    assert _found("bias", own, versus) == said
+    figures = {"mean_abs_margin": [0.2, 0.1], "change_abs": own, "versus_random": versus, "random_draws": 5}
+    figures |= {"random_change_abs": UNCLEAR, "change_signed": UNCLEAR, "stereotype_share": [0.6, 0.5]}
+    lines = _not_found({"summary": {"effect": figures}})
+    about = [line for line in lines if line.startswith(("- Less bias", "- An effect", "- A change", "- Whether this"))]
+    assert len(about) == (lacks is not None) and (not lacks or about[0].startswith(lacks))
 
 
 def test_too_few_probes_are_no_measurement(tmp_path, capsys):

@@ -214,14 +214,21 @@ def test_without_scores_and_proofs(tmp_path):
     assert "was not measured" in page and "holds no proof" in page and "were not at hand" in page
 
 
-@pytest.mark.parametrize("interval, share, state, said", [
-    ([-0.1, -0.2, -0.01], [0.6, 0.5], "holds", "is lower than with random neurons"),
-    ([-0.1, -0.2, -0.01], [0.6, 0.6], "warning", "did not fall"),
-    ([-0.1, -0.2, 0.01], [0.6, 0.5], "warning", "no effect beyond that of random neurons"),
-    ([0.1, 0.01, 0.2], [0.6, 0.5], "warning", "is higher than with random neurons"),
+LOWER, UNCLEAR, HIGHER = [-0.1, -0.2, -0.01], [-0.1, -0.2, 0.01], [0.1, 0.01, 0.2]
+
+
+@pytest.mark.parametrize("own, interval, share, state, said", [
+    (LOWER, LOWER, [0.6, 0.5], "holds", "is lower than with random neurons of the same layers ("),
+    (LOWER, LOWER, [0.6, 0.6], "warning", "did not fall"),
+    (LOWER, UNCLEAR, [0.6, 0.5], "warning", "no effect beyond that of random neurons"),
+    (HIGHER, HIGHER, [0.6, 0.5], "warning", "is higher than with random neurons of the same layers ("),
+    (UNCLEAR, LOWER, [0.6, 0.5], "warning", "is lower than with random neurons of the same layers, but not than"),
+    (HIGHER, LOWER, [0.6, 0.5], "warning", "is lower than with random neurons of the same layers, but not than"),
+    (LOWER, HIGHER, [0.6, 0.5], "warning", "is higher than with random neurons of the same layers, but not than in"),
 ])  # fmt: skip
-def test_the_verdict_on_the_effect(interval, share, state, said, report):
-    changed = report | {"effect": report["effect"] | {"versus_random": interval, "stereotype_share": share}}
+def test_the_verdict_on_the_effect(own, interval, share, state, said, report):
+    found = {"change_abs": own, "versus_random": interval, "stereotype_share": share}
+    changed = report | {"effect": report["effect"] | found}
     (found,) = (v for v in verdicts(changed) if v["about"] == "effect on bias")
     assert found["state"] == state and said in found["text"]
     assert said in render(changed | {"verdicts": verdicts(changed)})
