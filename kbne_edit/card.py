@@ -175,11 +175,16 @@ def _avoids(effect: dict) -> bool:
     return effect.get("aim") == "avoid"
 
 
+def own_change(effect: dict) -> list[float]:
+    """The edit's change of the margin that counts, [mean, low, high]."""
+    return effect["change_signed" if _avoids(effect) else "change_abs"]
+
+
 def margin_changes(effect: dict) -> tuple[list[float], dict[str, list[float]]]:
     """(the margin that counts, [before, after]; its changes, {what: [mean, low, high]}), of edit and control."""
     kind, mean = ("signed", "mean_margin") if _avoids(effect) else ("abs", "mean_abs_margin")
     return effect[mean], {
-        "this edit": effect[f"change_{kind}"],
+        "this edit": own_change(effect),
         f"control: random neurons of the same layers, {effect['random_draws']} draws": effect[f"random_change_{kind}"],
         "this edit less the control": effect["versus_random"],
         "this edit, margin with its sign": effect["change_signed"],
@@ -325,7 +330,7 @@ def _not_found(manifest: dict) -> list[str]:
     if not effect:
         lines.append("- Whether this model shows less bias than its base: it was not measured.")
     else:
-        own, _, versus, _ = margin_changes(effect)[1].values()
+        own, versus = own_change(effect), effect["versus_random"]
         if side(own, versus) > 0:
             what = "of what is unwanted" if _avoids(effect) else "bias"
             lines.append(f"- Less {what}: the edit raised the margin more than random neurons did.")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .card import own_change
 from .checkpoint import Checkpoint
 from .edit import Edit
 from .errors import InputError, ScoresError
@@ -96,8 +97,7 @@ def effect(
         "random_draws": RANDOM_DRAWS,
         "versus_random": interval(size(after) - np.mean([size(d) for d in draws], 0)),
     }
-    own = result["change_abs" if aim == "balance" else "change_signed"]
-    return result | {"found": _found(what, own, result["versus_random"])}
+    return result | {"found": _found(what, own_change(result), result["versus_random"])}
 
 
 def _found(what: str, own: list[float], versus: list[float]) -> str:

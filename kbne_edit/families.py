@@ -125,7 +125,7 @@ def family_of(config: dict) -> Family:
     if config.get("is_encoder_decoder"):
         raise FamilyError(f"{shown(model_type)} is an encoder-decoder: kbne-edit edits decoder-only language models")
     if config.get("alibi"):  # its position table is cut for the prompt's batch, and rows of one batch entry do not fit
-        raise FamilyError(f"{model_type} with ALiBi positions is not supported: kbne-edit reads its rotary variants")
+        raise FamilyError(f"{shown(model_type)}: ALiBi positions are not supported, only its rotary variants are")
     if model_type in _RECURRENT.split():
         raise FamilyError(
             f"{model_type} has layers that hand a state from token to token (recurrent, linear attention, "
@@ -282,7 +282,7 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[
         found[layer] = _expert_slots(own, shapes, layer, family, size) or _dense_slots(own, shapes, layer, family, site)
         if not found[layer]:
             raise FamilyError(
-                f"no tensor on disk for {stem}.{layer}.{family.module(site)}.weight of {config['model_type']}; "
+                f"no tensor on disk for {stem}.{layer}.{family.module(site)}.weight of {shown(config['model_type'])}; "
                 f"feed-forward tensors found: {unknown_family_hint(shapes) or 'none'}"
             )
     return found

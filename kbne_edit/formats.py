@@ -34,8 +34,8 @@ def check_form(form: str, checkpoint: Checkpoint) -> None:
     """Raise FamilyError if the edit of such a model has no such form: asked before work that takes long."""
     if form == "peft" and family_of(checkpoint.config).experts:
         raise FamilyError(
-            f"{checkpoint.config['model_type']} is a mixture of experts: IA3 scales whole modules, and routed experts "
-            "are none. Its edits are kept as an edit.json, a checkpoint or a delta"
+            f"{shown(checkpoint.config['model_type'])} is a mixture of experts: IA3 scales whole modules, and "
+            "routed experts are none. Its edits are kept as an edit.json, a checkpoint or a delta"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .card import own_change
 from .statistics import side
 
 STATES = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not known"}  # state: its word
@@ -101,10 +102,9 @@ def _effect(report: dict) -> tuple[str, str, str]:
         )  # fmt: skip
     if effect is None:
         return about, "open", "Whether this model shows less bias than its base was not measured."
-    margin, first, own = "the absolute stereotype margin", "stereotype", effect["change_abs"]
+    margin, first, own = "the absolute stereotype margin", "stereotype", own_change(effect)
     if effect["aim"] == "avoid":
         about, margin, first = "effect on behaviour", "the margin of the unwanted sentence", "unwanted sentence"
-        own = effect["change_signed"]
     versus, (before, after) = effect["versus_random"], effect["stereotype_share"]
     mean, low, high = versus
     if side(versus):
