@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save_file
 
 from kbne_edit.attribution import attributions
-from kbne_edit.checkpoint import Checkpoint
-from kbne_edit.memory import parse
+from kbne_edit.disk.checkpoint import Checkpoint
+from kbne_edit.files import parse_size
 from kbne_edit.models import load_model, load_tokenizer
 from kbne_edit.prompts import answer_tokens, encode
 from kbne_edit.recipe import load_recipe
@@ -103,7 +103,7 @@ def large(arguments):
     texts = [recipe.prompt["plain"].replace("{question}", q.text).split() for q in asked]
     words = {word: 100 + n for n, word in enumerate(sorted({w for text in texts for w in text}))}
     ids = [[1, *(words[w] for w in text)] for text in texts]
-    layers, start = Streamed(Checkpoint.open(folder), parse(arguments.memory)), time.perf_counter()
+    layers, start = Streamed(Checkpoint.open(folder), parse_size(arguments.memory)), time.perf_counter()
     results = list(attributions(layers, ids, [[n % 32000] for n in range(7, 7 + len(ids))]))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kbne_edit import hooked, load_recipe, neutral
-from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import EditError
 from kbne_edit.evaluation import random_edit
 from kbne_edit.families import layer_sizes, slots

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from kbne_edit import neutral
-from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import EditError
 from kbne_edit.evaluation import Runs, controls
 from kbne_edit.models import load_model, load_tokenizer

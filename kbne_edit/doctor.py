@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from . import memory
-from .checkpoint import Checkpoint
+from .disk.checkpoint import Checkpoint
 from .families import family_of, hidden_size, slots
 
 NEEDED = ("torch", "transformers", "safetensors", "huggingface-hub")

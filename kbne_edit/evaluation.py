@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .card import own_change
-from .checkpoint import Checkpoint
+from .disk.checkpoint import Checkpoint
 from .edit import Edit
 from .errors import InputError, ScoresError
 from .families import layer_sizes, slots

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from . import __version__
-from .checkpoint import (
+from .disk.checkpoint import (
     CHUNK,
     INDEX,
     MANIFEST,
@@ -39,8 +39,8 @@ from .edit import Edit
 from .errors import CheckpointError, EditError, shown
 from .families import Slot, end, layer_sizes, slots
 from .files import forbid_links_out, forbid_overlap, open_input
-from .manifest import base_names, is_sealed, read_manifest, write_manifest
-from .sharding import Cut, as_it_was, cut, heads, index_text
+from .disk.manifest import base_names, is_sealed, read_manifest, write_manifest
+from .disk.sharding import Cut, as_it_was, cut, heads, index_text
 
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import UNDO, Checkpoint, read_array, storage, to_float
+from .disk.checkpoint import UNDO, Checkpoint, read_array, storage, to_float
 from .edit import Edit
 from .errors import CheckpointError, short
 from .families import Readout, readout, slots

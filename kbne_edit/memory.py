@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import resource
 from pathlib import Path
 
-from .checkpoint import Checkpoint
-from .errors import InputError
+from .disk.checkpoint import Checkpoint
 from .families import hidden_size, num_layers
 
 OVERHEAD = 0.7e9  # the interpreter, torch, activations, and what the allocator holds
@@ -72,11 +70,3 @@ def streamed(outside: float, layer: float, rows: float, size: float) -> float:
     outside: bytes of what is in no layer; layer: of the largest one; rows: that go through it; size: hidden size.
     """
     return OVERHEAD + outside + LAYERS_HELD * layer + activations(max(rows, ROWS), size)
-
-
-def parse(text: str, what: str = "memory") -> float:
-    """ "8GB", "500 MB", "12.5G", "4GiB" to bytes. what: it is the size of. Raises InputError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
-    if not match:
-        raise InputError(f"{what} {text!r} is not a size: give a number with a unit, e.g. 8GB")
-    return float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)

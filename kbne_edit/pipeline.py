@@ -13,19 +13,19 @@ import numpy as np
 
 from . import memory
 from .card import add_card, metadata_in
-from .checkpoint import Checkpoint, check_out, staged
+from .disk.checkpoint import Checkpoint, check_out, staged
 from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
 from .errors import InputError, ProofError
 from .families import Site, layer_sizes, slots
-from .files import forbid_links_out, forbid_overlap
+from .files import forbid_links_out, forbid_overlap, parse_size
 from .folding import Target, fold_into, plan
 from .formats import check_form, load_edit, manifest_of, write_adapter, write_delta
-from .manifest import write_manifest
+from .disk.manifest import write_manifest
 from .models import auto_class
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
-from .sharding import Cut, cut
+from .disk.sharding import Cut, cut
 from .source import Source, resolved
 from .statistics import wilson
 
@@ -167,7 +167,7 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     from .streaming import Streamed
 
     dtype = getattr(torch, settings.dtype)
-    budget = memory.parse(settings.memory) if settings.memory else memory.SHARE * memory.available() / LOCAL_SIZE
+    budget = parse_size(settings.memory) if settings.memory else memory.SHARE * memory.available() / LOCAL_SIZE
     need = memory.needed(checkpoint, dtype.itemsize)
     if settings.device != "cpu" or need <= budget:
         say(f"loading {checkpoint.path} in {settings.dtype}")

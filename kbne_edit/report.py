@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import __version__
-from .checkpoint import MANIFEST, UNDO, Checkpoint
+from .disk.checkpoint import MANIFEST, UNDO, Checkpoint
 from .edit import Edit
 from .errors import CheckpointError, InputError, ScoresError, shown
 from .families import end, slots
 from .folding import file_hash
 from .lens import Neuron, columns, vocabulary, written
-from .manifest import is_sealed, read_manifest
+from .disk.manifest import is_sealed, read_manifest
 from .pipeline import attribution_summary, work_of
 from .scores import Scores, load_scores
 from .search import in_words

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import Shard, claim, header_bytes, read_metadata, write_errors
+from .disk.checkpoint import Shard, claim, header_bytes, read_metadata, write_errors
 from .errors import CheckpointError, ScoresError
 from .families import SITES
 from .files import parse_json

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
-from .checkpoint import header_bytes, is_weights, other_files, read_config
+from .disk.checkpoint import header_bytes, is_weights, other_files, read_config
 from .client import TIMEOUT, passing, talking
 from .errors import OutputError, SourceError, short, shown
 from .files import forbid_links_out, open_input, read_json

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from .checkpoint import Checkpoint
+from .disk.checkpoint import Checkpoint
 from .errors import CheckpointError, InputError
 from .families import decoder_layers, family_of, hidden_size, num_neurons
 from .memory import in_memory, streamed

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import __version__, plots
-from .checkpoint import MANIFEST, Checkpoint
+from . import plots
+from . import __version__
+from .disk.checkpoint import MANIFEST, Checkpoint
 from .edit import Edit
 from .errors import InputError, OutputError, ScoresError
 from .evaluation import Runs, controls, random_edit

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .checkpoint import INDEX, MANIFEST, UNDO, Checkpoint, Shard, TensorInfo, from_float, read_array, storage, to_float
+from .disk.checkpoint import INDEX, MANIFEST, UNDO, Checkpoint, Shard, TensorInfo, from_float, read_array, storage, to_float
 from .edit import Edit
 from .errors import CheckpointError, FamilyError
 from .families import SITES, by_neuron, slots
 from .files import open_input
 from .folding import Progress, Target, TwoDigests, chunks, file_hash, pieces, plan, scaled
-from .manifest import base_names, is_sealed, read_manifest
+from .disk.manifest import base_names, is_sealed, read_manifest
 from .memory import SHARE, available, in_memory
 from .models import foreign, load_model, load_tokenizer
-from .sharding import head_of
+from .disk.sharding import head_of
 
 if TYPE_CHECKING:
     import torch

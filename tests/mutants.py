@@ -451,9 +451,9 @@ def spoil_meta(rng, data):
 
 def reseal(baked):
     """Make the manifest's own hash, and that of the undo file, right again."""
-    from kbne_edit.checkpoint import MANIFEST, UNDO
+    from kbne_edit.disk.checkpoint import MANIFEST, UNDO
     from kbne_edit.folding import file_hash
-    from kbne_edit.manifest import write_manifest
+    from kbne_edit.disk.manifest import write_manifest
 
     try:
         manifest = json.loads((baked / MANIFEST).read_text())

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from kbne_edit import doctor, memory, pipeline
-from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError, InputError
 from kbne_edit.streaming import Streamed
 from tiny import tiny_model

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Dyna
 
 from kbne_edit import Edit, attribute, fold, hooked, revert, verify
 from kbne_edit.attribution import attributions
-from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError
 from kbne_edit.experts import transposed
 from kbne_edit.families import end, places

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
 
 from kbne_edit import Edit, fold, hooked, revert, verification, verify
-from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.families import family_of, num_neurons, places
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, WHOLE, tiny_config, tiny_model
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hub import SIGNATURE, Fault, serving, sha256
 from kbne_edit import Edit
-from kbne_edit.manifest import write_manifest
+from kbne_edit.disk.manifest import write_manifest
 from tiny import tiny_model
 
 CLI = Path(__file__).resolve().parent.parent / "cli.py"

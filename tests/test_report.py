@@ -14,11 +14,11 @@ import torch
 from safetensors.numpy import save_file
 
 from kbne_edit import Edit, fold, load_scores
-from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.edit import compare
 from kbne_edit.families import places
 from kbne_edit.lens import columns, vocabulary, written
-from kbne_edit.manifest import read_manifest, write_manifest
+from kbne_edit.disk.manifest import read_manifest, write_manifest
 from kbne_edit.page import render
 from kbne_edit.report import build
 from kbne_edit.wording import verdicts

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kbne_edit import Edit, apply, bake, fold, folding, push, revert, verify
-from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError, EditError, InputError, KbneError, ProofError
-from kbne_edit.manifest import read_manifest, write_manifest
+from kbne_edit.disk.manifest import read_manifest, write_manifest
 from kbne_edit.page import render
 from kbne_edit.report import build
 from mutants import reseal, spoil_value
@@ -301,7 +301,7 @@ def test_hostile_manifests_and_heads(base, out, tmp_path):
 
 def _replace(path, name, content):
     """The undo file with other bytes under this name."""
-    from kbne_edit.checkpoint import Shard, read_raw
+    from kbne_edit.disk.checkpoint import Shard, read_raw
     from kbne_edit.folding import write_tensors
 
     shard = Shard.open(path)

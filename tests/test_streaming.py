@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kbne_edit.attribution import attributions, packs
-from kbne_edit.checkpoint import Checkpoint
+from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import InputError
 from kbne_edit.streaming import Streamed
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, MULTIMODAL_MIXTURES, tiny_model

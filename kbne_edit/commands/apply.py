@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from . import options
+from  import options
 
 
 @click.command("apply")
@@ -17,7 +17,7 @@ from . import options
 @options.OVERWRITE
 def command(delta, source, out, shard_size, no_behaviour, as_json, overwrite) -> None:
     """Put the edited columns of DELTA (from `bake --as delta`) into a copy of its base, and prove the result."""
-    from ..checkpoint import Checkpoint
+    from ..disk.checkpoint import Checkpoint
     from ..files import forbid_overlap
     from ..formats import apply
     from ..progress import progress, say

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import click
 
-from . import options
+from  import options
 
 
 @click.command("doctor")
@@ -12,7 +12,7 @@ from . import options
 @options.JSON
 def command(source, as_json) -> None:
     """Show what this machine can do: versions, memory, devices, disk, speed, the largest model for each mode."""
-    from ..checkpoint import Checkpoint
+    from ..disk.checkpoint import Checkpoint
     from ..doctor import examine
     from ..progress import say
     from ..source import resolved

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from . import options
+from  import options
 
 
 @click.command("revert")
@@ -14,7 +14,7 @@ from . import options
 @options.OVERWRITE
 def command(baked, out, as_json, overwrite) -> None:
     """Restore the base, byte for byte, from a baked directory alone."""
-    from ..checkpoint import Checkpoint
+    from ..disk.checkpoint import Checkpoint
     from ..folding import revert
     from ..progress import progress
 

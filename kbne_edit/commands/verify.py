@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from . import options
+from  import options
 
 
 @click.command("verify")
@@ -16,7 +16,7 @@ from . import options
 @options.JSON
 def command(source, baked, edit_path, no_behaviour, as_json) -> int:
     """Prove that BAKED is the model --in with an edit folded in, and nothing else. Exit status 1 if not."""
-    from ..checkpoint import Checkpoint
+    from ..disk.checkpoint import Checkpoint
     from ..edit import Edit
     from ..progress import progress, say
     from ..source import resolved

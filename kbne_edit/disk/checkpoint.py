@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import CheckpointError, OutputError, shown
-from .files import MOST_JSON, open_input, parse_json, read_json
+from ..errors import CheckpointError, OutputError, shown
+from ..files import MOST_JSON, open_input, parse_json, read_json
 
 CHUNK = 2 << 20  # bytes read at once: memory is independent of tensors, and the chunk stays in the cache while hashed
 WIDTHS = {  # bits of each dtype

@@ -11,9 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .checkpoint import INDEX, WIDTHS, Checkpoint, Shard, TensorInfo, header_bytes, read_metadata
-from .errors import CheckpointError, InputError
-from .files import json_text, open_input, parse_json
-from .memory import parse
+from ..errors import CheckpointError, InputError
+from ..files import json_text, open_input, parse_json, parse_size
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def cut(checkpoint: Checkpoint, size: int | str | None) -> list[Cut]:
     """
     if size is None:
         return []
-    most = int(parse(size, "shard size")) if isinstance(size, str) else size
+    most = int(parse_size(size, "shard size")) if isinstance(size, str) else size
     if most < 1:
         raise InputError(f"shard size {size!r} holds nothing: give a size such as 5GB")
     metadata = _metadata(checkpoint)

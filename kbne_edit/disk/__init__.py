@@ -1,0 +1,1 @@
+"""Checkpoints on disk: safetensors files, their shards, and the manifest. No torch, no model class."""
