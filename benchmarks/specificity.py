@@ -31,7 +31,7 @@ from kbne_edit.models import load_model, load_tokenizer
 from kbne_edit.scores import load_scores
 from kbne_edit.scoring import Scorer
 from kbne_edit.selection import described, selection
-from kbne_edit.source import resolved
+from kbne_edit.hub.push.source import resolved
 from kbne_edit.split import halves
 from kbne_edit.statistics import change, interval, least_change, wilson
 from kbne_edit.tasks import Answer, benchmarks

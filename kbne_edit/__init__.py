@@ -28,7 +28,7 @@ _PUBLIC = {
     "verify": "verification",
     "fold": "folding",
     "apply": "formats",
-    "push": "hub",
+    "push": "hub.push",
     "revert": "folding",
 }
 

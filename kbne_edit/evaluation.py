@@ -28,7 +28,7 @@ from .folding import plan
 from .hooks import hooked
 from .progress import progress, say
 from .recipe import Probe, load_recipe
-from .source import resolved
+from .hub.source import resolved
 from .statistics import change, holm, interval, least_change, mcnemar, permutation, side
 
 if TYPE_CHECKING:

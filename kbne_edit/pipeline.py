@@ -26,7 +26,7 @@ from .models import auto_class
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
 from .disk.sharding import Cut, cut
-from .source import Source, resolved
+from .hub.source import Source, resolved
 from .statistics import wilson
 
 if TYPE_CHECKING:

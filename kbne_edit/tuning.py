@@ -36,7 +36,7 @@ from .progress import say
 from .recipe import Recipe, load_recipe
 from .scores import Scores, load_scores
 from .search import Space, Sweep, front, sweep
-from .source import resolved
+from .hub.source import resolved
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from kbne_edit import Edit, fold, load_recipe, load_scores, locate, revert, sele
 from kbne_edit.pipeline import Settings
 from kbne_edit.recipe import Question
 from kbne_edit.scores import ScoresWriter
-from kbne_edit.source import resolved
+from kbne_edit.hub.push.source import resolved
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"

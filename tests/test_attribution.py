@@ -182,7 +182,7 @@ def test_locate_attributes_what_its_settings_say(settings, tmp_path):
     from kbne_edit.pipeline import Settings, locate
     from kbne_edit.prompts import answer_tokens, encode
     from kbne_edit.recipe import load_recipe
-    from kbne_edit.source import DEMO
+    from kbne_edit.hub.push.source import DEMO
 
     scores = locate("demo", tmp_path / "scores.safetensors", Settings(recipe="demo", questions=9, **settings))
     recipe, model, tokenizer = load_recipe("demo"), load_model(DEMO, torch.float32), load_tokenizer(DEMO)

@@ -21,7 +21,7 @@ def command(delta, source, out, shard_size, no_behaviour, as_json, overwrite) ->
     from ..files import forbid_overlap
     from ..formats import apply
     from ..progress import progress, say
-    from ..source import resolved
+    from ..hub.source import resolved
 
     with resolved(source, say) as found:
         forbid_overlap(out, found.origin)

@@ -91,7 +91,7 @@ def _next_lines(summary: dict) -> list[str]:
 
 def _base(summary: dict) -> str:
     """Python that loads the base."""
-    from ..source import DEMO
+    from ..hub.source import DEMO
 
     revision = f", revision={_literal(summary['commit'])}" if summary["commit"] else ""
     path = DEMO if summary["model"] == "demo" else Path(summary["model"]).expanduser()

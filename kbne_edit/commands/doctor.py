@@ -15,7 +15,7 @@ def command(source, as_json) -> None:
     from ..disk.checkpoint import Checkpoint
     from ..doctor import examine
     from ..progress import say
-    from ..source import resolved
+    from ..hub.source import resolved
 
     with ExitStack() as stack:
         checkpoint = Checkpoint.open(stack.enter_context(resolved(source, say)).path) if source else None

@@ -16,7 +16,7 @@ from  import options
 @options.JSON
 def command(baked, name, private, create_pr, dry_run, as_json) -> None:
     """Publish on the Hub what `bake` or `apply` wrote, once its files and proofs are found in order."""
-    from ..hub import push
+    from ..hub.push import push
     from ..progress import progress
 
     if private and create_pr:

@@ -19,7 +19,7 @@ def command(source, baked, edit_path, no_behaviour, as_json) -> int:
     from ..disk.checkpoint import Checkpoint
     from ..edit import Edit
     from ..progress import progress, say
-    from ..source import resolved
+    from ..hub.source import resolved
     from ..verification import verify
 
     edit = Edit.load(edit_path) if edit_path else None

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import InputError
+from ..errors import InputError
 
 TIMEOUT = 30.0  # seconds without an answer; the client itself would wait for ever
 
