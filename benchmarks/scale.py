@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from kbne_edit.attribution import attributions
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.files import parse_size
-from kbne_edit.models import load_model, load_tokenizer
-from kbne_edit.prompts import answer_tokens, encode
+from kbne_edit.models.loading import load_model, load_tokenizer
+from kbne_edit.models.prompts import answer_tokens, encode
 from kbne_edit.recipe import load_recipe
 from kbne_edit.streaming import Streamed
 

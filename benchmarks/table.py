@@ -20,7 +20,7 @@ from kbne_edit import neutral
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import EditError
 from kbne_edit.evaluation import Runs, controls
-from kbne_edit.models import load_model, load_tokenizer
+from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import load_recipe
 from kbne_edit.scores import load_scores
 from kbne_edit.scoring import Scorer

@@ -18,7 +18,7 @@ _PUBLIC = {
     "ProofError": "errors",
     "attribute": "attribution",
     "evaluate": "evaluation",
-    "hooked": "hooks",
+    "hooked": "models.hooks",
     "load_recipe": "recipe",
     "load_scores": "scores",
     "locate": "pipeline",

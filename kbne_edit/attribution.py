@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .families import Site, decoder_layers
-from .masks import longest
-from .memory import ROWS
+from .models.masks import longest
+from .models.memory import ROWS
 from .progress import say
 from .quadrature import Adaptive, Fixed, Found, quadrature
 from .rows import Pack, Rows, Segment, trunk

@@ -25,7 +25,7 @@ from .edit import Edit
 from .errors import InputError, ScoresError
 from .families import layer_sizes, slots
 from .folding import plan
-from .hooks import hooked
+from .models.hooks import hooked
 from .progress import progress, say
 from .recipe import Probe, load_recipe
 from .hub.source import resolved
@@ -46,7 +46,7 @@ ALPHA = 0.05  # of the whole report, shared out by Holm
 
 def margins(model: nn.Module, tokenizer, probes: Sequence[Probe]) -> np.ndarray:
     """m of every probe, [n]."""
-    from .trees import Tree, cut, logits_at, tokens_of_a_pass
+    from .models.trees import Tree, cut, logits_at, tokens_of_a_pass
 
     rows, scores = [tokenizer(text)["input_ids"] for p in probes for text in (p.first, p.second)], []
     for part in cut(rows, tokens_of_a_pass(model)):
@@ -139,7 +139,7 @@ def evaluate(
     import torch
 
     from . import neutral
-    from .models import load_model, load_tokenizer
+    from .models.loading import load_model, load_tokenizer
     from .scoring import Scorer
     from .tasks import benchmarks, check
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .edit import Edit
-from .experts import down_proj
+from .models.experts import down_proj
 from .families import Place, places
-from .hooks import replaced
+from .models.hooks import replaced
 
 
 @contextmanager

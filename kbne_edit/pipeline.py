@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import memory
+from .models import memory
 from .card import add_card, metadata_in
 from .disk.checkpoint import Checkpoint, check_out, staged
 from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
@@ -22,7 +22,7 @@ from .files import forbid_links_out, forbid_overlap, parse_size
 from .folding import Target, fold_into, plan
 from .formats import check_form, load_edit, manifest_of, write_adapter, write_delta
 from .disk.manifest import write_manifest
-from .models import auto_class
+from .models.loading import auto_class
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
 from .disk.sharding import Cut, cut
@@ -88,8 +88,8 @@ def _locate(
     found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings, aside: bool = False
 ) -> Scores | None:
     """`locate`. aside: as of `ScoresWriter`."""
-    from .models import foreign, load_tokenizer
-    from .prompts import answer_tokens, encode
+    from .models.loading import foreign, load_tokenizer
+    from .models.prompts import answer_tokens, encode
     from .scores import ScoresWriter, load_scores
 
     asked = recipe.ask(settings.questions)
@@ -163,7 +163,7 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     import torch
 
     from .attribution import Resident
-    from .models import load_model
+    from .models.loading import load_model
     from .streaming import Streamed
 
     dtype = getattr(torch, settings.dtype)
@@ -410,7 +410,7 @@ def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> dict:
     import torch
 
     from .evaluation import effect
-    from .models import load_model, load_tokenizer
+    from .models.loading import load_model, load_tokenizer
 
     neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, edit.site))
     model = load_model(checkpoint.path, torch.float32)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .progress import say
-from .trees import Tree, cut, logits_at, tokens_of_a_pass
+from .models.trees import Tree, cut, logits_at, tokens_of_a_pass
 
 try:
     from lm_eval.models.huggingface import HFLM

@@ -86,7 +86,7 @@ def tune(
     import torch
 
     from . import neutral
-    from .models import load_model, load_tokenizer
+    from .models.loading import load_model, load_tokenizer
     from .scoring import Scorer
     from .split import halves
     from .tasks import benchmarks, check

@@ -22,8 +22,8 @@ from .families import SITES, by_neuron, slots
 from .files import open_input
 from .folding import Progress, Target, TwoDigests, chunks, file_hash, pieces, plan, scaled
 from .disk.manifest import base_names, is_sealed, read_manifest
-from .memory import SHARE, available, in_memory
-from .models import foreign, load_model, load_tokenizer
+from .models.memory import SHARE, available, in_memory
+from .models.loading import foreign, load_model, load_tokenizer
 from .disk.sharding import head_of
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ def _run(model, probes: list[list[int]], tokens: int = 0) -> _Outcome:
     """Logits and routes of the probes, and greedy continuations of `tokens` tokens."""
     import torch
 
-    from .experts import chosen
+    from .models.experts import chosen
     from .families import places
 
     logits, texts, routes = [], [], []
@@ -369,7 +369,7 @@ def _run(model, probes: list[list[int]], tokens: int = 0) -> _Outcome:
 
 
 def _whole_model(base: Checkpoint, baked: Checkpoint, edit: Edit, dtype: torch.dtype, own: torch.dtype) -> dict:
-    from .hooks import hooked
+    from .models.hooks import hooked
     from .noise import rounding_noise
 
     probes, tokens = _probes(base), 8 if str(dtype) == "torch.float32" else 0

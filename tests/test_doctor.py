@@ -11,7 +11,9 @@ import pytest
 import torch
 import transformers
 
-from kbne_edit import doctor, memory, pipeline
+from kbne_edit import pipeline
+from kbne_edit.models import doctor
+from kbne_edit.models import memory
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError, InputError
 from kbne_edit.streaming import Streamed

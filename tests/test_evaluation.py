@@ -15,11 +15,11 @@ from bench_data import avoiding
 from kbne_edit import Edit, evaluate, fold, hooked, load_recipe, neutral
 from kbne_edit.errors import InputError, ScoresError
 from kbne_edit.evaluation import margins, random_edit
-from kbne_edit.models import load_model, load_tokenizer
+from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import Probe
 from kbne_edit.scoring import Scorer, quiet_lm_eval
 from kbne_edit.tasks import benchmarks
-from kbne_edit.trees import Tree, cut
+from kbne_edit.models.trees import Tree, cut
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, MULTIMODAL_MIXTURES, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,7 +29,7 @@ import json, sys
 from pathlib import Path
 import torch
 from kbne_edit import load_recipe
-from kbne_edit.models import load_model, load_tokenizer
+from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.scoring import Scorer
 from kbne_edit.tasks import benchmarks
 demo, folder, *names = sys.argv[1:]

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kbne_edit.errors import InputError
-from kbne_edit.prompts import answer_tokens
+from kbne_edit.models.prompts import answer_tokens
 
 
 def _tokenizer(*words):

@@ -25,7 +25,7 @@ from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, neut
 from kbne_edit.errors import EditError, InputError, OutputError
 from kbne_edit.goal import Goal, Run, goal_of
 from kbne_edit.journal import Journal
-from kbne_edit.models import load_model, load_tokenizer
+from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.page import render
 from kbne_edit.pipeline import Settings
 from kbne_edit.recipe import Question

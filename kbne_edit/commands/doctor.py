@@ -13,7 +13,7 @@ from  import options
 def command(source, as_json) -> None:
     """Show what this machine can do: versions, memory, devices, disk, speed, the largest model for each mode."""
     from ..disk.checkpoint import Checkpoint
-    from ..doctor import examine
+    from ..models.doctor import examine
     from ..progress import say
     from ..hub.source import resolved
 
@@ -24,7 +24,7 @@ def command(source, as_json) -> None:
 
 
 def _lines(found: dict) -> list[str]:
-    from ..doctor import OPTIONAL
+    from ..models.doctor import OPTIONAL
 
     lines = []
     for name, version in found["versions"].items():

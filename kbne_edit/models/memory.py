@@ -7,8 +7,8 @@ import os
 import resource
 from pathlib import Path
 
-from .disk.checkpoint import Checkpoint
-from .families import hidden_size, num_layers
+from ..disk.checkpoint import Checkpoint
+from ..families import hidden_size, num_layers
 
 OVERHEAD = 0.7e9  # the interpreter, torch, activations, and what the allocator holds
 SHARE = 0.7  # of the free memory that a model may take: activations, the allocator and others need some, too

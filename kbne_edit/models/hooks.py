@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .edit import Edit
-from .families import Place, Site, end, places
+from ..edit import Edit
+from ..families import Place, Site, end, places
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ def _tapped(place: Place, site: Site, tap: Tap) -> Iterator[None]:
 
 @contextmanager
 def _tapped_experts(place: Place, tap: Tap) -> Iterator[None]:
-    from . import experts
+    from  import experts
 
     def call(expert, tokens, h):
         return tap(h, tokens, place.offset + expert * place.neurons)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import CheckpointError, KbneError, short
-from .families import TEXT_ALONE, text_part
+from ..errors import CheckpointError, KbneError, short
+from ..families import TEXT_ALONE, text_part
 
 if TYPE_CHECKING:
     import torch

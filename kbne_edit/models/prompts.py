@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
-    from .recipe import Question, Recipe
+    from ..recipe import Question, Recipe
 
 
 def encode(tokenizer, recipe: Recipe, question: Question, plain: bool = False, before: str = "") -> list[int]:

@@ -1,0 +1,1 @@
+"""Models in memory: loading, hooks, prompts, packed rows, and what this machine can hold."""
