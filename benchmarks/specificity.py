@@ -28,7 +28,7 @@ from kbne_edit.errors import EditError
 from kbne_edit.evaluation import random_edit
 from kbne_edit.families import layer_sizes, slots
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.scores import load_scores
+from kbne_edit.attribution.scores import load_scores
 from kbne_edit.scoring import Scorer
 from kbne_edit.selection import described, selection
 from kbne_edit.hub.push.source import resolved

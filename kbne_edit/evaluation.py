@@ -201,7 +201,7 @@ def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
 
     The other rules select next to nothing from controls: there, as many neurons as the controls use most.
     """
-    from .scores import load_scores
+    from .attribution.scores import load_scores
     from .selection import at_factor, selection
 
     scores = load_scores(path)

@@ -30,8 +30,8 @@ from .hub.source import Source, resolved
 from .statistics import wilson
 
 if TYPE_CHECKING:
-    from .attribution import Attribution
-    from .scores import Scores
+    from .attribution.gradients import Attribution
+    from .attribution.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _locate(
     """`locate`. aside: as of `ScoresWriter`."""
     from .models.loading import foreign, load_tokenizer
     from .models.prompts import answer_tokens, encode
-    from .scores import ScoresWriter, load_scores
+    from .attribution.scores import ScoresWriter, load_scores
 
     asked = recipe.ask(settings.questions)
     places = slots(checkpoint.shapes, checkpoint.config, settings.site)
@@ -124,7 +124,7 @@ def _attribute(
     checkpoint, asked: tuple[Question, ...], prompts, tokens, writer, todo, settings: Settings, processes: Team
 ) -> None:
     """Each process takes every n-th pack of questions; the first one writes what all of them found."""
-    from .attribution import attributions, packs
+    from .attribution.gradients import attributions, packs
 
     answers = [list(tokens[question.answer].values()) for question in asked]
     others = [sorted({i for a, ids in tokens.items() if a != q.answer for i in ids.values()}) for q in asked]
@@ -162,9 +162,9 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     """The model in memory, or its layers one by one where it does not fit."""
     import torch
 
-    from .attribution import Resident
+    from .attribution.gradients import Resident
     from .models.loading import load_model
-    from .streaming import Streamed
+    from .attribution.streamed import Streamed
 
     dtype = getattr(torch, settings.dtype)
     budget = parse_size(settings.memory) if settings.memory else memory.SHARE * memory.available() / LOCAL_SIZE

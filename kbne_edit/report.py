@@ -24,7 +24,7 @@ from .folding import file_hash
 from .lens import Neuron, columns, vocabulary, written
 from .disk.manifest import is_sealed, read_manifest
 from .pipeline import attribution_summary, work_of
-from .scores import Scores, load_scores
+from .attribution.scores import Scores, load_scores
 from .search import in_words
 from .tuning import RESULT, load_tuning
 from .wording import verdicts

@@ -19,7 +19,7 @@ from .recipe import COMBINE, RULES
 from .selection import by_dimension, selection
 
 if TYPE_CHECKING:
-    from .scores import Scores
+    from .attribution.scores import Scores
 
 _EITHER = "tau or top"  # an axis of (name, value): the two exclude each other, so they are no two axes
 _ASKS = 5  # of the sampler, for each edit that may be measured: it repeats itself

@@ -38,7 +38,7 @@ from .families import Site
 from .recipe import COMBINE, RULES
 
 if TYPE_CHECKING:
-    from .scores import Scores
+    from .attribution.scores import Scores
 
 T = TypeVar("T")
 TOP = 0.002  # of all neurons: what the specific rule keeps of each dimension unless told otherwise

@@ -15,7 +15,7 @@ from .progress import progress
 from .selection import Asked, ballot, by_layer, combined, nothing, questions
 
 if TYPE_CHECKING:
-    from .scores import Scores
+    from .attribution.scores import Scores
 
 
 class Resamples(NamedTuple):

@@ -34,7 +34,7 @@ from .goal import Goal, Run, goal_of
 from .journal import Journal
 from .progress import say
 from .recipe import Recipe, load_recipe
-from .scores import Scores, load_scores
+from .attribution.scores import Scores, load_scores
 from .search import Space, Sweep, front, sweep
 from .hub.source import resolved
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kbne_edit import attribute
-from kbne_edit.attribution import attributions
+from kbne_edit.attribution.gradients import attributions
 from kbne_edit.errors import InputError
 from kbne_edit.families import decoder_layers
 from tiny import FAMILIES, MULTIMODAL, tiny_model
@@ -152,7 +152,7 @@ def test_unknown_quadrature(bad):
 
 
 def test_half_the_rows_where_memory_runs_out(monkeypatch):
-    from kbne_edit import rows
+    from kbne_edit.attribution import rows
 
     model, whole = tiny_model("llama"), rows.head
     sizes = []

@@ -16,7 +16,7 @@ from kbne_edit.models import doctor
 from kbne_edit.models import memory
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError, InputError
-from kbne_edit.streaming import Streamed
+from kbne_edit.attribution.streamed import Streamed
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

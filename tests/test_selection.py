@@ -12,7 +12,7 @@ from kbne_edit.differences import critical
 from kbne_edit.errors import EditError, InputError
 from kbne_edit.pipeline import Settings, choosing
 from kbne_edit.recipe import Question
-from kbne_edit.scores import ScoresWriter
+from kbne_edit.attribution.scores import ScoresWriter
 from kbne_edit.selection import selection
 
 

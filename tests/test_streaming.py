@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kbne_edit.attribution import attributions, packs
+from kbne_edit.attribution.gradients import attributions, packs
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import InputError
-from kbne_edit.streaming import Streamed
+from kbne_edit.attribution.streamed import Streamed
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, MULTIMODAL_MIXTURES, tiny_model
 
 PROMPTS = [[5, 17, 40, 8, 22, 31], [5, 17, 40, 9], [5, 17, 40, 8, 60, 3, 7]]
@@ -42,7 +42,7 @@ def test_weights_are_read_twice_for_all_questions(tmp_path):
 
 
 def test_whatever_is_wanted_and_however_grouped_the_bytes_are_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("kbne_edit.attribution.ROWS", 70)  # two questions of three layers go side by side
+    monkeypatch.setattr("kbne_edit.attribution.gradients.ROWS", 70)  # two questions of three layers go side by side
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)
     assert packs(model, PROMPTS) == [range(0, 2), range(2, 3)]

@@ -30,7 +30,7 @@ from kbne_edit.page import render
 from kbne_edit.pipeline import Settings
 from kbne_edit.recipe import Question
 from kbne_edit.report import build
-from kbne_edit.scores import Scores
+from kbne_edit.attribution.scores import Scores
 from kbne_edit.scoring import Scorer
 from kbne_edit.search import Space, front, in_words, sweep
 from kbne_edit.selection import by_dimension, selection

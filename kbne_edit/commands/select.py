@@ -18,7 +18,7 @@ def command(scores, out, recipe, as_json, **values) -> None:
     from ..files import forbid_overlap
     from ..pipeline import choose
     from ..recipe import load_recipe
-    from ..scores import load_scores
+    from ..attribution.scores import load_scores
 
     forbid_overlap(out, scores)
     found = load_scores(scores)

@@ -21,7 +21,7 @@ def command(scores, recipe, draws, as_json, **values) -> None:
     """
     from ..pipeline import choosing
     from ..recipe import load_recipe
-    from ..scores import load_scores
+    from ..attribution.scores import load_scores
     from ..stability import agreements, resample, stability
 
     files = {str(path): load_scores(path) for path in scores}

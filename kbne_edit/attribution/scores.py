@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .disk.checkpoint import Shard, claim, header_bytes, read_metadata, write_errors
-from .errors import CheckpointError, ScoresError
-from .families import SITES
-from .files import parse_json
-from .progress import say
-from .recipe import Question
+from ..disk.checkpoint import Shard, claim, header_bytes, read_metadata, write_errors
+from ..errors import CheckpointError, ScoresError
+from ..families import SITES
+from ..files import parse_json
+from ..progress import say
+from ..recipe import Question
 
 _PLAN = {
     "nodes": ("I32", "QL"), "p": ("F32", "Q"), "p_best_wrong": ("F32", "Q"), "p_zero": ("F32", "QL"),

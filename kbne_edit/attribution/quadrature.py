@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 
 # Four nodes per interval are enough for all layers but the first, whose integrand turns sharply near gamma = 0. These
 # intervals are dense near 0: where the first layer starts, and the first refinement of any other layer; later

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
-from .families import Site, decoder_layers
-from .models.masks import longest
-from .models.memory import ROWS
-from .progress import say
+from ..errors import InputError
+from ..families import Site, decoder_layers
+from ..models.masks import longest
+from ..models.memory import ROWS
+from ..progress import say
 from .quadrature import Adaptive, Fixed, Found, quadrature
 from .rows import Pack, Rows, Segment, trunk
 

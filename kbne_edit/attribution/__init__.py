@@ -1,0 +1,1 @@
+"""Integrated gradients: questions and a model to scores."""
