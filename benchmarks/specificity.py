@@ -30,7 +30,7 @@ from kbne_edit.families import layer_sizes, slots
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.attribution.scores import load_scores
 from kbne_edit.scoring import Scorer
-from kbne_edit.selection import described, selection
+from kbne_edit.selection.select import described, selection
 from kbne_edit.hub.push.source import resolved
 from kbne_edit.split import halves
 from kbne_edit.statistics import change, interval, least_change, wilson

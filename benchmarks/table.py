@@ -24,7 +24,7 @@ from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import load_recipe
 from kbne_edit.attribution.scores import load_scores
 from kbne_edit.scoring import Scorer
-from kbne_edit.selection import selection
+from kbne_edit.selection.select import selection
 from kbne_edit.statistics import change, interval
 from kbne_edit.tasks import benchmarks
 

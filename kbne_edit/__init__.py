@@ -23,7 +23,7 @@ _PUBLIC = {
     "load_scores": "attribution.scores",
     "locate": "pipeline",
     "bake": "pipeline",
-    "select": "selection",
+    "select": "selection.select",
     "tune": "tuning",
     "verify": "verification",
     "fold": "folding",

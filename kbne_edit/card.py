@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from .selection import described
+from .selection.select import described
 from .statistics import side
 
 _CARD = "README.md"

@@ -202,7 +202,7 @@ def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
     The other rules select next to nothing from controls: there, as many neurons as the controls use most.
     """
     from .attribution.scores import load_scores
-    from .selection import at_factor, selection
+    from .selection.select import at_factor, selection
 
     scores = load_scores(path)
     if (scores.base, scores.site) != (checkpoint.fingerprint(), edit.site):

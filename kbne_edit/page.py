@@ -13,7 +13,7 @@ from . import plots
 from .card import margin_changes
 from .errors import one_line
 from .plots import words
-from .selection import described
+from .selection.select import described
 from .wording import LIMITS, NOT_COVERED, RULES, SERVES, STATES
 
 _CONTROLS = "controls"

@@ -199,8 +199,8 @@ def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> dict:
 
 def choose(scores: Scores, recipe: Recipe, settings: Settings):
     """The selection that recipe and settings ask for, from finished scores. Returns a `Selection`."""
-    from .selection import selection
-    from .stability import stability
+    from .selection.select import selection
+    from .selection.stability import stability
 
     rule = choosing(scores, recipe, settings)
     chosen = selection(scores, **rule, factor=recipe.factor if settings.factor is None else settings.factor)

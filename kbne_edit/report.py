@@ -30,7 +30,7 @@ from .tuning import RESULT, load_tuning
 from .wording import verdicts
 
 if TYPE_CHECKING:
-    from .selection import Selection
+    from .selection.select import Selection
 
 VERSION = 1
 TOKENS, QUESTIONS, STRONGEST = 6, 3, 60  # shown per neuron, per neuron, on the map
@@ -316,7 +316,7 @@ def _selected(scores: Scores, edit: Edit) -> tuple[dict, list[bool], Selection]:
 
     Returns (settings, which questions were asked, the selection).
     """
-    from .selection import by_dimension, selection
+    from .selection.select import by_dimension, selection
 
     record = edit.found.get("select")
     record = record if isinstance(record, dict) else {}

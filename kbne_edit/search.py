@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from .edit import Edit
 from .errors import EditError, InputError, shown
 from .recipe import COMBINE, RULES
-from .selection import by_dimension, selection
+from .selection.select import by_dimension, selection
 
 if TYPE_CHECKING:
     from .attribution.scores import Scores

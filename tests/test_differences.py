@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kbne_edit.differences import CONFIDENCE, contrast, critical, lower_bounds
+from kbne_edit.selection.differences import CONFIDENCE, contrast, critical, lower_bounds
 
 STRATA = np.array([0, 0, 0, 1, 1, 1, 1] + [0, 0, 0, 0, 1, 1, 1])
 FIRST = np.arange(14) < 7

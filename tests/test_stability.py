@@ -11,8 +11,8 @@ from kbne_edit.commands.stability import command as stability_command
 from kbne_edit.errors import EditError, InputError
 from kbne_edit.recipe import COMBINE, Question
 from kbne_edit.attribution.scores import Scores, ScoresWriter
-from kbne_edit.selection import selection
-from kbne_edit.stability import agreements, resample, stability
+from kbne_edit.selection.select import selection
+from kbne_edit.selection.stability import agreements, resample, stability
 from kbne_edit.statistics import wilson
 
 

@@ -33,7 +33,7 @@ from kbne_edit.report import build
 from kbne_edit.attribution.scores import Scores
 from kbne_edit.scoring import Scorer
 from kbne_edit.search import Space, front, in_words, sweep
-from kbne_edit.selection import by_dimension, selection
+from kbne_edit.selection.select import by_dimension, selection
 from kbne_edit.split import Half, halves
 from kbne_edit.tasks import _ACCURACY, _AVOIDED, _PREFERENCE, Benchmark, benchmarks
 from kbne_edit.tuning import USED, load_tuning

@@ -22,7 +22,7 @@ def command(scores, recipe, draws, as_json, **values) -> None:
     from ..pipeline import choosing
     from ..recipe import load_recipe
     from ..attribution.scores import load_scores
-    from ..stability import agreements, resample, stability
+    from ..selection.stability import agreements, resample, stability
 
     files = {str(path): load_scores(path) for path in scores}
     first, settings = next(iter(files.values())), options.settings(**values)
@@ -41,7 +41,7 @@ def command(scores, recipe, draws, as_json, **values) -> None:
 
 def _in_files(found: list) -> dict:
     """{layer: {neuron: [share of the files that select it, low, high]}}, intervals by Wilson."""
-    from ..selection import by_layer
+    from ..selection.select import by_layer
     from ..statistics import wilson
 
     counted, files = sorted(Counter(place for own in found for place in own.whole.tolist()).items()), len(found)

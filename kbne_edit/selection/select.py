@@ -32,13 +32,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from .differences import lower_bounds
-from .edit import Edit
-from .errors import EditError, InputError
-from .families import Site
-from .recipe import COMBINE, RULES
+from ..edit import Edit
+from ..errors import EditError, InputError
+from ..families import Site
+from ..recipe import COMBINE, RULES
 
 if TYPE_CHECKING:
-    from .attribution.scores import Scores
+    from ..attribution.scores import Scores
 
 T = TypeVar("T")
 TOP = 0.002  # of all neurons: what the specific rule keeps of each dimension unless told otherwise

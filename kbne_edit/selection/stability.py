@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .errors import EditError, InputError
-from .progress import progress
-from .selection import Asked, ballot, by_layer, combined, nothing, questions
+from ..errors import EditError, InputError
+from ..progress import progress
+from .select import Asked, ballot, by_layer, combined, nothing, questions
 
 if TYPE_CHECKING:
-    from .attribution.scores import Scores
+    from ..attribution.scores import Scores
 
 
 class Resamples(NamedTuple):

@@ -1,0 +1,1 @@
+"""Scores to an edit: which neurons are chosen, and how far that depends on the questions."""
