@@ -26,10 +26,10 @@ _PUBLIC = {
     "select": "selection.select",
     "tune": "tuning",
     "verify": "verification",
-    "fold": "folding",
-    "apply": "formats",
+    "fold": "folding.fold",
+    "apply": "folding.formats",
     "push": "hub.push",
-    "revert": "folding",
+    "revert": "folding.fold",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

@@ -24,7 +24,7 @@ from .disk.checkpoint import Checkpoint
 from .edit import Edit
 from .errors import InputError, ScoresError
 from .families import layer_sizes, slots
-from .folding import plan
+from .folding.fold import plan
 from .models.hooks import hooked
 from .progress import progress, say
 from .recipe import Probe, load_recipe

@@ -16,7 +16,7 @@ from .edit import Edit
 from .errors import CheckpointError, short
 from .families import Readout, readout, slots
 from .files import open_input
-from .folding import plan, stored_columns
+from .folding.fold import plan, stored_columns
 
 Neuron = tuple[int, int]  # layer, index in the layer
 

@@ -19,8 +19,8 @@ from .edit import Edit
 from .errors import InputError, ProofError
 from .families import Site, layer_sizes, slots
 from .files import forbid_links_out, forbid_overlap, parse_size
-from .folding import Target, fold_into, plan
-from .formats import check_form, load_edit, manifest_of, write_adapter, write_delta
+from .folding.fold import Target, fold_into, plan
+from .folding.formats import check_form, load_edit, manifest_of, write_adapter, write_delta
 from .disk.manifest import write_manifest
 from .models.loading import auto_class
 from .progress import progress, say

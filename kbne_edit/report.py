@@ -20,7 +20,7 @@ from .disk.checkpoint import MANIFEST, UNDO, Checkpoint
 from .edit import Edit
 from .errors import CheckpointError, InputError, ScoresError, shown
 from .families import end, slots
-from .folding import file_hash
+from .folding.fold import file_hash
 from .lens import Neuron, columns, vocabulary, written
 from .disk.manifest import is_sealed, read_manifest
 from .pipeline import attribution_summary, work_of

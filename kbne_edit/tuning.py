@@ -29,7 +29,7 @@ from .errors import InputError, OutputError, ScoresError
 from .evaluation import Runs, controls, random_edit
 from .families import layer_sizes, slots
 from .files import forbid_overlap, read_json, write_json, write_text
-from .folding import file_hash
+from .folding.fold import file_hash
 from .goal import Goal, Run, goal_of
 from .journal import Journal
 from .progress import say

@@ -20,7 +20,7 @@ from .edit import Edit
 from .errors import CheckpointError, FamilyError
 from .families import SITES, by_neuron, slots
 from .files import open_input
-from .folding import Progress, Target, TwoDigests, chunks, file_hash, pieces, plan, scaled
+from .folding.fold import Progress, Target, TwoDigests, chunks, file_hash, pieces, plan, scaled
 from .disk.manifest import base_names, is_sealed, read_manifest
 from .models.memory import SHARE, available, in_memory
 from .models.loading import foreign, load_model, load_tokenizer

@@ -452,7 +452,7 @@ def spoil_meta(rng, data):
 def reseal(baked):
     """Make the manifest's own hash, and that of the undo file, right again."""
     from kbne_edit.disk.checkpoint import MANIFEST, UNDO
-    from kbne_edit.folding import file_hash
+    from kbne_edit.folding.fold import file_hash
     from kbne_edit.disk.manifest import write_manifest
 
     try:

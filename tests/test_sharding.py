@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kbne_edit import Edit, apply, bake, fold, folding, push, revert, verify
+from kbne_edit import Edit, apply, bake, fold, push, revert, verify
+from kbne_edit.folding import fold as folding
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError, EditError, InputError, KbneError, ProofError
 from kbne_edit.disk.manifest import read_manifest, write_manifest
@@ -302,7 +303,7 @@ def test_hostile_manifests_and_heads(base, out, tmp_path):
 def _replace(path, name, content):
     """The undo file with other bytes under this name."""
     from kbne_edit.disk.checkpoint import Shard, read_raw
-    from kbne_edit.folding import write_tensors
+    from kbne_edit.folding.fold import write_tensors
 
     shard = Shard.open(path)
     kinds = {"BF16": np.uint16, "U8": np.uint8}

@@ -19,7 +19,7 @@ def command(delta, source, out, shard_size, no_behaviour, as_json, overwrite) ->
     """Put the edited columns of DELTA (from `bake --as delta`) into a copy of its base, and prove the result."""
     from ..disk.checkpoint import Checkpoint
     from ..files import forbid_overlap
-    from ..formats import apply
+    from ..folding.formats import apply
     from ..progress import progress, say
     from ..hub.source import resolved
 

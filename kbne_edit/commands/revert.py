@@ -15,7 +15,7 @@ from  import options
 def command(baked, out, as_json, overwrite) -> None:
     """Restore the base, byte for byte, from a baked directory alone."""
     from ..disk.checkpoint import Checkpoint
-    from ..folding import revert
+    from ..folding.fold import revert
     from ..progress import progress
 
     with progress("revert", sum(shard.size for shard in Checkpoint.open(baked).shards), "B") as update:

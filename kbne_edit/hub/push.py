@@ -16,7 +16,7 @@ from ..card import metadata_in, notices
 from ..disk.checkpoint import MANIFEST, UNDO, Checkpoint, is_weights, other_files
 from .client import TIMEOUT, talking
 from ..errors import CheckpointError, OutputError, ProofError
-from ..folding import file_hash
+from ..folding.fold import file_hash
 from ..disk.manifest import is_sealed, read_manifest
 from ..progress import say
 
