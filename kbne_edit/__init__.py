@@ -25,7 +25,7 @@ _PUBLIC = {
     "bake": "pipeline",
     "select": "selection.select",
     "tune": "tuning",
-    "verify": "verification",
+    "verify": "proofs.verification",
     "fold": "folding.fold",
     "apply": "folding.formats",
     "push": "hub.push",

@@ -176,7 +176,7 @@ def evaluate(
 
 def _edit_in(baked: Path, base: Path) -> Edit:
     """The edit of a baked directory, by the first proof: what is evaluated is `base` with it, and nothing else."""
-    from .verification import verify
+    from .proofs.verification import verify
 
     say(f"reading the edit of {baked}")
     report = verify(base, baked, behaviour=False)

@@ -342,7 +342,7 @@ def _write(
     checkpoint, edit, targets, cuts, found: Source, out: Path, overwrite, behaviour, recipe, summary: dict
 ) -> None:
     """Fold into a temporary sibling, prove it there, and only then give it its name."""
-    from .verification import behaviour_proof, file_proof
+    from .proofs.verification import behaviour_proof, file_proof
 
     total = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files()[0])
     total += sum(shard.size for shard in checkpoint.shards)

@@ -20,7 +20,7 @@ def command(source, baked, edit_path, no_behaviour, as_json) -> int:
     from ..edit import Edit
     from ..progress import progress, say
     from ..hub.source import resolved
-    from ..verification import verify
+    from ..proofs.verification import verify
 
     edit = Edit.load(edit_path) if edit_path else None
     with resolved(source, say) as found:

@@ -25,7 +25,7 @@ from ..files import forbid_overlap, json_text, parse_json, read_json
 from .fold import Progress, Target, file_hash, fold_into, plan, rewrite, stored_columns, write_tensors
 from ..disk.manifest import write_manifest
 from ..disk.sharding import cut
-from ..verification import Report, behaviour_proof, file_proof
+from ..proofs.verification import Report, behaviour_proof, file_proof
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .edit import Edit
-from .models.experts import down_proj
-from .families import Place, places
-from .models.hooks import replaced
+from ..edit import Edit
+from ..models.experts import down_proj
+from ..families import Place, places
+from ..models.hooks import replaced
 
 
 @contextmanager

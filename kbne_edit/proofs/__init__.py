@@ -1,0 +1,1 @@
+"""The two proofs: the file is the edit, and the model behaves as the hooks."""
