@@ -17,7 +17,7 @@ _PUBLIC = {
     "InputError": "errors",
     "ProofError": "errors",
     "attribute": "attribution.gradients",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.evaluate",
     "hooked": "models.hooks",
     "load_recipe": "recipe",
     "load_scores": "attribution.scores",

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .errors import InputError
-from .evaluation import ABILITIES, ALPHA, least
+from .evaluation.evaluate import ABILITIES, ALPHA, least
 from .statistics import pooled
 
 if TYPE_CHECKING:
     from .split import Half
-    from .tasks import Figure
+    from .evaluation.tasks import Figure
 
 FIGURES = ("absolute margin", "unwanted margin")  # what steers unless told otherwise
 

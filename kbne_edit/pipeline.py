@@ -396,7 +396,7 @@ def _add_effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe | None, summa
     """What the edit does to the recipe's probes, if there are enough of them to tell."""
     if not recipe or not recipe.probes:
         return
-    from .evaluation import FEWEST
+    from .evaluation.evaluate import FEWEST
 
     count = len(recipe.probes)
     if count < FEWEST:
@@ -409,7 +409,7 @@ def _add_effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe | None, summa
 def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> dict:
     import torch
 
-    from .evaluation import effect
+    from .evaluation.evaluate import effect
     from .models.loading import load_model, load_tokenizer
 
     neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, edit.site))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import InputError
-from .tasks import Benchmark
+from .evaluation.tasks import Benchmark
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import torch
 
 import bench_data
 from bench_data import avoiding
-from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, neutral, select, tune
+from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, select, tune
+from kbne_edit.evaluation import neutral
 from kbne_edit.errors import EditError, InputError, OutputError
 from kbne_edit.goal import Goal, Run, goal_of
 from kbne_edit.journal import Journal
@@ -31,11 +32,11 @@ from kbne_edit.pipeline import Settings
 from kbne_edit.recipe import Question
 from kbne_edit.report import build
 from kbne_edit.attribution.scores import Scores
-from kbne_edit.scoring import Scorer
+from kbne_edit.evaluation.evaluate.scoring import Scorer
 from kbne_edit.search import Space, front, in_words, sweep
 from kbne_edit.selection.select import by_dimension, selection
 from kbne_edit.split import Half, halves
-from kbne_edit.tasks import _ACCURACY, _AVOIDED, _PREFERENCE, Benchmark, benchmarks
+from kbne_edit.evaluation.evaluate.tasks import _ACCURACY, _AVOIDED, _PREFERENCE, Benchmark, benchmarks
 from kbne_edit.tuning import USED, load_tuning
 
 ROOT = Path(__file__).resolve().parent.parent

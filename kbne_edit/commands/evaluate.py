@@ -28,7 +28,7 @@ def command(source, edit_path, tasks, out, as_json, **values) -> None:
     """
     from ..edit import Edit
     from ..errors import OutputError
-    from ..evaluation import evaluate
+    from ..evaluation.evaluate import evaluate
     from ..files import forbid_overlap, write_json
 
     if out and not out.absolute().parent.is_dir():  # said now, not after an hour

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
-from .progress import say
-from .models.trees import Tree, cut, logits_at, tokens_of_a_pass
+from ..errors import InputError
+from ..progress import say
+from ..models.trees import Tree, cut, logits_at, tokens_of_a_pass
 
 try:
     from lm_eval.models.huggingface import HFLM

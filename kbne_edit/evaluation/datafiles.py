@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .errors import InputError
+from ..errors import InputError
 
 
 class NoDataError(InputError):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .recipe import Recipe
+from ..recipe import Recipe
 from .tasks import Figure
 
 TEXTS = (

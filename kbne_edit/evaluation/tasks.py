@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .datafiles import NoDataError, rows, stereoset_item
-from .errors import InputError
-from .progress import say
-from .recipe import Recipe
+from ..errors import InputError
+from ..progress import say
+from ..recipe import Recipe
 
 # Task -> its kind, its name in lm-eval, the folder of its definition there (None: ours), its files under --data.
 # The published stereoset file (dev.json) holds both kinds of items.
@@ -337,7 +337,7 @@ def _own(name: str, recipe: Recipe, scorer, tokenizer, limit: int | None) -> Ben
 
 def _knowledge(name: str, recipe: Recipe, tokenizer, limit: int | None) -> Benchmark:
     """Right answers to questions: P of the right answer's tokens above that of each other answer's, as in `locate`."""
-    from .models.prompts import answer_tokens, encode
+    from ..models.prompts import answer_tokens, encode
 
     asked = [q for q in recipe.ask(None) if q.control == (name == "knowledge_controls")]
     asked = [asked[i] for i in _sample(len(asked), limit)]

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .card import own_change
-from .disk.checkpoint import Checkpoint
-from .edit import Edit
-from .errors import InputError, ScoresError
-from .families import layer_sizes, slots
-from .folding.fold import plan
-from .models.hooks import hooked
-from .progress import progress, say
-from .recipe import Probe, load_recipe
-from .hub.source import resolved
-from .statistics import change, holm, interval, least_change, mcnemar, permutation, side
+from ..card import own_change
+from ..disk.checkpoint import Checkpoint
+from ..edit import Edit
+from ..errors import InputError, ScoresError
+from ..families import layer_sizes, slots
+from ..folding.fold import plan
+from ..models.hooks import hooked
+from ..progress import progress, say
+from ..recipe import Probe, load_recipe
+from ..hub.source import resolved
+from ..statistics import change, holm, interval, least_change, mcnemar, permutation, side
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ ALPHA = 0.05  # of the whole report, shared out by Holm
 
 def margins(model: nn.Module, tokenizer, probes: Sequence[Probe]) -> np.ndarray:
     """m of every probe, [n]."""
-    from .models.trees import Tree, cut, logits_at, tokens_of_a_pass
+    from ..models.trees import Tree, cut, logits_at, tokens_of_a_pass
 
     rows, scores = [tokenizer(text)["input_ids"] for p in probes for text in (p.first, p.second)], []
     for part in cut(rows, tokens_of_a_pass(model)):
@@ -138,8 +138,8 @@ def evaluate(
     """
     import torch
 
-    from . import neutral
-    from .models.loading import load_model, load_tokenizer
+    from  import neutral
+    from ..models.loading import load_model, load_tokenizer
     from .scoring import Scorer
     from .tasks import benchmarks, check
 
@@ -176,7 +176,7 @@ def evaluate(
 
 def _edit_in(baked: Path, base: Path) -> Edit:
     """The edit of a baked directory, by the first proof: what is evaluated is `base` with it, and nothing else."""
-    from .proofs.verification import verify
+    from ..proofs.verification import verify
 
     say(f"reading the edit of {baked}")
     report = verify(base, baked, behaviour=False)
@@ -201,8 +201,8 @@ def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
 
     The other rules select next to nothing from controls: there, as many neurons as the controls use most.
     """
-    from .attribution.scores import load_scores
-    from .selection.select import at_factor, selection
+    from ..attribution.scores import load_scores
+    from ..selection.select import at_factor, selection
 
     scores = load_scores(path)
     if (scores.base, scores.site) != (checkpoint.fingerprint(), edit.site):
@@ -229,7 +229,7 @@ class Runs:
 
     def measure(self, scorer: Scorer, label: str, edit: Edit | None = None) -> tuple[dict, torch.Tensor]:
         """(columns of each task, logits on the texts). Task by task: no figure depends on what else is asked."""
-        from . import neutral
+        from  import neutral
 
         with hooked(scorer.model, edit) if edit else nullcontext():
             with progress(label, sum(len(mark.pairs) for mark in self._marks), "request") as update:
@@ -238,7 +238,7 @@ class Runs:
 
     def fill(self, scorer: Scorer, edited: tuple | None, others: dict[str, Edit]) -> float | None:
         """Add the base, the edit as measured, the controls and the flattened base. Returns its temperature."""
-        from . import neutral
+        from  import neutral
 
         measured = self.measure(scorer, "evaluate: base")
         base = measured[1]
@@ -289,7 +289,7 @@ def _report(
 
 def _neutral_report(runs: dict[str, np.ndarray]) -> dict:
     """[value, low, high] of each model's perplexity and KL."""
-    from . import neutral
+    from  import neutral
 
     return {f.name: {name: interval(run, f.of) for name, run in runs.items()} for f in (neutral.PERPLEXITY, neutral.KL)}
 
