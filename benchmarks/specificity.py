@@ -33,7 +33,7 @@ from kbne_edit.attribution.scores import load_scores
 from kbne_edit.evaluation.evaluate.scoring import Scorer
 from kbne_edit.selection.select import described, selection
 from kbne_edit.hub.push.source import resolved
-from kbne_edit.split import halves
+from kbne_edit.tuning.tune.halves import halves
 from kbne_edit.statistics import change, interval, least_change, wilson
 from kbne_edit.evaluation.evaluate.tasks import Answer, benchmarks
 

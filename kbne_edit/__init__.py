@@ -24,7 +24,7 @@ _PUBLIC = {
     "locate": "pipeline",
     "bake": "pipeline",
     "select": "selection.select",
-    "tune": "tuning",
+    "tune": "tuning.tune",
     "verify": "proofs.verification",
     "fold": "folding.fold",
     "apply": "folding.formats",

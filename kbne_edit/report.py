@@ -25,8 +25,8 @@ from .lens import Neuron, columns, vocabulary, written
 from .disk.manifest import is_sealed, read_manifest
 from .pipeline import attribution_summary, work_of
 from .attribution.scores import Scores, load_scores
-from .search import in_words
-from .tuning import RESULT, load_tuning
+from .tuning.search import in_words
+from .tuning.tune import RESULT, load_tuning
 from .wording import verdicts
 
 if TYPE_CHECKING:

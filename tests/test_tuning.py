@@ -24,8 +24,8 @@ from bench_data import avoiding
 from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, select, tune
 from kbne_edit.evaluation import neutral
 from kbne_edit.errors import EditError, InputError, OutputError
-from kbne_edit.goal import Goal, Run, goal_of
-from kbne_edit.journal import Journal
+from kbne_edit.tuning.tune.objective import Goal, Run, goal_of
+from kbne_edit.tuning.tune.journal import Journal
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.page import render
 from kbne_edit.pipeline import Settings
@@ -33,11 +33,11 @@ from kbne_edit.recipe import Question
 from kbne_edit.report import build
 from kbne_edit.attribution.scores import Scores
 from kbne_edit.evaluation.evaluate.scoring import Scorer
-from kbne_edit.search import Space, front, in_words, sweep
+from kbne_edit.tuning.tune.search import Space, front, in_words, sweep
 from kbne_edit.selection.select import by_dimension, selection
-from kbne_edit.split import Half, halves
+from kbne_edit.tuning.tune.halves import Half, halves
 from kbne_edit.evaluation.evaluate.tasks import _ACCURACY, _AVOIDED, _PREFERENCE, Benchmark, benchmarks
-from kbne_edit.tuning import USED, load_tuning
+from kbne_edit.tuning.tune import USED, load_tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"

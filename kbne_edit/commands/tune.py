@@ -61,8 +61,8 @@ def command(source, scores, out, tasks, as_json, per_dimension, **values) -> Non
     \b
     Needs lm-eval, and Optuna for spaces larger than --trials: pip install 'kbne-edit[tune]'.
     """
-    from ..search import Space
-    from ..tuning import tune
+    from ..tuning.search import Space
+    from ..tuning.tune import tune
 
     given = {name: values.pop(name) for name in ("factors", "taus", "tops", "betas", "rules", "combines")}
     space = Space(per_dimension=per_dimension, **{name: value for name, value in given.items() if value is not None})
@@ -80,7 +80,7 @@ def _lines(result: dict, out: Path) -> list[str]:
 
 
 def _dev_lines(result: dict) -> list[str]:
-    from ..search import in_words
+    from ..tuning.search import in_words
 
     search, points, figure = result["search"], result["points"], result["figure"]
     every = [setting for point in points for setting in point["settings"]]

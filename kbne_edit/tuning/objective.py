@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .errors import InputError
-from .evaluation.evaluate import ABILITIES, ALPHA, least
-from .statistics import pooled
+from ..errors import InputError
+from ..evaluation.evaluate import ABILITIES, ALPHA, least
+from ..statistics import pooled
 
 if TYPE_CHECKING:
-    from .split import Half
-    from .evaluation.tasks import Figure
+    from .halves import Half
+    from ..evaluation.tasks import Figure
 
 FIGURES = ("absolute margin", "unwanted margin")  # what steers unless told otherwise
 

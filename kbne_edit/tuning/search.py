@@ -13,13 +13,13 @@ from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING
 
-from .edit import Edit
-from .errors import EditError, InputError, shown
-from .recipe import COMBINE, RULES
-from .selection.select import by_dimension, selection
+from ..edit import Edit
+from ..errors import EditError, InputError, shown
+from ..recipe import COMBINE, RULES
+from ..selection.select import by_dimension, selection
 
 if TYPE_CHECKING:
-    from .attribution.scores import Scores
+    from ..attribution.scores import Scores
 
 _EITHER = "tau or top"  # an axis of (name, value): the two exclude each other, so they are no two axes
 _ASKS = 5  # of the sampler, for each edit that may be measured: it repeats itself

@@ -10,9 +10,9 @@ import json
 import os
 from pathlib import Path
 
-from .disk.checkpoint import claim, write_errors
-from .errors import InputError
-from .files import open_input, parse_json
+from ..disk.checkpoint import claim, write_errors
+from ..errors import InputError
+from ..files import open_input, parse_json
 
 
 class Journal:

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import InputError
-from .evaluation.tasks import Benchmark
+from ..errors import InputError
+from ..evaluation.tasks import Benchmark
 
 
 @dataclass(frozen=True)

@@ -21,28 +21,28 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import plots
-from . import __version__
-from .disk.checkpoint import MANIFEST, Checkpoint
-from .edit import Edit
-from .errors import InputError, OutputError, ScoresError
-from .evaluation.evaluate import Runs, controls, random_edit
-from .families import layer_sizes, slots
-from .files import forbid_overlap, read_json, write_json, write_text
-from .folding.fold import file_hash
-from .goal import Goal, Run, goal_of
+from .. import plots
+from .. import __version__
+from ..disk.checkpoint import MANIFEST, Checkpoint
+from ..edit import Edit
+from ..errors import InputError, OutputError, ScoresError
+from ..evaluation.evaluate import Runs, controls, random_edit
+from ..families import layer_sizes, slots
+from ..files import forbid_overlap, read_json, write_json, write_text
+from ..folding.fold import file_hash
+from .objective import Goal, Run, goal_of
 from .journal import Journal
-from .progress import say
-from .recipe import Recipe, load_recipe
-from .attribution.scores import Scores, load_scores
+from ..progress import say
+from ..recipe import Recipe, load_recipe
+from ..attribution.scores import Scores, load_scores
 from .search import Space, Sweep, front, sweep
-from .hub.source import resolved
+from ..hub.source import resolved
 
 if TYPE_CHECKING:
     import torch
 
-    from .evaluation.scoring import Scorer
-    from .split import Half
+    from ..evaluation.scoring import Scorer
+    from .halves import Half
 
 VERSION = 1
 JOURNAL, USED, RESULT, PLOT, EDIT = "journal.jsonl", "test-used.json", "tune.json", "pareto.svg", "edit.json"
@@ -85,11 +85,11 @@ def tune(
     """
     import torch
 
-    from .evaluation import neutral
-    from .models.loading import load_model, load_tokenizer
-    from .evaluation.scoring import Scorer
-    from .split import halves
-    from .evaluation.tasks import benchmarks, check
+    from ..evaluation import neutral
+    from ..models.loading import load_model, load_tokenizer
+    from ..evaluation.scoring import Scorer
+    from .halves import halves
+    from ..evaluation.tasks import benchmarks, check
 
     space, out, data = space or Space(), Path(out), Path(data) if data else None
     check(tasks, data)
@@ -182,7 +182,7 @@ class _Bench:
         return Run({name: np.array(rows) for name, rows in record["tasks"].items()}, np.array(record["neutral"]))
 
     def _measure(self, label: str, edit: Edit | None) -> Run:
-        from .evaluation import neutral
+        from ..evaluation import neutral
 
         tasks, logits = self._runs.measure(self._scorer, label, edit)
         run = Run(tasks, neutral.columns(self._half.texts, logits, self._logits))
@@ -194,7 +194,7 @@ class _Bench:
     @cached_property
     def _logits(self) -> torch.Tensor:
         """The base's, on the texts."""
-        from .evaluation import neutral
+        from ..evaluation import neutral
 
         return neutral.logits(self._scorer, self._half.texts)
 
@@ -253,7 +253,7 @@ class _Tuner:
 
 
 def _kl(run: Run) -> float:
-    from .evaluation import neutral
+    from ..evaluation import neutral
 
     return float(neutral.KL.of(run.neutral.mean(0)))
 
