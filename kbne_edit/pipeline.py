@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .models import memory
-from .card import add_card, metadata_in
+from .reporting.card import add_card, metadata_in
 from .disk.checkpoint import Checkpoint, check_out, staged
 from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit

@@ -198,7 +198,7 @@ def standalone(drawing: str) -> str:
 
     It has the page's colours for both themes, and a ground, since whoever shows it may follow another theme than it.
     """
-    sheet = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    sheet = (Path(__file__).parent / "reporting" / "report.css").read_text(encoding="utf-8")
     colours = sheet[sheet.index(":root") : sheet.index("* {")].rstrip()
     marks = [line for line in sheet.splitlines() if line.startswith("svg ")]
     style = "\n".join(["<style>", colours, *marks, "svg .ground { fill: var(--paper); }", "</style>"])

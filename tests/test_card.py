@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from hub import card_faults
 from kbne_edit import Edit, bake, fold, revert, verify
-from kbne_edit.card import _not_found, notices
+from kbne_edit.reporting.card import _not_found, notices
 from kbne_edit.errors import CheckpointError
 from tiny import tiny_model
 

@@ -17,11 +17,11 @@ from kbne_edit import Edit, fold, load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.edit import compare
 from kbne_edit.families import places
-from kbne_edit.lens import columns, vocabulary, written
+from kbne_edit.reporting.lens import columns, vocabulary, written
 from kbne_edit.disk.manifest import read_manifest, write_manifest
-from kbne_edit.page import render
-from kbne_edit.report import build
-from kbne_edit.wording import verdicts
+from kbne_edit.reporting.page import render
+from kbne_edit.reporting.contents import build
+from kbne_edit.reporting.wording import verdicts
 from tiny import FAMILIES, MIXTURES, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,7 +170,7 @@ def test_tokens_in_pieces_and_of_a_padded_unembedding(monkeypatch, tmp_path):
     whole, known = written(checkpoint, found, None, 5), set(range(0, 97, 2))
     even = written(checkpoint, found, known, 5)
     assert {index for ends in even.values() for pairs in ends for index, _ in pairs} <= known
-    monkeypatch.setattr("kbne_edit.lens._STEP", 7 * 32 * 4)  # seven rows at once
+    monkeypatch.setattr("kbne_edit.reporting.lens._STEP", 7 * 32 * 4)  # seven rows at once
     assert written(checkpoint, found, None, 5) == whole and written(checkpoint, found, known, 5) == even
 
 

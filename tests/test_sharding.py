@@ -18,8 +18,8 @@ from kbne_edit.folding import fold as folding
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError, EditError, InputError, KbneError, ProofError
 from kbne_edit.disk.manifest import read_manifest, write_manifest
-from kbne_edit.page import render
-from kbne_edit.report import build
+from kbne_edit.reporting.page import render
+from kbne_edit.reporting.contents import build
 from mutants import reseal, spoil_value
 from tiny import tiny_model
 

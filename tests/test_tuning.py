@@ -27,10 +27,10 @@ from kbne_edit.errors import EditError, InputError, OutputError
 from kbne_edit.tuning.tune.objective import Goal, Run, goal_of
 from kbne_edit.tuning.tune.journal import Journal
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.page import render
+from kbne_edit.reporting.page import render
 from kbne_edit.pipeline import Settings
 from kbne_edit.recipe import Question
-from kbne_edit.report import build
+from kbne_edit.reporting.contents import build
 from kbne_edit.attribution.scores import Scores
 from kbne_edit.evaluation.evaluate.scoring import Scorer
 from kbne_edit.tuning.tune.search import Space, front, in_words, sweep

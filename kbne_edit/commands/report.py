@@ -18,10 +18,10 @@ from  import options
 def command(baked, out, scores, tuning, as_json) -> None:
     """Write one page on a baked directory for those who must judge it: no model is loaded, no network used."""
     from ..files import forbid_overlap, write_text
-    from ..page import render
+    from ..reporting.page import render
     from ..progress import say
-    from ..report import build
-    from ..wording import STATES
+    from ..reporting.contents import build
+    from ..reporting.wording import STATES
 
     forbid_overlap(out, baked, *filter(None, [scores, tuning]))
     found = build(baked, scores, say, tuning)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..card import own_change
+from ..reporting.card import own_change
 from ..disk.checkpoint import Checkpoint
 from ..edit import Edit
 from ..errors import InputError, ScoresError

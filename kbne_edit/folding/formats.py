@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import __version__
-from ..card import add_card
+from ..reporting.card import add_card
 from ..disk.checkpoint import DELTA, Checkpoint, Shard, read_array, read_metadata, staged, to_float
 from ..edit import Edit
 from ..errors import CheckpointError, EditError, FamilyError, ProofError, shown

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from ..card import metadata_in, notices
+from ..reporting.card import metadata_in, notices
 from ..disk.checkpoint import MANIFEST, UNDO, Checkpoint, is_weights, other_files
 from .client import TIMEOUT, talking
 from ..errors import CheckpointError, OutputError, ProofError

@@ -11,8 +11,8 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from .selection.select import described
-from .statistics import side
+from ..selection.select import described
+from ..statistics import side
 
 _CARD = "README.md"
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .card import own_change
-from .statistics import side
+from ..statistics import side
 
 STATES = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not known"}  # state: its word
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .disk.checkpoint import UNDO, Checkpoint, read_array, storage, to_float
-from .edit import Edit
-from .errors import CheckpointError, short
-from .families import Readout, readout, slots
-from .files import open_input
-from .folding.fold import plan, stored_columns
+from ..disk.checkpoint import UNDO, Checkpoint, read_array, storage, to_float
+from ..edit import Edit
+from ..errors import CheckpointError, short
+from ..families import Readout, readout, slots
+from ..files import open_input
+from ..folding.fold import plan, stored_columns
 
 Neuron = tuple[int, int]  # layer, index in the layer
 

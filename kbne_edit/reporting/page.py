@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from . import plots
+from .. import plots
 from .card import margin_changes
-from .errors import one_line
-from .plots import words
-from .selection.select import described
+from ..errors import one_line
+from ..plots import words
+from ..selection.select import described
 from .wording import LIMITS, NOT_COVERED, RULES, SERVES, STATES
 
 _CONTROLS = "controls"
@@ -389,7 +389,7 @@ def _confirmation(found: dict) -> list[str]:
 
 def _further(report: dict) -> list[str]:
     """Figures of the run that this page knows no better form for."""
-    from .files import json_text
+    from ..files import json_text
 
     if not report["further"]:
         return []

@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import __version__
-from .disk.checkpoint import MANIFEST, UNDO, Checkpoint
-from .edit import Edit
-from .errors import CheckpointError, InputError, ScoresError, shown
-from .families import end, slots
-from .folding.fold import file_hash
+from .. import __version__
+from ..disk.checkpoint import MANIFEST, UNDO, Checkpoint
+from ..edit import Edit
+from ..errors import CheckpointError, InputError, ScoresError, shown
+from ..families import end, slots
+from ..folding.fold import file_hash
 from .lens import Neuron, columns, vocabulary, written
-from .disk.manifest import is_sealed, read_manifest
-from .pipeline import attribution_summary, work_of
-from .attribution.scores import Scores, load_scores
-from .tuning.search import in_words
-from .tuning.tune import RESULT, load_tuning
+from ..disk.manifest import is_sealed, read_manifest
+from ..pipeline import attribution_summary, work_of
+from ..attribution.scores import Scores, load_scores
+from ..tuning.search import in_words
+from ..tuning.tune import RESULT, load_tuning
 from .wording import verdicts
 
 if TYPE_CHECKING:
-    from .selection.select import Selection
+    from ..selection.select import Selection
 
 VERSION = 1
 TOKENS, QUESTIONS, STRONGEST = 6, 3, 60  # shown per neuron, per neuron, on the map
@@ -316,7 +316,7 @@ def _selected(scores: Scores, edit: Edit) -> tuple[dict, list[bool], Selection]:
 
     Returns (settings, which questions were asked, the selection).
     """
-    from .selection.select import by_dimension, selection
+    from ..selection.select import by_dimension, selection
 
     record = edit.found.get("select")
     record = record if isinstance(record, dict) else {}
