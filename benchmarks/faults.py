@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in (
 import faults  # noqa: E402
 import mutants  # noqa: E402
 from kbne_edit import Edit, bake, locate  # noqa: E402
-from kbne_edit.pipeline import Settings  # noqa: E402
+from kbne_edit.baking import Settings  # noqa: E402
 from mutants import DEMO, contents  # noqa: E402
 
 

@@ -20,7 +20,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from kbne_edit import Edit, fold, load_recipe, load_scores, locate, revert, select, verify
-from kbne_edit.pipeline import Settings
+from kbne_edit.baking import Settings
 from kbne_edit.recipe import Question
 from kbne_edit.attribution.scores import ScoresWriter
 from kbne_edit.hub.push.source import resolved

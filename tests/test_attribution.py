@@ -179,7 +179,7 @@ def test_half_the_rows_where_memory_runs_out(monkeypatch):
 def test_locate_attributes_what_its_settings_say(settings, tmp_path):
     """Question by question, from the prompts and answers as the library gives them."""
     from kbne_edit.models.loading import load_model, load_tokenizer
-    from kbne_edit.pipeline import Settings, locate
+    from kbne_edit.baking import Settings, locate
     from kbne_edit.models.prompts import answer_tokens, encode
     from kbne_edit.recipe import load_recipe
     from kbne_edit.hub.push.source import DEMO

@@ -18,7 +18,7 @@ from hub import card_faults
 from kbne_edit import Edit, bake, fold, load_scores, locate, select
 from kbne_edit.commands import options
 from kbne_edit.errors import ScoresError
-from kbne_edit.pipeline import Settings
+from kbne_edit.baking import Settings
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

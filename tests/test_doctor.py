@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from kbne_edit import pipeline
+from kbne_edit. import baking as pipeline
 from kbne_edit.models import doctor
 from kbne_edit.models import memory
 from kbne_edit.disk.checkpoint import Checkpoint

@@ -530,7 +530,7 @@ def test_non_inferiority_is_the_lower_end_of_the_paired_change():
 
 def test_control_neurons_come_from_the_control_questions(data, tmp_path):
     from kbne_edit import locate
-    from kbne_edit.pipeline import Settings
+    from kbne_edit.baking import Settings
     from kbne_edit.selection.select import selection
 
     scores = locate("demo", tmp_path / "s.safetensors", Settings(questions=9))

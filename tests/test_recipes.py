@@ -14,7 +14,7 @@ from kbne_edit.reporting.card import _not_found
 from kbne_edit.errors import InputError, OutputError, RecipeError
 from kbne_edit.evaluation.evaluate import RANDOM_DRAWS, _found, effect, margins, random_edit
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.pipeline import Settings
+from kbne_edit.baking import Settings
 from kbne_edit.recipe import _KEYS, new_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent

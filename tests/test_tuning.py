@@ -28,7 +28,7 @@ from kbne_edit.tuning.tune.objective import Goal, Run, goal_of
 from kbne_edit.tuning.tune.journal import Journal
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.reporting.page import render
-from kbne_edit.pipeline import Settings
+from kbne_edit.baking import Settings
 from kbne_edit.recipe import Question
 from kbne_edit.reporting.contents import build
 from kbne_edit.attribution.scores import Scores

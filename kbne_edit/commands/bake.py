@@ -28,7 +28,7 @@ def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as
 
     With no option it does what the paper does: 45 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
     """
-    from ..pipeline import bake
+    from ..baking import bake
 
     summary = bake(
         source, out, options.settings(**values), edit=edit, form=form, shard_size=shard_size, dry_run=dry_run,
@@ -63,7 +63,7 @@ def _lines(summary: dict) -> list[str]:
 
 def _next_lines(summary: dict) -> list[str]:
     """What was written, and commands that work as they stand here."""
-    from ..pipeline import work_of
+    from ..baking import work_of
 
     out, model = summary["out"], summary["model"] + (f"@{summary['commit']}" if summary["commit"] else "")
     loader = f"from transformers import {summary['auto_class']} as A; "

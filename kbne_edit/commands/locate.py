@@ -12,7 +12,7 @@ from  import options
 @options.JSON
 def command(source, out, as_json, **values) -> None:
     """Attribute a recipe's questions and controls to neurons; `select` turns the scores into an edit."""
-    from ..pipeline import attribution_summary, locate
+    from ..baking import attribution_summary, locate
 
     scores = locate(source, out, options.settings(**values))
     if scores is None:  # one of several processes, and not the first

@@ -93,7 +93,7 @@ def evaluating(command):
 
 def settings(answers: str | None = None, **values):
     """`Settings` from the options of a command."""
-    from ..pipeline import Settings
+    from ..baking import Settings
 
     if answers is not None:
         try:

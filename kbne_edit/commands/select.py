@@ -16,7 +16,7 @@ from  import options
 def command(scores, out, recipe, as_json, **values) -> None:
     """Choose neurons from kept scores, with other thresholds or another rule. Takes no model."""
     from ..files import forbid_overlap
-    from ..pipeline import choose
+    from ..baking import choose
     from ..recipe import load_recipe
     from ..attribution.scores import load_scores
 

@@ -19,7 +19,7 @@ def command(scores, recipe, draws, as_json, **values) -> None:
 
     Other wordings, prompts, languages and contexts are other scores files of the same model: see `locate`.
     """
-    from ..pipeline import choosing
+    from ..baking import choosing
     from ..recipe import load_recipe
     from ..attribution.scores import load_scores
     from ..selection.stability import agreements, resample, stability

@@ -23,7 +23,7 @@ from ..families import end, slots
 from ..folding.fold import file_hash
 from .lens import Neuron, columns, vocabulary, written
 from ..disk.manifest import is_sealed, read_manifest
-from ..pipeline import attribution_summary, work_of
+from ..baking import attribution_summary, work_of
 from ..attribution.scores import Scores, load_scores
 from ..tuning.search import in_words
 from ..tuning.tune import RESULT, load_tuning
