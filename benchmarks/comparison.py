@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import kbne_edit
-from kbne_edit.hub.push.source import resolved
+from kbne_edit.hub.source import resolved
 
 UNKNOWN, FACTOR, LAYERS, NEURONS = "mtp.head.weight", 3.5, 4, 17
 

@@ -17,10 +17,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from kbne_edit.evaluation.evaluate.datafiles import rows
+from kbne_edit.evaluation.datafiles import rows
+from kbne_edit.evaluation.scoring import Scorer, quiet_lm_eval
+from kbne_edit.evaluation.tasks import _LM_EVAL, _sample
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.evaluation.evaluate.scoring import Scorer, quiet_lm_eval
-from kbne_edit.evaluation.evaluate.tasks import _LM_EVAL, _sample
 
 
 def main():

@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 
 from kbne_edit import Edit
 from kbne_edit.disk.checkpoint import UNDO, Checkpoint
-from kbne_edit.folding.fold import file_hash
 from kbne_edit.disk.manifest import write_manifest
+from kbne_edit.folding.fold import file_hash
 
 # Its own peak: what wait4 reports would hold the peak of this process, from which the other one is forked.
 _RUN = """

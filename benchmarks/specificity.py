@@ -23,19 +23,19 @@ import numpy as np
 import torch
 
 from kbne_edit import hooked, load_recipe
-from kbne_edit.evaluation import neutral
+from kbne_edit.attribution.scores import load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import EditError
+from kbne_edit.evaluation import neutral
 from kbne_edit.evaluation.evaluate import random_edit
+from kbne_edit.evaluation.scoring import Scorer
+from kbne_edit.evaluation.tasks import Answer, benchmarks
 from kbne_edit.families import layer_sizes, slots
+from kbne_edit.hub.source import resolved
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.attribution.scores import load_scores
-from kbne_edit.evaluation.evaluate.scoring import Scorer
 from kbne_edit.selection.select import described, selection
-from kbne_edit.hub.push.source import resolved
-from kbne_edit.tuning.tune.halves import halves
 from kbne_edit.statistics import change, interval, least_change, wilson
-from kbne_edit.evaluation.evaluate.tasks import Answer, benchmarks
+from kbne_edit.tuning.halves import halves
 
 FACTORS = (1.5, 2.0, 4.0, 8.0)
 PAPER = [dict(rule="paper"), dict(rule="paper", tau=0.02)]

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import torch
 
-from kbne_edit.evaluation import neutral
+from kbne_edit.attribution.scores import load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import EditError
+from kbne_edit.evaluation import neutral
 from kbne_edit.evaluation.evaluate import Runs, controls
+from kbne_edit.evaluation.scoring import Scorer
+from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import load_recipe
-from kbne_edit.attribution.scores import load_scores
-from kbne_edit.evaluation.evaluate.scoring import Scorer
 from kbne_edit.selection.select import selection
 from kbne_edit.statistics import change, interval
-from kbne_edit.evaluation.evaluate.tasks import benchmarks
 
 TASKS = ("stereoset_intrasentence", "crows_pairs", "bbq", "arc_easy")
 SHOWN = {

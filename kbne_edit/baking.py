@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .models import memory
-from .reporting.card import add_card, metadata_in
 from .disk.checkpoint import Checkpoint, check_out, staged
+from .disk.manifest import write_manifest
+from .disk.sharding import Cut, cut
 from .distributed import LOCAL_RANK, LOCAL_SIZE, RANK, Team, team
 from .edit import Edit
 from .errors import InputError, ProofError
@@ -21,12 +21,12 @@ from .families import Site, layer_sizes, slots
 from .files import forbid_links_out, forbid_overlap, parse_size
 from .folding.fold import Target, fold_into, plan
 from .folding.formats import check_form, load_edit, manifest_of, write_adapter, write_delta
-from .disk.manifest import write_manifest
+from .hub.source import Source, resolved
+from .models import memory
 from .models.loading import auto_class
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
-from .disk.sharding import Cut, cut
-from .hub.source import Source, resolved
+from .reporting.card import add_card, metadata_in
 from .statistics import wilson
 
 if TYPE_CHECKING:
@@ -88,9 +88,9 @@ def _locate(
     found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings, aside: bool = False
 ) -> Scores | None:
     """`locate`. aside: as of `ScoresWriter`."""
+    from .attribution.scores import ScoresWriter, load_scores
     from .models.loading import foreign, load_tokenizer
     from .models.prompts import answer_tokens, encode
-    from .attribution.scores import ScoresWriter, load_scores
 
     asked = recipe.ask(settings.questions)
     places = slots(checkpoint.shapes, checkpoint.config, settings.site)
@@ -163,8 +163,8 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     import torch
 
     from .attribution.gradients import Resident
-    from .models.loading import load_model
     from .attribution.streamed import Streamed
+    from .models.loading import load_model
 
     dtype = getattr(torch, settings.dtype)
     budget = parse_size(settings.memory) if settings.memory else memory.SHARE * memory.available() / LOCAL_SIZE

@@ -49,8 +49,8 @@ def picture() -> str:
 def measure() -> str:
     """The marks of the map, as JSON: what `bake --in demo` selects, and what `report` shows of it."""
     from kbne_edit import bake
-    from kbne_edit.reporting.page import marks
     from kbne_edit.reporting.contents import build
+    from kbne_edit.reporting.page import marks
 
     with tempfile.TemporaryDirectory() as folder:
         bake("demo", Path(folder) / "debiased")

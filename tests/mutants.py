@@ -20,10 +20,10 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from kbne_edit import Edit, fold, load_recipe, load_scores, locate, revert, select, verify
-from kbne_edit.baking import Settings
-from kbne_edit.recipe import Question
 from kbne_edit.attribution.scores import ScoresWriter
-from kbne_edit.hub.push.source import resolved
+from kbne_edit.baking import Settings
+from kbne_edit.hub.source import resolved
+from kbne_edit.recipe import Question
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
@@ -452,8 +452,8 @@ def spoil_meta(rng, data):
 def reseal(baked):
     """Make the manifest's own hash, and that of the undo file, right again."""
     from kbne_edit.disk.checkpoint import MANIFEST, UNDO
-    from kbne_edit.folding.fold import file_hash
     from kbne_edit.disk.manifest import write_manifest
+    from kbne_edit.folding.fold import file_hash
 
     try:
         manifest = json.loads((baked / MANIFEST).read_text())

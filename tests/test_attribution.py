@@ -178,11 +178,11 @@ def test_half_the_rows_where_memory_runs_out(monkeypatch):
 ])  # fmt: skip
 def test_locate_attributes_what_its_settings_say(settings, tmp_path):
     """Question by question, from the prompts and answers as the library gives them."""
-    from kbne_edit.models.loading import load_model, load_tokenizer
     from kbne_edit.baking import Settings, locate
+    from kbne_edit.hub.source import DEMO
+    from kbne_edit.models.loading import load_model, load_tokenizer
     from kbne_edit.models.prompts import answer_tokens, encode
     from kbne_edit.recipe import load_recipe
-    from kbne_edit.hub.push.source import DEMO
 
     scores = locate("demo", tmp_path / "scores.safetensors", Settings(recipe="demo", questions=9, **settings))
     recipe, model, tokenizer = load_recipe("demo"), load_model(DEMO, torch.float32), load_tokenizer(DEMO)

@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 
 from hub import card_faults
 from kbne_edit import Edit, bake, fold, revert, verify
-from kbne_edit.reporting.card import _not_found, notices
 from kbne_edit.errors import CheckpointError
+from kbne_edit.reporting.card import _not_found, notices
 from tiny import tiny_model
 
 EDIT = Edit("down", {1: {5: 2.0, 9: 2.0}, 2: {1: 4.0}})

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from hub import card_faults
 from kbne_edit import Edit, bake, fold, load_scores, locate, select
+from kbne_edit.baking import Settings
 from kbne_edit.commands import options
 from kbne_edit.errors import ScoresError
-from kbne_edit.baking import Settings
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

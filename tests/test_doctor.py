@@ -11,12 +11,11 @@ import pytest
 import torch
 import transformers
 
-from kbne_edit. import baking as pipeline
-from kbne_edit.models import doctor
-from kbne_edit.models import memory
+from kbne_edit import baking
+from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError, InputError
-from kbne_edit.attribution.streamed import Streamed
+from kbne_edit.models import doctor, memory
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +41,7 @@ def test_the_mode_is_the_one_that_bake_takes(more, mode, checkpoint, devices, mo
     monkeypatch.setattr(memory, "available", lambda: (taken + more) / memory.SHARE)
     found = doctor.examine(checkpoint)
     assert found["model"]["attribution"] == mode and found["model"]["parameters"] == count
-    assert isinstance(pipeline._supplier(checkpoint, pipeline.Settings()), Streamed) == (mode == "layer by layer")
+    assert isinstance(baking._supplier(checkpoint, baking.Settings()), Streamed) == (mode == "layer by layer")
 
 
 def test_the_largest_model_fills_the_room_of_its_mode():

@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import bench_data
 from bench_data import avoiding
 from kbne_edit import Edit, evaluate, fold, hooked, load_recipe
-from kbne_edit.evaluation import neutral
 from kbne_edit.errors import InputError, ScoresError
+from kbne_edit.evaluation import neutral
 from kbne_edit.evaluation.evaluate import margins, random_edit
+from kbne_edit.evaluation.scoring import Scorer, quiet_lm_eval
+from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.recipe import Probe
-from kbne_edit.evaluation.evaluate.scoring import Scorer, quiet_lm_eval
-from kbne_edit.evaluation.evaluate.tasks import benchmarks
 from kbne_edit.models.trees import Tree, cut
+from kbne_edit.recipe import Probe
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, MULTIMODAL_MIXTURES, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,8 +233,8 @@ def lm_eval_results(demo, data):
     import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
 
-    from kbne_edit.evaluation.evaluate.datafiles import rows
-    from kbne_edit.evaluation.evaluate.tasks import _LM_EVAL, _task
+    from kbne_edit.evaluation.datafiles import rows
+    from kbne_edit.evaluation.tasks import _LM_EVAL, _task
 
     names = ("stereoset_intrasentence", "crows_pairs", "bbq", "arc_easy")
     with quiet_lm_eval():
@@ -262,7 +262,7 @@ def test_figures_equal_lm_eval_with_its_own_model(base_report, lm_eval_results):
 
 def test_bbq_columns_give_the_paper_s_scores():
     """Known answers: lm-eval's metrics of six items, and its own sums over them."""
-    from kbne_edit.evaluation.evaluate.tasks import _BBQ, _bbq_columns
+    from kbne_edit.evaluation.tasks import _BBQ, _bbq_columns
 
     # right, biased, not "unknown", disambiguated
     items = [(1, 0, 0, 0), (0, 1, 1, 0), (0, 0, 1, 0), (0, 1, 1, 0), (1, 1, 1, 1), (0, 0, 1, 1)]
@@ -299,7 +299,7 @@ def test_the_hub_s_layout_gives_the_same_items():
     """Columns of lists and class numbers, as the Hub has them."""
     from datasets import Dataset
 
-    from kbne_edit.evaluation.evaluate.tasks import stereoset_docs
+    from kbne_edit.evaluation.tasks import stereoset_docs
 
     rows = bench_data.stereoset()[:3]
     keys = ("unrelated", "anti_stereotype", "stereotype")
@@ -452,7 +452,7 @@ def test_a_destroyed_model_is_found_out(data):
 def test_verdicts(of_random, of_flattened, verdict):
     """The edit halves every margin; a control multiplies them by what is given."""
     from kbne_edit.evaluation.evaluate import _report
-    from kbne_edit.evaluation.evaluate.tasks import _PREFERENCE, Benchmark
+    from kbne_edit.evaluation.tasks import _PREFERENCE, Benchmark
 
     margin = np.random.default_rng(0).normal(0, 1, 200)
 
@@ -477,7 +477,7 @@ def test_verdicts(of_random, of_flattened, verdict):
 def test_verdicts_on_what_is_to_be_avoided(shift, of_random, verdict):
     """Every margin moves by what is given: below 0 on the whole, so that a fall makes the absolute ones larger."""
     from kbne_edit.evaluation.evaluate import _report
-    from kbne_edit.evaluation.evaluate.tasks import _AVOIDED, Benchmark
+    from kbne_edit.evaluation.tasks import _AVOIDED, Benchmark
 
     margin, noise = np.random.default_rng(0).normal((-1.0, 0.0), (0.5, 1e-3), (200, 2)).T
 
@@ -515,7 +515,7 @@ def test_probes_to_be_avoided_equal_a_plain_loop(demo, tmp_path):
 
 def test_non_inferiority_is_the_lower_end_of_the_paired_change():
     from kbne_edit.evaluation.evaluate import _task_report
-    from kbne_edit.evaluation.evaluate.tasks import _ACCURACY, Benchmark
+    from kbne_edit.evaluation.tasks import _ACCURACY, Benchmark
 
     before = np.ones((200, 1))
     after = before.copy()
@@ -602,8 +602,8 @@ def test_without_lm_eval_the_error_says_what_to_install(tmp_path):
 
 
 def test_the_benchmarks_files_are_read(shared):
-    from kbne_edit.evaluation.evaluate.datafiles import rows
-    from kbne_edit.evaluation.evaluate.tasks import _LM_EVAL
+    from kbne_edit.evaluation.datafiles import rows
+    from kbne_edit.evaluation.tasks import _LM_EVAL
 
     if not (shared / "data").is_dir():
         pytest.skip("needs ../shared/data")

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
 
 from kbne_edit import Edit, fold, hooked, revert, verify
-from kbne_edit.proofs import verification
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.families import family_of, num_neurons, places
+from kbne_edit.proofs import verification
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, WHOLE, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
@@ -69,7 +69,7 @@ def test_other_factors_round_once(name, factor, tmp_path):
 @pytest.mark.parametrize("site", ["down", "gate"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_factors_stay_within_the_rounding_bound(name, site, tmp_path):
-    """`verify` computes the bound: see `kbne_edit.proofs.noise`. Both factors in one edit, on bf16 weights, in both dtypes."""
+    """`verify` computes the bound: see `proofs.noise`. Both factors in one edit, on bf16 weights, in both dtypes."""
     model = tiny_model(name, torch.bfloat16)
     if site == "gate" and family_of(model.config.to_dict()).gate is None:
         pytest.skip("plain feed-forward: no gate")

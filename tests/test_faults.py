@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import faults
 import mutants
 from kbne_edit import Edit, bake, fold, locate, verify
+from kbne_edit.baking import Settings
 from kbne_edit.disk.checkpoint import _NUMPY, from_float, staged, storage
 from kbne_edit.errors import OutputError
-from kbne_edit.baking import Settings
 from kbne_edit.proofs.verification import _recover_factor
 from mutants import DEMO, contents
 

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hub import card_faults
 from kbne_edit import Edit, apply, bake, hooked, revert, verify
-from kbne_edit.folding import formats
 from kbne_edit.disk.checkpoint import Checkpoint
-from kbne_edit.errors import CheckpointError, EditError, FamilyError, KbneError, OutputError, ProofError
-from kbne_edit.folding.formats import read_adapter
 from kbne_edit.disk.manifest import is_sealed, read_manifest
+from kbne_edit.errors import CheckpointError, EditError, FamilyError, KbneError, OutputError, ProofError
+from kbne_edit.folding import formats
+from kbne_edit.folding.formats import read_adapter
 from tiny import MULTIMODAL, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

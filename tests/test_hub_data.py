@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from kbne_edit import load_recipe
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.evaluation.evaluate.scoring import Scorer
-from kbne_edit.evaluation.evaluate.tasks import benchmarks
+from kbne_edit.evaluation.scoring import Scorer
+from kbne_edit.evaluation.tasks import benchmarks
 demo, folder, *names = sys.argv[1:]
 scorer = Scorer(load_model(Path(demo), torch.float32), load_tokenizer(Path(demo)))
 found = [benchmarks(names, data, None, load_recipe("demo"), scorer, scorer.tokenizer) for data in (None, Path(folder))]

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kbne_edit.reporting.page import render
 from kbne_edit.reporting.contents import build
+from kbne_edit.reporting.page import render
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "</table><script>alert(1)</script><img src=x onerror=alert(2)>'\"&amp;\u202e\x1b[31m"

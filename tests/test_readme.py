@@ -17,7 +17,7 @@ import torch
 
 import bench_data
 from kbne_edit.commands import cli
-from kbne_edit.hub.push.source import DEMO
+from kbne_edit.hub.source import DEMO
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

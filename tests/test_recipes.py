@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from kbne_edit import Edit, bake, hooked, load_recipe
-from kbne_edit.reporting.card import _not_found
+from kbne_edit.baking import Settings
 from kbne_edit.errors import InputError, OutputError, RecipeError
 from kbne_edit.evaluation.evaluate import RANDOM_DRAWS, _found, effect, margins, random_edit
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.baking import Settings
 from kbne_edit.recipe import _KEYS, new_recipe, recipe_names
+from kbne_edit.reporting.card import _not_found
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"

@@ -15,17 +15,17 @@ from safetensors.numpy import save_file
 
 from kbne_edit import Edit, fold, load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
+from kbne_edit.disk.manifest import read_manifest, write_manifest
 from kbne_edit.edit import compare
 from kbne_edit.families import places
-from kbne_edit.reporting.lens import columns, vocabulary, written
-from kbne_edit.disk.manifest import read_manifest, write_manifest
-from kbne_edit.reporting.page import render
 from kbne_edit.reporting.contents import build
+from kbne_edit.reporting.lens import columns, vocabulary, written
+from kbne_edit.reporting.page import render
 from kbne_edit.reporting.wording import verdicts
 from tiny import FAMILIES, MIXTURES, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = json.loads((ROOT / "kbne_edit" / "report.schema.json").read_text())
+SCHEMA = json.loads((ROOT / "kbne_edit" / "reporting" / "report.schema.json").read_text())
 
 
 def run(*args, cwd=ROOT):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from kbne_edit import load_recipe, load_scores, select
-from kbne_edit.selection.differences import critical
-from kbne_edit.errors import EditError, InputError
-from kbne_edit.baking import Settings, choosing
-from kbne_edit.recipe import Question
 from kbne_edit.attribution.scores import ScoresWriter
+from kbne_edit.baking import Settings, choosing
+from kbne_edit.errors import EditError, InputError
+from kbne_edit.recipe import Question
+from kbne_edit.selection.differences import critical
 from kbne_edit.selection.select import selection
 
 

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kbne_edit import Edit, apply, bake, fold, push, revert, verify
-from kbne_edit.folding import fold as folding
 from kbne_edit.disk.checkpoint import Checkpoint
-from kbne_edit.errors import CheckpointError, EditError, InputError, KbneError, ProofError
 from kbne_edit.disk.manifest import read_manifest, write_manifest
-from kbne_edit.reporting.page import render
+from kbne_edit.errors import CheckpointError, EditError, InputError, KbneError, ProofError
+from kbne_edit.folding import fold as folding
 from kbne_edit.reporting.contents import build
+from kbne_edit.reporting.page import render
 from mutants import reseal, spoil_value
 from tiny import tiny_model
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kbne_edit import Edit, bake, fold, revert, verify
 from kbne_edit.errors import CheckpointError, SourceError
-from kbne_edit.hub.push.source import DEMO, resolved
+from kbne_edit.hub.source import DEMO, resolved
 from tiny import tiny_model
 
 EDIT = Edit("down", {1: {5: 2.0}})
@@ -239,7 +239,7 @@ GROWTH = """
 import re, sys, threading
 from pathlib import Path
 import safetensors.torch, torch
-from kbne_edit.hub.push.source import resolved
+from kbne_edit.hub.source import resolved
 def used():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 def watch():

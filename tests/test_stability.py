@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from kbne_edit import select
+from kbne_edit.attribution.scores import Scores, ScoresWriter
 from kbne_edit.commands.stability import command as stability_command
 from kbne_edit.errors import EditError, InputError
 from kbne_edit.recipe import COMBINE, Question
-from kbne_edit.attribution.scores import Scores, ScoresWriter
 from kbne_edit.selection.select import selection
 from kbne_edit.selection.stability import agreements, resample, stability
 from kbne_edit.statistics import wilson

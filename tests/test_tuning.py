@@ -22,21 +22,21 @@ import torch
 import bench_data
 from bench_data import avoiding
 from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, select, tune
-from kbne_edit.evaluation import neutral
-from kbne_edit.errors import EditError, InputError, OutputError
-from kbne_edit.tuning.tune.objective import Goal, Run, goal_of
-from kbne_edit.tuning.tune.journal import Journal
-from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.reporting.page import render
+from kbne_edit.attribution.scores import Scores
 from kbne_edit.baking import Settings
+from kbne_edit.errors import EditError, InputError, OutputError
+from kbne_edit.evaluation import neutral
+from kbne_edit.evaluation.scoring import Scorer
+from kbne_edit.evaluation.tasks import _ACCURACY, _AVOIDED, _PREFERENCE, Benchmark, benchmarks
+from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import Question
 from kbne_edit.reporting.contents import build
-from kbne_edit.attribution.scores import Scores
-from kbne_edit.evaluation.evaluate.scoring import Scorer
-from kbne_edit.tuning.tune.search import Space, front, in_words, sweep
+from kbne_edit.reporting.page import render
 from kbne_edit.selection.select import by_dimension, selection
-from kbne_edit.tuning.tune.halves import Half, halves
-from kbne_edit.evaluation.evaluate.tasks import _ACCURACY, _AVOIDED, _PREFERENCE, Benchmark, benchmarks
+from kbne_edit.tuning.halves import Half, halves
+from kbne_edit.tuning.journal import Journal
+from kbne_edit.tuning.objective import Goal, Run, goal_of
+from kbne_edit.tuning.search import Space, front, in_words, sweep
 from kbne_edit.tuning.tune import USED, load_tuning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -812,7 +812,7 @@ def baked(tuned, scores, tmp_path_factory):
 
 def test_the_report_shows_the_sweep(baked, tuned):
     report, result = build(baked), tuned[1]
-    schema = json.loads((ROOT / "kbne_edit" / "report.schema.json").read_text())
+    schema = json.loads((ROOT / "kbne_edit" / "reporting" / "report.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(json.loads(json.dumps(report)))
     found = report["tuning"]
     assert [(p["kl"], p["bias"], p["front"]) for p in found["points"]] == [

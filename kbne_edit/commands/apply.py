@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from  import options
+from . import options
 
 
 @click.command("apply")
@@ -20,8 +20,8 @@ def command(delta, source, out, shard_size, no_behaviour, as_json, overwrite) ->
     from ..disk.checkpoint import Checkpoint
     from ..files import forbid_overlap
     from ..folding.formats import apply
-    from ..progress import progress, say
     from ..hub.source import resolved
+    from ..progress import progress, say
 
     with resolved(source, say) as found:
         forbid_overlap(out, found.origin)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from  import options
+from . import options
 
 
 @click.command("bake")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from  import options
+from . import options
 
 
 @click.command("compare")
@@ -21,9 +21,9 @@ def command(edits, as_json) -> None:
 
 
 def _load(path: Path):
+    from ..disk.manifest import read_manifest
     from ..edit import Edit
     from ..errors import EditError
-    from ..disk.manifest import read_manifest
 
     if not path.is_dir():
         return Edit.load(path)

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import click
 
-from  import options
+from . import options
 
 
 @click.command("doctor")
@@ -13,9 +13,9 @@ from  import options
 def command(source, as_json) -> None:
     """Show what this machine can do: versions, memory, devices, disk, speed, the largest model for each mode."""
     from ..disk.checkpoint import Checkpoint
+    from ..hub.source import resolved
     from ..models.doctor import examine
     from ..progress import say
-    from ..hub.source import resolved
 
     with ExitStack() as stack:
         checkpoint = Checkpoint.open(stack.enter_context(resolved(source, say)).path) if source else None

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import click
 
-from  import options
+from . import options
 
 
 @click.command("locate")

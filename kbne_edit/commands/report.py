@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from  import options
+from . import options
 
 
 @click.command("report")
@@ -18,9 +18,9 @@ from  import options
 def command(baked, out, scores, tuning, as_json) -> None:
     """Write one page on a baked directory for those who must judge it: no model is loaded, no network used."""
     from ..files import forbid_overlap, write_text
-    from ..reporting.page import render
     from ..progress import say
     from ..reporting.contents import build
+    from ..reporting.page import render
     from ..reporting.wording import STATES
 
     forbid_overlap(out, baked, *filter(None, [scores, tuning]))

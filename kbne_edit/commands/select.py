@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from  import options
+from . import options
 
 
 @click.command("select")
@@ -15,10 +15,10 @@ from  import options
 @options.JSON
 def command(scores, out, recipe, as_json, **values) -> None:
     """Choose neurons from kept scores, with other thresholds or another rule. Takes no model."""
-    from ..files import forbid_overlap
-    from ..baking import choose
-    from ..recipe import load_recipe
     from ..attribution.scores import load_scores
+    from ..baking import choose
+    from ..files import forbid_overlap
+    from ..recipe import load_recipe
 
     forbid_overlap(out, scores)
     found = load_scores(scores)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from  import options
+from . import options
 
 
 @click.command("stability")
@@ -19,9 +19,9 @@ def command(scores, recipe, draws, as_json, **values) -> None:
 
     Other wordings, prompts, languages and contexts are other scores files of the same model: see `locate`.
     """
+    from ..attribution.scores import load_scores
     from ..baking import choosing
     from ..recipe import load_recipe
-    from ..attribution.scores import load_scores
     from ..selection.stability import agreements, resample, stability
 
     files = {str(path): load_scores(path) for path in scores}

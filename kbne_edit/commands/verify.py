@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from  import options
+from . import options
 
 
 @click.command("verify")
@@ -18,8 +18,8 @@ def command(source, baked, edit_path, no_behaviour, as_json) -> int:
     """Prove that BAKED is the model --in with an edit folded in, and nothing else. Exit status 1 if not."""
     from ..disk.checkpoint import Checkpoint
     from ..edit import Edit
-    from ..progress import progress, say
     from ..hub.source import resolved
+    from ..progress import progress, say
     from ..proofs.verification import verify
 
     edit = Edit.load(edit_path) if edit_path else None

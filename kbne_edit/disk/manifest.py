@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checkpoint import DELTA, INDEX, MANIFEST
 from ..edit import Edit
 from ..errors import CheckpointError, EditError
 from ..files import json_text, read_json
+from .checkpoint import DELTA, INDEX, MANIFEST
 
 # The edit in another form than a checkpoint: {the manifest's "form": the files that hold it}.
 FORMS = {"peft": {"adapter_config.json", "adapter_model.safetensors"}, "delta": {DELTA}}

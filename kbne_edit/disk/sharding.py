@@ -10,9 +10,9 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from .checkpoint import INDEX, WIDTHS, Checkpoint, Shard, TensorInfo, header_bytes, read_metadata
 from ..errors import CheckpointError, InputError
 from ..files import json_text, open_input, parse_json, parse_size
+from .checkpoint import INDEX, WIDTHS, Checkpoint, Shard, TensorInfo, header_bytes, read_metadata
 
 
 @dataclass(frozen=True)

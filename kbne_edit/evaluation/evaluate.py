@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..reporting.card import own_change
 from ..disk.checkpoint import Checkpoint
 from ..edit import Edit
 from ..errors import InputError, ScoresError
 from ..families import layer_sizes, slots
 from ..folding.fold import plan
+from ..hub.source import resolved
 from ..models.hooks import hooked
 from ..progress import progress, say
 from ..recipe import Probe, load_recipe
-from ..hub.source import resolved
+from ..reporting.card import own_change
 from ..statistics import change, holm, interval, least_change, mcnemar, permutation, side
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def evaluate(
     """
     import torch
 
-    from  import neutral
     from ..models.loading import load_model, load_tokenizer
+    from . import neutral
     from .scoring import Scorer
     from .tasks import benchmarks, check
 
@@ -229,7 +229,7 @@ class Runs:
 
     def measure(self, scorer: Scorer, label: str, edit: Edit | None = None) -> tuple[dict, torch.Tensor]:
         """(columns of each task, logits on the texts). Task by task: no figure depends on what else is asked."""
-        from  import neutral
+        from . import neutral
 
         with hooked(scorer.model, edit) if edit else nullcontext():
             with progress(label, sum(len(mark.pairs) for mark in self._marks), "request") as update:
@@ -238,7 +238,7 @@ class Runs:
 
     def fill(self, scorer: Scorer, edited: tuple | None, others: dict[str, Edit]) -> float | None:
         """Add the base, the edit as measured, the controls and the flattened base. Returns its temperature."""
-        from  import neutral
+        from . import neutral
 
         measured = self.measure(scorer, "evaluate: base")
         base = measured[1]
@@ -289,7 +289,7 @@ def _report(
 
 def _neutral_report(runs: dict[str, np.ndarray]) -> dict:
     """[value, low, high] of each model's perplexity and KL."""
-    from  import neutral
+    from . import neutral
 
     return {f.name: {name: interval(run, f.of) for name, run in runs.items()} for f in (neutral.PERPLEXITY, neutral.KL)}
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..progress import say
 from ..models.trees import Tree, cut, logits_at, tokens_of_a_pass
+from ..progress import say
 
 try:
     from lm_eval.models.huggingface import HFLM

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .datafiles import NoDataError, rows, stereoset_item
 from ..errors import InputError
 from ..progress import say
 from ..recipe import Recipe
+from .datafiles import NoDataError, rows, stereoset_item
 
 # Task -> its kind, its name in lm-eval, the folder of its definition there (None: ours), its files under --data.
 # The published stereoset file (dev.json) holds both kinds of items.

@@ -35,12 +35,12 @@ from ..disk.checkpoint import (
     sync,
     to_float,
 )  # fmt: skip
+from ..disk.manifest import base_names, is_sealed, read_manifest, write_manifest
+from ..disk.sharding import Cut, as_it_was, cut, heads, index_text
 from ..edit import Edit
 from ..errors import CheckpointError, EditError, shown
 from ..families import Slot, end, layer_sizes, slots
 from ..files import forbid_links_out, forbid_overlap, open_input
-from ..disk.manifest import base_names, is_sealed, read_manifest, write_manifest
-from ..disk.sharding import Cut, as_it_was, cut, heads, index_text
 
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
 

@@ -16,16 +16,16 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import __version__
-from ..reporting.card import add_card
 from ..disk.checkpoint import DELTA, Checkpoint, Shard, read_array, read_metadata, staged, to_float
+from ..disk.manifest import write_manifest
+from ..disk.sharding import cut
 from ..edit import Edit
 from ..errors import CheckpointError, EditError, FamilyError, ProofError, shown
 from ..families import SITES, Site, family_of, slots, text_part
 from ..files import forbid_overlap, json_text, parse_json, read_json
-from .fold import Progress, Target, file_hash, fold_into, plan, rewrite, stored_columns, write_tensors
-from ..disk.manifest import write_manifest
-from ..disk.sharding import cut
 from ..proofs.verification import Report, behaviour_proof, file_proof
+from ..reporting.card import add_card
+from .fold import Progress, Target, file_hash, fold_into, plan, rewrite, stored_columns, write_tensors
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -12,13 +12,13 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from ..reporting.card import metadata_in, notices
 from ..disk.checkpoint import MANIFEST, UNDO, Checkpoint, is_weights, other_files
-from .client import TIMEOUT, talking
+from ..disk.manifest import is_sealed, read_manifest
 from ..errors import CheckpointError, OutputError, ProofError
 from ..folding.fold import file_hash
-from ..disk.manifest import is_sealed, read_manifest
 from ..progress import say
+from ..reporting.card import metadata_in, notices
+from .client import TIMEOUT, talking
 
 Progress = Callable[[int], None]  # called with the number of bytes checked since the last call
 

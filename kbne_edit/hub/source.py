@@ -15,9 +15,9 @@ from glob import escape
 from pathlib import Path
 
 from ..disk.checkpoint import header_bytes, is_weights, other_files, read_config
-from .client import TIMEOUT, passing, talking
 from ..errors import OutputError, SourceError, short, shown
 from ..files import forbid_links_out, open_input, read_json
+from .client import TIMEOUT, passing, talking
 
 DEMO = Path(__file__).parent.parent / "demo"
 # Everything of a checkpoint but its weights, which are taken by name, in one format.

@@ -11,9 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from  import memory
 from ..disk.checkpoint import Checkpoint
 from ..families import family_of, hidden_size, slots
+from . import memory
 
 NEEDED = ("torch", "transformers", "safetensors", "huggingface-hub")
 OPTIONAL = {"accelerate": "--device auto", "peft": "loading what --as peft writes"}

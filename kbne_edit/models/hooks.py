@@ -83,7 +83,7 @@ def _tapped(place: Place, site: Site, tap: Tap) -> Iterator[None]:
 
 @contextmanager
 def _tapped_experts(place: Place, tap: Tap) -> Iterator[None]:
-    from  import experts
+    from . import experts
 
     def call(expert, tokens, h):
         return tap(h, tokens, place.offset + expert * place.neurons)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..edit import Edit
-from ..models.experts import down_proj
 from ..families import Place, places
+from ..models.experts import down_proj
 from ..models.hooks import replaced
 
 

@@ -15,16 +15,27 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..disk.checkpoint import INDEX, MANIFEST, UNDO, Checkpoint, Shard, TensorInfo, from_float, read_array, storage, to_float
+from ..disk.checkpoint import (
+    INDEX,
+    MANIFEST,
+    UNDO,
+    Checkpoint,
+    Shard,
+    TensorInfo,
+    from_float,
+    read_array,
+    storage,
+    to_float,
+)
+from ..disk.manifest import base_names, is_sealed, read_manifest
+from ..disk.sharding import head_of
 from ..edit import Edit
 from ..errors import CheckpointError, FamilyError
 from ..families import SITES, by_neuron, slots
 from ..files import open_input
 from ..folding.fold import Progress, Target, TwoDigests, chunks, file_hash, pieces, plan, scaled
-from ..disk.manifest import base_names, is_sealed, read_manifest
-from ..models.memory import SHARE, available, in_memory
 from ..models.loading import foreign, load_model, load_tokenizer
-from ..disk.sharding import head_of
+from ..models.memory import SHARE, available, in_memory
 
 if TYPE_CHECKING:
     import torch
@@ -345,8 +356,8 @@ def _run(model, probes: list[list[int]], tokens: int = 0) -> _Outcome:
     """Logits and routes of the probes, and greedy continuations of `tokens` tokens."""
     import torch
 
-    from ..models.experts import chosen
     from ..families import places
+    from ..models.experts import chosen
 
     logits, texts, routes = [], [], []
     experts = [p.module for found in places(model, "down") for p in found if p.experts]

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import __version__
+from ..attribution.scores import Scores, load_scores
+from ..baking import attribution_summary, work_of
 from ..disk.checkpoint import MANIFEST, UNDO, Checkpoint
+from ..disk.manifest import is_sealed, read_manifest
 from ..edit import Edit
 from ..errors import CheckpointError, InputError, ScoresError, shown
 from ..families import end, slots
 from ..folding.fold import file_hash
-from .lens import Neuron, columns, vocabulary, written
-from ..disk.manifest import is_sealed, read_manifest
-from ..baking import attribution_summary, work_of
-from ..attribution.scores import Scores, load_scores
 from ..tuning.search import in_words
 from ..tuning.tune import RESULT, load_tuning
+from .lens import Neuron, columns, vocabulary, written
 from .wording import verdicts
 
 if TYPE_CHECKING:

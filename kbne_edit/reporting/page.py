@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 
 from .. import plots
-from .card import margin_changes
 from ..errors import one_line
 from ..plots import words
 from ..selection.select import described
+from .card import margin_changes
 from .wording import LIMITS, NOT_COVERED, RULES, SERVES, STATES
 
 _CONTROLS = "controls"

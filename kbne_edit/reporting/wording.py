@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .card import own_change
 from ..statistics import side
+from .card import own_change
 
 STATES = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not known"}  # state: its word
 

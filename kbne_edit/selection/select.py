@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from .differences import lower_bounds
 from ..edit import Edit
 from ..errors import EditError, InputError
 from ..families import Site
 from ..recipe import COMBINE, RULES
+from .differences import lower_bounds
 
 if TYPE_CHECKING:
     from ..attribution.scores import Scores

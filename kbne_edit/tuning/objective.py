@@ -14,8 +14,8 @@ from ..evaluation.evaluate import ABILITIES, ALPHA, least
 from ..statistics import pooled
 
 if TYPE_CHECKING:
-    from .halves import Half
     from ..evaluation.tasks import Figure
+    from .halves import Half
 
 FIGURES = ("absolute margin", "unwanted margin")  # what steers unless told otherwise
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import plots
-from .. import __version__
+from .. import __version__, plots
+from ..attribution.scores import Scores, load_scores
 from ..disk.checkpoint import MANIFEST, Checkpoint
 from ..edit import Edit
 from ..errors import InputError, OutputError, ScoresError
@@ -30,13 +30,12 @@ from ..evaluation.evaluate import Runs, controls, random_edit
 from ..families import layer_sizes, slots
 from ..files import forbid_overlap, read_json, write_json, write_text
 from ..folding.fold import file_hash
-from .objective import Goal, Run, goal_of
-from .journal import Journal
+from ..hub.source import resolved
 from ..progress import say
 from ..recipe import Recipe, load_recipe
-from ..attribution.scores import Scores, load_scores
+from .journal import Journal
+from .objective import Goal, Run, goal_of
 from .search import Space, Sweep, front, sweep
-from ..hub.source import resolved
 
 if TYPE_CHECKING:
     import torch
@@ -86,10 +85,10 @@ def tune(
     import torch
 
     from ..evaluation import neutral
-    from ..models.loading import load_model, load_tokenizer
     from ..evaluation.scoring import Scorer
-    from .halves import halves
     from ..evaluation.tasks import benchmarks, check
+    from ..models.loading import load_model, load_tokenizer
+    from .halves import halves
 
     space, out, data = space or Space(), Path(out), Path(data) if data else None
     check(tasks, data)
