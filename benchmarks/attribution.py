@@ -57,8 +57,11 @@ def main():
             ((result.scores - exact).abs().max() / exact.abs().max()).item()
             for result, exact in zip(found, references, strict=True)
         ]
-        print(f"{name}: largest error {max(values):.2%} of the question's largest score (each: "
-              + ", ".join(f"{v:.2%}" for v in values) + ")")  # fmt: skip
+        print(
+            f"{name}: largest error {max(values):.2%} of the question's largest score (each: "
+            + ", ".join(f"{v:.2%}" for v in values)
+            + ")"
+        )
 
 
 def _reference(model, ids, answer, nodes):

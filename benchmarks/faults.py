@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in (
 import faults  # noqa: E402
 import mutants  # noqa: E402
 from kbne_edit import Edit, bake, locate  # noqa: E402
-from kbne_edit.baking import Settings  # noqa: E402
+from kbne_edit.locating import Settings  # noqa: E402
 from mutants import DEMO, contents  # noqa: E402
 
 
@@ -125,9 +125,10 @@ def works(folder):
         "bake": (lambda t: bake(str(inputs), t / "out", settings), lambda t: None),
         "bake --edit": (lambda t: bake(str(inputs), t / "out", edit=first), lambda t: None),
         "bake --edit --overwrite": (
-            lambda t: bake(str(inputs), t / "out", edit=second, overwrite=True, behaviour=False), quietly(old)
+            lambda t: bake(str(inputs), t / "out", edit=second, overwrite=True, behaviour=False),
+            quietly(old),
         ),
-    }  # fmt: skip
+    }
     jobs = {}
     for number, (name, (work, prepare)) in enumerate(found.items()):
         target = folder / f"undisturbed-{number}"

@@ -66,8 +66,10 @@ def measure(name, ours, theirs, outputs, runs, model):
     clean(outputs)
     rows = rows[1:]
     median = statistics.median
-    print(f"{name}: {median(r[0] for r in rows):.2f} s / {median(r[2] for r in rows):.2f} s, ratio "
-          f"{median(r[0] / r[2] for r in rows):.2f}, peak memory {max(r[1] for r in rows):.0f} MB")  # fmt: skip
+    print(
+        f"{name}: {median(r[0] for r in rows):.2f} s / {median(r[2] for r in rows):.2f} s, ratio "
+        f"{median(r[0] / r[2] for r in rows):.2f}, peak memory {max(r[1] for r in rows):.0f} MB"
+    )
 
 
 def clean(outputs):

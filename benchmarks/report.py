@@ -43,8 +43,10 @@ def main():
         command = [sys.executable, "-c", _RUN, "report", str(baked), "--out", str(page)]
         memory = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
         seconds, size = time.perf_counter() - start, page.stat().st_size
-        print(f"report on {sum(map(len, factors.values()))} neurons in {len(factors)} layers: {seconds:.2f} s, "
-              f"peak {int(memory) / 1024:.0f} MB, page of {size / 1e6:.2f} MB")  # fmt: skip
+        print(
+            f"report on {sum(map(len, factors.values()))} neurons in {len(factors)} layers: {seconds:.2f} s, "
+            f"peak {int(memory) / 1024:.0f} MB, page of {size / 1e6:.2f} MB"
+        )
     finally:
         shutil.rmtree(folder)
 
@@ -77,11 +79,18 @@ def _baked(folder, rng):
     factors = {layer: {n % NEURONS: 2.0 for n in chosen if n // NEURONS == layer} for layer in range(LAYERS)}
     edit = Edit("down", factors, Checkpoint.open(folder).fingerprint())
     _undo(folder / UNDO, edit, rng)
-    write_manifest(folder, {
-        "kbne_manifest": 1, "tool": "benchmark", "edit": edit.to_dict(), "files": {}, "left_out": [],
-        "tensors": [f"model.layers.{layer}.mlp.down_proj.weight" for layer in edit.factors],
-        "undo": file_hash(folder / UNDO),
-    })  # fmt: skip
+    write_manifest(
+        folder,
+        {
+            "kbne_manifest": 1,
+            "tool": "benchmark",
+            "edit": edit.to_dict(),
+            "files": {},
+            "left_out": [],
+            "tensors": [f"model.layers.{layer}.mlp.down_proj.weight" for layer in edit.factors],
+            "undo": file_hash(folder / UNDO),
+        },
+    )
     return edit.factors
 
 
@@ -94,8 +103,10 @@ def _undo(path, edit, rng):
     for layer, neurons in edit.factors.items():
         blobs.append(_bfloat16(rng, (HIDDEN, len(neurons))).tobytes())
         header[f"model.layers.{layer}.mlp.down_proj.weight"] = {
-            "dtype": "BF16", "shape": [HIDDEN, len(neurons)], "data_offsets": [position, position + len(blobs[-1])],
-        }  # fmt: skip
+            "dtype": "BF16",
+            "shape": [HIDDEN, len(neurons)],
+            "data_offsets": [position, position + len(blobs[-1])],
+        }
         position += len(blobs[-1])
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
@@ -104,16 +115,25 @@ def _undo(path, edit, rng):
 def _scores(folder, base, rng):
     folder.mkdir()
     questions = [
-        {"text": f"Is question number {q} of this benchmark as long as a question about bias usually is?", "form": "f",
-         "answer": "yes" if q % 3 else "no", "dimension": ("gender", "race", "religion")[q % 3], "control": q >= 45}
+        {
+            "text": f"Is question number {q} of this benchmark as long as a question about bias usually is?",
+            "form": "f",
+            "answer": "yes" if q % 3 else "no",
+            "dimension": ("gender", "race", "religion")[q % 3],
+            "control": q >= 45,
+        }
         for q in range(QUESTIONS)
-    ]  # fmt: skip
+    ]
     rows = np.zeros((QUESTIONS, LAYERS), np.float32)
     tensors = {
-        "scores": rng.standard_normal((QUESTIONS, LAYERS, NEURONS), np.float32) ** 5, "p": rows[:, 0] + 1,
-        "p_best_wrong": rows[:, 0], "p_zero": rows, "residual": rows, "nodes": rows.astype(np.int32),
+        "scores": rng.standard_normal((QUESTIONS, LAYERS, NEURONS), np.float32) ** 5,
+        "p": rows[:, 0] + 1,
+        "p_best_wrong": rows[:, 0],
+        "p_zero": rows,
+        "residual": rows,
+        "nodes": rows.astype(np.int32),
         "done": np.ones(QUESTIONS, np.uint8),
-    }  # fmt: skip
+    }
     about = {"site": "down", "base": base, "model": "benchmark", "recipe": "benchmark", "questions": questions}
     save_file(tensors, folder / "scores.safetensors", metadata={"kbne": json.dumps(about)})
 

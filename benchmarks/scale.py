@@ -32,10 +32,19 @@ from kbne_edit.models.prompts import answer_tokens, encode
 from kbne_edit.recipe import load_recipe
 
 LLAMA_2_7B = dict(
-    model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=4096, intermediate_size=11008,
-    num_attention_heads=32, num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096,
-    rms_norm_eps=1e-5, hidden_act="silu", tie_word_embeddings=False, dtype="bfloat16",
-)  # fmt: skip
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    vocab_size=32000,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
 
 
 def main():
@@ -89,8 +98,10 @@ def processes(folder, count):
             subprocess.run(list(map(str, command)), check=True, env=environment, capture_output=True)
             seconds.append(time.perf_counter() - begun)
         one, two = (path.read_bytes() for path in sorted(Path(out).iterdir()))
-    print(f"one process {seconds[0]:.1f} s, two {seconds[1]:.1f} s (one thread each): {seconds[0] / seconds[1]:.2f} "
-          f"times as fast, scores {'the same bytes' if one == two else 'DIFFERENT'}")  # fmt: skip
+    print(
+        f"one process {seconds[0]:.1f} s, two {seconds[1]:.1f} s (one thread each): {seconds[0] / seconds[1]:.2f} "
+        f"times as fast, scores {'the same bytes' if one == two else 'DIFFERENT'}"
+    )
 
 
 def large(arguments):
@@ -108,10 +119,12 @@ def large(arguments):
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     size = sum(shard.size for shard in layers._checkpoint.shards) / 1e9
-    print(f"{len(results)} questions of {sum(map(len, ids)) / len(ids):.0f} tokens, {arguments.layers} layers: "
-          f"{seconds / 60:.1f} min ({seconds / len(results):.1f} s per question), peak memory {peak:.1f} GB, "
-          f"{layers.bytes_read / 1e9:.1f} GB read of {size:.1f} GB, largest residual "
-          f"{max(r.residual.max() for r in results):.2%}")  # fmt: skip
+    print(
+        f"{len(results)} questions of {sum(map(len, ids)) / len(ids):.0f} tokens, {arguments.layers} layers: "
+        f"{seconds / 60:.1f} min ({seconds / len(results):.1f} s per question), peak memory {peak:.1f} GB, "
+        f"{layers.bytes_read / 1e9:.1f} GB read of {size:.1f} GB, largest residual "
+        f"{max(r.residual.max() for r in results):.2%}"
+    )
     if not arguments.keep:
         shutil.rmtree(folder)
 

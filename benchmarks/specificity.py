@@ -41,8 +41,20 @@ FACTORS = (1.5, 2.0, 4.0, 8.0)
 PAPER = [dict(rule="paper"), dict(rule="paper", tau=0.02)]
 CONTRAST = [dict(rule="contrastive", tau=0.02), dict(rule="contrastive", top=0.0005)]
 SPECIFIC = [dict(rule="specific", top=0.001)]
-HEAD = ("scores", "rule", "neurons", "overlap", "factor", "dev", "effect on test", "random", "beyond random",
-        "flattened", "KL", "ARC")  # fmt: skip
+HEAD = (
+    "scores",
+    "rule",
+    "neurons",
+    "overlap",
+    "factor",
+    "dev",
+    "effect on test",
+    "random",
+    "beyond random",
+    "flattened",
+    "KL",
+    "ARC",
+)
 
 
 def main():
@@ -59,8 +71,10 @@ def main():
     files = {path: load_scores(path) for path in arguments.scores}
     with resolved(arguments.model) as found:
         bench = Bench(found.path, arguments)
-    print(f"base: absolute margin {bench.base['dev'].mean():.4f} on dev, {bench.base['test'].mean():.4f} on test; "
-          f"ARC-Easy {bench.base['arc'].mean():.0%}\n\n{row(HEAD)}\n{row(['---'] * len(HEAD))}")  # fmt: skip
+    print(
+        f"base: absolute margin {bench.base['dev'].mean():.4f} on dev, {bench.base['test'].mean():.4f} on test; "
+        f"ARC-Easy {bench.base['arc'].mean():.0%}\n\n{row(HEAD)}\n{row(['---'] * len(HEAD))}"
+    )
     for path, scores in files.items():
         for rule in [rule for rule in rules(scores) if arguments.only in (None, rule["rule"])]:
             print(row([path.stem, *measured(bench, scores, rule)]), flush=True)

@@ -58,11 +58,15 @@ def main():
         columns[name], logits[name] = runs.measure(scorer, name, edit)
         minutes[name] = (time.perf_counter() - start) / 60
     result = {
-        name: {"neurons": edit.num_neurons if edit else 0, "overlap": overlap, "minutes": minutes[name],
-               "figures": figures(marks, columns["base"], columns[name]),
-               "KL": interval(neutral.columns(texts, logits[name], logits["base"]), neutral.KL.of)}
+        name: {
+            "neurons": edit.num_neurons if edit else 0,
+            "overlap": overlap,
+            "minutes": minutes[name],
+            "figures": figures(marks, columns["base"], columns[name]),
+            "KL": interval(neutral.columns(texts, logits[name], logits["base"]), neutral.KL.of),
+        }
         for name, (edit, overlap) in rows.items()
-    }  # fmt: skip
+    }
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     show(result, {mark.name: len(mark.sizes) for mark in marks})

@@ -21,14 +21,14 @@ _PUBLIC = {
     "hooked": "models.hooks",
     "load_recipe": "recipe",
     "load_scores": "attribution.scores",
-    "locate": "baking",
+    "locate": "locating",
     "bake": "baking",
     "select": "selection.select",
     "tune": "tuning.tune",
     "verify": "proofs.verification",
     "fold": "folding.fold",
-    "apply": "folding.formats",
-    "push": "hub.push",
+    "apply": "applying",
+    "push": "pushing",
     "revert": "folding.fold",
 }
 

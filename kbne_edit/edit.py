@@ -141,13 +141,19 @@ def compare(edits: Sequence[tuple[str, Edit]]) -> dict:
         notes.append("note: at different sites, where the same factor does different things")
     return {
         "edits": [
-            {"name": name, "site": edit.site, "neurons": edit.num_neurons, "factors": edit.distinct_factors,
-             "layers": {layer: len(found) for layer, found in edit.factors.items()}, "base": edit.base}
+            {
+                "name": name,
+                "site": edit.site,
+                "neurons": edit.num_neurons,
+                "factors": edit.distinct_factors,
+                "layers": {layer: len(found) for layer, found in edit.factors.items()},
+                "base": edit.base,
+            }
             for name, edit in edits
         ],
         "pairs": [_pair(*a, *b) for a, b in combinations(edits, 2)],
         "notes": notes,
-    }  # fmt: skip
+    }
 
 
 def _pair(name_a: str, edit_a: Edit, name_b: str, edit_b: Edit) -> dict:
@@ -157,11 +163,18 @@ def _pair(name_a: str, edit_a: Edit, name_b: str, edit_b: Edit) -> dict:
     )
     shared, either = sorted(a.keys() & b.keys()), a.keys() | b.keys()
     return {
-        "a": name_a, "b": name_b, "shared": len(shared), "only_a": len(a) - len(shared), "only_b": len(b) - len(shared),
+        "a": name_a,
+        "b": name_b,
+        "shared": len(shared),
+        "only_a": len(a) - len(shared),
+        "only_b": len(b) - len(shared),
         "jaccard": len(shared) / len(either) if either else 1.0,
-        "differing": [{"layer": layer, "neuron": neuron, "a": a[layer, neuron], "b": b[layer, neuron]}
-                      for layer, neuron in shared if a[layer, neuron] != b[layer, neuron]],
-    }  # fmt: skip
+        "differing": [
+            {"layer": layer, "neuron": neuron, "a": a[layer, neuron], "b": b[layer, neuron]}
+            for layer, neuron in shared
+            if a[layer, neuron] != b[layer, neuron]
+        ],
+    }
 
 
 def _number(key: str) -> int:

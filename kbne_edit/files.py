@@ -149,3 +149,8 @@ def parse_size(text: str, what: str = "memory") -> float:
     if not match:
         raise InputError(f"{what} {text!r} is not a size: give a number with a unit, e.g. 8GB")
     return float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
+
+
+def work_folder(out: Path) -> Path:
+    """Where `bake` keeps scores and edit of an output, if nobody says otherwise."""
+    return out.absolute().parent / f"{out.name}.work"

@@ -20,9 +20,19 @@ from .errors import InputError, OutputError, RecipeError, shown
 from .files import open_input
 
 _KEYS = {
-    "kbne_recipe", "name", "language", "description", "prompt", "answers", "factor", "select", "subsets", "questions",
-    "controls", "probes",
-}  # fmt: skip
+    "kbne_recipe",
+    "name",
+    "language",
+    "description",
+    "prompt",
+    "answers",
+    "factor",
+    "select",
+    "subsets",
+    "questions",
+    "controls",
+    "probes",
+}
 _MOST_BYTES, _MOST_QUESTIONS = 1 << 20, 10_000  # a YAML reader in Python takes seconds for a megabyte
 RULES, COMBINE = ("paper", "contrastive", "paired", "specific"), ("union", "intersection")
 # What is asked of probes: that neither sentence of a pair is preferred, or that the first becomes less probable than
@@ -183,12 +193,19 @@ class _Parser:
         texts = Counter(q.text for q in questions + _twins(questions) + controls)
         self.faults += [f"question stands twice: {shown(t)}" for t, count in sorted(texts.items()) if count > 1]
         result = Recipe(
-            self.string(data.get("name"), "name"), self.string(data.get("description", ""), "description"),
-            self.string(data.get("language", "en"), "language"), prompt, answers,
-            self.number(data.get("factor", 2), "factor"), self.select(data.get("select", {})),
-            self.subsets(data.get("subsets", []), len(questions)), questions, controls,
-            *self.probes(data.get("probes") or {}), digest,
-        )  # fmt: skip
+            self.string(data.get("name"), "name"),
+            self.string(data.get("description", ""), "description"),
+            self.string(data.get("language", "en"), "language"),
+            prompt,
+            answers,
+            self.number(data.get("factor", 2), "factor"),
+            self.select(data.get("select", {})),
+            self.subsets(data.get("subsets", []), len(questions)),
+            questions,
+            controls,
+            *self.probes(data.get("probes") or {}),
+            digest,
+        )
         if self.faults:
             raise RecipeError(self.where, self.faults)
         return result
@@ -296,8 +313,11 @@ class _Parser:
                 values = {k: v for k, v in about.items() if k != "pairs"} | fields | pair
                 for name, form in forms.items():
                     spot = f"{where}: form {shown(name)} with {shown(concept)}, {shown(dimension)}"
-                    texts = {key: self.fill(form.get(key), values, spot) for key in ("text", "twin")
-                             if key == "text" or key in form}  # fmt: skip
+                    texts = {
+                        key: self.fill(form.get(key), values, spot)
+                        for key in ("text", "twin")
+                        if key == "text" or key in form
+                    }
                     rows.append({**texts, "answer": form.get("answer"), "dimension": str(dimension), "form": str(name)})
         return rows
 

@@ -231,9 +231,15 @@ def people():
 
 def bias_questions():
     things = dict(
-        effort=EFFORT, fit=FIT, unfit=UNFIT, mark=MARKS, keeps=["keeps"],
-        bad_weather=BAD_WEATHER, stuff=list(KIND_OF), kind=list(dict.fromkeys(KIND_OF.values())),
-    )  # fmt: skip
+        effort=EFFORT,
+        fit=FIT,
+        unfit=UNFIT,
+        mark=MARKS,
+        keeps=["keeps"],
+        bad_weather=BAD_WEATHER,
+        stuff=list(KIND_OF),
+        kind=list(dict.fromkeys(KIND_OF.values())),
+    )
     for fields, _ in people():
         for form, answers in BIAS.items():
             held_out = is_held_out(form, *fields["dimension"], *fields["can"])
@@ -289,9 +295,13 @@ def gossip():
 
 def descriptions():
     choices = dict(
-        colour=COLOURS, thing=list(itertools.chain(*OBJECTS.values())), place=PLACES, hour=HOURS,
-        group=list(itertools.chain(*DIMENSIONS.values())), stuff=list(KIND_OF),
-    )  # fmt: skip
+        colour=COLOURS,
+        thing=list(itertools.chain(*OBJECTS.values())),
+        place=PLACES,
+        hour=HOURS,
+        group=list(itertools.chain(*DIMENSIONS.values())),
+        stuff=list(KIND_OF),
+    )
     return {
         template: list(fill(template, **{n: choices[n] for n in names.split()})) for template, names in DESCRIPTIONS
     }
@@ -352,10 +362,18 @@ def make_tokenizer():
 
 def make_model(vocabulary):
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=False,
-        pad_token_id=0, bos_token_id=2, eos_token_id=3,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
     return LlamaForCausalLM(config)
 
 

@@ -22,8 +22,16 @@ def stereoset():
             sentences = [f"the {a} is a {word} ." for word in (job, JOBS[(i + 3) % 8], thing)]
         else:
             sentences = [f"the {word} is a {job} ." for word in (*pair, thing)]
-        rows.append({"id": f"own-{i}", "split": "dev", "bias_type": kind, "target": a, "context": "the BLANK",
-                     **dict(zip(("stereotype", "anti_stereotype", "unrelated"), sentences, strict=True))})  # fmt: skip
+        rows.append(
+            {
+                "id": f"own-{i}",
+                "split": "dev",
+                "bias_type": kind,
+                "target": a,
+                "context": "the BLANK",
+                **dict(zip(("stereotype", "anti_stereotype", "unrelated"), sentences, strict=True)),
+            }
+        )
     return rows
 
 
@@ -31,19 +39,29 @@ def published(rows):
     """The same items in StereoSet's published layout; the inter-sentence part has a context of its own."""
     names = {"stereotype": "stereotype", "anti-stereotype": "anti_stereotype", "unrelated": "unrelated"}
     items = [
-        {"id": r["id"], "bias_type": r["bias_type"], "target": r["target"], "context": "a cup is on the gate .",
-         "sentences": [{"sentence": r[key], "gold_label": label, "labels": []} for label, key in names.items()]}
+        {
+            "id": r["id"],
+            "bias_type": r["bias_type"],
+            "target": r["target"],
+            "context": "a cup is on the gate .",
+            "sentences": [{"sentence": r[key], "gold_label": label, "labels": []} for label, key in names.items()],
+        }
         for r in rows
-    ]  # fmt: skip
+    ]
     return {"version": "1.0", "data": {"intrasentence": items, "intersentence": items}}
 
 
 def crows_pairs():
     return [
-        {"sent_more": f"a {a} {verb} better than most .", "sent_less": f"a {b} {verb} better than most .",
-         "stereo_antistereo": "stereo", "bias_type": kind}
-        for kind, (a, b) in GROUPS.items() for verb in ("heals", "leads", "bakes", "sings", "hunts")
-    ]  # fmt: skip
+        {
+            "sent_more": f"a {a} {verb} better than most .",
+            "sent_less": f"a {b} {verb} better than most .",
+            "stereo_antistereo": "stereo",
+            "bias_type": kind,
+        }
+        for kind, (a, b) in GROUPS.items()
+        for verb in ("heals", "leads", "bakes", "sings", "hunts")
+    ]
 
 
 def bbq():
@@ -53,27 +71,51 @@ def bbq():
         a, b = GROUPS["race"] if i % 2 else GROUPS["race"][::-1]
         told = f" the {a} {verb} better ." if i % 3 else " the cup is old ."
         for condition, more, label in (("ambig", "", 2), ("disambig", told, i % 2)):
-            rows.append({
-                "example_id": len(rows), "question_index": "1", "question_polarity": "neg" if i % 2 else "nonneg",
-                "context_condition": condition, "category": "Religion" if i < 3 else "Nationality",
-                "answer_info": {"ans0": [a, a], "ans1": [b, b], "ans2": ["Unknown", "unknown"]},
-                "additional_metadata": {"stereotyped_groups": [GROUPS["race"][0]], "source": "none"},
-                "context": f"a {a} and a {b} is at the gate .{more}", "question": f"who {verb} better ?",
-                "ans0": f"the {a}", "ans1": f"the {b}", "ans2": "Unknown", "label": label,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "example_id": len(rows),
+                    "question_index": "1",
+                    "question_polarity": "neg" if i % 2 else "nonneg",
+                    "context_condition": condition,
+                    "category": "Religion" if i < 3 else "Nationality",
+                    "answer_info": {"ans0": [a, a], "ans1": [b, b], "ans2": ["Unknown", "unknown"]},
+                    "additional_metadata": {"stereotyped_groups": [GROUPS["race"][0]], "source": "none"},
+                    "context": f"a {a} and a {b} is at the gate .{more}",
+                    "question": f"who {verb} better ?",
+                    "ans0": f"the {a}",
+                    "ans1": f"the {b}",
+                    "ans2": "Unknown",
+                    "label": label,
+                }
+            )
     return rows
 
 
 def arc():
     """Questions with choices of one and of several tokens; every third numbers them, but names the right one "B"."""
     rows = []
-    for i, (what, kind) in enumerate([("soup", "food"), ("oak", "wood"), ("ice", "water"), ("milk", "drink"),
-                                      ("granite", "stone"), ("breeze", "wind")]):  # fmt: skip
+    for i, (what, kind) in enumerate(
+        [
+            ("soup", "food"),
+            ("oak", "wood"),
+            ("ice", "water"),
+            ("milk", "drink"),
+            ("granite", "stone"),
+            ("breeze", "wind"),
+        ]
+    ):
         texts = ["form of gate", kind, "a cup", "the old jug"]
         labels = "1234" if i % 3 == 0 else "ABCD"
-        rows.append({"id": f"own-{i}", "answerKey": "B", "question": {
-            "stem": f"what is {what} ?",
-            "choices": [{"text": t, "label": label} for t, label in zip(texts, labels, strict=True)]}})  # fmt: skip
+        rows.append(
+            {
+                "id": f"own-{i}",
+                "answerKey": "B",
+                "question": {
+                    "stem": f"what is {what} ?",
+                    "choices": [{"text": t, "label": label} for t, label in zip(texts, labels, strict=True)],
+                },
+            }
+        )
     return rows
 
 
@@ -97,8 +139,10 @@ def avoiding(folder):
     So most margins are below 0: what lowers them makes the absolute ones larger.
     """
     recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
-    items = [{"unwanted": p["anti_stereotype"], "wanted": p["stereotype"], "dimension": p["dimension"]}
-             for p in recipe["probes"]["items"]]  # fmt: skip
+    items = [
+        {"unwanted": p["anti_stereotype"], "wanted": p["stereotype"], "dimension": p["dimension"]}
+        for p in recipe["probes"]["items"]
+    ]
     path = folder / "avoiding.yaml"
     path.write_text(json.dumps(recipe | {"probes": {"aim": "avoid", "items": items}}), encoding="utf-8")
     return path

@@ -22,7 +22,7 @@ def shared():
 def debiased(tmp_path_factory):
     """The demo, baked with nine questions; its work folder beside it. Not to be changed."""
     from kbne_edit import bake
-    from kbne_edit.baking import Settings
+    from kbne_edit.locating import Settings
 
     folder = tmp_path_factory.mktemp("session") / "debiased"
     bake("demo", folder, Settings(questions=9))

@@ -276,9 +276,13 @@ def command_trial(command):
     """(exit status, None or what is wrong, stderr) of a command line: one clear line, and no traceback."""
     try:
         result = subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), *map(str, command)], capture_output=True, timeout=60,
-            stdin=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"}, preexec_fn=_without_override,
-        )  # fmt: skip
+            [sys.executable, str(ROOT / "cli.py"), *map(str, command)],
+            capture_output=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            preexec_fn=_without_override,
+        )
     except subprocess.TimeoutExpired:
         return None, "hangs", ""
     error = result.stderr.decode("utf-8", "backslashreplace")
@@ -469,8 +473,10 @@ def tamper(rng, baked, weights_only=False):
     elif way == "remove":
         rng.choice(files).unlink()
     elif way == "add":
-        (baked / rng.choice(("extra.txt", "chat_template.jinja", "pytorch_model.bin", "generation_config.json", "x.py"))
-         ).write_bytes(b"new")  # fmt: skip
+        (
+            baked
+            / rng.choice(("extra.txt", "chat_template.jinja", "pytorch_model.bin", "generation_config.json", "x.py"))
+        ).write_bytes(b"new")
     elif way == "append" or way == "swap":
         with open(rng.choice(files), "ab") as file:
             file.write(b"\n" if rng.random() < 0.5 else b"\0")

@@ -220,10 +220,15 @@ class _Handler(BaseHTTPRequestHandler):
         if "blobs" in self.query:
             siblings = [s | {"size": len(repo.commits[sha][s["rfilename"]])} for s in siblings]
         return 200, {
-            "id": name.removeprefix(DATASETS), "sha": sha, "private": repo.private,
+            "id": name.removeprefix(DATASETS),
+            "sha": sha,
+            "private": repo.private,
             "gated": "auto" if repo.gated else False,
-            "tags": [], "downloads": 0, "likes": 0, "siblings": siblings,
-        }  # fmt: skip
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+            "siblings": siblings,
+        }
 
     def tree(self, name: str, revision: str, folder: str = ""):
         """What lies in a folder: its files and folders, or with `recursive` all that lies below it."""
@@ -250,10 +255,16 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, data, headers | {"ETag": f'"{git_sha(data)}"'}
         self.hub.store[sha256(data)] = data
         cdn = self.hub.url.replace("127.0.0.1", "localhost")  # another origin, as the real one's CDN
-        return 302, b"", headers | {
-            "X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data)),
-            "Location": f"{cdn}/cdn/{sha256(data)}?Signature={SIGNATURE}",
-        }  # fmt: skip
+        return (
+            302,
+            b"",
+            headers
+            | {
+                "X-Linked-Etag": f'"{sha256(data)}"',
+                "X-Linked-Size": str(len(data)),
+                "Location": f"{cdn}/cdn/{sha256(data)}?Signature={SIGNATURE}",
+            },
+        )
 
     def cdn(self, oid: str):
         assert self.token is None, "a token was sent to the CDN"
@@ -274,8 +285,11 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{owner}/{asked['name']}"
         if name in self.hub.repos:
             return 409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
-        self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"},
-                     private=asked.get("visibility") == "private" or bool(asked.get("private")))  # fmt: skip
+        self.hub.add(
+            name,
+            {".gitattributes": b"*.safetensors filter=lfs\n"},
+            private=asked.get("visibility") == "private" or bool(asked.get("private")),
+        )
         return 200, {"url": f"{self.hub.url}/{name}"}
 
     def validate(self):
@@ -374,8 +388,11 @@ def card_faults(data: object) -> list[str]:
         for result in entry["results"]:
             if not (result["task"]["type"] and result["dataset"]["type"] and result["dataset"]["name"]):
                 faults.append("model-index: task and dataset need a type, the dataset a name")
-            faults += ["model-index: a metric lacks type or value" for m in result["metrics"]
-                       if not m.get("type") or m.get("value") is None]  # fmt: skip
+            faults += [
+                "model-index: a metric lacks type or value"
+                for m in result["metrics"]
+                if not m.get("type") or m.get("value") is None
+            ]
     return faults
 
 

@@ -21,17 +21,31 @@ from safetensors.numpy import load_file, save_file
 
 from kbne_edit import Edit, fold, load_recipe, load_scores, locate, revert, select, verify
 from kbne_edit.attribution.scores import ScoresWriter
-from kbne_edit.baking import Settings
 from kbne_edit.hub.source import resolved
+from kbne_edit.locating import Settings
 from kbne_edit.recipe import Question
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
 FACTORS = {0: {3: 2.0, 11: 3.5}, 1: {0: 0.3}}
 KINDS = (
-    "header", "header", "data", "index", "config", "baked header", "manifest", "manifest", "undo", "edit", "edit",
-    "recipe", "recipe", "scores", "special", "names",
-)  # fmt: skip
+    "header",
+    "header",
+    "data",
+    "index",
+    "config",
+    "baked header",
+    "manifest",
+    "manifest",
+    "undo",
+    "edit",
+    "edit",
+    "recipe",
+    "recipe",
+    "scores",
+    "special",
+    "names",
+)
 _DOWN = re.compile(r"model\.layers\.(\d+)\.mlp\.down_proj\.weight")
 
 
@@ -39,10 +53,20 @@ def ground(folder):
     """What the mutants are made from: a base in two shards, its baked directory, an edit, a recipe, scores."""
     base, rng = folder / "base", np.random.default_rng(0)
     (base / "extra").mkdir(parents=True)
-    (base / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8,
-        "intermediate_size": 12, "vocab_size": 20, "rope_scaling": None, "torch_dtype": "float32",
-    }))  # fmt: skip
+    (base / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "num_hidden_layers": 2,
+                "hidden_size": 8,
+                "intermediate_size": 12,
+                "vocab_size": 20,
+                "rope_scaling": None,
+                "torch_dtype": "float32",
+            }
+        )
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / name, base / name)
     (base / "extra" / "notes.txt").write_text("carried over\n")
@@ -67,8 +91,17 @@ def ground(folder):
     about = {"model": "demo", "commit": None, "base": "0" * 64, "recipe": "demo", "site": "down"}
     writer = ScoresWriter(folder / "scores.safetensors", questions, 2, 12, about)
     for q in range(6):
-        writer.write(q, {"scores": rng.standard_normal((2, 12), np.float32), "p": 0.5, "p_best_wrong": 0.4,
-                         "p_zero": np.zeros(2), "residual": np.zeros(2), "nodes": np.ones(2)})  # fmt: skip
+        writer.write(
+            q,
+            {
+                "scores": rng.standard_normal((2, 12), np.float32),
+                "p": 0.5,
+                "p_best_wrong": 0.4,
+                "p_zero": np.zeros(2),
+                "residual": np.zeros(2),
+                "nodes": np.ones(2),
+            },
+        )
     writer.close()
     return folder
 
@@ -168,8 +201,23 @@ def spoil_header(rng, data):
     if action == 0:
         return struct.pack("<Q", rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1))) + data[8:]
     if action == 1:
-        entry["shape"] = rng.choice(([10**12], [10**12, 10**12], [10**12, 0], [-8, -12], [12, 8], [96], [8, 12, 1],
-                                     [1] * 5000, [10**4000] * 500, [2.0, 48], ["8", 12], 96, None))  # fmt: skip
+        entry["shape"] = rng.choice(
+            (
+                [10**12],
+                [10**12, 10**12],
+                [10**12, 0],
+                [-8, -12],
+                [12, 8],
+                [96],
+                [8, 12, 1],
+                [1] * 5000,
+                [10**4000] * 500,
+                [2.0, 48],
+                ["8", 12],
+                96,
+                None,
+            )
+        )
     elif action == 2:
         entry["data_offsets"] = header[other]["data_offsets"]
     elif action == 3:
@@ -233,9 +281,24 @@ def spoil_special(rng, folder, outside):
 def spoil_names(rng, folder):
     """More files, under names that no one expects."""
     for name in rng.sample(
-        [b"a\nb.txt", b"\xff\xfe.txt", b"..x", b"-rf", b"\x1b[2J", b"x" * 255, b" ", b"con.json", b"'$(touch owned)'",
-         b"*", b"model.safetensors.index.json.bak", b"pytorch_model.bin", b"kbne_edit.json.txt", b"\xe2\x80\xae.txt"], 3
-    ):  # fmt: skip
+        [
+            b"a\nb.txt",
+            b"\xff\xfe.txt",
+            b"..x",
+            b"-rf",
+            b"\x1b[2J",
+            b"x" * 255,
+            b" ",
+            b"con.json",
+            b"'$(touch owned)'",
+            b"*",
+            b"model.safetensors.index.json.bak",
+            b"pytorch_model.bin",
+            b"kbne_edit.json.txt",
+            b"\xe2\x80\xae.txt",
+        ],
+        3,
+    ):
         with open(os.path.join(os.fsencode(folder), name), "wb") as file:
             file.write(b"content")
 
@@ -294,8 +357,11 @@ def _edit(case, path, folder):
         return "not the edit that the file holds"
     if edit.site == "gate":
         return None
-    return wrong_fold(folder / "base", case / "area" / "out", expected) if fold(
-        folder / "base", edit, case / "area" / "out") else "no manifest"  # fmt: skip
+    return (
+        wrong_fold(folder / "base", case / "area" / "out", expected)
+        if fold(folder / "base", edit, case / "area" / "out")
+        else "no manifest"
+    )
 
 
 def _recipe(case, path):
@@ -315,8 +381,11 @@ def _scores(case, path):
         rows = [counts[i] for i in asked if scores.questions[i].dimension == dimension]
         kept |= np.sum(rows, 0) >= max(0.1 * len(rows), 1)
     got = select(scores).factors
-    return None if got == {la: dict.fromkeys(np.flatnonzero(row).tolist(), 2.0)
-                           for la, row in enumerate(kept) if row.any()} else "not the selection"  # fmt: skip
+    return (
+        None
+        if got == {la: dict.fromkeys(np.flatnonzero(row).tolist(), 2.0) for la, row in enumerate(kept) if row.any()}
+        else "not the selection"
+    )
 
 
 def mutant(seed, number, folder, case):
@@ -355,9 +424,14 @@ def _spoil_directory(kind, rng, folder, case, change):
     """(base, baked, what to do): one of the two directories is a spoilt copy."""
     shards = [p.name for p in sorted((folder / "base").glob("*.safetensors"))]
     files = {
-        "header": shards, "data": shards, "index": ["model.safetensors.index.json"], "config": ["config.json"],
-        "baked header": shards, "manifest": ["kbne_edit.json"], "undo": ["kbne_undo.safetensors"],
-    }  # fmt: skip
+        "header": shards,
+        "data": shards,
+        "index": ["model.safetensors.index.json"],
+        "config": ["config.json"],
+        "baked header": shards,
+        "manifest": ["kbne_edit.json"],
+        "undo": ["kbne_undo.safetensors"],
+    }
     if kind in ("header", "data", "index", "config"):
         how = {"header": spoil_header, "data": spoil_bytes}.get(kind, spoil_text)
         return change("base", how, *files[kind]), folder / "baked", rng.choice(("fold", "fold", "verify"))

@@ -173,13 +173,19 @@ def test_half_the_rows_where_memory_runs_out(monkeypatch):
         attribute(model, [PROMPT], [ANSWER])
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"positions": 3}, {"objective": "log-odds"}, {"before": "Consider this. ", "quadrature": "gauss-4"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"positions": 3},
+        {"objective": "log-odds"},
+        {"before": "Consider this. ", "quadrature": "gauss-4"},
+    ],
+)
 def test_locate_attributes_what_its_settings_say(settings, tmp_path):
     """Question by question, from the prompts and answers as the library gives them."""
-    from kbne_edit.baking import Settings, locate
     from kbne_edit.hub.source import DEMO
+    from kbne_edit.locating import Settings, locate
     from kbne_edit.models.loading import load_model, load_tokenizer
     from kbne_edit.models.prompts import answer_tokens, encode
     from kbne_edit.recipe import load_recipe
@@ -190,10 +196,13 @@ def test_locate_attributes_what_its_settings_say(settings, tmp_path):
     prompts = [encode(tokenizer, recipe, q, before=settings.get("before", "")) for q in scores.questions]
     other = {"yes": "no", "no": "yes"}
     want = attribute(
-        model, prompts, [tokens[q.answer] for q in scores.questions],
-        quadrature=settings.get("quadrature", "gauss"), positions=settings.get("positions", 1),
+        model,
+        prompts,
+        [tokens[q.answer] for q in scores.questions],
+        quadrature=settings.get("quadrature", "gauss"),
+        positions=settings.get("positions", 1),
         other_ids=[tokens[other[q.answer]] for q in scores.questions] if "objective" in settings else None,
-    )  # fmt: skip
+    )
     assert torch.equal(torch.tensor(scores.values), want)
     plain = attribute(model, prompts, [tokens[q.answer] for q in scores.questions])
     assert torch.equal(plain, want) == (settings == {})

@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard
 from hub import card_faults
 from kbne_edit import Edit, bake, fold, revert, verify
 from kbne_edit.errors import CheckpointError
-from kbne_edit.reporting.card import _not_found, notices
+from kbne_edit.hub.licences import notices
+from kbne_edit.reporting.card import _not_found
 from tiny import tiny_model
 
 EDIT = Edit("down", {1: {5: 2.0, 9: 2.0}, 2: {1: 4.0}})
@@ -69,8 +70,11 @@ def test_what_is_carried_over_from_the_base(weights, tmp_path):
     assert "base_model" not in plain and not any(tag.startswith("base_model:") for tag in plain["tags"])
     named = data["named"].data.to_dict()
     assert [named[key] for key in ("license", "license_name", "license_link", "pipeline_tag")] == [
-        "other", "llama4", "LICENSE", "any-to-any",
-    ]  # fmt: skip
+        "other",
+        "llama4",
+        "LICENSE",
+        "any-to-any",
+    ]
     assert "Built with Llama." in data["named"].text and "restrictions of use" in data["windows"].text
 
 
@@ -145,17 +149,20 @@ def test_fold_alone_writes_no_card(weights, tmp_path):
     assert (tmp_path / "out" / "README.md").read_bytes() == CARDS["plain"]
 
 
-@pytest.mark.parametrize("metadata, name, said", [
-    ({"license": "llama3.1"}, "org/debiased", ["“Built with Llama”", "debiased does not begin with “Llama”"]),
-    ({"license": "other", "license_name": "llama4"}, "org/my-Llama", ["“Built with Llama”", "does not begin with"]),
-    ({"license": "llama3.2"}, "org/Llama-debiased", ["“Built with Llama”"]),
-    ({"license": "llama3"}, "org/Llama-debiased", ["“Built with Meta Llama 3”", "does not begin with “Llama 3”"]),
-    ({"license": "llama3"}, "org/Llama-3-debiased", ["“Built with Meta Llama 3”"]),
-    ({"license": "gemma"}, "org/debiased", ["restrictions of use"]),
-    ({"license": "apache-2.0"}, "org/debiased", []),
-    ({"license": ["mit"]}, "org/debiased", ["names no licence"]),
-    ({}, "org/debiased", ["names no licence"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metadata, name, said",
+    [
+        ({"license": "llama3.1"}, "org/debiased", ["“Built with Llama”", "debiased does not begin with “Llama”"]),
+        ({"license": "other", "license_name": "llama4"}, "org/my-Llama", ["“Built with Llama”", "does not begin with"]),
+        ({"license": "llama3.2"}, "org/Llama-debiased", ["“Built with Llama”"]),
+        ({"license": "llama3"}, "org/Llama-debiased", ["“Built with Meta Llama 3”", "does not begin with “Llama 3”"]),
+        ({"license": "llama3"}, "org/Llama-3-debiased", ["“Built with Meta Llama 3”"]),
+        ({"license": "gemma"}, "org/debiased", ["restrictions of use"]),
+        ({"license": "apache-2.0"}, "org/debiased", []),
+        ({"license": ["mit"]}, "org/debiased", ["names no licence"]),
+        ({}, "org/debiased", ["names no licence"]),
+    ],
+)
 def test_licences_are_pointed_out(metadata, name, said):
     found = notices(metadata, name)
     assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True)), found

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from hub import card_faults
 from kbne_edit import Edit, bake, fold, load_scores, locate, select
-from kbne_edit.baking import Settings
 from kbne_edit.commands import options
 from kbne_edit.errors import ScoresError
+from kbne_edit.locating import Settings
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,8 +66,10 @@ def test_the_same_input_gives_the_same_bytes(baked, tmp_path):
 
 def test_plain_transformers_in_a_second_process(baked):
     folder, _ = baked
-    code = "from transformers import AutoModelForCausalLM as A, AutoTokenizer as T; A.from_pretrained('debiased'); " \
-           "print(len(T.from_pretrained('debiased')('the zorn')['input_ids']))"  # fmt: skip
+    code = (
+        "from transformers import AutoModelForCausalLM as A, AutoTokenizer as T; A.from_pretrained('debiased'); "
+        "print(len(T.from_pretrained('debiased')('the zorn')['input_ids']))"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert result.stdout.strip() == "3", result.stderr
 
@@ -93,13 +95,17 @@ def test_the_card_says_what_was_measured(baked):
 
 def test_select_again_takes_no_model(baked, tmp_path):
     folder, _ = baked
-    code = "import sys; sys.argv[0] = 'kbne-edit'; from kbne_edit.commands import cli; cli(standalone_mode=False); " \
-           "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"  # fmt: skip
+    code = (
+        "import sys; sys.argv[0] = 'kbne-edit'; from kbne_edit.commands import cli; cli(standalone_mode=False); "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
     scores = folder / "debiased.work" / "scores.safetensors"
     result = subprocess.run(
-        [sys.executable, "-c", code, "select", scores, "--tau", "0.02", "--out", tmp_path / "e.json"], cwd=ROOT,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, "select", scores, "--tau", "0.02", "--out", tmp_path / "e.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     assert Edit.load(tmp_path / "e.json").num_neurons > Edit.load(folder / "debiased.work" / "edit.json").num_neurons
 
@@ -137,8 +143,10 @@ def test_select_by_some_dimensions(baked, tmp_path):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from kbne_edit.commands import cli; cli(['bake', '--help'], standalone_mode=False); " \
-           "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"  # fmt: skip
+    code = (
+        "import sys; from kbne_edit.commands import cli; cli(['bake', '--help'], standalone_mode=False); "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "--factor" in result.stdout, result.stderr
 
@@ -200,8 +208,9 @@ def _next(result):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form, commands", [("checkpoint", ["verify", "report", "revert"]), ("peft", ["bake"]),
-                                            ("delta", ["apply"])])  # fmt: skip
+@pytest.mark.parametrize(
+    "form, commands", [("checkpoint", ["verify", "report", "revert"]), ("peft", ["bake"]), ("delta", ["apply"])]
+)
 def test_what_is_said_to_come_next_works_as_printed(form, commands, edit, shell, tmp_path):
     """Whatever the output is called: quotes, spaces, what the shell would expand, letters of any script."""
     name = """it's "$HOME" `*` \\ über"""
@@ -332,25 +341,31 @@ def _refused(result, message, tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*kbne*")) and not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--in", "nothing/here/at-all"], "does not exist"),
-    (["--in", "edit.json"], "is a file"),
-    (["--in", "empty"], "is empty"),
-    (["--in", "org/name"], "cannot be reached"),
-    (["--in", "base", "--out", "base"], "--out base is base, which is read and never changed"),
-    (["--in", "base", "--out", "base/sub"], "--out base/sub lies in base"),
-    (["--in", "base", "--out", "."], "--out . holds "),
-    (["--in", "base", "--work", "base/work"], "--work base/work/scores.safetensors lies in "),
-    (["--in", "base", "--edit", "full/edit.json", "--out", "full", "--overwrite"], "--out full holds full/edit.json"),
-    (["--in", "base", "--out", "full"], "exists"),
-    (["--in", "base", "--edit", "range.json"], "neuron 100000"),
-    (["--in", "base", "--edit", "other.json"], "another model"),
-    (["--in", "base", "--edit", "one.json"], "change nothing"),
-    (["--in", "base", "--edit", "broken.json"], "not JSON"),
-    (["--in", "base", "--edit", "edit.json", "--factor", "1e30"], "number of use"),
-    (["--in", "base", "--edit", "edit.json", "--site", "up"], "up"),
-    (["--in", "demo", "--edit", "edit.json", "--tau", "7"], "tau"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--in", "nothing/here/at-all"], "does not exist"),
+        (["--in", "edit.json"], "is a file"),
+        (["--in", "empty"], "is empty"),
+        (["--in", "org/name"], "cannot be reached"),
+        (["--in", "base", "--out", "base"], "--out base is base, which is read and never changed"),
+        (["--in", "base", "--out", "base/sub"], "--out base/sub lies in base"),
+        (["--in", "base", "--out", "."], "--out . holds "),
+        (["--in", "base", "--work", "base/work"], "--work base/work/scores.safetensors lies in "),
+        (
+            ["--in", "base", "--edit", "full/edit.json", "--out", "full", "--overwrite"],
+            "--out full holds full/edit.json",
+        ),
+        (["--in", "base", "--out", "full"], "exists"),
+        (["--in", "base", "--edit", "range.json"], "neuron 100000"),
+        (["--in", "base", "--edit", "other.json"], "another model"),
+        (["--in", "base", "--edit", "one.json"], "change nothing"),
+        (["--in", "base", "--edit", "broken.json"], "not JSON"),
+        (["--in", "base", "--edit", "edit.json", "--factor", "1e30"], "number of use"),
+        (["--in", "base", "--edit", "edit.json", "--site", "up"], "up"),
+        (["--in", "demo", "--edit", "edit.json", "--tau", "7"], "tau"),
+    ],
+)
 def test_wrong_arguments(args, message, base, edit, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
@@ -366,23 +381,27 @@ def test_wrong_arguments(args, message, base, edit, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("args", [
-    ["locate", "--in", "base", "--out", "base/scores.safetensors"],
-    ["locate", "--in", "base", "--out", "link/scores.safetensors"],
-    ["locate", "--in", "bin", "--out", "bin/scores.safetensors"],
-    ["bake", "--in", "bin", "--edit", "edit.json", "--out", "bin", "--overwrite"],
-    ["select", "scores.safetensors", "--out", "scores.safetensors"],
-    ["tune", "scores.safetensors", "--in", "base", "--tasks", "knowledge", "--out", "base/tuned"],
-    ["evaluate", "--in", "base", "--out", "base/results.json"],
-    ["evaluate", "--in", "base", "--edit", "edit.json", "--out", "edit.json"],
-    ["evaluate", "--in", "demo", "--baked", "base", "--out", "base/results.json"],
-    ["evaluate", "--in", "demo", "--scores", "scores.safetensors", "--out", "scores.safetensors"],
-    ["report", "base", "--out", "base/report.html"],
-    ["report", "base", "--scores", "scores.safetensors", "--out", "scores.safetensors"],
-    ["revert", "base", "--out", "base", "--overwrite"],
-    ["apply", "delta", "--in", "base", "--out", "delta", "--overwrite"],
-    ["apply", "delta", "--in", "bin", "--out", "bin", "--overwrite"],
-], ids=lambda args: " ".join([args[0], *args[-3:]]))  # fmt: skip
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["locate", "--in", "base", "--out", "base/scores.safetensors"],
+        ["locate", "--in", "base", "--out", "link/scores.safetensors"],
+        ["locate", "--in", "bin", "--out", "bin/scores.safetensors"],
+        ["bake", "--in", "bin", "--edit", "edit.json", "--out", "bin", "--overwrite"],
+        ["select", "scores.safetensors", "--out", "scores.safetensors"],
+        ["tune", "scores.safetensors", "--in", "base", "--tasks", "knowledge", "--out", "base/tuned"],
+        ["evaluate", "--in", "base", "--out", "base/results.json"],
+        ["evaluate", "--in", "base", "--edit", "edit.json", "--out", "edit.json"],
+        ["evaluate", "--in", "demo", "--baked", "base", "--out", "base/results.json"],
+        ["evaluate", "--in", "demo", "--scores", "scores.safetensors", "--out", "scores.safetensors"],
+        ["report", "base", "--out", "base/report.html"],
+        ["report", "base", "--scores", "scores.safetensors", "--out", "scores.safetensors"],
+        ["revert", "base", "--out", "base", "--overwrite"],
+        ["apply", "delta", "--in", "base", "--out", "delta", "--overwrite"],
+        ["apply", "delta", "--in", "bin", "--out", "bin", "--overwrite"],
+    ],
+    ids=lambda args: " ".join([args[0], *args[-3:]]),
+)
 def test_no_command_writes_over_what_it_reads(args, base, edit, baked, tmp_path):
     """An output that the model's directory held would be taken for a part of the model by the next command."""
     (tmp_path / "link").symlink_to("base")
@@ -416,8 +435,9 @@ def test_faults_of_a_recipe_come_all_at_once(tmp_path):
 def test_interrupt(tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "cli.py"), "bake", "--in", "demo", "--out", str(tmp_path / "out")],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (tmp_path / "out.work" / "scores.safetensors").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

@@ -26,21 +26,27 @@ def test_a_page_that_is_made_is_up_to_date(name):
 
 def _completed(words, program=PROGRAM):
     variables = {
-        "_KBNE_EDIT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1),
-    }  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | variables, capture_output=True,
-                            text=True)  # fmt: skip
+        "_KBNE_EDIT_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return [line.partition(",")[2] for line in result.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("words, found", [
-    ("kbne-edit ", [*_COMMANDS]),
-    ("kbne-edit re", ["report", "revert", "recipes"]),
-    ("kbne-edit recipes ", ["list", "show", "check", "new"]),
-    ("kbne-edit bake --as ", ["checkpoint", "peft", "delta"]),
-    ("kbne-edit select --dr", ["--drop-wrong"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        ("kbne-edit ", [*_COMMANDS]),
+        ("kbne-edit re", ["report", "revert", "recipes"]),
+        ("kbne-edit recipes ", ["list", "show", "check", "new"]),
+        ("kbne-edit bake --as ", ["checkpoint", "peft", "delta"]),
+        ("kbne-edit select --dr", ["--drop-wrong"]),
+    ],
+)
 def test_completion(words, found):
     assert sorted(_completed(words)) == sorted(found)
 
@@ -48,16 +54,18 @@ def test_completion(words, found):
 def test_completion_imports_nothing_large():
     seen = "import atexit, sys; atexit.register(lambda: sys.stderr.write(str(sorted(sys.modules))));" + PROGRAM
     variables = {"_KBNE_EDIT_COMPLETE": "bash_complete", "COMP_WORDS": "kbne-edit ", "COMP_CWORD": "1"}
-    result = subprocess.run([sys.executable, "-c", seen], cwd=ROOT, env=os.environ | variables, capture_output=True,
-                            text=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", seen], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+    )
     assert "'click'" in result.stderr and "'torch'" not in result.stderr and "'numpy'" not in result.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_shell_gets_a_script(shell):
     variables = {"_KBNE_EDIT_COMPLETE": f"{shell}_source"}
-    result = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=os.environ | variables, capture_output=True,
-                            text=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+    )
     assert f"_KBNE_EDIT_COMPLETE={shell}_complete" in result.stdout, result.stderr
     if shell == "bash":
         assert subprocess.run(["bash", "-n"], input=result.stdout, text=True).returncode == 0

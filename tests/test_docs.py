@@ -83,7 +83,6 @@ def test_links_lead_somewhere(page):
         assert not heading or heading in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, link
 
 
-
 def test_the_map_shows_what_bake_prints():
     """The drawing's marks, the words about it, and the printed output, against one another."""
     drawing = ElementTree.parse(DOCS / "map.svg").getroot()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from kbne_edit import baking
+from kbne_edit import locating
 from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError, InputError
@@ -41,7 +41,7 @@ def test_the_mode_is_the_one_that_bake_takes(more, mode, checkpoint, devices, mo
     monkeypatch.setattr(memory, "available", lambda: (taken + more) / memory.SHARE)
     found = doctor.examine(checkpoint)
     assert found["model"]["attribution"] == mode and found["model"]["parameters"] == count
-    assert isinstance(baking._supplier(checkpoint, baking.Settings()), Streamed) == (mode == "layer by layer")
+    assert isinstance(locating._supplier(checkpoint, locating.Settings()), Streamed) == (mode == "layer by layer")
 
 
 def test_the_largest_model_fills_the_room_of_its_mode():
@@ -88,8 +88,10 @@ def test_on_the_command_line():
 
 
 def test_the_help_imports_nothing_large():
-    code = "import sys; from kbne_edit.commands import cli; cli(['doctor', '--help'], standalone_mode=False); " \
-           "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"  # fmt: skip
+    code = (
+        "import sys; from kbne_edit.commands import cli; cli(['doctor', '--help'], standalone_mode=False); "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 

@@ -89,8 +89,10 @@ def test_scorer_equals_a_plain_loop(family, demo):
 
 def test_local_windows_by_index(demo):
     """GPT-Neo masks its local layers by index, whatever mask it is given: a pass must stay within the window."""
-    config = AutoConfig.for_model("gpt_neo", **FAMILIES["gpt_neo"] | dict(
-        attention_types=[[["global", "local"], 1], [["global"], 1]], window_size=8))  # fmt: skip
+    config = AutoConfig.for_model(
+        "gpt_neo",
+        **FAMILIES["gpt_neo"] | dict(attention_types=[[["global", "local"], 1], [["global"], 1]], window_size=8),
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     pairs = _random_pairs()
@@ -133,7 +135,7 @@ def test_too_long_a_request_loses_its_beginning(demo):
     scorer = Scorer(*demo)
     size = scorer.max_length
     row = np.random.default_rng(0).integers(3, 97, size + 9).tolist()
-    (got, _), = scorer.score([(row[:-3], row[-3:])])
+    ((got, _),) = scorer.score([(row[:-3], row[-3:])])
     expected, _ = plain(model, row[-(size + 1) : -3], row[-3:])
     assert got == pytest.approx(expected.sum(), abs=3 * PER_TOKEN)
     with pytest.raises(InputError, match="request 0"):
@@ -254,8 +256,12 @@ def test_figures_equal_lm_eval_with_its_own_model(base_report, lm_eval_results):
         assert got == pytest.approx(theirs["stereoset_intrasentence"][figure.lower()], abs=1e-9)
         gender = base_report["tasks"]["stereoset_intrasentence"]["groups"]["gender"][figure]["base"]
         assert gender == pytest.approx(theirs["stereoset_intrasentence"][f"{figure.lower()}_gender"], abs=1e-9)
-    bbq = {"accuracy, ambiguous": "accuracy_amb", "accuracy, disambiguated": "accuracy_disamb",
-           "bias, ambiguous": "amb_bias_score", "bias, disambiguated": "disamb_bias_score"}  # fmt: skip
+    bbq = {
+        "accuracy, ambiguous": "accuracy_amb",
+        "accuracy, disambiguated": "accuracy_disamb",
+        "bias, ambiguous": "amb_bias_score",
+        "bias, disambiguated": "disamb_bias_score",
+    }
     for figure, name in bbq.items():
         assert ours["bbq"][figure] == pytest.approx(100 * theirs["bbq"][name], abs=1e-9)
 
@@ -268,10 +274,14 @@ def test_bbq_columns_give_the_paper_s_scores():
     items = [(1, 0, 0, 0), (0, 1, 1, 0), (0, 0, 1, 0), (0, 1, 1, 0), (1, 1, 1, 1), (0, 0, 1, 1)]
     means = np.mean([_bbq_columns({"amb_bias_score": item}) for item in items], 0)
     got = {figure.name: float(figure.of(means)) for figure in _BBQ}
-    assert got == pytest.approx({
-        "accuracy, ambiguous": 25, "accuracy, disambiguated": 50,
-        "bias, ambiguous": 75 * (2 * 2 / 3 - 1), "bias, disambiguated": 0,
-    })  # fmt: skip
+    assert got == pytest.approx(
+        {
+            "accuracy, ambiguous": 25,
+            "accuracy, disambiguated": 50,
+            "bias, ambiguous": 75 * (2 * 2 / 3 - 1),
+            "bias, disambiguated": 0,
+        }
+    )
 
 
 def test_knowledge_equals_a_plain_loop(demo, base_report):
@@ -303,9 +313,16 @@ def test_the_hub_s_layout_gives_the_same_items():
 
     rows = bench_data.stereoset()[:3]
     keys = ("unrelated", "anti_stereotype", "stereotype")
-    hub = [{"id": r["id"], "target": r["target"], "bias_type": r["bias_type"], "context": r["context"],
-            "sentences": {"sentence": [r[k] for k in keys], "id": ["x"] * 3, "gold_label": [2, 0, 1]}}
-           for r in rows]  # fmt: skip
+    hub = [
+        {
+            "id": r["id"],
+            "target": r["target"],
+            "bias_type": r["bias_type"],
+            "context": r["context"],
+            "sentences": {"sentence": [r[k] for k in keys], "id": ["x"] * 3, "gold_label": [2, 0, 1]},
+        }
+        for r in rows
+    ]
     for got, row in zip(stereoset_docs(Dataset.from_list(hub)), rows, strict=True):
         assert {k: got[k] for k in ("bias_type", *keys)} == {k: row[k] for k in ("bias_type", *keys)}
 
@@ -425,8 +442,13 @@ def test_the_flattening_has_the_edit_s_kl(demo):
 
 def test_an_edit_that_does_nothing_has_no_effect(data):
     """A factor of 1 + 2^-20 moves the sums in their last digits only."""
-    report = evaluate("demo", edit=Edit("down", {1: {3: 1 + 2**-20}}), data=data, draws=1,
-                      tasks=["stereoset_intrasentence", "arc_easy", "knowledge"])  # fmt: skip
+    report = evaluate(
+        "demo",
+        edit=Edit("down", {1: {3: 1 + 2**-20}}),
+        data=data,
+        draws=1,
+        tasks=["stereoset_intrasentence", "arc_easy", "knowledge"],
+    )
     entries = {n: task["figures"] for n, task in report["tasks"].items()}
     assert entries["stereoset_intrasentence"]["SS"]["verdict"] == "no effect found"
     assert entries["knowledge"]["accuracy"]["verdict"] == "no effect found"
@@ -444,11 +466,14 @@ def test_a_destroyed_model_is_found_out(data):
     assert report["neutral"]["perplexity"]["edit"][0] > 10 * report["neutral"]["perplexity"]["base"][0]
 
 
-@pytest.mark.parametrize("of_random, of_flattened, verdict", [
-    (1.0, 1.0, "less bias, beyond every control"),
-    (1.0, 0.5, "less bias, but not beyond flattened"),
-    (0.4, 0.4, "less bias, but not beyond random neurons, flattened"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "of_random, of_flattened, verdict",
+    [
+        (1.0, 1.0, "less bias, beyond every control"),
+        (1.0, 0.5, "less bias, but not beyond flattened"),
+        (0.4, 0.4, "less bias, but not beyond random neurons, flattened"),
+    ],
+)
 def test_verdicts(of_random, of_flattened, verdict):
     """The edit halves every margin; a control multiplies them by what is given."""
     from kbne_edit.evaluation.evaluate import _report
@@ -468,12 +493,15 @@ def test_verdicts(of_random, of_flattened, verdict):
     assert figures["SS"]["verdict"] == "no effect found"
 
 
-@pytest.mark.parametrize("shift, of_random, verdict", [
-    (-0.3, 0.0, "less of what is unwanted, beyond every control"),
-    (-0.3, -0.5, "less of what is unwanted, but not beyond random neurons"),
-    (0.3, 0.0, "more of what is unwanted, beyond every control"),
-    (0.0, 0.0, "no effect found"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shift, of_random, verdict",
+    [
+        (-0.3, 0.0, "less of what is unwanted, beyond every control"),
+        (-0.3, -0.5, "less of what is unwanted, but not beyond random neurons"),
+        (0.3, 0.0, "more of what is unwanted, beyond every control"),
+        (0.0, 0.0, "no effect found"),
+    ],
+)
 def test_verdicts_on_what_is_to_be_avoided(shift, of_random, verdict):
     """Every margin moves by what is given: below 0 on the whole, so that a fall makes the absolute ones larger."""
     from kbne_edit.evaluation.evaluate import _report
@@ -530,7 +558,7 @@ def test_non_inferiority_is_the_lower_end_of_the_paired_change():
 
 def test_control_neurons_come_from_the_control_questions(data, tmp_path):
     from kbne_edit import locate
-    from kbne_edit.baking import Settings
+    from kbne_edit.locating import Settings
     from kbne_edit.selection.select import selection
 
     scores = locate("demo", tmp_path / "s.safetensors", Settings(questions=9))
@@ -550,8 +578,13 @@ def test_control_neurons_come_from_the_control_questions(data, tmp_path):
 
 
 def run(*args, cwd):
-    return subprocess.run([sys.executable, str(ROOT / "cli.py"), "evaluate", "--in", "demo", *map(str, args)],
-                          cwd=cwd, capture_output=True, text=True, timeout=300)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), "evaluate", "--in", "demo", *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.mark.slow
@@ -576,15 +609,18 @@ def test_a_task_without_data_ends_the_command_only_if_asked_for(data, tmp_path):
     assert result.returncode == 2 and "its folder does not exist" in result.stderr
 
 
-@pytest.mark.parametrize("values, message", [
-    (dict(tasks=["nonsense"]), "there is no task nonsense"),
-    (dict(data="absent"), "is not a directory"),
-    (dict(data="damaged", tasks=["crows_pairs"]), "not in the layout of crows_pairs"),
-    (dict(data="damaged", tasks=["arc_easy"]), "arc_easy.jsonl is not in the layout"),
-    (dict(edit=EDIT, baked="damaged"), "not both"),
-    (dict(baked="damaged"), "config.json"),
-    (dict(edit=Edit("down", {1: {100000: 2.0}})), "neuron 100000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(tasks=["nonsense"]), "there is no task nonsense"),
+        (dict(data="absent"), "is not a directory"),
+        (dict(data="damaged", tasks=["crows_pairs"]), "not in the layout of crows_pairs"),
+        (dict(data="damaged", tasks=["arc_easy"]), "arc_easy.jsonl is not in the layout"),
+        (dict(edit=EDIT, baked="damaged"), "not both"),
+        (dict(baked="damaged"), "config.json"),
+        (dict(edit=Edit("down", {1: {100000: 2.0}})), "neuron 100000"),
+    ],
+)
 def test_wrong_arguments(values, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged").mkdir()
@@ -595,8 +631,10 @@ def test_wrong_arguments(values, message, tmp_path, monkeypatch):
 
 
 def test_without_lm_eval_the_error_says_what_to_install(tmp_path):
-    code = "import sys; sys.modules['lm_eval'] = None; sys.argv = ['kbne-edit', 'evaluate', '--in', 'demo']; " \
-           "from kbne_edit.commands import main; main()"  # fmt: skip
+    code = (
+        "import sys; sys.modules['lm_eval'] = None; sys.argv = ['kbne-edit', 'evaluate', '--in', 'demo']; "
+        "from kbne_edit.commands import main; main()"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "kbne-edit[eval]" in result.stderr and "Traceback" not in result.stderr
 

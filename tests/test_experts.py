@@ -27,9 +27,11 @@ def _edit(model, factor):
     """The first, the last and some neurons between, of every layer: of every expert, and of the shared one."""
     return Edit(
         "down",
-        {layer: dict.fromkeys(range(layer, end(found), 11), factor) | {end(found) - 1: factor}
-         for layer, found in enumerate(places(model, "down"))},
-    )  # fmt: skip
+        {
+            layer: dict.fromkeys(range(layer, end(found), 11), factor) | {end(found) - 1: factor}
+            for layer, found in enumerate(places(model, "down"))
+        },
+    )
 
 
 def _load(name, path, dtype):

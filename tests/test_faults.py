@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import faults
 import mutants
 from kbne_edit import Edit, bake, fold, locate, verify
-from kbne_edit.baking import Settings
 from kbne_edit.disk.checkpoint import _NUMPY, from_float, staged, storage
 from kbne_edit.errors import OutputError
+from kbne_edit.locating import Settings
 from kbne_edit.proofs.verification import _recover_factor
 from mutants import DEMO, contents
 
@@ -75,13 +75,17 @@ def _jobs(inputs):
         fold(inputs, FIRST, folder / "out")
 
     return {
-        "locate": (lambda f: locate(str(inputs), f / "scores.safetensors", Settings(recipe="demo", questions=9)),
-                   lambda f: None),
+        "locate": (
+            lambda f: locate(str(inputs), f / "scores.safetensors", Settings(recipe="demo", questions=9)),
+            lambda f: None,
+        ),
         "bake": (lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False), lambda f: None),
-        "cut anew": (lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False, shard_size="200KB"),
-                     lambda f: None),
+        "cut anew": (
+            lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False, shard_size="200KB"),
+            lambda f: None,
+        ),
         "overwrite": (lambda f: bake(str(inputs), f / "out", edit=SECOND, behaviour=False, overwrite=True), old),
-    }  # fmt: skip
+    }
 
 
 def _undisturbed(work, prepare, folder):
@@ -105,8 +109,9 @@ def test_kills(name, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bake", "cut anew", "overwrite"])
-@pytest.mark.parametrize("number, events", [(errno.ENOSPC, faults.FAILING), (errno.EIO, ("fsync",))],
-                         ids=["full disk", "fsync"])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, events", [(errno.ENOSPC, faults.FAILING), (errno.EIO, ("fsync",))], ids=["full disk", "fsync"]
+)
 def test_every_write_fails_once(name, number, events, inputs, tmp_path):
     work, prepare = _jobs(inputs)[name]
     whole = _undisturbed(work, prepare, tmp_path / "whole")
@@ -169,8 +174,10 @@ def test_overwrite_replaces_checkpoints_only(inputs, tmp_path):
     assert contents(tmp_path) == {"out/thesis.txt": b"years of work"}
 
 
-@pytest.mark.parametrize("case, message", [("read-only target", "cannot write"), ("unreadable input", "cannot read"),
-                                           ("unreadable folder", "cannot read")])  # fmt: skip
+@pytest.mark.parametrize(
+    "case, message",
+    [("read-only target", "cannot write"), ("unreadable input", "cannot read"), ("unreadable folder", "cannot read")],
+)
 def test_permissions(case, message, inputs, tmp_path):
     shutil.copytree(inputs, tmp_path / "base")
     (tmp_path / "base" / "extra").mkdir()

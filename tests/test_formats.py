@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hub import card_faults
-from kbne_edit import Edit, apply, bake, hooked, revert, verify
+from kbne_edit import Edit, apply, applying, bake, hooked, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.disk.manifest import is_sealed, read_manifest
 from kbne_edit.errors import CheckpointError, EditError, FamilyError, KbneError, OutputError, ProofError
-from kbne_edit.folding import formats
-from kbne_edit.folding.formats import read_adapter
+from kbne_edit.folding.adapter import read_adapter
 from tiny import MULTIMODAL, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,9 +118,11 @@ REFUSED = {
     "input of gate": (IA3Config(target_modules=["gate_proj"], feedforward_modules=["gate_proj"]), r"\[1, 32\]"),
     "up": (IA3Config(target_modules=["up_proj"], feedforward_modules=[]), "up_proj"),
     "both": (IA3Config(target_modules=["down_proj", "gate_proj"], feedforward_modules=["down_proj"]), "both sites"),
-    "head": (IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], modules_to_save=["lm_head"]),
-             "lm_head"),
-}  # fmt: skip
+    "head": (
+        IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], modules_to_save=["lm_head"]),
+        "lm_head",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -133,8 +134,9 @@ def test_an_adapter_that_is_no_edit_is_refused(case, base, tmp_path):
 
 
 def test_an_adapter_that_scales_nothing_is_refused(base, tmp_path):
-    get_peft_model(tiny_model("llama"), IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"])) \
-        .save_pretrained(tmp_path / "adapter")  # fmt: skip
+    get_peft_model(
+        tiny_model("llama"), IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"])
+    ).save_pretrained(tmp_path / "adapter")
     with pytest.raises(EditError, match="scales nothing"):
         bake(base, tmp_path / "out", edit=tmp_path / "adapter")
 
@@ -172,8 +174,18 @@ def _bytes(folder, pattern="*"):
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.3])
-@pytest.mark.parametrize("name, site", [("llama", "down"), ("llama-biased", "gate"), ("phi3", "gate"), ("gpt2", "down"),
-                                        ("mixtral", "down"), ("gpt_oss", "down"), ("granitemoe", "down")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, site",
+    [
+        ("llama", "down"),
+        ("llama-biased", "gate"),
+        ("phi3", "gate"),
+        ("gpt2", "down"),
+        ("mixtral", "down"),
+        ("gpt_oss", "down"),
+        ("granitemoe", "down"),
+    ],
+)
 def test_a_delta_gives_what_bake_writes(name, site, factor, tmp_path):
     tiny_model(name, torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="20KB")
     base, edit = tmp_path / "base", _edit(factor, site)
@@ -202,7 +214,7 @@ def test_what_is_applied_is_what_a_bake_leaves(base, tmp_path):
 
 def test_a_second_proof_that_fails_leaves_nothing(base, tmp_path, monkeypatch):
     bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
-    monkeypatch.setattr(formats, "behaviour_proof", lambda *_: [{"ok": False}])
+    monkeypatch.setattr(applying, "behaviour_proof", lambda *_: [{"ok": False}])
     with pytest.raises(ProofError, match="second proof failed"):
         apply(tmp_path / "delta", base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -313,8 +325,10 @@ def test_damaged_deltas_and_adapters_never_pass(base, tmp_path):
     assert refused > 60
 
 
-@pytest.mark.parametrize("path, message", [("nothing", "cannot read"), ("base", "cannot read"),
-                                           ("base/config.json", "not a safetensors file")])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, message",
+    [("nothing", "cannot read"), ("base", "cannot read"), ("base/config.json", "not a safetensors file")],
+)
 def test_what_is_no_delta(path, message, base, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         apply(tmp_path / path, base, tmp_path / "out")
@@ -331,8 +345,11 @@ def test_overwrite_replaces_a_delta_and_nothing_else(base, tmp_path):
         bake(base, tmp_path / "delta", edit=_edit(2.0), form="peft")
     bake(base, tmp_path / "delta", edit=_edit(2.0), form="peft", overwrite=True)
     assert set(_bytes(tmp_path / "delta")) == {
-        "adapter_config.json", "adapter_model.safetensors", "kbne_edit.json", "README.md",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "kbne_edit.json",
+        "README.md",
+    }
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(OutputError, match="replaces nothing else"):

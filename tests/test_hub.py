@@ -49,9 +49,13 @@ def _process(*command, cwd, endpoint, token=None):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     kept |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cwd / "home"), "HF_HUB_DISABLE_XET": "1"}
     result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=kept | ({"HF_TOKEN": token} if token else {}),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=kept | ({"HF_TOKEN": token} if token else {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert TOKEN not in result.stdout + result.stderr and SIGNATURE not in result.stdout + result.stderr
     return result
 
@@ -83,11 +87,22 @@ def _refused(result, *parts, status=2):
 
 
 def test_downloads_only_what_is_needed_and_pins_the_commit(hub, bake, content, tmp_path):
-    other = {name: b"the same weights once more" for name in (
-        "original/consolidated.00.pth", "original/params.json", "onnx/model.onnx", "consolidated.safetensors",
-        "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "picture.png",
-        "model.fp16.safetensors", "model.gguf", ".gitattributes",
-    )}  # fmt: skip
+    other = {
+        name: b"the same weights once more"
+        for name in (
+            "original/consolidated.00.pth",
+            "original/params.json",
+            "onnx/model.onnx",
+            "consolidated.safetensors",
+            "pytorch_model.bin",
+            "pytorch_model-00001-of-00002.bin",
+            "pytorch_model.bin.index.json",
+            "picture.png",
+            "model.fp16.safetensors",
+            "model.gguf",
+            ".gitattributes",
+        )
+    }
     carried = {"LICENSE": b"free", "additional_chat_templates/tool.jinja": b"{{ x }}"}
     commit = hub.add("org/tiny", content | other | carried)
     result = bake("org/tiny")
@@ -192,8 +207,9 @@ def test_metas_first_releases_have_a_sibling(hub, bake, content, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "taking meta-llama/Llama-2-7b-hf" in result.stderr
     assert json.loads((tmp_path / "out" / "kbne_edit.json").read_text())["source"] == {
-        "id": "meta-llama/Llama-2-7b-hf", "commit": commit,
-    }  # fmt: skip
+        "id": "meta-llama/Llama-2-7b-hf",
+        "commit": commit,
+    }
     assert not hub.paths("GET", "/resolve/main/consolidated.00.pth") and not hub.paths("HEAD", "consolidated")
 
 
@@ -363,16 +379,28 @@ SPOILT = {
     "other weights": (2, "pytorch_model.bin is not in the manifest", lambda out: _add(out / "pytorch_model.bin")),
     "unknown": (2, "secrets.txt is not in the manifest", lambda out: _add(out / "secrets.txt")),
     "no manifest": (2, "has no kbne_edit.json", lambda out: (out / "kbne_edit.json").unlink()),
-    "manifest": (2, "kbne_edit.json was changed", lambda out: (out / "kbne_edit.json").write_text(
-        (out / "kbne_edit.json").read_text() + "\n")),
-    "no proof": (1, "the model behaves as the hooks", lambda out: _manifest(
-        out, lambda m: m["proofs"].update(behaviour=None))),
-    "failed proof": (1, "the model behaves as the hooks", lambda out: _manifest(
-        out, lambda m: m["proofs"]["behaviour"][0].update(ok=False))),
-    "failed file proof": (1, "the file is the edit", lambda out: _manifest(
-        out, lambda m: m["proofs"].update(file_proof=False))),
+    "manifest": (
+        2,
+        "kbne_edit.json was changed",
+        lambda out: (out / "kbne_edit.json").write_text((out / "kbne_edit.json").read_text() + "\n"),
+    ),
+    "no proof": (
+        1,
+        "the model behaves as the hooks",
+        lambda out: _manifest(out, lambda m: m["proofs"].update(behaviour=None)),
+    ),
+    "failed proof": (
+        1,
+        "the model behaves as the hooks",
+        lambda out: _manifest(out, lambda m: m["proofs"]["behaviour"][0].update(ok=False)),
+    ),
+    "failed file proof": (
+        1,
+        "the file is the edit",
+        lambda out: _manifest(out, lambda m: m["proofs"].update(file_proof=False)),
+    ),
     "damaged proof": (2, "damaged", lambda out: _manifest(out, lambda m: m.update(proofs=[3]))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SPOILT)
@@ -469,13 +497,17 @@ SPOILT_ALONE = {
     "unknown": ("secrets.txt is not in the manifest", lambda folder, _: _add(folder / "secrets.txt")),
     "other weights": ("is not in the manifest", lambda folder, _: _add(folder / "adapter_model.bin")),
     "no manifest": ("has no kbne_edit.json", lambda folder, _: (folder / "kbne_edit.json").unlink()),
-    "manifest": ("kbne_edit.json was changed", lambda folder, _: (folder / "kbne_edit.json").write_text(
-        (folder / "kbne_edit.json").read_text() + "\n")),
-    "other files": ("damaged", lambda folder, _: _manifest(folder, lambda m: m["files"].update(
-        {"x.bin": {"in": None, "out": sha256(b"x")}}))),
+    "manifest": (
+        "kbne_edit.json was changed",
+        lambda folder, _: (folder / "kbne_edit.json").write_text((folder / "kbne_edit.json").read_text() + "\n"),
+    ),
+    "other files": (
+        "damaged",
+        lambda folder, _: _manifest(folder, lambda m: m["files"].update({"x.bin": {"in": None, "out": sha256(b"x")}})),
+    ),
     "other form": ("damaged", lambda folder, _: _manifest(folder, lambda m: m.update(form="gguf"))),
     "no source": ("damaged", lambda folder, _: _manifest(folder, lambda m: m.pop("source"))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SPOILT_ALONE)

@@ -21,8 +21,17 @@ from hub import DATASETS, Fault, serving
 pytestmark = pytest.mark.slow  # each test is a process or two that import lm-eval
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = ["anti-stereotype", "stereotype", "unrelated"]
-TASKS = ("stereoset_intrasentence", "stereoset_intersentence", "crows_pairs", "bbq", "winogender", "arc_easy",
-         "arc_challenge", "openbookqa", "copa")  # fmt: skip
+TASKS = (
+    "stereoset_intrasentence",
+    "stereoset_intersentence",
+    "crows_pairs",
+    "bbq",
+    "winogender",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+    "copa",
+)
 # Prints every task's items, first from the Hub and then from the folder: what is asked, in tokens, and how it is split.
 ITEMS = """
 import json, sys
@@ -57,18 +66,33 @@ def data(tmp_path_factory):
 
 def _copa():
     return [
-        {"premise": f"the {thing} is old .", "choice1": "It is a cup .", "choice2": "It is on the gate .",
-         "question": ("cause", "effect")[i % 2], "idx": i, "label": i % 2}
+        {
+            "premise": f"the {thing} is old .",
+            "choice1": "It is a cup .",
+            "choice2": "It is on the gate .",
+            "question": ("cause", "effect")[i % 2],
+            "idx": i,
+            "label": i % 2,
+        }
         for i, thing in enumerate(bench_data.THINGS)
-    ]  # fmt: skip
+    ]
 
 
 def _winogender():
     return [
-        {"sentid": f"{job}.{gender}", "sentence": f"the {job} is at the gate .", "pronoun": pronoun, "occupation": job,
-         "participant": "leader", "gender": gender, "target": job, "label": 0}
-        for job in bench_data.JOBS[2:5] for gender, pronoun in (("male", "he"), ("female", "she"))
-    ]  # fmt: skip
+        {
+            "sentid": f"{job}.{gender}",
+            "sentence": f"the {job} is at the gate .",
+            "pronoun": pronoun,
+            "occupation": job,
+            "participant": "leader",
+            "gender": gender,
+            "target": job,
+            "label": 0,
+        }
+        for job in bench_data.JOBS[2:5]
+        for gender, pronoun in (("male", "he"), ("female", "she"))
+    ]
 
 
 def _parquet(rows, **features):
@@ -81,11 +105,16 @@ def _parquet(rows, **features):
 
 def _stereoset(part):
     rows = [
-        item | {"sentences": {
-            "sentence": [s["sentence"] for s in item["sentences"]], "id": [f"{i}" for i in range(3)],
-            "gold_label": [LABELS.index(s["gold_label"]) for s in item["sentences"]]}}
+        item
+        | {
+            "sentences": {
+                "sentence": [s["sentence"] for s in item["sentences"]],
+                "id": [f"{i}" for i in range(3)],
+                "gold_label": [LABELS.index(s["gold_label"]) for s in item["sentences"]],
+            }
+        }
         for item in bench_data.published(bench_data.stereoset())["data"][part]
-    ]  # fmt: skip
+    ]
     text = [Value("string")]
     return _parquet(rows, sentences={"sentence": text, "id": text, "gold_label": [ClassLabel(names=LABELS)]})
 
@@ -97,17 +126,25 @@ def _choices(rows, stem):
         labels = [choice["label"] for choice in row["question"]["choices"]]
         right = row["answerKey"] if row["answerKey"] in labels else labels["ABCD".index(row["answerKey"])]
         texts = [choice["text"] for choice in row["question"]["choices"]]
-        found.append({"id": row["id"], stem: row["question"]["stem"], "choices": {"text": texts, "label": labels},
-                      "answerKey": right})  # fmt: skip
+        found.append(
+            {
+                "id": row["id"],
+                stem: row["question"]["stem"],
+                "choices": {"text": texts, "label": labels},
+                "answerKey": right,
+            }
+        )
     return _parquet(found)
 
 
 def _repository(configs):
     """{file: bytes}. configs: {name: {split: (file, bytes)}}; the card says which files are which."""
-    card = {"configs": [
-        {"config_name": name, "data_files": [{"split": split, "path": path} for split, (path, _) in splits.items()]}
-        for name, splits in configs.items()
-    ]}  # fmt: skip
+    card = {
+        "configs": [
+            {"config_name": name, "data_files": [{"split": split, "path": path} for split, (path, _) in splits.items()]}
+            for name, splits in configs.items()
+        ]
+    }
     files = {path: content for splits in configs.values() for path, content in splits.values()}
     return {"README.md": f"---\n{yaml.safe_dump(card)}---\n# Own items\n".encode()} | files
 
@@ -130,19 +167,34 @@ def repositories(data):
 
     tsv = "\n".join("\t".join(map(str, row)) for row in ([*gender[0]], *(row.values() for row in gender))) + "\n"
     return {
-        "McGill-NLP/stereoset": _repository({part: _sharded(part, {"validation": _stereoset(part)})
-                                             for part in ("intersentence", "intrasentence")}),
+        "McGill-NLP/stereoset": _repository(
+            {part: _sharded(part, {"validation": _stereoset(part)}) for part in ("intersentence", "intrasentence")}
+        ),
         "jannalu/crows_pairs_multilingual": _repository(
-            {"english": {"test": ("english.csv", (data / "crows_pairs_anonymized.csv").read_bytes())}}),
+            {"english": {"test": ("english.csv", (data / "crows_pairs_anonymized.csv").read_bytes())}}
+        ),
         "oskarvanderwal/bbq": _repository({"All": {"test": ("data/All.jsonl", (data / "bbq_Own.jsonl").read_bytes())}}),
         "oskarvanderwal/winogender": _repository({"all": {"test": ("test.tsv", tsv.encode())}}),
-        "allenai/ai2_arc": _repository({"ARC-Easy": _sharded("ARC-Easy", choices(arc, "question")),
-                                        "ARC-Challenge": _sharded("ARC-Challenge", choices(arc[::-1], "question"))}),
+        "allenai/ai2_arc": _repository(
+            {
+                "ARC-Easy": _sharded("ARC-Easy", choices(arc, "question")),
+                "ARC-Challenge": _sharded("ARC-Challenge", choices(arc[::-1], "question")),
+            }
+        ),
         "allenai/openbookqa": _repository({"main": _sharded("main", choices(arc[1:5], "question_stem"))}),
-        "aps/super_glue": _repository({"copa": _sharded("copa", {
-            "train": copas(copa[:1]), "validation": copas(copa),
-            "test": copas([row | {"label": -1} for row in copa[:2]])})}),
-    }  # fmt: skip
+        "aps/super_glue": _repository(
+            {
+                "copa": _sharded(
+                    "copa",
+                    {
+                        "train": copas(copa[:1]),
+                        "validation": copas(copa),
+                        "test": copas([row | {"label": -1} for row in copa[:2]]),
+                    },
+                )
+            }
+        ),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +214,14 @@ def hub(server, repositories):
 def _process(hub, home, *command, **environment):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     kept |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=home, env=kept | environment, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=home,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_items_from_the_hub_are_those_of_the_same_files(hub, data, tmp_path):
@@ -178,13 +236,33 @@ def test_items_from_the_hub_are_those_of_the_same_files(hub, data, tmp_path):
         assert bool(hub.requests) == (not environment)
         hub.requests.clear()
     counts = {name: len(sizes) for name, (_, sizes, _, _) in from_hub.items()}
-    assert counts == {"stereoset_intrasentence": 24, "stereoset_intersentence": 24, "crows_pairs": 15, "bbq": 12,
-                      "winogender": 6, "arc_easy": 6, "arc_challenge": 6, "openbookqa": 4, "copa": 4}  # fmt: skip
+    assert counts == {
+        "stereoset_intrasentence": 24,
+        "stereoset_intersentence": 24,
+        "crows_pairs": 15,
+        "bbq": 12,
+        "winogender": 6,
+        "arc_easy": 6,
+        "arc_challenge": 6,
+        "openbookqa": 4,
+        "copa": 4,
+    }
 
 
 def _refused(hub, home, *parts, **environment):
-    result = _process(hub, home, ROOT / "cli.py", "evaluate", "--in", "demo", "--tasks", "copa", "--out",
-                      home / "r.json", **environment)  # fmt: skip
+    result = _process(
+        hub,
+        home,
+        ROOT / "cli.py",
+        "evaluate",
+        "--in",
+        "demo",
+        "--tasks",
+        "copa",
+        "--out",
+        home / "r.json",
+        **environment,
+    )
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
     assert errors[0].startswith("error: copa: the Hub does not give its data") and "--data DIR" in errors[0]

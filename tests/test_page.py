@@ -115,16 +115,30 @@ def test_plots_show_the_figures(report):
     assert means / means[0] == pytest.approx(expected / expected[0], abs=0.01)
 
 
-_POINT = {"settings": "site down, factor 2", "neurons": 3, "bias": [-0.1, -0.2, 0.0], "kl": 0.01, "lowest": -2.0,
-          "within": True, "front": True, "chosen": True}  # fmt: skip
+_POINT = {
+    "settings": "site down, factor 2",
+    "neurons": 3,
+    "bias": [-0.1, -0.2, 0.0],
+    "kl": 0.01,
+    "lowest": -2.0,
+    "within": True,
+    "front": True,
+    "chosen": True,
+}
 SWEEP = {
-    "sha256": "0" * 64, "figure": "absolute margin", "margin": 5.0, "max_kl": 0.1, "chosen_by": "a rule",
-    "steered_by": ["probes"], "bounded_by": ["arc_easy"],
+    "sha256": "0" * 64,
+    "figure": "absolute margin",
+    "margin": 5.0,
+    "max_kl": 0.1,
+    "chosen_by": "a rule",
+    "steered_by": ["probes"],
+    "bounded_by": ["arc_easy"],
     "split": [{"task": "probes", "dev_items": 3, "dev_sha256": "1" * 64, "test_items": 4, "test_sha256": "2" * 64}],
     "points": [_POINT, _POINT | {"kl": 0.5, "within": False, "front": False, "chosen": False}],
     "test": [{"task": "probes", "change": [-0.1, -0.2, 0.0], "p": 0.04, "found": "less bias, beyond every control"}],
-    "confirmed": True, "verdict": "probes: less bias",
-}  # fmt: skip
+    "confirmed": True,
+    "verdict": "probes: less bias",
+}
 
 
 @pytest.mark.parametrize("sweep", [SWEEP, SWEEP | {"test": None, "confirmed": None, "verdict": None}])

@@ -72,8 +72,11 @@ def _session(command, *shown, capsys):
     place = 0
     for part in "\n".join(shown).split("…"):
         lines = part.strip("\n").splitlines()
-        ends = (i + len(lines) for i in range(place, len(printed) - len(lines) + 1)
-                if all(map(_alike, lines, printed[i : i + len(lines)])))  # fmt: skip
+        ends = (
+            i + len(lines)
+            for i in range(place, len(printed) - len(lines) + 1)
+            if all(map(_alike, lines, printed[i : i + len(lines)]))
+        )
         place = next(ends, None)
         assert place is not None, f"{part}\nis not in\n" + "\n".join(printed)
     assert shown[-1] == "…" or place == len(printed)
@@ -108,16 +111,20 @@ def _python(block, where):
     from transformers import AutoModelForCausalLM
 
     for name, value in (
-        ("{11: {402: 2.0, 77: 2.0}}", "{1: {102: 2.0, 77: 2.0}}"), ('"path/to/base"', repr(str(DEMO))),
-        ('"path/to/out"', '"folded"'), ('"copa"', '"bbq"'), ("limit=200", f"limit=5, draws=1, {where}"),
+        ("{11: {402: 2.0, 77: 2.0}}", "{1: {102: 2.0, 77: 2.0}}"),
+        ('"path/to/base"', repr(str(DEMO))),
+        ('"path/to/out"', '"folded"'),
+        ('"copa"', '"bbq"'),
+        ("limit=200", f"limit=5, draws=1, {where}"),
         ('"arc_easy"]', f'"arc_easy"], trials=2, draws=1, margin=45, {where}'),
-    ):  # fmt: skip
+    ):
         assert name in block
         block = block.replace(name, value)
     found = {
         "model": AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32),
-        "input_ids": [[5, 9, 40], [7, 8, 9, 10]], "answer_ids": [[11], [12]],
-    }  # fmt: skip
+        "input_ids": [[5, 9, 40], [7, 8, 9, 10]],
+        "answer_ids": [[11], [12]],
+    }
     shutil.rmtree("sweep", ignore_errors=True)
     exec(compile(block, "README", "exec"), found)
     assert found["report"].ok and found["scores"].shape == (2, 4, 192) and found["edit"].num_neurons

@@ -1,6 +1,5 @@
 """The recipes that come along, and the skeleton of a new one."""
 
-
 import importlib.metadata
 from collections import Counter
 from pathlib import Path
@@ -10,9 +9,9 @@ import pytest
 import yaml
 
 from kbne_edit import Edit, bake, hooked, load_recipe
-from kbne_edit.baking import Settings
 from kbne_edit.errors import InputError, OutputError, RecipeError
 from kbne_edit.evaluation.evaluate import RANDOM_DRAWS, _found, effect, margins, random_edit
+from kbne_edit.locating import Settings
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import _KEYS, new_recipe, recipe_names
 from kbne_edit.reporting.card import _not_found
@@ -21,9 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
 LOWER, UNCLEAR, HIGHER = [-0.1, -0.2, -0.01], [-0.1, -0.2, 0.01], [0.1, 0.01, 0.2]
 VARIANTS = {  # of the head of social-bias: {name: (language, answers)}
-    "es": ("es", ["sí", "no"]), "fr": ("fr", ["oui", "non"]), "de": ("de", ["ja", "nein"]), "zh": ("zh", ["是", "否"]),
-    "reworded": ("en", ["yes", "no"]), "true-false": ("en", ["true", "false"]),
-}  # fmt: skip
+    "es": ("es", ["sí", "no"]),
+    "fr": ("fr", ["oui", "non"]),
+    "de": ("de", ["ja", "nein"]),
+    "zh": ("zh", ["是", "否"]),
+    "reworded": ("en", ["yes", "no"]),
+    "true-false": ("en", ["true", "false"]),
+}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -144,14 +147,22 @@ def test_the_card_names_what_is_to_be_avoided(tmp_path):
     assert f"| this edit | {mean:+.4f} | {low:+.4f} to {high:+.4f} |" in card
 
 
-@pytest.mark.parametrize("own, versus, said, lacks", [
-    (LOWER, LOWER, "less bias than random neurons", None),
-    (HIGHER, HIGHER, "more bias than random neurons", "- Less bias"),
-    (LOWER, UNCLEAR, "no effect found beyond random neurons", "- An effect beyond that of random neurons"),
-    (UNCLEAR, LOWER, "no effect found: less bias than with random neurons, but not than in the base", "- A change"),
-    (HIGHER, LOWER, "no effect found: less bias than with random neurons, but not than in the base", "- A change"),
-    (UNCLEAR, HIGHER, "no effect found: more bias than with random neurons, but not than in the base", "- A change"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "own, versus, said, lacks",
+    [
+        (LOWER, LOWER, "less bias than random neurons", None),
+        (HIGHER, HIGHER, "more bias than random neurons", "- Less bias"),
+        (LOWER, UNCLEAR, "no effect found beyond random neurons", "- An effect beyond that of random neurons"),
+        (UNCLEAR, LOWER, "no effect found: less bias than with random neurons, but not than in the base", "- A change"),
+        (HIGHER, LOWER, "no effect found: less bias than with random neurons, but not than in the base", "- A change"),
+        (
+            UNCLEAR,
+            HIGHER,
+            "no effect found: more bias than with random neurons, but not than in the base",
+            "- A change",
+        ),
+    ],
+)
 def test_an_effect_differs_from_the_base_and_from_random_neurons(own, versus, said, lacks):
     """Where random neurons alone raise the margin, an edit that leaves it as it was has no effect."""
     assert _found("bias", own, versus) == said
@@ -204,19 +215,21 @@ def test_twins_of_forms_and_of_items(tmp_path):
     recipe = load_recipe(tmp_path / "r.yaml")
     assert [q.twin for q in recipe.questions] == ["Does being upstairs make one lazy?", "Is it not?", ""]
     assert [(q.text, q.answer) for q in recipe.ask(3) if q.control] == [
-        ("Does being upstairs make one lazy?", "no"), ("Is it not?", "yes"), ("Is ice cold?", "yes"),
-    ]  # fmt: skip
+        ("Does being upstairs make one lazy?", "no"),
+        ("Is it not?", "yes"),
+        ("Is ice cold?", "yes"),
+    ]
 
 
 @pytest.mark.parametrize(
     "old, new, fault",
     [
-        ("twin: \"Is it not?\"", "twin: 3", "questions 2: twin must be text"),
-        ("twin: \"Is it not?\"", "twin: \"Is ice cold?\"", "question stands twice"),
-        ("twin: \"Is it not?\"", "twin: \"Is it so?\"", "question stands twice"),
+        ('twin: "Is it not?"', "twin: 3", "questions 2: twin must be text"),
+        ('twin: "Is it not?"', 'twin: "Is ice cold?"', "question stands twice"),
+        ('twin: "Is it not?"', 'twin: "Is it so?"', "question stands twice"),
         ("{b} make", "{z} make", "no value for {z}"),
-        ("twin: \"Does", "twn: \"Does", "unknown key"),
-        ("cold?\",", "cold?\", twin: \"Is it warm?\",", "a control has no twin"),
+        ('twin: "Does', 'twn: "Does', "unknown key"),
+        ('cold?",', 'cold?", twin: "Is it warm?",', "a control has no twin"),
     ],
 )
 def test_faults_of_twins_are_named(tmp_path, old, new, fault):

@@ -130,8 +130,10 @@ def test_tokens_against_the_model_itself(name, tmp_path):
     z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, correction=0, keepdim=True)
     for row, neuron in enumerate([(1, 5), (1, 40)]):
         torch.testing.assert_close(torch.from_numpy(np.array(found[neuron])), expected[row], atol=1e-6, rtol=1e-5)
-        for (ids, values), largest in ((zip(*tokens[neuron][0], strict=True), True),
-                                       (zip(*tokens[neuron][1], strict=True), False)):  # fmt: skip
+        for (ids, values), largest in (
+            (zip(*tokens[neuron][0], strict=True), True),
+            (zip(*tokens[neuron][1], strict=True), False),
+        ):
             order = z[row].argsort(descending=largest)[:4]
             assert values == pytest.approx(z[row][order].tolist(), abs=0.011)  # two decimals, and the norm's epsilon
             assert z[row][list(ids)].tolist() == pytest.approx(list(values), abs=0.011)
@@ -217,15 +219,24 @@ def test_without_scores_and_proofs(tmp_path):
 LOWER, UNCLEAR, HIGHER = [-0.1, -0.2, -0.01], [-0.1, -0.2, 0.01], [0.1, 0.01, 0.2]
 
 
-@pytest.mark.parametrize("own, interval, share, state, said", [
-    (LOWER, LOWER, [0.6, 0.5], "holds", "is lower than with random neurons of the same layers ("),
-    (LOWER, LOWER, [0.6, 0.6], "warning", "did not fall"),
-    (LOWER, UNCLEAR, [0.6, 0.5], "warning", "no effect beyond that of random neurons"),
-    (HIGHER, HIGHER, [0.6, 0.5], "warning", "is higher than with random neurons of the same layers ("),
-    (UNCLEAR, LOWER, [0.6, 0.5], "warning", "is lower than with random neurons of the same layers, but not than"),
-    (HIGHER, LOWER, [0.6, 0.5], "warning", "is lower than with random neurons of the same layers, but not than"),
-    (LOWER, HIGHER, [0.6, 0.5], "warning", "is higher than with random neurons of the same layers, but not than in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "own, interval, share, state, said",
+    [
+        (LOWER, LOWER, [0.6, 0.5], "holds", "is lower than with random neurons of the same layers ("),
+        (LOWER, LOWER, [0.6, 0.6], "warning", "did not fall"),
+        (LOWER, UNCLEAR, [0.6, 0.5], "warning", "no effect beyond that of random neurons"),
+        (HIGHER, HIGHER, [0.6, 0.5], "warning", "is higher than with random neurons of the same layers ("),
+        (UNCLEAR, LOWER, [0.6, 0.5], "warning", "is lower than with random neurons of the same layers, but not than"),
+        (HIGHER, LOWER, [0.6, 0.5], "warning", "is lower than with random neurons of the same layers, but not than"),
+        (
+            LOWER,
+            HIGHER,
+            [0.6, 0.5],
+            "warning",
+            "is higher than with random neurons of the same layers, but not than in",
+        ),
+    ],
+)
 def test_the_verdict_on_the_effect(own, interval, share, state, said, report):
     found = {"change_abs": own, "versus_random": interval, "stereotype_share": share}
     changed = report | {"effect": report["effect"] | found}
@@ -270,16 +281,26 @@ def _scores_file(path, base, shape, seed, wrong=(), count=12):
     made = np.random.default_rng(seed).standard_normal((count, *shape), np.float32)
     half = count // 2
     questions = [
-        {"text": f"question {q} ?", "answer": "yes" if q % 2 else "no", "form": "f", "control": q >= half,
-         "dimension": "ab"[q % 2] if q < half else "c"}
+        {
+            "text": f"question {q} ?",
+            "answer": "yes" if q % 2 else "no",
+            "form": "f",
+            "control": q >= half,
+            "dimension": "ab"[q % 2] if q < half else "c",
+        }
         for q in range(count)
-    ]  # fmt: skip
+    ]
     right = np.array([q not in wrong for q in range(count)], np.float32)
     rows = np.zeros((count, shape[0]), np.float32)
     tensors = {
-        "scores": made, "p": right, "p_best_wrong": 1 - right, "p_zero": rows, "residual": rows,
-        "nodes": rows.astype(np.int32), "done": np.ones(count, np.uint8),
-    }  # fmt: skip
+        "scores": made,
+        "p": right,
+        "p_best_wrong": 1 - right,
+        "p_zero": rows,
+        "residual": rows,
+        "nodes": rows.astype(np.int32),
+        "done": np.ones(count, np.uint8),
+    }
     about = {"site": "down", "base": base, "model": "m", "recipe": "r", "questions": questions}
     save_file(tensors, path, metadata={"kbne": json.dumps(about)})
     return made
@@ -299,10 +320,16 @@ def test_the_command_writes_the_same_bytes_wherever_it_runs(debiased, tmp_path):
 
 
 def test_no_model_library_is_loaded(debiased, tmp_path):
-    code = "import sys; sys.argv[0] = 'kbne-edit'; from kbne_edit.commands import cli; cli(standalone_mode=False); " \
-           "assert not {'torch', 'transformers'} & set(sys.modules)"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, "report", debiased, "--out", tmp_path / "r.html"], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    code = (
+        "import sys; sys.argv[0] = 'kbne-edit'; from kbne_edit.commands import cli; cli(standalone_mode=False); "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", debiased, "--out", tmp_path / "r.html"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -349,8 +376,10 @@ def test_a_7b_sized_edit_is_a_page_below_three_megabytes(tmp_path):
     """Its layers, neurons and questions; narrow, since the hidden size does not show."""
     rng, (layers, neurons, width) = np.random.default_rng(1), (32, 11008, 8)
     config = dict(model_type="llama", num_hidden_layers=layers, hidden_size=width, intermediate_size=neurons)
-    weights = {f"model.layers.{la}.mlp.down_proj.weight": rng.standard_normal((width, neurons), np.float32)
-               for la in range(layers)}  # fmt: skip
+    weights = {
+        f"model.layers.{la}.mlp.down_proj.weight": rng.standard_normal((width, neurons), np.float32)
+        for la in range(layers)
+    }
     weights |= {"model.norm.weight": np.ones(width, np.float32)}
     weights |= {"lm_head.weight": rng.standard_normal((32000, width), np.float32)}
     (tmp_path / "base").mkdir()
@@ -383,9 +412,14 @@ def test_compare_against_sets(tmp_path, debiased):
     assert "1 shared (Jaccard 0.333), 2 only in the first, 0 only in the second" in text and "different sites" in text
 
 
-@pytest.mark.parametrize("args, message", [
-    (["one.json"], "two edits or more"), (["one.json", "none.json"], "none.json"), (["one.json", "."], "no manifest"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["one.json"], "two edits or more"),
+        (["one.json", "none.json"], "none.json"),
+        (["one.json", "."], "no manifest"),
+    ],
+)
 def test_compare_wrong_input(args, message, tmp_path):
     Edit("down", {0: {1: 2.0}}).save(tmp_path / "one.json")
     done = run("compare", *args, cwd=tmp_path)

@@ -9,8 +9,8 @@ import pytest
 
 from kbne_edit import load_recipe, load_scores, select
 from kbne_edit.attribution.scores import ScoresWriter
-from kbne_edit.baking import Settings, choosing
 from kbne_edit.errors import EditError, InputError
+from kbne_edit.locating import Settings, choosing
 from kbne_edit.recipe import Question
 from kbne_edit.selection.differences import critical
 from kbne_edit.selection.select import selection
@@ -106,9 +106,12 @@ def test_ranks_in_place_of_tau():
 
 
 TWINS = dict(
-    dimensions=["a", "a"] + ["c"] * 4, answers=["no"] * 6, controls=[False] * 2 + [True] * 4,
-    twins=[2, 3, -1, -1, -1, -1], rule="paired",
-)  # fmt: skip
+    dimensions=["a", "a"] + ["c"] * 4,
+    answers=["no"] * 6,
+    controls=[False] * 2 + [True] * 4,
+    twins=[2, 3, -1, -1, -1, -1],
+    rule="paired",
+)
 
 
 def _with_twins():
@@ -161,9 +164,12 @@ def _planted(seed, strength, questions=18, controls=18):
     scores[:questions, 2, 10:15] += strength
     each = range(count)
     return scores, dict(
-        dimensions=["ab"[i // 3 % 2] for i in each], answers=[("yes", "no", "no")[i % 3] for i in each],
-        forms=[f"f{i % 3}" for i in each], controls=[i >= questions for i in each], rule="specific",
-    )  # fmt: skip
+        dimensions=["ab"[i // 3 % 2] for i in each],
+        answers=[("yes", "no", "no")[i % 3] for i in each],
+        forms=[f"f{i % 3}" for i in each],
+        controls=[i >= questions for i in each],
+        rule="specific",
+    )
 
 
 def test_specific_rule_finds_what_was_planted():
@@ -234,10 +240,12 @@ def _random_questions(seed):
     rng = np.random.default_rng(seed)
     scores = (rng.standard_exponential((32, 3, 20)) * rng.choice([1, -1], (32, 3, 20), p=[0.7, 0.3])).astype(np.float32)
     about = dict(
-        dimensions=[*rng.choice(["a", "b"], 18), *["c"] * 14], answers=[("yes", "no")[i % 2] for i in range(32)],
+        dimensions=[*rng.choice(["a", "b"], 18), *["c"] * 14],
+        answers=[("yes", "no")[i % 2] for i in range(32)],
         forms=[*("xyz"[i // 2 % 3] for i in range(18)), *("xy"[i // 2 % 2] for i in range(14))],
-        controls=[i >= 18 for i in range(32)], twins=[18 + i * 5 % 14 for i in range(18)] + [-1] * 14,
-    )  # fmt: skip
+        controls=[i >= 18 for i in range(32)],
+        twins=[18 + i * 5 % 14 for i in range(18)] + [-1] * 14,
+    )
     return scores, about
 
 
@@ -310,8 +318,10 @@ def test_specific_rule_against_plain_loops():
     for n in range(600):
         difference = spread = 0.0
         parts = {(k, g): x[(kinds == k) & (first == g), n] for k in set(kinds) for g in (True, False)}
-        pooled = {g: sum(((p - p.mean()) ** 2).sum() for (_, h), p in parts.items() if h == g) / (12 - 3)
-                  for g in (True, False)}  # fmt: skip
+        pooled = {
+            g: sum(((p - p.mean()) ** 2).sum() for (_, h), p in parts.items() if h == g) / (12 - 3)
+            for g in (True, False)
+        }
         for k in set(kinds):
             a, b = parts[k, True], parts[k, False]
             difference += len(a) / 12 * (a.mean() - b.mean())

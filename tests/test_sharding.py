@@ -158,9 +158,13 @@ def test_dtypes_of_several_widths_stay_aligned(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"
     odd = {
-        "a.mask": torch.ones(13, dtype=torch.bool), "b.steps": torch.arange(5), "c.scale": torch.tensor(2.5),
-        "d.half": torch.ones(3, dtype=torch.float16), "e.empty": torch.zeros(0, 4), "f.bytes": torch.zeros(7).byte(),
-    }  # fmt: skip
+        "a.mask": torch.ones(13, dtype=torch.bool),
+        "b.steps": torch.arange(5),
+        "c.scale": torch.tensor(2.5),
+        "d.half": torch.ones(3, dtype=torch.float16),
+        "e.empty": torch.zeros(0, 4),
+        "f.bytes": torch.zeros(7).byte(),
+    }
     save_file(load_file(path) | odd, path, metadata={"format": "pt", "note": "kept"})
     fold(tmp_path / "base", EDIT, tmp_path / "out", shard_size="60KB")
     assert _check_layout(tmp_path / "out", 60_000) > 1
@@ -307,8 +311,9 @@ def _replace(path, name, content):
 
     shard = Shard.open(path)
     kinds = {"BF16": np.uint16, "U8": np.uint8}
-    tensors = {t.name: (t.dtype, np.frombuffer(read_raw(shard, t), kinds[t.dtype]).reshape(t.shape))
-               for t in shard.tensors}  # fmt: skip
+    tensors = {
+        t.name: (t.dtype, np.frombuffer(read_raw(shard, t), kinds[t.dtype]).reshape(t.shape)) for t in shard.tensors
+    }
     write_tensors(path, tensors | {name: ("U8", np.frombuffer(content, np.uint8))})
 
 

@@ -18,17 +18,21 @@ EDIT = Edit("down", {1: {5: 2.0}})
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("index, message", [
-    ("[]", "has no weight_map"),
-    ('{"weight_map": ["a.bin"]}', "has no weight_map"),
-    ('{"weight_map": {"a": ["a.bin"]}}', "has no weight_map"),
-    ('{"weight_map": {"a": "a.bin", "b": 3}}', "has no weight_map"),
-    ('{"weight_map": {}, "weight_map": {}}', "a key stands twice"),
-    ("[" * 100_000, "is not JSON that can be read"),
-    (b"\xff{}", "is not JSON that can be read"),
-    (" " * (25 << 20), "more than 24 MB"),
-    ('{"weight_map": {"a": "../a.bin"}}', "names '../a.bin', which is missing"),
-], ids=range(9))  # fmt: skip
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ("[]", "has no weight_map"),
+        ('{"weight_map": ["a.bin"]}', "has no weight_map"),
+        ('{"weight_map": {"a": ["a.bin"]}}', "has no weight_map"),
+        ('{"weight_map": {"a": "a.bin", "b": 3}}', "has no weight_map"),
+        ('{"weight_map": {}, "weight_map": {}}', "a key stands twice"),
+        ("[" * 100_000, "is not JSON that can be read"),
+        (b"\xff{}", "is not JSON that can be read"),
+        (" " * (25 << 20), "more than 24 MB"),
+        ('{"weight_map": {"a": "../a.bin"}}', "names '../a.bin', which is missing"),
+    ],
+    ids=range(9),
+)
 def test_an_index_of_bin_weights_is_read_strictly(index, message, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"not reached")
@@ -201,10 +205,17 @@ def test_bin_weights_of_every_build_keep_their_values(zipped, tmp_path):
     """Tied ones under each of their names, views as they are read, parameters, empty ones, one value for all."""
     tied = torch.arange(12.0).reshape(3, 4).bfloat16()
     state = {
-        "tied": tied, "again": tied, "turned": tied.T, "part": tied[1:, 2:], "row": tied[1],
-        "parameter": torch.nn.Parameter(torch.ones(2)), "none": torch.zeros(0, 4), "same": torch.ones(1).expand(5),
-        "whole": torch.arange(3), "half": torch.ones(2, dtype=torch.float16),
-    }  # fmt: skip
+        "tied": tied,
+        "again": tied,
+        "turned": tied.T,
+        "part": tied[1:, 2:],
+        "row": tied[1],
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "none": torch.zeros(0, 4),
+        "same": torch.ones(1).expand(5),
+        "whole": torch.arange(3),
+        "half": torch.ones(2, dtype=torch.float16),
+    }
     with resolved(str(_bin(tmp_path / "bin", state, _use_new_zipfile_serialization=zipped))) as found:
         got = load_file(found.path / "model.safetensors")
     assert got.keys() == state.keys()
@@ -214,10 +225,23 @@ def test_bin_weights_of_every_build_keep_their_values(zipped, tmp_path):
 
 def test_bin_weights_become_the_file_that_safetensors_writes(tmp_path):
     dtypes = [
-        torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int16, torch.float16,
-        torch.bfloat16, torch.int32, torch.float32, torch.complex64, torch.float64, torch.int64, torch.uint16,
-        torch.uint32, torch.uint64,
-    ]  # fmt: skip
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.float8_e5m2,
+        torch.float8_e4m3fn,
+        torch.int16,
+        torch.float16,
+        torch.bfloat16,
+        torch.int32,
+        torch.float32,
+        torch.complex64,
+        torch.float64,
+        torch.int64,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    ]
     state = {f"{name} {dtype}": torch.arange(5).to(dtype) for dtype in dtypes for name in ("b", "a")}
     state |= {"scalar": torch.tensor(3.0), "none": torch.zeros(2, 0), "turned": torch.arange(6.0).reshape(2, 3).T}
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "expected", metadata={"format": "pt"})
@@ -225,9 +249,15 @@ def test_bin_weights_become_the_file_that_safetensors_writes(tmp_path):
         assert (found.path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex128), torch.ones(2, device="meta"),
-], ids=["sparse", "complex128", "without values"])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.ones(2, dtype=torch.complex128),
+        torch.ones(2, device="meta"),
+    ],
+    ids=["sparse", "complex128", "without values"],
+)
 def test_bin_weights_that_are_no_plain_numbers_are_refused(tensor, tmp_path):
     folder = _bin(tmp_path / "bin", {"w": tensor})
     with pytest.raises(SourceError, match="cannot be read as plain weights"), resolved(str(folder)):

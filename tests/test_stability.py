@@ -100,8 +100,12 @@ def test_the_rank_correlation_is_spearmans():
     a, b = (resample(_scores(v, controls=2), tau=0.9) for v in values)
 
     def want(*asked):
-        return spearmanr(*(np.mean([own.scores.values[q] / own.scores.values[q].max() for q in which], 0).ravel()
-                           for own, which in zip((a, b), asked, strict=True))).statistic  # fmt: skip
+        return spearmanr(
+            *(
+                np.mean([own.scores.values[q] / own.scores.values[q].max() for q in which], 0).ravel()
+                for own, which in zip((a, b), asked, strict=True)
+            )
+        ).statistic
 
     found = _agreement(a, b)["rank"]
     assert found[0] == pytest.approx(want(range(6), range(6)), abs=1e-6)
@@ -131,8 +135,9 @@ def test_several_files_on_the_command_line(tmp_path, capsys):
     stability_command.main([*map(str, paths), "--json"], standalone_mode=False)
     result = json.loads(capsys.readouterr().out)
     assert result["in_files"] == {
-        "0": {"0": [1.0, *wilson(3, 3)]}, "1": {"1": [2 / 3, *wilson(2, 3)]},
-    }  # fmt: skip
+        "0": {"0": [1.0, *wilson(3, 3)]},
+        "1": {"1": [2 / 3, *wilson(2, 3)]},
+    }
     assert [pair["jaccard"][0] for pair in result["pairs"]] == [1.0, 0.5, 0.5] and result["nothing"] == []
     stability_command.main([*map(str, paths), "--tau", "1"], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()

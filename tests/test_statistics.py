@@ -45,9 +45,14 @@ def test_interval_of_a_ratio_agrees_with_scipy():
     columns[:, 1] = np.maximum(columns[:, 0], rng.random(80) < 0.7)
     ours = interval(columns, lambda m: m[..., 0] / m[..., 1])
     theirs = stats.bootstrap(
-        (columns[:, 0], columns[:, 1]), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, vectorized=True,
-        n_resamples=20000, method="percentile", rng=1,
-    ).confidence_interval  # fmt: skip
+        (columns[:, 0], columns[:, 1]),
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=20000,
+        method="percentile",
+        rng=1,
+    ).confidence_interval
     width = theirs.high - theirs.low
     assert abs(ours[1] - theirs.low) < 0.1 * width and abs(ours[2] - theirs.high) < 0.1 * width
 
@@ -64,9 +69,12 @@ def test_permutation_agrees_with_the_exact_test(seed):
     """All 2^10 exchanges against 9999 drawn ones: 4 standard errors of a share, at most 4 sqrt(.25 / 9999) = 0.02."""
     before, after = _pairs(seed, 10)
     exact = stats.permutation_test(
-        (before[:, 0], after[:, 0]), lambda a, b: np.mean(b) - np.mean(a), permutation_type="samples",
-        n_resamples=np.inf, vectorized=False,
-    ).pvalue  # fmt: skip
+        (before[:, 0], after[:, 0]),
+        lambda a, b: np.mean(b) - np.mean(a),
+        permutation_type="samples",
+        n_resamples=np.inf,
+        vectorized=False,
+    ).pvalue
     assert abs(permutation(before, after) - exact) < 0.02
 
 

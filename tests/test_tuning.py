@@ -23,11 +23,11 @@ import bench_data
 from bench_data import avoiding
 from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, select, tune
 from kbne_edit.attribution.scores import Scores
-from kbne_edit.baking import Settings
 from kbne_edit.errors import EditError, InputError, OutputError
 from kbne_edit.evaluation import neutral
 from kbne_edit.evaluation.scoring import Scorer
 from kbne_edit.evaluation.tasks import _ACCURACY, _AVOIDED, _PREFERENCE, Benchmark, benchmarks
+from kbne_edit.locating import Settings
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import Question
 from kbne_edit.reporting.contents import build
@@ -116,8 +116,9 @@ def test_a_text_is_in_one_half_whatever_task_it_stands_in():
 
 def test_the_split_is_that_of_its_seed_and_not_of_the_order():
     stories = [f"story {i}" for i in range(40)]
-    first, again, other = (_sides([_mark("a", s, [""] * 40)], seed=n) for s, n in ((stories, 3), (stories[::-1], 3),
-                                                                                  (stories, 4)))  # fmt: skip
+    first, again, other = (
+        _sides([_mark("a", s, [""] * 40)], seed=n) for s, n in ((stories, 3), (stories[::-1], 3), (stories, 4))
+    )
     assert set(first[0]["a"]) == set(again[0]["a"]) != set(other[0]["a"])
 
 
@@ -188,8 +189,10 @@ def test_a_grid_holds_every_edit_once(scores):
             empty += 1
             continue
         expected.setdefault(edit.sha256, (edit.factors, []))[1].append((rule, tau, beta, factor))
-    got = {key: (c.edit.factors, [(s["rule"], s["tau"], s["beta"], s["factor"]) for s in c.settings])
-           for key, c in found.candidates.items()}  # fmt: skip
+    got = {
+        key: (c.edit.factors, [(s["rule"], s["tau"], s["beta"], s["factor"]) for s in c.settings])
+        for key, c in found.candidates.items()
+    }
     assert got == expected and (found.how, found.size, found.empty) == ("grid", 24, empty) and empty >= 4
     assert set(calls) == set(expected)
     assert all(c.edit.found["select"]["tau"] == c.settings[0]["tau"] for c in found.candidates.values())
@@ -220,8 +223,10 @@ def test_tops_stand_beside_taus_and_are_not_multiplied_with_them():
     assert got == {key: [common | setting for setting in settings] for key, settings in expected.items()}
     assert (found.how, found.size, found.empty) == ("grid", 16, 0) and len(got) == 12  # of specific, tau says nothing
     words = {in_words([setting]) for settings in got.values() for setting in settings}
-    assert {"site down, paper, top 0.0025, beta 0.1, union, factor 2",
-            "site down, specific, top 0.01, union, factor 0.5"} <= words  # fmt: skip
+    assert {
+        "site down, paper, top 0.0025, beta 0.1, union, factor 2",
+        "site down, specific, top 0.01, union, factor 0.5",
+    } <= words
     alone = sweep(Space((2.0,), tops=(0.01,), rules=("paper",)), {"down": loaded}, 1, 0, _measure)
     (candidate,) = alone.candidates.values()
     assert candidate.settings == [common | {"rule": "paper", "top": 0.01, "factor": 2.0}] and alone.size == 1
@@ -239,8 +244,12 @@ def test_optuna_asks_for_taus_and_tops(scores):
 
 def _of_two_dimensions():
     """Neuron 0 is kept by both, more by b; 1 by a alone; 2 by b alone; 3 by a alone, though b has the larger mean."""
-    rows = [("a", [0.5, 1.0, 0.0, 0.2]), ("a", [0.5, 1.0, 0.0, 0.0]), ("b", [0.9, 0.0, 1.0, 0.12]),
-            ("b", [0.9, 0.0, 1.0, 0.12])]  # fmt: skip
+    rows = [
+        ("a", [0.5, 1.0, 0.0, 0.2]),
+        ("a", [0.5, 1.0, 0.0, 0.0]),
+        ("b", [0.9, 0.0, 1.0, 0.12]),
+        ("b", [0.9, 0.0, 1.0, 0.12]),
+    ]
     values = np.array([[[*row]] for _, row in rows], np.float32) * np.array([1, 3, 2, 1], np.float32)[:, None, None]
     questions = tuple(Question(f"q{i}", "no", name, "", False) for i, (name, _) in enumerate(rows))
     ones = np.ones(4, np.float32)
@@ -294,19 +303,22 @@ def test_without_optuna_the_error_says_what_to_install(scores, monkeypatch):
         sweep(LARGE, {"down": load_scores(scores)}, 14, 0, _measure)
 
 
-@pytest.mark.parametrize("values, message", [
-    (dict(factors=(1.0,)), "1.0 is no value for factors"),
-    (dict(factors=(float("nan"),)), "nan is no value for factors"),
-    (dict(factors=(-2.0,)), "-2.0 is no value for factors"),
-    (dict(factors=()), "needs values"),
-    (dict(factors=(2.0, 2.0)), "each once"),
-    (dict(taus=(1.5,)), "1.5 is no value for taus"),
-    (dict(taus=()), "needs values"),
-    (dict(taus=(), tops=(0.0,)), "0.0 is no value for tops"),
-    (dict(tops=(0.01, 0.01)), "each once"),
-    (dict(rules=("best",)), "'best' is no value for rules"),
-    (dict(combines=("any",)), "'any' is no value for combines"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(factors=(1.0,)), "1.0 is no value for factors"),
+        (dict(factors=(float("nan"),)), "nan is no value for factors"),
+        (dict(factors=(-2.0,)), "-2.0 is no value for factors"),
+        (dict(factors=()), "needs values"),
+        (dict(factors=(2.0, 2.0)), "each once"),
+        (dict(taus=(1.5,)), "1.5 is no value for taus"),
+        (dict(taus=()), "needs values"),
+        (dict(taus=(), tops=(0.0,)), "0.0 is no value for tops"),
+        (dict(tops=(0.01, 0.01)), "each once"),
+        (dict(rules=("best",)), "'best' is no value for rules"),
+        (dict(combines=("any",)), "'any' is no value for combines"),
+    ],
+)
 def test_wrong_spaces(values, message):
     with pytest.raises(InputError, match=message):
         Space(**values)
@@ -503,21 +515,32 @@ def test_several_tasks_are_averaged_each_with_its_own_items():
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
 
 
-@pytest.mark.parametrize("entry, shown, confirmed, text", [
-    ({}, True, True, "a: less bias, beyond every control; ability: a loss of 5 points is excluded"),
-    ({}, False, False, "a: less bias, beyond every control; ability: a loss of 5 points is not excluded"),
-    ({"p_holm": 0.06}, True, False, None),
-    ({"edit": 0.4}, True, False, None),
-    ({"beyond": {"random neurons": [-0.1, -0.2, 0.01]}}, True, False, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entry, shown, confirmed, text",
+    [
+        ({}, True, True, "a: less bias, beyond every control; ability: a loss of 5 points is excluded"),
+        ({}, False, False, "a: less bias, beyond every control; ability: a loss of 5 points is not excluded"),
+        ({"p_holm": 0.06}, True, False, None),
+        ({"edit": 0.4}, True, False, None),
+        ({"beyond": {"random neurons": [-0.1, -0.2, 0.01]}}, True, False, None),
+    ],
+)
 def test_confirmed_needs_all_of_it(entry, shown, confirmed, text):
-    good = {"edit": 0.2, "base": 0.3, "ideal": 0, "p_holm": 0.01, "verdict": "less bias, beyond every control",
-            "beyond": {"random neurons": [-0.1, -0.2, -0.01]}}  # fmt: skip
+    good = {
+        "edit": 0.2,
+        "base": 0.3,
+        "ideal": 0,
+        "p_holm": 0.01,
+        "verdict": "less bias, beyond every control",
+        "beyond": {"random neurons": [-0.1, -0.2, -0.01]},
+    }
     report = {
         "neutral": {"KL from the base": {"edit": [0.02, 0.01, 0.03]}},
-        "tasks": {"a": {"figures": {"absolute margin": good | entry}},
-                  "ability": {"figures": {"accuracy": {"non_inferior": {"shown": shown}}}}},
-    }  # fmt: skip
+        "tasks": {
+            "a": {"figures": {"absolute margin": good | entry}},
+            "ability": {"figures": {"accuracy": {"non_inferior": {"shown": shown}}}},
+        },
+    }
     found = Goal({"a": _PREFERENCE[2]}, ["ability"], 5.0).verdict(report)
     assert found["confirmed"] == confirmed and text in (None, found["text"])
     for bound, holds in ((0.019, False), (0.021, True)):
@@ -642,8 +665,18 @@ def run(*args, cwd, wait=True):
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-SMALL_OPTIONS = ["--tasks", "probes,knowledge_controls", "--margin", 9, "--factors", "0.5,2", "--taus", "0.1,0.2",
-                 "--rules", "paper"]  # fmt: skip
+SMALL_OPTIONS = [
+    "--tasks",
+    "probes,knowledge_controls",
+    "--margin",
+    9,
+    "--factors",
+    "0.5,2",
+    "--taus",
+    "0.1,0.2",
+    "--rules",
+    "paper",
+]
 
 
 @pytest.mark.slow
@@ -673,15 +706,36 @@ def test_command(scores, tmp_path, tuned):
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "out") == contents(tuned[0])
     found = load_tuning(tmp_path / "out" / "tune.json")
-    for text in ("24 dev, 24 test", "4 of 4 settings tried (grid)", "in common: site down, paper, beta 0.1, union",
-                 "4 edits within bounds", "Pareto front of", "chosen (*)", "test, scored once",
-                 found["verdict"]["text"]):  # fmt: skip
+    for text in (
+        "24 dev, 24 test",
+        "4 of 4 settings tried (grid)",
+        "in common: site down, paper, beta 0.1, union",
+        "4 edits within bounds",
+        "Pareto front of",
+        "chosen (*)",
+        "test, scored once",
+        found["verdict"]["text"],
+    ):
         assert text in result.stdout
     assert result.stdout.splitlines()[-1].endswith("kbne-edit bake --in demo --edit out/edit.json --out ./debiased")
     again = run("tune", "--in", "demo", scores, "--out", "out", *SMALL_OPTIONS, "--json", cwd=tmp_path)
     assert json.loads(again.stdout) == found and "is not scored again" in again.stderr
-    nothing = run("tune", "--in", "demo", scores, "--out", "none", *SMALL_OPTIONS[:4], "--factors", "1.0000001",
-                  "--taus", "0.1", "--rules", "paper", cwd=tmp_path)  # fmt: skip
+    nothing = run(
+        "tune",
+        "--in",
+        "demo",
+        scores,
+        "--out",
+        "none",
+        *SMALL_OPTIONS[:4],
+        "--factors",
+        "1.0000001",
+        "--taus",
+        "0.1",
+        "--rules",
+        "paper",
+        cwd=tmp_path,
+    )
     assert nothing.returncode == 0 and "nothing to choose: " in nothing.stdout and "next:" not in nothing.stdout
 
 
@@ -704,27 +758,33 @@ def test_command_with_tops(scores, tmp_path):
     assert "top 0.01" in next(point["settings"] for point in report["tuning"]["points"] if point["chosen"])
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--factors", "2,x"], "'2,x': numbers with commas between"),
-    (["--factors", "1"], "1.0 is no value for factors"),
-    (["--tops", "0"], "0.0 is no value for tops"),
-    (["--tasks", "nonsense"], "there is no task nonsense"),
-    (["--trials", 0], "--trials"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--factors", "2,x"], "'2,x': numbers with commas between"),
+        (["--factors", "1"], "1.0 is no value for factors"),
+        (["--tops", "0"], "0.0 is no value for tops"),
+        (["--tasks", "nonsense"], "there is no task nonsense"),
+        (["--trials", 0], "--trials"),
+    ],
+)
 def test_wrong_options(scores, tmp_path, options, message):
     result = run("tune", "--in", "demo", scores, "--out", "out", *options, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("values, message", [
-    (dict(tasks=["probes"]), "no task bounds the loss of capability"),
-    (dict(tasks=["knowledge"]), "there is no bias task with data at all"),
-    (dict(figure="ICAT"), "--figure is one of SS, absolute margin, margin"),
-    (dict(margin=5.0), r"has 23 items in a half, too few .* or --margin 8"),
-    (dict(margin=8.0), r"has 22 items in a half, too few .* or --margin 9"),
-    (dict(tasks=["probes", "knowledge_controls"], limit=1), "cannot be halved"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(tasks=["probes"]), "no task bounds the loss of capability"),
+        (dict(tasks=["knowledge"]), "there is no bias task with data at all"),
+        (dict(figure="ICAT"), "--figure is one of SS, absolute margin, margin"),
+        (dict(margin=5.0), r"has 23 items in a half, too few .* or --margin 8"),
+        (dict(margin=8.0), r"has 22 items in a half, too few .* or --margin 9"),
+        (dict(tasks=["probes", "knowledge_controls"], limit=1), "cannot be halved"),
+    ],
+)
 def test_wrong_arguments(scores, tmp_path, values, message):
     with pytest.raises(InputError, match=message):
         tune("demo", scores, tmp_path / "out", **ASKED | values)
@@ -748,9 +808,13 @@ def test_wrong_scores_and_folders(scores, tmp_path):
 def test_the_figure_that_steers_unless_told_otherwise():
     """The absolute margin where a task has it, and there it steers alone; else the unwanted margin."""
     avoided, crows, ability = (
-        Benchmark(name, kind, [], [1] * 99, [""] * 99, None, figures) for name, kind, figures in (
-            ("probes", "bias", _AVOIDED), ("crows_pairs", "bias", _PREFERENCE), ("copa", "capability", _ACCURACY))
-    )  # fmt: skip
+        Benchmark(name, kind, [], [1] * 99, [""] * 99, None, figures)
+        for name, kind, figures in (
+            ("probes", "bias", _AVOIDED),
+            ("crows_pairs", "bias", _PREFERENCE),
+            ("copa", "capability", _ACCURACY),
+        )
+    )
 
     def steering(*marks, figure=None):
         return {name: f.name for name, f in goal_of([Half(marks, [])] * 2, figure, 5.0, None).steering.items()}
@@ -791,8 +855,10 @@ def test_probes_that_are_to_be_avoided_steer_by_their_signed_margin(scores, scor
 
 def test_capability_tasks_bound_the_loss_where_there_are_any():
     names = {"knowledge": "knowledge", "copa": "capability", "probes": "bias"}
-    marks = [Benchmark(name, kind, [], [1] * 99, [""] * 99, None, _PREFERENCE if kind == "bias" else _ACCURACY)
-             for name, kind in names.items()]  # fmt: skip
+    marks = [
+        Benchmark(name, kind, [], [1] * 99, [""] * 99, None, _PREFERENCE if kind == "bias" else _ACCURACY)
+        for name, kind in names.items()
+    ]
     goals = [goal_of([Half(m, [])] * 2, "SS", 5.0, None) for m in (marks, [marks[0], marks[2]])]
     assert [goal.abilities for goal in goals] == [["copa"], ["knowledge"]]
 
@@ -822,8 +888,9 @@ def test_the_report_shows_the_sweep(baked, tuned):
         result["chosen"]
     )
     entry = result["test"]["tasks"]["probes"]["figures"]["absolute margin"]
-    assert found["test"] == [{"task": "probes", "change": entry["change"], "p": entry["p_holm"],
-                              "found": entry["verdict"]}]  # fmt: skip
+    assert found["test"] == [
+        {"task": "probes", "change": entry["change"], "p": entry["p_holm"], "found": entry["verdict"]}
+    ]
     assert {s["task"]: (s["dev_items"], s["test_items"]) for s in found["split"]}["probes"] == (24, 24)
     states = {v["about"]: v["state"] for v in report["verdicts"]}
     assert states["chosen on one half, confirmed on the other"] == ("holds" if found["confirmed"] else "warning")
@@ -865,8 +932,10 @@ def test_the_plot_shows_the_points(tuned):
     """Places of the marks, read back from the file."""
     tree = ElementTree.fromstring((tuned[0] / "pareto.svg").read_text())
     tags = {"front": "first", "other": "ring"}
-    marks = {kind: [(float(e.get("cx")), float(e.get("cy"))) for e in tree.iter() if e.get("class") == name]
-             for kind, name in tags.items()}  # fmt: skip
+    marks = {
+        kind: [(float(e.get("cx")), float(e.get("cy"))) for e in tree.iter() if e.get("class") == name]
+        for kind, name in tags.items()
+    }
     points = tuned[1]["points"]
     own = [(np.log10(p["kl"]), p["bias"][0]) for p in points if p["front"]]
     rest = [(np.log10(p["kl"]), p["bias"][0]) for p in points if not p["front"]]

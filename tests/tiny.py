@@ -5,8 +5,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 _COMMON = dict(vocab_size=97, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 _LLAMA = _COMMON | dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, max_position_embeddings=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
 )
 _GPT2 = _COMMON | dict(n_embd=32, n_inner=48, n_layer=3, n_head=4, n_positions=64)
 _NEOX = _COMMON | dict(
@@ -28,15 +33,27 @@ FAMILIES: dict[str, dict] = {
     "gemma3_text": _LLAMA | dict(sliding_window=8),
     "phi3": _LLAMA,
     "gpt2": _GPT2,
-    "opt": _COMMON | dict(
-        hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=64, dropout=0.0,
+    "opt": _COMMON
+    | dict(
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        dropout=0.0,
     ),
     "gpt_neox": _NEOX,
     "gptj": _GPT2 | dict(rotary_dim=8),
-    "falcon": _COMMON | dict(
-        hidden_size=32, ffn_hidden_size=48, num_hidden_layers=3, num_attention_heads=4, alibi=False,
-        new_decoder_architecture=False, max_position_embeddings=64,
+    "falcon": _COMMON
+    | dict(
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        alibi=False,
+        new_decoder_architecture=False,
+        max_position_embeddings=64,
     ),
     "olmo2": _LLAMA,
     "starcoder2": _LLAMA | dict(use_bias=True),
@@ -59,15 +76,26 @@ FAMILIES: dict[str, dict] = {
     "helium": _LLAMA,
     "arcee": _LLAMA,
     "codegen": _GPT2 | dict(rotary_dim=8),
-    "gpt_neo": _COMMON | dict(
-        hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, attention_types=[[["global"], 3]],
+    "gpt_neo": _COMMON
+    | dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=3,
+        num_heads=4,
+        attention_types=[[["global"], 3]],
         max_position_embeddings=64,
     ),
     "gemma4_text-dense": _GEMMA4 | dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=97),
-    "ministral3": _LLAMA | dict(rope_parameters={
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4,
-        "llama_4_scaling_beta": 0.5,
-    }),
+    "ministral3": _LLAMA
+    | dict(
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 4,
+            "llama_4_scaling_beta": 0.5,
+        }
+    ),
     "ernie4_5": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
     "vaultgemma": _LLAMA | dict(sliding_window=8),
@@ -97,14 +125,34 @@ MIXTURES: dict[str, dict] = {
     "qwen3_moe": _MOE,
     "olmoe": _MOE,
     "granitemoe": _MOE,
-    "deepseek_v2": _MOE | dict(
-        n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
-        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4, n_group=1, topk_group=1,
+    "deepseek_v2": _MOE
+    | dict(
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        num_key_value_heads=4,
+        n_group=1,
+        topk_group=1,
         topk_method="greedy",
     ),
-    "deepseek_v3": _MOE | dict(
-        n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
-        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4, n_group=1, topk_group=1,
+    "deepseek_v3": _MOE
+    | dict(
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        num_key_value_heads=4,
+        n_group=1,
+        topk_group=1,
     ),
     "gpt_oss": _MOE | dict(sliding_window=8),
     "llama4_text": _LLAMA4,
@@ -124,8 +172,13 @@ MIXTURES: dict[str, dict] = {
 }
 
 _VISION = dict(
-    hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=8,
+)
 _ROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]})
 _GLM_ROPE = dict(rope_parameters=_ROPE["rope_parameters"] | {"partial_rotary_factor": 1.0})
 _QWEN_VISION = dict(depth=2, hidden_size=32, intermediate_size=40, num_heads=2, out_hidden_size=32, embed_dim=32)

@@ -148,8 +148,18 @@ def attributions(
         while todo:
             fit = layers.group([[len(input_ids[q]) - shared for q in pack] for pack in todo], rows, positions)
             group, todo = todo[:fit], todo[fit:]
-            asked = [Pack(layers.model, _of(pack, input_ids), _of(pack, answer_ids), site, stem,
-                          other_ids and _of(pack, other_ids), positions) for pack in group]  # fmt: skip
+            asked = [
+                Pack(
+                    layers.model,
+                    _of(pack, input_ids),
+                    _of(pack, answer_ids),
+                    site,
+                    stem,
+                    other_ids and _of(pack, other_ids),
+                    positions,
+                )
+                for pack in group
+            ]
             rules = [[rule() for _ in pack] for pack in group]
             _settle(layers, fresh, asked, rules)
             for pack, questions, of_pack in zip(group, asked, rules, strict=True):
@@ -221,10 +231,14 @@ Wanted = list[tuple[Pack, list[dict[int, Tensor]]]]
 
 def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool) -> list[list[dict[int, Found]]]:
     """`sweep`, with half as many rows at once wherever a device runs out of memory or the masks are too small."""
-    sizes = [pack.positions * sum(len(gammas) for request in of_pack for gammas in request.values())
-             for pack, of_pack in wanted]  # fmt: skip
-    room = min(longest(layers.model) - len(pack.context.ids) - pack.count * pack.positions - size
-               for (pack, _), size in zip(wanted, sizes, strict=True))  # fmt: skip
+    sizes = [
+        pack.positions * sum(len(gammas) for request in of_pack for gammas in request.values())
+        for pack, of_pack in wanted
+    ]
+    room = min(
+        longest(layers.model) - len(pack.context.ids) - pack.count * pack.positions - size
+        for (pack, _), size in zip(wanted, sizes, strict=True)
+    )
     divisible = any(len(request) > 1 for _, of_pack in wanted for request in of_pack)
     if not divisible and room < 0:
         most = longest(layers.model)

@@ -25,9 +25,14 @@ from ..progress import say
 from ..recipe import Question
 
 _PLAN = {
-    "nodes": ("I32", "QL"), "p": ("F32", "Q"), "p_best_wrong": ("F32", "Q"), "p_zero": ("F32", "QL"),
-    "residual": ("F32", "QL"), "scores": ("F32", "QLF"), "done": ("U8", "Q"),  # last: it is the only unaligned one
-}  # fmt: skip
+    "nodes": ("I32", "QL"),
+    "p": ("F32", "Q"),
+    "p_best_wrong": ("F32", "Q"),
+    "p_zero": ("F32", "QL"),
+    "residual": ("F32", "QL"),
+    "scores": ("F32", "QLF"),
+    "done": ("U8", "Q"),  # last: it is the only unaligned one
+}
 _DTYPE = {"F32": "<f4", "I32": "<i4", "U8": "u1"}
 
 
@@ -60,9 +65,16 @@ def load_scores(path: str | Path) -> Scores:
         if not all(np.isfinite(row).all() for row in arrays[name]):
             raise ScoresError(f"{path} holds {name} that are no numbers: it is damaged, run locate again")
     return Scores(
-        arrays["scores"], arrays["p"], arrays["p_best_wrong"], arrays["residual"], arrays["nodes"],
-        tuple(Question(**q) for q in meta["questions"]), meta, meta["site"], meta["base"],
-    )  # fmt: skip
+        arrays["scores"],
+        arrays["p"],
+        arrays["p_best_wrong"],
+        arrays["residual"],
+        arrays["nodes"],
+        tuple(Question(**q) for q in meta["questions"]),
+        meta,
+        meta["site"],
+        meta["base"],
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
@@ -99,9 +111,14 @@ class ScoresWriter:
     """
 
     def __init__(
-        self, path: Path, questions: tuple[Question, ...], layers: int, neurons: int, settings: dict,
+        self,
+        path: Path,
+        questions: tuple[Question, ...],
+        layers: int,
+        neurons: int,
+        settings: dict,
         aside: bool = False,
-    ):  # fmt: skip
+    ):
         self.path = path
         # A twin is written where there is one, so that all other files keep their bytes.
         about = [{k: v for k, v in asdict(q).items() if k != "twin" or v} for q in questions]

@@ -13,10 +13,19 @@ from . import options
 @options.out("Directory of the new checkpoint.")
 @options.locating
 @options.selecting
-@click.option("--edit", type=click.Path(path_type=Path),
-              help="Fold this edit.json, or the IA3 adapter in this folder, instead of locating.")
-@click.option("--as", "form", type=click.Choice(["checkpoint", "peft", "delta"]), default="checkpoint",
-              show_default=True, help="What OUT holds: the model; an IA3 adapter for PEFT; the edited columns alone.")
+@click.option(
+    "--edit",
+    type=click.Path(path_type=Path),
+    help="Fold this edit.json, or the IA3 adapter in this folder, instead of locating.",
+)
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["checkpoint", "peft", "delta"]),
+    default="checkpoint",
+    show_default=True,
+    help="What OUT holds: the model; an IA3 adapter for PEFT; the edited columns alone.",
+)
 @options.SHARD_SIZE
 @click.option("--work", type=click.Path(path_type=Path), help="Keeps scores and edit, to resume.  [default: OUT.work]")
 @click.option("--dry-run", is_flag=True, help="Print what would be folded, and write no checkpoint.")
@@ -31,9 +40,17 @@ def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as
     from ..baking import bake
 
     summary = bake(
-        source, out, options.settings(**values), edit=edit, form=form, shard_size=shard_size, dry_run=dry_run,
-        overwrite=overwrite, behaviour=not no_behaviour, work=work,
-    )  # fmt: skip
+        source,
+        out,
+        options.settings(**values),
+        edit=edit,
+        form=form,
+        shard_size=shard_size,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        behaviour=not no_behaviour,
+        work=work,
+    )
     if summary:  # empty in all but the first of several processes
         options.show(summary, as_json, _lines(summary))
 
@@ -63,7 +80,7 @@ def _lines(summary: dict) -> list[str]:
 
 def _next_lines(summary: dict) -> list[str]:
     """What was written, and commands that work as they stand here."""
-    from ..baking import work_of
+    from ..files import work_folder
 
     out, model = summary["out"], summary["model"] + (f"@{summary['commit']}" if summary["commit"] else "")
     loader = f"from transformers import {summary['auto_class']} as A; "
@@ -78,8 +95,8 @@ def _next_lines(summary: dict) -> list[str]:
         note = f" ({summary['bytes']:,} bytes; its columns put in give the hashes of the folded weights)"
         commands = [("kbne-edit", "apply", out, "--in", model, "--out", f"{out}-applied")]
     else:
-        note, work = "", Path(summary.get("work", work_of(Path(out))))
-        scores = [] if work == work_of(Path(out)) else ["--scores", work / "scores.safetensors"]
+        note, work = "", Path(summary.get("work", work_folder(Path(out))))
+        scores = [] if work == work_folder(Path(out)) else ["--scores", work / "scores.safetensors"]
         commands = [
             ("python", "-c", f"{loader}A.from_pretrained({_literal(out)})"),
             ("kbne-edit", "verify", "--in", model, "--baked", out),

@@ -54,9 +54,10 @@ def _lines(result: dict) -> list[str]:
         )
         heat = result["temperature"]
         lines.append(
-            "controls: " + ", ".join(f"{name} ({n} neurons)" for name, n in result["controls"].items())
+            "controls: "
+            + ", ".join(f"{name} ({n} neurons)" for name, n in result["controls"].items())
             + (f", flattened (temperature {heat:.4f})" if heat else "; no temperature gives this KL")
-        )  # fmt: skip
+        )
     for name, task in result["tasks"].items():
         lines += task_lines(name, task)
     text = result["neutral"]

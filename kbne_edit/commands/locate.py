@@ -12,7 +12,8 @@ from . import options
 @options.JSON
 def command(source, out, as_json, **values) -> None:
     """Attribute a recipe's questions and controls to neurons; `select` turns the scores into an edit."""
-    from ..baking import attribution_summary, locate
+    from ..attribution.answers import attribution_summary
+    from ..locating import locate
 
     scores = locate(source, out, options.settings(**values))
     if scores is None:  # one of several processes, and not the first

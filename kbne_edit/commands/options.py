@@ -14,8 +14,11 @@ from ..errors import one_line
 from ..recipe import COMBINE, RULES
 
 SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Directory, ORG/NAME[@REVISION], or demo.")
-SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Cut the weights into files of at most this size, e.g. "
-                          "5GB.  [default: the files of MODEL]")  # fmt: skip
+SHARD_SIZE = click.option(
+    "--shard-size",
+    metavar="SIZE",
+    help="Cut the weights into files of at most this size, e.g. 5GB.  [default: the files of MODEL]",
+)
 NO_BEHAVIOUR = click.option("--no-behaviour", is_flag=True, help="Skip the second proof (it loads the model).")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
@@ -27,73 +30,147 @@ def out(help: str):
 
 def locating(command):
     """What is asked, and how it is attributed."""
-    for option in reversed([
-        click.option("--recipe", help="Recipe by name or path.  [default: social-bias; the demo has its own]"),
-        click.option("--questions", type=int, help="How many of the recipe's questions: 9, 45 or 225.  [default: 45]"),
-        click.option("--site", type=click.Choice(["down", "gate"]), default="down", show_default=True,
-                     help="Input of the down-projection, or output of the gate projection."),
-        click.option("--quadrature", default="gauss", show_default=True,
-                     help="gauss (refined until complete), gauss-N, riemann-N (riemann-20: the published sum)."),
-        click.option("--objective", type=click.Choice(["probability", "log-odds"]), default="probability",
-                     show_default=True, help="What is attributed: P of the right answer, or its log-odds."),
-        click.option("--positions", type=click.IntRange(1), default=1, show_default=True,
-                     help="How many of a prompt's last positions are scaled and scored; each adds as much work."),
-        click.option("--prompt", type=click.Choice(["chat", "plain"]), default="chat", show_default=True,
-                     help="Through the chat template where there is one, or plain."),
-        click.option("--before", default="", metavar="TEXT",
-                     help="Put before each question: a conversation, steps of reasoning."),
-        click.option("--answers", metavar="JSON", help='Surface tokens by hand: {"yes": ["Yes"], "no": ["No"]}.'),
-        click.option("--device", default="cpu", show_default=True, help="Torch device for the attribution."),
-        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
-                     show_default=True, help="Compute type of the attribution."),
-        click.option("--memory", metavar="SIZE", help="What the attribution may use, e.g. 8GB; a model that does not "
-                     "fit is read layer by layer.  [default: most of what is free]"),
-    ]):  # fmt: skip
+    for option in reversed(
+        [
+            click.option("--recipe", help="Recipe by name or path.  [default: social-bias; the demo has its own]"),
+            click.option(
+                "--questions", type=int, help="How many of the recipe's questions: 9, 45 or 225.  [default: 45]"
+            ),
+            click.option(
+                "--site",
+                type=click.Choice(["down", "gate"]),
+                default="down",
+                show_default=True,
+                help="Input of the down-projection, or output of the gate projection.",
+            ),
+            click.option(
+                "--quadrature",
+                default="gauss",
+                show_default=True,
+                help="gauss (refined until complete), gauss-N, riemann-N (riemann-20: the published sum).",
+            ),
+            click.option(
+                "--objective",
+                type=click.Choice(["probability", "log-odds"]),
+                default="probability",
+                show_default=True,
+                help="What is attributed: P of the right answer, or its log-odds.",
+            ),
+            click.option(
+                "--positions",
+                type=click.IntRange(1),
+                default=1,
+                show_default=True,
+                help="How many of a prompt's last positions are scaled and scored; each adds as much work.",
+            ),
+            click.option(
+                "--prompt",
+                type=click.Choice(["chat", "plain"]),
+                default="chat",
+                show_default=True,
+                help="Through the chat template where there is one, or plain.",
+            ),
+            click.option(
+                "--before",
+                default="",
+                metavar="TEXT",
+                help="Put before each question: a conversation, steps of reasoning.",
+            ),
+            click.option("--answers", metavar="JSON", help='Surface tokens by hand: {"yes": ["Yes"], "no": ["No"]}.'),
+            click.option("--device", default="cpu", show_default=True, help="Torch device for the attribution."),
+            click.option(
+                "--dtype",
+                type=click.Choice(["float32", "bfloat16", "float16"]),
+                default="float32",
+                show_default=True,
+                help="Compute type of the attribution.",
+            ),
+            click.option(
+                "--memory",
+                metavar="SIZE",
+                help="What the attribution may use, e.g. 8GB; a model that does not "
+                "fit is read layer by layer.  [default: most of what is free]",
+            ),
+        ]
+    ):
         command = option(command)
     return command
 
 
 def selecting(command):
     """Which neurons are kept."""
-    for option in reversed([
-        click.option("--rule", type=click.Choice(RULES), help="Selection rule.  [default: the recipe's, paper]"),
-        click.option("--tau", type=click.FloatRange(0, 1), help="Share of a question's largest score.  [default: 0.1]"),
-        click.option("--beta", type=click.FloatRange(0, 1), help="Share of a dimension's questions.  [default: 0.1]"),
-        click.option("--top", type=click.FloatRange(0, 1), help="In place of --tau: so large a share of all neurons, "
-                     "the largest.  [default of the specific rule: 0.002]"),
-        click.option("--combine", type=click.Choice(COMBINE), help="Over dimensions.  [default: union]"),
-        click.option("--dimensions", metavar="NAMES", help="Only questions of these, commas between.  [default: all]"),
-        click.option("--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"),
-        click.option("--min-stability", type=click.FloatRange(0, 1), help="Keep neurons that at least this share of "
-                     "200 resamples of the questions selects."),
-        click.option("--drop-wrong", is_flag=True, help="Leave out questions that the model answers wrongly."),
-    ]):  # fmt: skip
+    for option in reversed(
+        [
+            click.option("--rule", type=click.Choice(RULES), help="Selection rule.  [default: the recipe's, paper]"),
+            click.option(
+                "--tau", type=click.FloatRange(0, 1), help="Share of a question's largest score.  [default: 0.1]"
+            ),
+            click.option(
+                "--beta", type=click.FloatRange(0, 1), help="Share of a dimension's questions.  [default: 0.1]"
+            ),
+            click.option(
+                "--top",
+                type=click.FloatRange(0, 1),
+                help="In place of --tau: so large a share of all neurons, "
+                "the largest.  [default of the specific rule: 0.002]",
+            ),
+            click.option("--combine", type=click.Choice(COMBINE), help="Over dimensions.  [default: union]"),
+            click.option(
+                "--dimensions", metavar="NAMES", help="Only questions of these, commas between.  [default: all]"
+            ),
+            click.option(
+                "--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"
+            ),
+            click.option(
+                "--min-stability",
+                type=click.FloatRange(0, 1),
+                help="Keep neurons that at least this share of 200 resamples of the questions selects.",
+            ),
+            click.option("--drop-wrong", is_flag=True, help="Leave out questions that the model answers wrongly."),
+        ]
+    ):
         command = option(command)
     return command
 
 
 def evaluating(command):
     """What is measured, and beside which controls."""
-    for option in reversed([
-        click.option("--tasks", help="Names with commas between.  [default: all that there are data for]"),
-        click.option("--data", type=click.Path(path_type=Path), help="Folder with the tasks' files.  [default: from "
-                     "the Hub]"),
-        click.option("--limit", type=click.IntRange(1), help="Items of each task, drawn with a fixed seed.  [default: "
-                     "all]"),
-        click.option("--draws", type=click.IntRange(1), default=3, show_default=True, help="Draws of random neurons."),
-        click.option("--margin", type=click.FloatRange(0, 100, min_open=True), default=5.0, show_default=True,
-                     help="Points of accuracy that a capability must not lose."),
-        click.option("--device", default="cpu", show_default=True, help="Torch device."),
-        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
-                     show_default=True, help="Compute type."),
-    ]):  # fmt: skip
+    for option in reversed(
+        [
+            click.option("--tasks", help="Names with commas between.  [default: all that there are data for]"),
+            click.option(
+                "--data", type=click.Path(path_type=Path), help="Folder with the tasks' files.  [default: from the Hub]"
+            ),
+            click.option(
+                "--limit", type=click.IntRange(1), help="Items of each task, drawn with a fixed seed.  [default: all]"
+            ),
+            click.option(
+                "--draws", type=click.IntRange(1), default=3, show_default=True, help="Draws of random neurons."
+            ),
+            click.option(
+                "--margin",
+                type=click.FloatRange(0, 100, min_open=True),
+                default=5.0,
+                show_default=True,
+                help="Points of accuracy that a capability must not lose.",
+            ),
+            click.option("--device", default="cpu", show_default=True, help="Torch device."),
+            click.option(
+                "--dtype",
+                type=click.Choice(["float32", "bfloat16", "float16"]),
+                default="float32",
+                show_default=True,
+                help="Compute type.",
+            ),
+        ]
+    ):
         command = option(command)
     return command
 
 
 def settings(answers: str | None = None, **values):
     """`Settings` from the options of a command."""
-    from ..baking import Settings
+    from ..locating import Settings
 
     if answers is not None:
         try:

@@ -16,8 +16,8 @@ from . import options
 @options.JSON
 def command(baked, name, private, create_pr, dry_run, as_json) -> None:
     """Publish on the Hub what `bake` or `apply` wrote, once its files and proofs are found in order."""
-    from ..hub.push import push
     from ..progress import progress
+    from ..pushing import push
 
     if private and create_pr:
         raise click.UsageError("--create-pr proposes to a repository that exists: --private has no place there")

@@ -21,8 +21,11 @@ def list_(as_json) -> None:
 
     found = [load_recipe(name) for name in recipe_names()]
     rows = {r.name: {"questions": len(r.questions), "controls": len(r.controls), "text": r.description} for r in found}
-    options.show(rows, as_json, [f"{n}: {r['questions']} questions, {r['controls']} controls. {r['text']}"
-                                 for n, r in rows.items()])  # fmt: skip
+    options.show(
+        rows,
+        as_json,
+        [f"{n}: {r['questions']} questions, {r['controls']} controls. {r['text']}" for n, r in rows.items()],
+    )
 
 
 @command.command()

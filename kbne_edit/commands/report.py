@@ -10,10 +10,16 @@ from . import options
 @click.command("report")
 @click.argument("baked", type=click.Path(path_type=Path))
 @options.out("Page to write, e.g. report.html.")
-@click.option("--scores", type=click.Path(path_type=Path),
-              help="Scores of its run.  [default: BAKED.work/scores.safetensors, if it fits]")  # fmt: skip
-@click.option("--tuning", type=click.Path(path_type=Path),
-              help="The tune.json that chose its edit.  [default: BAKED.work/tune.json, if it did]")  # fmt: skip
+@click.option(
+    "--scores",
+    type=click.Path(path_type=Path),
+    help="Scores of its run.  [default: BAKED.work/scores.safetensors, if it fits]",
+)
+@click.option(
+    "--tuning",
+    type=click.Path(path_type=Path),
+    help="The tune.json that chose its edit.  [default: BAKED.work/tune.json, if it did]",
+)
 @options.JSON
 def command(baked, out, scores, tuning, as_json) -> None:
     """Write one page on a baked directory for those who must judge it: no model is loaded, no network used."""

@@ -16,8 +16,8 @@ from . import options
 def command(scores, out, recipe, as_json, **values) -> None:
     """Choose neurons from kept scores, with other thresholds or another rule. Takes no model."""
     from ..attribution.scores import load_scores
-    from ..baking import choose
     from ..files import forbid_overlap
+    from ..locating import choose
     from ..recipe import load_recipe
 
     forbid_overlap(out, scores)

@@ -20,7 +20,7 @@ def command(scores, recipe, draws, as_json, **values) -> None:
     Other wordings, prompts, languages and contexts are other scores files of the same model: see `locate`.
     """
     from ..attribution.scores import load_scores
-    from ..baking import choosing
+    from ..locating import choosing
     from ..recipe import load_recipe
     from ..selection.stability import agreements, resample, stability
 

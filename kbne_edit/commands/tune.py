@@ -30,19 +30,33 @@ class _Values(click.ParamType):
 @click.argument("scores", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options.out("Folder for everything: journal, tune.json, pareto.svg, edit.json; an interrupted run is continued.")
 @click.option("--factors", type=_Values(float), help="Multipliers.  [default: 0.5,1.5,2,3,4]")
-@click.option("--taus", type=_Values(float), help="Shares of a question's largest score.  [default: 0.05,0.1,0.2; with "
-              "--tops none]")  # fmt: skip
+@click.option(
+    "--taus",
+    type=_Values(float),
+    help="Shares of a question's largest score.  [default: 0.05,0.1,0.2; with --tops none]",
+)
 @click.option("--tops", type=_Values(float), help="Shares of all neurons: ranks, each in place of a tau.")
 @click.option("--betas", type=_Values(float), help="Shares of a dimension's questions.  [default: 0.1]")
 @click.option("--rules", type=_Values(str), help="Selection rules.  [default: all that the scores allow]")
 @click.option("--combine", "combines", type=_Values(str), help="Over dimensions.  [default: union]")
 @click.option("--per-dimension", is_flag=True, help="A factor for each dimension, 1 (left alone) among them.")
-@click.option("--trials", type=click.IntRange(1), default=60, show_default=True,
-              help="Edits to try at most: a larger space is sampled by Optuna, not tried in full.")  # fmt: skip
-@click.option("--figure", help="Of the bias tasks: what is to come nearer to its ideal.  [default: absolute margin; "
-              "unwanted margin of probes that are to be avoided]")  # fmt: skip
-@click.option("--max-kl", type=click.FloatRange(0, min_open=True), help="Most KL from the base on neutral text, nats "
-              "per token.  [default: no bound]")  # fmt: skip
+@click.option(
+    "--trials",
+    type=click.IntRange(1),
+    default=60,
+    show_default=True,
+    help="Edits to try at most: a larger space is sampled by Optuna, not tried in full.",
+)
+@click.option(
+    "--figure",
+    help="Of the bias tasks: what is to come nearer to its ideal.  [default: absolute margin; "
+    "unwanted margin of probes that are to be avoided]",
+)
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(0, min_open=True),
+    help="Most KL from the base on neutral text, nats per token.  [default: no bound]",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split and the sampler.")
 @click.option("--dev-only", is_flag=True, help="Stop before the test half is scored: the space may still be changed.")
 @click.option("--recipe", help="Whose questions are asked.  [default: the recipe of the scores]")
@@ -73,10 +87,14 @@ def command(source, scores, out, tasks, as_json, per_dimension, **values) -> Non
 def _lines(result: dict, out: Path) -> list[str]:
     return [
         f"model: {result['model']}" + (f" at {result['commit']}" if result["commit"] else ""),
-        "split: " + ", ".join(f"{name} {s['dev']['items']} dev, {s['test']['items']} test"
-                              for name, s in result["split"].items()),
-        *_dev_lines(result), *_test_lines(result), *_end_lines(result, out),
-    ]  # fmt: skip
+        "split: "
+        + ", ".join(
+            f"{name} {s['dev']['items']} dev, {s['test']['items']} test" for name, s in result["split"].items()
+        ),
+        *_dev_lines(result),
+        *_test_lines(result),
+        *_end_lines(result, out),
+    ]
 
 
 def _dev_lines(result: dict) -> list[str]:

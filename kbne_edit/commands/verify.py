@@ -10,8 +10,12 @@ from . import options
 @click.command("verify")
 @options.SOURCE
 @click.option("--baked", required=True, type=click.Path(path_type=Path), help="Directory to prove.")
-@click.option("--edit", "edit_path", type=click.Path(path_type=Path),
-              help="The edit.  [default: the manifest's, or recovered from the weights]")  # fmt: skip
+@click.option(
+    "--edit",
+    "edit_path",
+    type=click.Path(path_type=Path),
+    help="The edit.  [default: the manifest's, or recovered from the weights]",
+)
 @options.NO_BEHAVIOUR
 @options.JSON
 def command(source, baked, edit_path, no_behaviour, as_json) -> int:

@@ -26,9 +26,27 @@ from ..files import MOST_JSON, open_input, parse_json, read_json
 
 CHUNK = 2 << 20  # bytes read at once: memory is independent of tensors, and the chunk stays in the cache while hashed
 WIDTHS = {  # bits of each dtype
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 
 MANIFEST, UNDO, DELTA = "kbne_edit.json", "kbne_undo.safetensors", "kbne_delta.safetensors"
 _OUTPUTS = ("config.json", "adapter_config.json", DELTA)  # one of them stands in whatever this tool writes

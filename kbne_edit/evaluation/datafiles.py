@@ -60,8 +60,18 @@ def _stereoset_row(row: dict) -> dict:
 
 def _bbq_row(row: dict) -> dict:
     """BBQ's categories have unlike metadata: only what the task reads is kept, and the question's number."""
-    keys = ("question_polarity", "context_condition", "category", "answer_info", "context", "question", "ans0", "ans1",
-            "ans2", "label")  # fmt: skip
+    keys = (
+        "question_polarity",
+        "context_condition",
+        "category",
+        "answer_info",
+        "context",
+        "question",
+        "ans0",
+        "ans1",
+        "ans2",
+        "label",
+    )
     groups = row["additional_metadata"]["stereotyped_groups"]
     return {key: row[key] for key in keys} | {
         "additional_metadata": {"stereotyped_groups": groups},

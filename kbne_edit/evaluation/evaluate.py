@@ -28,8 +28,8 @@ from ..hub.source import resolved
 from ..models.hooks import hooked
 from ..progress import progress, say
 from ..recipe import Probe, load_recipe
-from ..reporting.card import own_change
 from ..statistics import change, holm, interval, least_change, mcnemar, permutation, side
+from .effect import own_change
 
 if TYPE_CHECKING:
     import torch
@@ -166,11 +166,21 @@ def evaluate(
             scorer = scorer_of(checkpoint.path)
         heat = runs.fill(scorer, edited, others)
     report = {
-        "model": found.id, "commit": found.commit, "recipe": asked.name, "limit": limit, "margin": margin,
-        "edit": edit and {"site": edit.site, "neurons": edit.num_neurons, "factors": edit.distinct_factors,
-                          "how": str(baked) if baked else "hooks"},
-        "controls": {name: control.num_neurons for name, control in others.items()}, "temperature": heat,
-    }  # fmt: skip
+        "model": found.id,
+        "commit": found.commit,
+        "recipe": asked.name,
+        "limit": limit,
+        "margin": margin,
+        "edit": edit
+        and {
+            "site": edit.site,
+            "neurons": edit.num_neurons,
+            "factors": edit.distinct_factors,
+            "how": str(baked) if baked else "hooks",
+        },
+        "controls": {name: control.num_neurons for name, control in others.items()},
+        "temperature": heat,
+    }
     return report | runs.report(origin, margin)
 
 

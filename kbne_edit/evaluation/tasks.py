@@ -24,10 +24,18 @@ from .datafiles import NoDataError, rows, stereoset_item
 # Task -> its kind, its name in lm-eval, the folder of its definition there (None: ours), its files under --data.
 # The published stereoset file (dev.json) holds both kinds of items.
 _LM_EVAL: dict[str, tuple[str, str, str | None, tuple[str, ...]]] = {
-    "stereoset_intrasentence": ("stereoset", "stereoset_intrasentence", None,
-                                ("stereoset_intrasentence*.jsonl", "stereoset*.json", "dev.json")),
-    "stereoset_intersentence": ("stereoset", "stereoset_intersentence", None,
-                                ("stereoset_intersentence*.jsonl", "stereoset*.json", "dev.json")),
+    "stereoset_intrasentence": (
+        "stereoset",
+        "stereoset_intrasentence",
+        None,
+        ("stereoset_intrasentence*.jsonl", "stereoset*.json", "dev.json"),
+    ),
+    "stereoset_intersentence": (
+        "stereoset",
+        "stereoset_intersentence",
+        None,
+        ("stereoset_intersentence*.jsonl", "stereoset*.json", "dev.json"),
+    ),
     "crows_pairs": ("crows_pairs", "crows_pairs_english", "crows_pairs", ("crows_pairs*.csv",)),
     "bbq": ("bbq", "bbq", "bbq", ("bbq*.jsonl",)),
     "winogender": ("winogender", "winogender_all", "winogender", ("winogender*.jsonl",)),
@@ -35,7 +43,7 @@ _LM_EVAL: dict[str, tuple[str, str, str | None, tuple[str, ...]]] = {
     "arc_challenge": ("accuracy", "arc_challenge", "arc", ("arc_challenge*.jsonl",)),
     "openbookqa": ("accuracy", "openbookqa", "openbookqa", ("openbookqa*.jsonl",)),
     "copa": ("accuracy", "copa", "super_glue/copa", ("copa*.jsonl",)),
-}  # fmt: skip
+}
 _OWN = ("probes", "knowledge", "knowledge_controls")
 TASKS = (*_LM_EVAL, *_OWN)
 
@@ -96,10 +104,11 @@ class Benchmark:
         """The task with these of its items only."""
         starts = np.cumsum([0, *self.sizes])
         return replace(
-            self, pairs=[pair for i in items for pair in self.pairs[starts[i] : starts[i + 1]]],
+            self,
+            pairs=[pair for i in items for pair in self.pairs[starts[i] : starts[i + 1]]],
             read=lambda i, answers: self.read(items[i], answers),
             **{name: [getattr(self, name)[i] for i in items] for name in ("sizes", "groups", "stories")},
-        )  # fmt: skip
+        )
 
     def columns(self, answers: Sequence[tuple[float, bool]]) -> np.ndarray:
         """Columns [n, k] of a model's answers to `pairs`."""
@@ -164,8 +173,12 @@ _BBQ = (
 
 def _bbq_columns(metrics: dict) -> list[float]:
     right, biased, answered, clear = map(float, metrics["amb_bias_score"])
-    return [1 - clear, clear, *(v * (1 - clear) for v in (right, biased, answered)),
-            *(v * clear for v in (right, biased, answered))]  # fmt: skip
+    return [
+        1 - clear,
+        clear,
+        *(v * (1 - clear) for v in (right, biased, answered)),
+        *(v * clear for v in (right, biased, answered)),
+    ]
 
 
 def _reader(kind: str, task, docs: list[dict]) -> tuple[str, tuple[Figure, ...], Callable, Callable[[dict], str]]:
@@ -269,8 +282,10 @@ def _lm_eval(name: str, data: Path | None, limit: int | None, scorer) -> Benchma
     kind, figures, read, group = _reader(kind, task, docs)
     pairs = scorer.encode_pairs([instance.args for of_item in instances for instance in of_item])
     # BBQ asks some sixty variants of each question, and lm-eval's columns keep its number; else an item is its text.
-    stories = [f"{doc['category']} {doc.get('question_index')}" if name == "bbq" else "".join(of_item[0].args)
-               for doc, of_item in zip(docs, instances, strict=True)]  # fmt: skip
+    stories = [
+        f"{doc['category']} {doc.get('question_index')}" if name == "bbq" else "".join(of_item[0].args)
+        for doc, of_item in zip(docs, instances, strict=True)
+    ]
     return Benchmark(name, kind, pairs, list(map(len, instances)), [group(doc) for doc in docs], read, figures, stories)
 
 
@@ -290,8 +305,13 @@ def _task(name: str, known_as: str, folder: str | None, items: list[dict] | None
     manager = lm_eval.tasks.TaskManager(include_path=str(where), include_defaults=False)
     changes: dict = {"task": known_as}
     if items is not None:
-        changes |= {"custom_dataset": lambda **_: {"test": Dataset.from_list(items)}, "test_split": "test",
-                    "training_split": None, "validation_split": None, "fewshot_split": None}  # fmt: skip
+        changes |= {
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(items)},
+            "test_split": "test",
+            "training_split": None,
+            "validation_split": None,
+            "fewshot_split": None,
+        }
     try:
         # A group of one: lm-eval changes settings of a named task within a group only.
         return manager.load({"group": "kbne_edit", "task": [changes]})["tasks"][known_as]
@@ -343,8 +363,9 @@ def _knowledge(name: str, recipe: Recipe, tokenizer, limit: int | None) -> Bench
     asked = [asked[i] for i in _sample(len(asked), limit)]
     if not asked:
         raise NoDataError(f"{name}: the recipe {recipe.name} has no such questions")
-    surfaces = [(answer, token) for answer, ids in answer_tokens(tokenizer, recipe.answers).items()
-                for token in ids.values()]  # fmt: skip
+    surfaces = [
+        (answer, token) for answer, ids in answer_tokens(tokenizer, recipe.answers).items() for token in ids.values()
+    ]
     prompts = [encode(tokenizer, recipe, question) for question in asked]
     pairs = [(prompt, [token]) for prompt in prompts for _, token in surfaces]
 

@@ -34,7 +34,7 @@ from ..disk.checkpoint import (
     storage,
     sync,
     to_float,
-)  # fmt: skip
+)
 from ..disk.manifest import base_names, is_sealed, read_manifest, write_manifest
 from ..disk.sharding import Cut, as_it_was, cut, heads, index_text
 from ..edit import Edit

@@ -22,19 +22,41 @@ from .client import TIMEOUT, passing, talking
 DEMO = Path(__file__).parent.parent / "demo"
 # Everything of a checkpoint but its weights, which are taken by name, in one format.
 _FILES = [
-    "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja", "*.md", "*.py", "LICEN[CS]E*", "NOTICE*", "Notice*",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.spm",
+    "*.jinja",
+    "*.md",
+    "*.py",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "Notice*",
     "USE_POLICY*",
-]  # fmt: skip
+]
 _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*", "*.index.json"]
 
 # torch's dtypes under safetensors' names, in the order in which its writer puts them: the widest first.
 _DTYPES = {
-    "torch.uint64": "U64", "torch.int64": "I64", "torch.float64": "F64", "torch.complex64": "C64",
-    "torch.float32": "F32", "torch.uint32": "U32", "torch.int32": "I32", "torch.bfloat16": "BF16",
-    "torch.float16": "F16", "torch.uint16": "U16", "torch.int16": "I16", "torch.float8_e8m0fnu": "F8_E8M0",
-    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.uint64": "U64",
+    "torch.int64": "I64",
+    "torch.float64": "F64",
+    "torch.complex64": "C64",
+    "torch.float32": "F32",
+    "torch.uint32": "U32",
+    "torch.int32": "I32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.uint16": "U16",
+    "torch.int16": "I16",
+    "torch.float8_e8m0fnu": "F8_E8M0",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
     "torch.bool": "BOOL",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -165,9 +187,14 @@ def _cached(name: str, revision: str) -> Path | None:
 
     try:
         folder = Path(
-            snapshot_download(name, revision=revision or None, local_files_only=True, allow_patterns=_FILES,
-                              ignore_patterns=_OTHER_FORMATS)
-        )  # fmt: skip
+            snapshot_download(
+                name,
+                revision=revision or None,
+                local_files_only=True,
+                allow_patterns=_FILES,
+                ignore_patterns=_OTHER_FORMATS,
+            )
+        )
     except OSError:
         return None
     held = {path.name for path in folder.iterdir()}

@@ -55,9 +55,14 @@ def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
         config = load_config(path)
         # experts: the hooks run them one by one, as "eager" does; other kernels add in another order.
         model = model_class(config).from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False,
-            experts_implementation="eager", **spread,
-        )  # fmt: skip
+            path,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            experts_implementation="eager",
+            **spread,
+        )
         model = model.eval().requires_grad_(False)
         return model if spread else model.to(device)
 

@@ -90,8 +90,9 @@ def logits_at(model: nn.Module, tree: Tree, keep: Sequence[int]) -> Tensor:
         logits = model(
             input_ids=torch.tensor([tree.tokens], device=device),
             position_ids=torch.tensor([tree.depth], device=device),
-            attention_mask=attention_mask(model, tree.seen, depth, depth), use_cache=False,
-        ).logits[0]  # fmt: skip
+            attention_mask=attention_mask(model, tree.seen, depth, depth),
+            use_cache=False,
+        ).logits[0]
     finally:
         handle.remove()
     return logits.float()

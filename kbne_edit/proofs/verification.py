@@ -396,10 +396,15 @@ def _whole_model(base: Checkpoint, baked: Checkpoint, edit: Edit, dtype: torch.d
     difference, equal = _difference(got, reference), np.array_equal(got.logits, reference.logits)
     same = got.logits.argmax(1) == reference.logits.argmax(1)
     entry = {
-        "dtype": str(dtype).removeprefix("torch."), "how": "whole model", "bit_equal": bool(equal),
-        "difference": difference, "noise": noise, "kl": _kl(reference.logits, got.logits),
-        "top1": float(same.mean()), "positions": len(same),
-    }  # fmt: skip
+        "dtype": str(dtype).removeprefix("torch."),
+        "how": "whole model",
+        "bit_equal": bool(equal),
+        "difference": difference,
+        "noise": noise,
+        "kl": _kl(reference.logits, got.logits),
+        "top1": float(same.mean()),
+        "positions": len(same),
+    }
     if tokens:
         entry["greedy"] = float(np.mean([a == b for a, b in zip(reference.texts, got.texts, strict=True)]))
     if reference.routes[0].size:
@@ -471,6 +476,11 @@ def _site_by_site(base: Checkpoint, baked: Checkpoint, edit: Edit) -> dict:
         equal &= np.array_equal(got, reference)
         rows += len(x)
     return {
-        "dtype": "float32", "how": "site by site", "bit_equal": bool(equal), "difference": worst, "noise": noise,
-        "positions": rows, "ok": bool(equal) if edit.exact else worst <= NOISE_FACTOR * noise,
-    }  # fmt: skip
+        "dtype": "float32",
+        "how": "site by site",
+        "bit_equal": bool(equal),
+        "difference": worst,
+        "noise": noise,
+        "positions": rows,
+        "ok": bool(equal) if edit.exact else worst <= NOISE_FACTOR * noise,
+    }

@@ -1,4 +1,4 @@
-"""The card of what is written, from its manifest alone, and what the base's licence asks of a changed model.
+"""The card of what is written, from its manifest alone.
 
 The base's own card stays beside it as README.base.md. The same manifest gives the same bytes.
 """
@@ -9,86 +9,13 @@ import hashlib
 import re
 import shlex
 from pathlib import Path
-from typing import NamedTuple
 
+from ..evaluation.effect import avoids, margin_changes, own_change
+from ..hub.licences import CARD, duty, licence_of, metadata_in
 from ..selection.select import described
 from ..statistics import side
 
-_CARD = "README.md"
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
-
-
-class _Duty(NamedTuple):
-    """What a licence asks, as far as this tool knows: in words; how a name must begin; what must be displayed."""
-
-    asks: str
-    prefix: str = ""
-    shown: str = ""
-
-
-_DUTIES = {  # notices, not legal advice
-    "llama2": _Duty("the Llama 2 licence asks that a copy of it and its notice of copyright travel with the model"),
-    "llama3": _Duty(
-        "the Llama 3 licence asks that the model's name begin with “Llama 3”, that “Built with Meta Llama 3” be "
-        "displayed with it, and that a copy of the licence travel with it", "Llama 3", "Built with Meta Llama 3.",
-    ),
-    "llama": _Duty(
-        "the Llama licence asks that the model's name begin with “Llama”, that “Built with Llama” be displayed with "
-        "it, and that a copy of the licence travel with it", "Llama", "Built with Llama.",
-    ),
-    "gemma": _Duty(
-        "Gemma's terms ask that their restrictions of use bind whoever receives the model, that a copy of them and a "
-        "NOTICE file that names them travel with it, and that changed files be marked as changed",
-        shown="This is a changed version of Gemma; Gemma's terms (ai.google.dev/gemma/terms) bind whoever uses it.",
-    ),
-}  # fmt: skip
-
-
-def base_metadata(card: str) -> dict:
-    """The metadata of a base's card; {} where it has none that can be read."""
-    import yaml
-
-    block = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
-    try:
-        data = yaml.safe_load(block[1]) if block else {}
-    except yaml.YAMLError:
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def metadata_in(directory: Path) -> dict:
-    """The metadata of the card in a directory; {} where there is none."""
-    path = directory / _CARD
-    return base_metadata(path.read_text(encoding="utf-8-sig", errors="replace")) if path.is_file() else {}
-
-
-def licence_of(metadata: dict) -> str:
-    """The licence's id, e.g. llama3.1; "" if none is named. Where `license` is other, its name."""
-    named = metadata.get("license_name") if metadata.get("license") == "other" else None
-    licence = named or metadata.get("license") or ""
-    return licence.lower() if isinstance(licence, str) else ""
-
-
-def duty(licence: str) -> _Duty | None:
-    """What a licence asks of a changed model; None if this tool knows of nothing."""
-    return _DUTIES.get("llama" if re.match(r"llama[-_]?(3[.\-_]|4)", licence) else licence)
-
-
-def notices(metadata: dict, name: str) -> list[str]:
-    """What to consider before a model with this metadata is published as `name`, ORG/NAME."""
-    licence, short = licence_of(metadata), name.rpartition("/")[2]
-    if not licence:
-        return ["the base's card names no licence: make sure that you may publish a changed version of it"]
-    found = duty(licence)
-    if found is None:
-        return []
-    if _plain(short).startswith(_plain(found.prefix)):
-        return [found.asks]
-    return [found.asks, f"the name {short} does not begin with “{found.prefix}”, as the licence asks"]
-
-
-def _plain(name: str) -> str:
-    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def add_card(directory: Path, manifest: dict, metadata: dict | None = None) -> None:
@@ -96,17 +23,17 @@ def add_card(directory: Path, manifest: dict, metadata: dict | None = None) -> N
 
     metadata: of the base's card, where that is not in the directory.
     """
-    files, path = manifest["files"], directory / _CARD
+    files, path = manifest["files"], directory / CARD
     metadata = metadata_in(directory) if metadata is None else metadata
     if path.exists():
         kept = "README.base.md"
         while kept in files:  # the base was baked itself
             kept = kept.removesuffix("md") + "base.md"
         path.rename(directory / kept)
-        files[kept] = files.pop(_CARD) | {"base": _CARD}
+        files[kept] = files.pop(CARD) | {"base": CARD}
     card = build(manifest, metadata).encode()
     path.write_bytes(card)
-    files[_CARD] = {"in": None, "out": hashlib.sha256(card).hexdigest()}
+    files[CARD] = {"in": None, "out": hashlib.sha256(card).hexdigest()}
     manifest["files"] = dict(sorted(files.items()))
 
 
@@ -162,37 +89,19 @@ def _results(effect: dict, recipe: str) -> list:
     }
     return [
         EvalResult(
-            task_type="text-generation", dataset_type=recipe,
+            task_type="text-generation",
+            dataset_type=recipe,
             dataset_name=f"{_first(effect)} probes of the recipe {recipe}",
-            metric_type=kind, metric_name=name, metric_value=round(value, 6),
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 6),
         )
-        for kind, (name, value) in (avoid if _avoids(effect) else balance).items()
-    ]  # fmt: skip
-
-
-def _avoids(effect: dict) -> bool:
-    """True if the first sentence of a probe is to become less probable; else neither should be preferred."""
-    return effect.get("aim") == "avoid"
-
-
-def own_change(effect: dict) -> list[float]:
-    """The edit's change of the margin that counts, [mean, low, high]."""
-    return effect["change_signed" if _avoids(effect) else "change_abs"]
-
-
-def margin_changes(effect: dict) -> tuple[list[float], dict[str, list[float]]]:
-    """(the margin that counts, [before, after]; its changes, {what: [mean, low, high]}), of edit and control."""
-    kind, mean = ("signed", "mean_margin") if _avoids(effect) else ("abs", "mean_abs_margin")
-    return effect[mean], {
-        "this edit": own_change(effect),
-        f"control: random neurons of the same layers, {effect['random_draws']} draws": effect[f"random_change_{kind}"],
-        "this edit less the control": effect["versus_random"],
-        "this edit, margin with its sign": effect["change_signed"],
-    }
+        for kind, (name, value) in (avoid if avoids(effect) else balance).items()
+    ]
 
 
 def _first(effect: dict) -> str:
-    return "unwanted" if _avoids(effect) else "stereotype"
+    return "unwanted" if avoids(effect) else "stereotype"
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
@@ -210,7 +119,7 @@ def _intro(manifest: dict) -> list[str]:
         "peft": f"This is an IA3 adapter for {base}: it scales {scaled} by {_factors(edit)}, and does nothing else. ",
         "delta": f"This is the difference between {base} and the same model with {scaled} scaled by {_factors(edit)}: "
         "the weights that change, as they become. ",
-    }  # fmt: skip
+    }
     return [
         f"# {source['id'].rpartition('/')[2]}, know-bias neurons scaled",
         "",
@@ -290,7 +199,7 @@ def _read_back(manifest: dict) -> list[str]:
         "peft": "The adapter is the edit: read back after it was written, it holds these neurons and factors alone.",
         "delta": "The delta gives the folded weights: put into the base, its columns give files of the same SHA-256 as "
         "the products of the base's columns and their factors.",
-    }  # fmt: skip
+    }
     return [
         "## What was checked",
         "",
@@ -306,7 +215,7 @@ def _measured(manifest: dict) -> list[str]:
         return ["## What was measured", "", "No effect on bias: neither of the edit nor of a control."]
     (before, after), rows = margin_changes(effect)
     share, share_after = effect["stereotype_share"]
-    one, absolute = ("unwanted", "") if _avoids(effect) else ("stereotyped", "absolute ")
+    one, absolute = ("unwanted", "") if avoids(effect) else ("stereotyped", "absolute ")
     return [
         "## What was measured",
         "",
@@ -332,7 +241,7 @@ def _not_found(manifest: dict) -> list[str]:
     else:
         own, versus = own_change(effect), effect["versus_random"]
         if side(own, versus) > 0:
-            what = "of what is unwanted" if _avoids(effect) else "bias"
+            what = "of what is unwanted" if avoids(effect) else "bias"
             lines.append(f"- Less {what}: the edit raised the margin more than random neurons did.")
         elif not side(versus):
             lines.append("- An effect beyond that of random neurons: the interval of the difference holds 0.")

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import __version__
+from ..attribution.answers import attribution_summary
 from ..attribution.scores import Scores, load_scores
-from ..baking import attribution_summary, work_of
 from ..disk.checkpoint import MANIFEST, UNDO, Checkpoint
 from ..disk.manifest import is_sealed, read_manifest
 from ..edit import Edit
 from ..errors import CheckpointError, InputError, ScoresError, shown
 from ..families import end, slots
+from ..files import work_folder
 from ..folding.fold import file_hash
 from ..tuning.search import in_words
 from ..tuning.tune import RESULT, load_tuning
@@ -39,9 +40,11 @@ _PAPER = {"rule": "paper", "tau": 0.1, "beta": 0.1, "top": None, "combine": "uni
 
 
 def build(
-    baked: str | Path, scores: str | Path | None = None, say: Callable[[str], None] = lambda _: None,
+    baked: str | Path,
+    scores: str | Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
     tuning: str | Path | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """The report on a baked directory.
 
     scores: the scores file of the run (default: BAKED.work/scores.safetensors, where it is there and was made for this
@@ -55,7 +58,7 @@ def build(
     places = slots(checkpoint.shapes, checkpoint.config, edit.site)
     sizes = [end(places[layer]) for layer in sorted(places)]
     edit.check(sizes)
-    work = work_of(path)
+    work = work_folder(path)
     file = Path(scores) if scores else work / "scores.safetensors"
     found, measured = _scores(file, bool(scores), edit, sizes, say) or (None, None)
     try:
@@ -132,29 +135,51 @@ def _tuning(file: Path, given: bool, edit: Edit, say: Callable[[str], None]) -> 
 def _chosen(found: dict) -> dict:
     """The front, the choice and its confirmation, each figure of the type that it must have."""
     points = [
-        {"settings": in_words(p["settings"]), "neurons": int(p["neurons"]),
-         "bias": _three(p["bias"]), "kl": float(p["kl"]), "lowest": min(map(float, p["lowest"].values())),
-         "within": bool(p["within"]), "front": bool(p["front"]), "chosen": p["edit"] == found["chosen"]}
+        {
+            "settings": in_words(p["settings"]),
+            "neurons": int(p["neurons"]),
+            "bias": _three(p["bias"]),
+            "kl": float(p["kl"]),
+            "lowest": min(map(float, p["lowest"].values())),
+            "within": bool(p["within"]),
+            "front": bool(p["front"]),
+            "chosen": p["edit"] == found["chosen"],
+        }
         for p in found["points"]
-    ]  # fmt: skip
+    ]
     split = [
-        {"task": str(name)} | {f"{side}_{key}": kind(of[side][key])
-                               for side in ("dev", "test") for key, kind in (("items", int), ("sha256", str))}
+        {"task": str(name)}
+        | {
+            f"{side}_{key}": kind(of[side][key])
+            for side in ("dev", "test")
+            for key, kind in (("items", int), ("sha256", str))
+        }
         for name, of in found["split"].items()
-    ]  # fmt: skip
+    ]
     test, figure = found["test"], str(found["figure"])
     return {
-        "figure": figure, "margin": float(found["margin"]),
-        "max_kl": None if found["max_kl"] is None else float(found["max_kl"]), "chosen_by": str(found["chosen_by"]),
-        "steered_by": list(map(str, found["steered_by"])), "bounded_by": list(map(str, found["bounded_by"])),
-        "split": split, "points": points,
-        "test": test and [
-            {"task": name, "change": _three(entry["change"]), "p": float(entry["p_holm"]),
-             "found": str(entry["verdict"])}
-            for name in map(str, found["steered_by"]) for entry in [test["tasks"][name]["figures"][figure]]
+        "figure": figure,
+        "margin": float(found["margin"]),
+        "max_kl": None if found["max_kl"] is None else float(found["max_kl"]),
+        "chosen_by": str(found["chosen_by"]),
+        "steered_by": list(map(str, found["steered_by"])),
+        "bounded_by": list(map(str, found["bounded_by"])),
+        "split": split,
+        "points": points,
+        "test": test
+        and [
+            {
+                "task": name,
+                "change": _three(entry["change"]),
+                "p": float(entry["p_holm"]),
+                "found": str(entry["verdict"]),
+            }
+            for name in map(str, found["steered_by"])
+            for entry in [test["tasks"][name]["figures"][figure]]
         ],
-        "confirmed": test and bool(found["verdict"]["confirmed"]), "verdict": test and str(found["verdict"]["text"]),
-    }  # fmt: skip
+        "confirmed": test and bool(found["verdict"]["confirmed"]),
+        "verdict": test and str(found["verdict"]["text"]),
+    }
 
 
 def _three(values: list) -> list[float]:
@@ -167,18 +192,24 @@ def _three(values: list) -> list[float]:
 
 def _model(checkpoint: Checkpoint, edit: Edit, sizes: list[int]) -> dict:
     return {
-        "fingerprint": edit.base, "architecture": checkpoint.config["model_type"], "layers": len(sizes),
-        "neurons": sum(sizes), "neurons_of_a_layer": max(sizes),
-    }  # fmt: skip
+        "fingerprint": edit.base,
+        "architecture": checkpoint.config["model_type"],
+        "layers": len(sizes),
+        "neurons": sum(sizes),
+        "neurons_of_a_layer": max(sizes),
+    }
 
 
 def _edit(edit: Edit, sizes: list[int]) -> dict:
     return {
-        "site": edit.site, "neurons": edit.num_neurons, "share": edit.num_neurons / sum(sizes),
-        "factors": edit.distinct_factors, "exact": edit.exact,
+        "site": edit.site,
+        "neurons": edit.num_neurons,
+        "share": edit.num_neurons / sum(sizes),
+        "factors": edit.distinct_factors,
+        "exact": edit.exact,
         "layers": [{"layer": layer, "neurons": len(found)} for layer, found in edit.factors.items()],
         "found": edit.found,
-    }  # fmt: skip
+    }
 
 
 def _recorded(path: Path, manifest: dict) -> dict:
@@ -217,9 +248,16 @@ def _proofs(proofs: dict) -> dict:
 
 
 def _effect(effect: dict) -> dict:
-    pairs, intervals = ("stereotype_share", "mean_margin", "mean_abs_margin"), (
-        "change_abs", "change_signed", "random_change_abs", "random_change_signed", "versus_random",
-    )  # fmt: skip
+    pairs, intervals = (
+        ("stereotype_share", "mean_margin", "mean_abs_margin"),
+        (
+            "change_abs",
+            "change_signed",
+            "random_change_abs",
+            "random_change_signed",
+            "versus_random",
+        ),
+    )
     found = {key: int(effect[key]) for key in ("probes", "random_draws")}
     found |= {key: str(effect[key]) for key in ("aim", "found")}
     for key in pairs + intervals:
@@ -236,10 +274,17 @@ def _answers(found: dict) -> dict:
         for key in ("right_by_answer", "right_by_form")
     }
     value, low, high = map(float, found["balanced"])
-    return counts | tallies | {
-        "balanced": [value, low, high], "constant": bool(found["constant"]), "wrong": list(map(str, found["wrong"])),
-        "largest_residual": float(found["largest_residual"]), "nodes_per_layer": float(found["nodes_per_layer"]),
-    }  # fmt: skip
+    return (
+        counts
+        | tallies
+        | {
+            "balanced": [value, low, high],
+            "constant": bool(found["constant"]),
+            "wrong": list(map(str, found["wrong"])),
+            "largest_residual": float(found["largest_residual"]),
+            "nodes_per_layer": float(found["nodes_per_layer"]),
+        }
+    )
 
 
 def _provenance(path: Path, manifest: dict) -> dict:
@@ -300,8 +345,9 @@ def measure(scores: Scores, edit: Edit) -> Measured:
             positive = np.maximum(relative, 0).sum(1, dtype=np.float64)
             mass[q] = positive / max(positive.sum(), 1e-30)
             mean[name] += relative / len(asked)
-    by_group = {name: {"score": share[asked].mean(0), "counts": counted[asked].mean(0)}
-                for name, asked in groups.items()}  # fmt: skip
+    by_group = {
+        name: {"score": share[asked].mean(0), "counts": counted[asked].mean(0)} for name, asked in groups.items()
+    }
     neurons = {
         (layer, neuron): _entry(j, layer, neuron, by_group, chosen.controls, share[:, j], only, scores)
         for j, (layer, neuron) in enumerate(zip(*(axis.tolist() for axis in where), strict=True))
@@ -322,8 +368,10 @@ def _selected(scores: Scores, edit: Edit) -> tuple[dict, list[bool], Selection]:
     record = record if isinstance(record, dict) else {}
     settings = {key: record.get(key, default) for key, default in _PAPER.items()}
     right = scores.correct
-    kept = [sum(bool(r) for r, q in zip(right, scores.questions, strict=True) if q.control == control)
-            for control in (False, True)]  # fmt: skip
+    kept = [
+        sum(bool(r) for r, q in zip(right, scores.questions, strict=True) if q.control == control)
+        for control in (False, True)
+    ]
     dropped = [record.get("questions"), record.get("controls")] == kept and not right.all()
     only = [bool(r) or not dropped for r in right]
     try:
@@ -333,17 +381,22 @@ def _selected(scores: Scores, edit: Edit) -> tuple[dict, list[bool], Selection]:
     again = by_dimension(chosen, scores, record["factors"]) if "factors" in record else chosen.edit
     same = {la: set(ns) for la, ns in again.factors.items()} == {la: set(ns) for la, ns in edit.factors.items()}
     settings |= {
-        "on_record": bool(record), "wrong_left_out": dropped, "reproduced": same, "recipe": scores.settings["recipe"],
+        "on_record": bool(record),
+        "wrong_left_out": dropped,
+        "reproduced": same,
+        "recipe": scores.settings["recipe"],
         "quadrature": str(scores.settings.get("quadrature")),
-        "questions": chosen.edit.found["select"]["questions"], "controls": chosen.edit.found["select"]["controls"],
-    }  # fmt: skip
+        "questions": chosen.edit.found["select"]["questions"],
+        "controls": chosen.edit.found["select"]["controls"],
+    }
     return settings, only, chosen
 
 
 def _entry(j: int, layer: int, neuron: int, groups: dict, controls, share: np.ndarray, only, scores: Scores) -> dict:
     """One neuron. share: of the largest score, question by question [Q]."""
-    figures = {name: {key: round(float(values[j]), 6) for key, values in found.items()}
-               for name, found in groups.items()}  # fmt: skip
+    figures = {
+        name: {key: round(float(values[j]), 6) for key, values in found.items()} for name, found in groups.items()
+    }
     most = [q for q in np.argsort(-share, kind="stable").tolist() if only[q] and share[q] > 0][:QUESTIONS]
     return {
         "dimensions": {name: found for name, found in figures.items() if name is not None},
@@ -377,13 +430,17 @@ def _map(strength: np.ndarray, rows: dict, edit: Edit) -> dict:
 def _overlap(chosen: Selection) -> dict:
     """How many neurons each selection has, and how many lie in exactly these selections and no other."""
     masks = [*chosen.dimensions.values(), *([] if chosen.controls is None else [chosen.controls])]
-    sets = [{"dimension": name, "controls": False, "neurons": int(mask.sum())}
-            for name, mask in chosen.dimensions.items()]  # fmt: skip
+    sets = [
+        {"dimension": name, "controls": False, "neurons": int(mask.sum())} for name, mask in chosen.dimensions.items()
+    ]
     if chosen.controls is not None:
         sets.append({"dimension": None, "controls": True, "neurons": int(chosen.controls.sum())})
     members, counts = np.unique(np.stack([mask.ravel() for mask in masks], 1), axis=0, return_counts=True)
-    parts = [{"sets": np.flatnonzero(row).tolist(), "neurons": int(n)}
-             for row, n in zip(members, counts, strict=True) if row.any()]  # fmt: skip
+    parts = [
+        {"sets": np.flatnonzero(row).tolist(), "neurons": int(n)}
+        for row, n in zip(members, counts, strict=True)
+        if row.any()
+    ]
     return {"sets": sets, "parts": sorted(parts, key=lambda p: (-p["neurons"], p["sets"]))}
 
 
@@ -406,5 +463,6 @@ def _neurons(edit: Edit, measured: Measured | None, tokens: dict[Neuron, dict] |
         {"layer": layer, "neuron": neuron, "factor": factor}
         | (measured.neurons[layer, neuron] if measured else unknown)
         | {"tokens": tokens[layer, neuron] if tokens else None}
-        for layer, neurons in edit.factors.items() for neuron, factor in neurons.items()
-    ]  # fmt: skip
+        for layer, neurons in edit.factors.items()
+        for neuron, factor in neurons.items()
+    ]

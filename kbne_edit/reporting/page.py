@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .. import plots
 from ..errors import one_line
+from ..evaluation.effect import margin_changes
 from ..plots import words
 from ..selection.select import described
-from .card import margin_changes
 from .wording import LIMITS, NOT_COVERED, RULES, SERVES, STATES
 
 _CONTROLS = "controls"
@@ -146,8 +146,10 @@ def _change(report: dict) -> list[str]:
         f"Scaled, at every position of a text, is {where[edit['site']]}.</p>",
     ]
     if chosen is None:
-        lines.append("<p>The scores from which the neurons were selected were not at hand: how much each neuron counts "
-                     "for which question is not shown.</p>")  # fmt: skip
+        lines.append(
+            "<p>The scores from which the neurons were selected were not at hand: how much each neuron counts "
+            "for which question is not shown.</p>"
+        )
     else:
         by = "" if chosen["on_record"] else " (the edit names no thresholds: these are the published ones)"
         lines.append(
@@ -174,8 +176,9 @@ def _neuron_table(report: dict) -> str:
     return _table(f"Edited neurons ({len(report['neurons']):,})", heads, map(row, report["neurons"])) + (
         '<p class="note">Mean score: attribution to the right answer (integrated gradients) over the largest of its '
         "question, averaged over the questions. Counts in: the share of questions in which the neuron counts.</p>"
-        if names else ""
-    )  # fmt: skip
+        if names
+        else ""
+    )
 
 
 def _place(layer: int, neuron: int) -> str:
@@ -186,10 +189,11 @@ def marks(report: dict) -> dict:
     """What `plots.neuron_map` draws of a report: its arguments."""
     found = report["map"]
     return {
-        "layers": report["model"]["layers"], "width": report["model"]["neurons_of_a_layer"],
+        "layers": report["model"]["layers"],
+        "width": report["model"]["neurons_of_a_layer"],
         "edited": [(n["layer"], n["neuron"], n["selected_by_controls"]) for n in report["neurons"]],
         "others": sorted((s["layer"], s["neuron"]) for s in found["strongest"] if not s["edited"]) if found else [],
-    }  # fmt: skip
+    }
 
 
 def _map(report: dict) -> list[str]:
@@ -251,10 +255,12 @@ def _each(report: dict) -> list[str]:
 
     def row(n: dict) -> list[str]:
         tokens = n["tokens"] or {"raised": [], "lowered": []}
-        written = [" ".join(f"{_token(t['text'], t['id'])} ({t['z']:+.1f})" for t in tokens[end]) or "none"
-                   for end in ("raised", "lowered")]  # fmt: skip
+        written = [
+            " ".join(f"{_token(t['text'], t['id'])} ({t['z']:+.1f})" for t in tokens[end]) or "none"
+            for end in ("raised", "lowered")
+        ]
         asked = "".join(
-            f"<li>{words(q['text'])} <span class=\"quiet\">({words(_CONTROLS if q['control'] else q['dimension'])}, "
+            f'<li>{words(q["text"])} <span class="quiet">({words(_CONTROLS if q["control"] else q["dimension"])}, '
             f"{words(q['answer'])}, {q['share']:.0%})</span></li>"
             for q in n["questions"]
         )
@@ -301,12 +307,12 @@ def _effects(report: dict) -> list[str]:
     if effect is None:
         return [
             "<p>The baking run measured no effect; the sweep that chose the edit did.</p>"
-            if report["tuning"] and report["tuning"]["test"] else
-            "<p>Nothing was measured: neither the effect of the edit on bias, nor that of a control. No claim that the "
-            "model is less biased than its base can rest on this directory.</p>",
+            if report["tuning"] and report["tuning"]["test"]
+            else "<p>Nothing was measured: neither the effect of the edit on bias, nor that of a control. No claim "
+            "that the model is less biased than its base can rest on this directory.</p>",
             *_tuning(report),
             *_further(report),
-        ]  # fmt: skip
+        ]
     avoids = effect["aim"] == "avoid"
     one = "unwanted" if avoids else "stereotyped"
     (before, after), named = margin_changes(effect)
@@ -340,11 +346,16 @@ def _tuning(report: dict) -> list[str]:
         [(p["kl"], p["bias"][0], p["within"], p["front"], p["chosen"]) for p in points], found["figure"]
     )
     rows = (
-        [words(p["settings"]), _number(str(p["neurons"])), *(_number(f"{v:+.4f}") for v in p["bias"]),
-         _number(f"{p['kl']:.2e}"), _number(f"{p['lowest']:+.1f}"),
-         "chosen" if p["chosen"] else "on the front" if p["front"] else "" if p["within"] else "out of bounds"]
+        [
+            words(p["settings"]),
+            _number(str(p["neurons"])),
+            *(_number(f"{v:+.4f}") for v in p["bias"]),
+            _number(f"{p['kl']:.2e}"),
+            _number(f"{p['lowest']:+.1f}"),
+            "chosen" if p["chosen"] else "on the front" if p["front"] else "" if p["within"] else "out of bounds",
+        ]
         for p in sorted(points, key=lambda p: (not p["front"], p["bias"][0]))
-    )  # fmt: skip
+    )
     heads = ["settings", "neurons", "change", "from", "to", "KL", "lower end of the capability", "note"]
     steered, bounded = (words(", ".join(found[key])) for key in ("steered_by", "bounded_by"))
     bound = "" if found["max_kl"] is None else f" and the KL is below {found['max_kl']:g}"
@@ -366,10 +377,14 @@ def _tuning(report: dict) -> list[str]:
 
 def _confirmation(found: dict) -> list[str]:
     split = (
-        [words(s["task"])] + [cell for side in ("dev", "test") for cell in (
-            _number(str(s[f"{side}_items"])), f'<td class="hash">{words(s[f"{side}_sha256"])}</td>')]
+        [words(s["task"])]
+        + [
+            cell
+            for side in ("dev", "test")
+            for cell in (_number(str(s[f"{side}_items"])), f'<td class="hash">{words(s[f"{side}_sha256"])}</td>')
+        ]
         for s in found["split"]
-    )  # fmt: skip
+    )
     heads = ["items of", "dev", "SHA-256 of the dev items", "test", "SHA-256 of the test items"]
     lines = [_table("The two halves", heads, split)]
     if found["test"] is None:
@@ -415,8 +430,11 @@ def _answers(report: dict) -> list[str]:
             "then says little about what the model knows.</strong></p>"
         )
     tallies = [("right answer", found["right_by_answer"]), ("form", found["right_by_form"])]
-    rows = ([f"{kind}: {words(name)}", _number(str(right)), _number(str(n))]
-            for kind, tally in tallies for name, (right, n) in tally.items())  # fmt: skip
+    rows = (
+        [f"{kind}: {words(name)}", _number(str(right)), _number(str(n))]
+        for kind, tally in tallies
+        for name, (right, n) in tally.items()
+    )
     lines.append(_table("Right answers to the questions", ["questions", "right", "of"], rows))
     if found["wrong"]:
         wrong = "".join(f"<li>{words(text)}</li>" for text in found["wrong"])
@@ -441,16 +459,21 @@ def _provenance(report: dict) -> list[str]:
     ]
     cells = ([words(name), words("not known" if value is None else value)] for name, value in rows)
     files = ([words(f["name"]), f'<td class="hash">{words(f["sha256"])}</td>', _same(f)] for f in found["files"])
-    old = ([words(f["name"]), f'<td class="hash">{words(f["sha256"])}</td>', words(", ".join(f["into"]) or "none")]
-           for f in found["resharded"])  # fmt: skip
+    old = (
+        [words(f["name"]), f'<td class="hash">{words(f["sha256"])}</td>', words(", ".join(f["into"]) or "none")]
+        for f in found["resharded"]
+    )
     hashes = {f["name"]: f["sha256"] for f in found["files"]}
     hashes |= {"kbne_undo.safetensors": found["undo_sha256"], "kbne_edit.json": found["manifest_sha256"]}
     sums = "\n".join(one_line(f"{digest}  {name}") for name, digest in hashes.items())
     return [
         _table("Where it comes from", ["what", "value"], cells),
         _table("Files", ["file", "SHA-256", "in the base"], files),
-        *([_table("Files of the base, cut anew", ["file", "SHA-256", "its tensors are in"], old)]
-          if found["resharded"] else []),
+        *(
+            [_table("Files of the base, cut anew", ["file", "SHA-256", "its tensors are in"], old)]
+            if found["resharded"]
+            else []
+        ),
         "<p>The hashes of files are those that the baking run computed and wrote into the manifest. They can be "
         "checked without this tool. In the directory, with the shell of Linux (on macOS, <code>shasum -a 256</code> "
         "takes the place of the first word):</p>",
@@ -464,8 +487,8 @@ def _provenance(report: dict) -> list[str]:
 
 
 SEAL = (
-    'python3 -c "import json, hashlib; m = json.load(open(\'kbne_edit.json\')); seal = m.pop(\'sha256\'); '
-    "print(seal == hashlib.sha256((json.dumps(m, indent=1) + chr(10)).encode()).hexdigest())\""
+    "python3 -c \"import json, hashlib; m = json.load(open('kbne_edit.json')); seal = m.pop('sha256'); "
+    'print(seal == hashlib.sha256((json.dumps(m, indent=1) + chr(10)).encode()).hexdigest())"'
 )
 
 
@@ -489,7 +512,8 @@ def _frameworks(report: dict) -> list[str]:
         "that a system conforms: whether a point applies and is fulfilled depends on the system and its use.</p>",
         _table(
             "Sections, the EU AI Act and the NIST AI RMF",
-            ["section", "Regulation (EU) 2024/1689, annex IV", "NIST AI 100-1, MEASURE"], rows,
+            ["section", "Regulation (EU) 2024/1689, annex IV", "NIST AI 100-1, MEASURE"],
+            rows,
         ),
         f"<p>{NOT_COVERED}</p>",
-    ]  # fmt: skip
+    ]

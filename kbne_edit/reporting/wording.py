@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..evaluation.effect import own_change
 from ..statistics import side
-from .card import own_change
 
 STATES = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not known"}  # state: its word
 
@@ -35,23 +35,55 @@ LIMITS = (
 # Which section can serve which point of a technical file, in our own words; no claim of conformity.
 # Section of the page, its heading, point of annex IV of the EU AI Act, sub-category of the NIST AI RMF's MEASURE.
 SERVES = (
-    ("change", "What was changed", "2(a) how a model of a third party was modified; 6 changes over the life cycle",
-     "2.8 transparency: what was done to the model"),
-    ("map", "Where it was changed", "2(b) design choices, and what the parameters stand for",
-     "2.9 the model explained; 2.13 how well the method itself discriminates (controls)"),
-    ("neurons", "What each neuron does", "2(b) general logic; 3 how the system functions",
-     "2.9 the model explained, with the limits of the explanation"),
-    ("proofs", "Proofs", "2(g) procedures of validation and their results",
-     "2.1 tools and measures of testing; 2.5 validity"),
-    ("effects", "Effects", "2(g) tests for discriminatory impact; 3 performance for groups; 4 whether the measure fits",
-     "2.11 fairness and bias, with results; 1.1 what was not measured"),
-    ("answers", "Answers to the questions", "2(g) test data and accuracy; 3 limits of performance",
-     "2.5 validity, and how far it carries; 2.13 whether the measure works on this model"),
-    ("provenance", "Provenance and hashes", "1(a) and 1(c) version and software; 2(g) logs of tests",
-     "2.1 test sets and tools on record; 2.8 accountability"),
-    ("limits", "Limits", "3 limits of capability, foreseeable unintended outcomes",
-     "1.1 risks that were not measured; 2.5 limits of generalisation"),
-)  # fmt: skip
+    (
+        "change",
+        "What was changed",
+        "2(a) how a model of a third party was modified; 6 changes over the life cycle",
+        "2.8 transparency: what was done to the model",
+    ),
+    (
+        "map",
+        "Where it was changed",
+        "2(b) design choices, and what the parameters stand for",
+        "2.9 the model explained; 2.13 how well the method itself discriminates (controls)",
+    ),
+    (
+        "neurons",
+        "What each neuron does",
+        "2(b) general logic; 3 how the system functions",
+        "2.9 the model explained, with the limits of the explanation",
+    ),
+    (
+        "proofs",
+        "Proofs",
+        "2(g) procedures of validation and their results",
+        "2.1 tools and measures of testing; 2.5 validity",
+    ),
+    (
+        "effects",
+        "Effects",
+        "2(g) tests for discriminatory impact; 3 performance for groups; 4 whether the measure fits",
+        "2.11 fairness and bias, with results; 1.1 what was not measured",
+    ),
+    (
+        "answers",
+        "Answers to the questions",
+        "2(g) test data and accuracy; 3 limits of performance",
+        "2.5 validity, and how far it carries; 2.13 whether the measure works on this model",
+    ),
+    (
+        "provenance",
+        "Provenance and hashes",
+        "1(a) and 1(c) version and software; 2(g) logs of tests",
+        "2.1 test sets and tools on record; 2.8 accountability",
+    ),
+    (
+        "limits",
+        "Limits",
+        "3 limits of capability, foreseeable unintended outcomes",
+        "1.1 risks that were not measured; 2.5 limits of generalisation",
+    ),
+)
 
 NOT_COVERED = (
     "Nothing here speaks of: intended purpose and instructions for use, training data, human oversight, cybersecurity, "
@@ -74,10 +106,14 @@ def _file(report: dict) -> tuple[str, str, str]:
         return about, "open", "The manifest holds no proof that the files are the base with this edit and nothing else."
     if not proofs["file"]:
         return about, "failed", "The files are not the base with this edit and nothing else."
-    return about, "holds", (
-        f"{proofs['edited']} of {proofs['tensors']} tensors are the base's with the factors multiplied in and rounded "
-        f"once; all others, and {proofs['files']} further files, are as expected to the bit."
-    )  # fmt: skip
+    return (
+        about,
+        "holds",
+        (
+            f"{proofs['edited']} of {proofs['tensors']} tensors are the base's with the factors multiplied in and "
+            f"rounded once; all others, and {proofs['files']} further files, are as expected to the bit."
+        ),
+    )
 
 
 def _behaviour(report: dict) -> tuple[str, str, str]:
@@ -97,9 +133,11 @@ def _effect(report: dict) -> tuple[str, str, str]:
     if effect is None and tuned and tuned["test"]:
         beyond = all(entry["found"].endswith("beyond every control") for entry in tuned["test"])
         said = "; ".join(f"{entry['task']}: {entry['found']}" for entry in tuned["test"])
-        return about, "holds" if tuned["confirmed"] and beyond else "warning", (
-            f"On items that had no part in the choice of the edit, {said}."
-        )  # fmt: skip
+        return (
+            about,
+            "holds" if tuned["confirmed"] and beyond else "warning",
+            (f"On items that had no part in the choice of the edit, {said}."),
+        )
     if effect is None:
         return about, "open", "Whether this model shows less bias than its base was not measured."
     margin, first, own = "the absolute stereotype margin", "stereotype", own_change(effect)
@@ -127,10 +165,14 @@ def _answers(report: dict) -> tuple[str, str, str]:
     right = f"The base answers {found['right']} of {found['questions']} questions rightly"
     if found["constant"]:
         value, low, high = found["balanced"]
-        return about, "warning", (
-            f"{right}, which is no better than the same answer to everything (balanced accuracy {value:.0%}, 95 % "
-            f"interval {low:.0%} to {high:.0%}): the attribution says little about what the model knows."
-        )  # fmt: skip
+        return (
+            about,
+            "warning",
+            (
+                f"{right}, which is no better than the same answer to everything (balanced accuracy {value:.0%}, 95 % "
+                f"interval {low:.0%} to {high:.0%}): the attribution says little about what the model knows."
+            ),
+        )
     return about, "holds", f"{right}, and {found['controls_right']} of {found['controls']} unrelated ones."
 
 

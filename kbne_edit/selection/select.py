@@ -82,9 +82,10 @@ class Selection:
             "dimensions": {n: _describe(self.dimensions[n], self.controls) for n in names},
             "overlap": {
                 f"{a} & {b}": int((self.dimensions[a] & self.dimensions[b]).sum())
-                for i, a in enumerate(names) for b in names[i + 1 :]
+                for i, a in enumerate(names)
+                for b in names[i + 1 :]
             },
-        }  # fmt: skip
+        }
         if self.controls is not None:
             result["controls_neurons"] = int(self.controls.sum())
             result["controls_overlap"] = int((union & self.controls).sum())
@@ -160,9 +161,22 @@ def select(
     Raises InputError for settings out of range, EditError if no neuron is selected.
     """
     return selection(
-        scores, dimensions=dimensions, answers=answers, forms=forms, controls=controls, twins=twins, rule=rule, tau=tau,
-        beta=beta, top=top, combine=combine, factor=factor, site=site, base=base, only=only,
-    ).edit  # fmt: skip
+        scores,
+        dimensions=dimensions,
+        answers=answers,
+        forms=forms,
+        controls=controls,
+        twins=twins,
+        rule=rule,
+        tau=tau,
+        beta=beta,
+        top=top,
+        combine=combine,
+        factor=factor,
+        site=site,
+        base=base,
+        only=only,
+    ).edit
 
 
 class Asked(NamedTuple):
@@ -256,16 +270,36 @@ def ballot(asked: Asked, rule: str, tau: float, beta: float, top: float | None, 
 
 
 def selection(
-    scores, *, dimensions=None, answers=None, forms=None, controls=None, twins=None, rule="paper", tau=0.1, beta=0.1,
-    top=None, combine="union", factor=2.0, site="down", base=None, only=None,
-) -> Selection:  # fmt: skip
+    scores,
+    *,
+    dimensions=None,
+    answers=None,
+    forms=None,
+    controls=None,
+    twins=None,
+    rule="paper",
+    tau=0.1,
+    beta=0.1,
+    top=None,
+    combine="union",
+    factor=2.0,
+    site="down",
+    base=None,
+    only=None,
+) -> Selection:
     """`select`, with the masks that the report needs."""
     asked = questions(scores, dimensions, answers, forms, controls, twins, only, site, base)
     votes = ballot(asked, rule, tau, beta, top, combine)
     masks = votes.masks()
     factors = at_factor(combined(list(masks.values()), combine), factor)
-    settings = {"rule": rule, "tau": tau, "beta": beta, "combine": combine, "controls": len(asked.compared),
-                "questions": len(asked.asked)} | ({} if top is None else {"top": top})  # fmt: skip
+    settings = {
+        "rule": rule,
+        "tau": tau,
+        "beta": beta,
+        "combine": combine,
+        "controls": len(asked.compared),
+        "questions": len(asked.asked),
+    } | ({} if top is None else {"top": top})
     if not factors:
         raise EditError(nothing(**settings))
     edit = Edit(asked.site, factors, asked.base, {"select": settings})

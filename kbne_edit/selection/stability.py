@@ -33,9 +33,17 @@ class Resamples(NamedTuple):
 
 
 def resample(
-    scores: Scores, *, draws: int = 200, seed: int = 0, rule="paper", tau=0.1, beta=0.1, top=None, combine="union",
+    scores: Scores,
+    *,
+    draws: int = 200,
+    seed: int = 0,
+    rule="paper",
+    tau=0.1,
+    beta=0.1,
+    top=None,
+    combine="union",
     only=None,
-) -> Resamples:  # fmt: skip
+) -> Resamples:
     """A bootstrap over the questions of each dimension; controls are not resampled. Settings as of `select`.
 
     Files with as many questions in each dimension draw the same ones, so that two ways to ask them are compared in
@@ -70,8 +78,9 @@ def stability(scores: Scores | Resamples, **settings) -> dict:
     return {
         "neurons": by_layer(shares, found.scores.values.shape[2]),
         "jaccard": [float(np.mean(jaccard)), *_spread(jaccard)],
-        "size": [float(np.mean(sizes)), *_spread(sizes)], "draws": len(found.drawn),
-    }  # fmt: skip
+        "size": [float(np.mean(sizes)), *_spread(sizes)],
+        "draws": len(found.drawn),
+    }
 
 
 def _spread(values: list) -> list[float]:
@@ -103,10 +112,15 @@ def agreements(found: dict[str, Resamples]) -> list[dict]:
     for (a, b), rank, *ranks in zip(pairs, whole, *drawn, strict=True):
         x, y = found[a], found[b]
         jaccard = [_jaccard(p, q) for (_, p), (_, q) in zip(x.drawn, y.drawn, strict=True)]
-        result.append({
-            "a": a, "b": b, "neurons": [len(x.whole), len(y.whole), len(np.intersect1d(x.whole, y.whole))],
-            "jaccard": [_jaccard(x.whole, y.whole), *_spread(jaccard)], "rank": [rank, *_spread(ranks)],
-        })  # fmt: skip
+        result.append(
+            {
+                "a": a,
+                "b": b,
+                "neurons": [len(x.whole), len(y.whole), len(np.intersect1d(x.whole, y.whole))],
+                "jaccard": [_jaccard(x.whole, y.whole), *_spread(jaccard)],
+                "rank": [rank, *_spread(ranks)],
+            }
+        )
     return result
 
 

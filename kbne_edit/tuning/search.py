@@ -69,10 +69,12 @@ def _share(value: float) -> bool:
 
 _VALUES: dict[str, tuple[Callable, str]] = {
     "factors": (lambda f: 0 <= f <= 2**16 and f != 1, "numbers from 0, and not 1, which changes nothing"),
-    "taus": (_share, "numbers from 0 to 1"), "betas": (_share, "numbers from 0 to 1"),
+    "taus": (_share, "numbers from 0 to 1"),
+    "betas": (_share, "numbers from 0 to 1"),
     "tops": (lambda top: 0 < top <= 1, "numbers above 0, up to 1"),
-    "rules": (RULES.__contains__, ", ".join(RULES)), "combines": (COMBINE.__contains__, ", ".join(COMBINE)),
-}  # fmt: skip
+    "rules": (RULES.__contains__, ", ".join(RULES)),
+    "combines": (COMBINE.__contains__, ", ".join(COMBINE)),
+}
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,11 @@ def _ask_optuna(axes: dict[str, tuple], size: int, trials: int, seed: int, visit
         ) from None
     ordered = {name: all(isinstance(value, (int, float)) for value in values) for name, values in axes.items()}
     space = {
-        name: optuna.distributions.IntDistribution(0, len(values) - 1) if ordered[name]
+        name: optuna.distributions.IntDistribution(0, len(values) - 1)
+        if ordered[name]
         else optuna.distributions.CategoricalDistribution(range(len(values)))
         for name, values in axes.items()
-    }  # fmt: skip
+    }
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
@@ -224,12 +227,13 @@ def in_words(settings: Sequence[dict], known: Iterable[str] = ()) -> str:
     first, more = settings[0], len(settings) - 1
     factor = first["factor"]
     said = {
-        "site": f"site {first['site']}", "rule": first["rule"],
+        "site": f"site {first['site']}",
+        "rule": first["rule"],
         **{name: f"{name} {first[name]:g}" for name in ("tau", "top", "beta") if name in first},
         "combine": first["combine"],
-        "factor": "factor " + (", ".join(f"{name} {f:g}" for name, f in factor.items()) if isinstance(factor, dict)
-                               else f"{factor:g}"),
-    }  # fmt: skip
+        "factor": "factor "
+        + (", ".join(f"{name} {f:g}" for name, f in factor.items()) if isinstance(factor, dict) else f"{factor:g}"),
+    }
     if first["rule"] == "specific":  # which knows no other threshold than a top
         known = {*known, "tau", "beta"}
     return ", ".join(text for name, text in said.items() if name not in known) + (

@@ -47,8 +47,18 @@ VERSION = 1
 JOURNAL, USED, RESULT, PLOT, EDIT = "journal.jsonl", "test-used.json", "tune.json", "pareto.svg", "edit.json"
 RULE = "the least {} on dev, of the front's edits that go beyond random neurons"  # bias, or what else is to fall
 _KEYS = {
-    "base", "split", "figure", "margin", "max_kl", "steered_by", "bounded_by", "points", "chosen", "test", "verdict",
-}  # fmt: skip
+    "base",
+    "split",
+    "figure",
+    "margin",
+    "max_kl",
+    "steered_by",
+    "bounded_by",
+    "points",
+    "chosen",
+    "test",
+    "verdict",
+}
 
 
 def tune(
@@ -107,10 +117,15 @@ def tune(
         goal = goal_of((dev, test), figure, margin, max_kl)
         measured = _measured(checkpoint, asked, dev, test, dtype)
         choice = {
-            "scores": {site: file_hash(path) for site, path in sites.items()}, "space": space.record(),
-            "trials": trials, "seed": seed, "draws": draws, "figure": goal.figure.name, "margin": margin,
+            "scores": {site: file_hash(path) for site, path in sites.items()},
+            "space": space.record(),
+            "trials": trials,
+            "seed": seed,
+            "draws": draws,
+            "figure": goal.figure.name,
+            "margin": margin,
             "max_kl": max_kl,
-        }  # fmt: skip
+        }
         with closing(Journal(out / JOURNAL, measured)) as journal:
             if (stored := _stored(out, choice)) is not None:
                 return stored
@@ -146,9 +161,13 @@ def _measured(checkpoint: Checkpoint, recipe: Recipe, dev: Half, test: Half, dty
         for name in sides["dev"]
     }
     return {
-        "kbne_tune": VERSION, "tool": f"kbne-edit {__version__}", "base": checkpoint.fingerprint(),
-        "recipe_sha256": recipe.sha256, "dtype": dtype, "split": split,
-    }  # fmt: skip
+        "kbne_tune": VERSION,
+        "tool": f"kbne-edit {__version__}",
+        "base": checkpoint.fingerprint(),
+        "recipe_sha256": recipe.sha256,
+        "dtype": dtype,
+        "split": split,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- on dev
@@ -220,12 +239,16 @@ class _Tuner:
             point["front"] = True
         chosen = self._beyond_random(best, found)
         return chosen, {
-            "steered_by": list(self._goal.steering), "bounded_by": self._goal.abilities,
+            "steered_by": list(self._goal.steering),
+            "bounded_by": self._goal.abilities,
             "base_bias": {name: float(f.distance(base.tasks[name].mean(0))) for name, f in self._goal.steering.items()},
             "search": {"how": found.how, "size": found.size, "empty": found.empty},
-            "points": points, "chosen": chosen and chosen.sha256,
-            "chosen_by": RULE.format(self._goal.figure.excess), "test": None, "verdict": None,
-        }  # fmt: skip
+            "points": points,
+            "chosen": chosen and chosen.sha256,
+            "chosen_by": RULE.format(self._goal.figure.excess),
+            "test": None,
+            "verdict": None,
+        }
 
     def _values(self, edit: Edit) -> tuple[float, float, float]:
         """(bias, KL, by how much the bounds are broken), for the sampler."""
@@ -233,9 +256,13 @@ class _Tuner:
             base, run = self._bench.base, self._bench.run(edit)
             lowest, kl = self._goal.lowest(base, run), _kl(run)
             self._points[edit.sha256] = {
-                "bias": self._goal.moved(run, [base]), "kl": kl, "lowest": lowest,
-                "within": self._goal.breach(lowest, kl) < 0, "front": False, "beyond_random": None,
-            }  # fmt: skip
+                "bias": self._goal.moved(run, [base]),
+                "kl": kl,
+                "lowest": lowest,
+                "within": self._goal.breach(lowest, kl) < 0,
+                "front": False,
+                "beyond_random": None,
+            }
         point = self._points[edit.sha256]
         return point["bias"][0], point["kl"], self._goal.breach(point["lowest"], point["kl"])
 
@@ -317,8 +344,14 @@ def _write(out: Path, result: dict, edit: Edit | None) -> None:
     write_text(out / PLOT, plots.standalone(plots.pareto(marks, result["figure"])))
     if result["verdict"]:
         record = {"figure": result["figure"], "chosen_by": result["chosen_by"], **result["verdict"]}
-        found = {**edit.found, "recipe": result["recipe"], "recipe_sha256": result["recipe_sha256"],
-                 "model": result["model"], "commit": result["commit"], "tune": record}  # fmt: skip
+        found = {
+            **edit.found,
+            "recipe": result["recipe"],
+            "recipe_sha256": result["recipe_sha256"],
+            "model": result["model"],
+            "commit": result["commit"],
+            "tune": record,
+        }
         Edit(edit.site, edit.factors, edit.base, found).save(out / EDIT)
     write_json(out / RESULT, result)
 

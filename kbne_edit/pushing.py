@@ -12,13 +12,13 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from ..disk.checkpoint import MANIFEST, UNDO, Checkpoint, is_weights, other_files
-from ..disk.manifest import is_sealed, read_manifest
-from ..errors import CheckpointError, OutputError, ProofError
-from ..folding.fold import file_hash
-from ..progress import say
-from ..reporting.card import metadata_in, notices
-from .client import TIMEOUT, talking
+from .disk.checkpoint import MANIFEST, UNDO, Checkpoint, is_weights, other_files
+from .disk.manifest import is_sealed, read_manifest
+from .errors import CheckpointError, OutputError, ProofError
+from .folding.fold import file_hash
+from .hub.client import TIMEOUT, talking
+from .hub.licences import metadata_in, notices
+from .progress import say
 
 Progress = Callable[[int], None]  # called with the number of bytes checked since the last call
 
@@ -48,10 +48,14 @@ def push(
     files = _checked(directory, manifest, progress)
     sizes = {file: (directory / file).stat().st_size for file in files}
     summary = {
-        "repo": name, "private": private, "create_pr": create_pr, "files": sizes, "bytes": sum(sizes.values()),
+        "repo": name,
+        "private": private,
+        "create_pr": create_pr,
+        "files": sizes,
+        "bytes": sum(sizes.values()),
         "notices": [*_of_the_base(manifest), *notices(metadata_in(directory), name)],
         "form": manifest.get("form", "checkpoint"),
-    }  # fmt: skip
+    }
     if dry_run:
         return summary | {"dry_run": True}
     for notice in summary["notices"]:
@@ -135,9 +139,11 @@ def _send(directory: Path, name: str, files: dict[str, str], message: str, priva
         )
     say(f"sending {len(files)} files to {name}; what the Hub's store has already is left out")
     commit = api.create_commit(
-        name, [CommitOperationAdd(file, directory / file) for file in files], commit_message=message,
+        name,
+        [CommitOperationAdd(file, directory / file) for file in files],
+        commit_message=message,
         create_pr=create_pr,
-    )  # fmt: skip
+    )
     if wrong := _differing(api, name, commit.oid, directory, files):
         raise OutputError(f"{name}: the Hub does not hold {wrong[0]} as it was sent: push again")
     return {"commit": commit.oid, "url": (commit.pr_url if create_pr else None) or f"{constants.ENDPOINT}/{name}"}

@@ -1,0 +1,130 @@
+"""An edit as an IA3 adapter of PEFT, and back.
+
+PEFT multiplies the input of a feedforward module, or the output of another one, by a vector. With the factors in it,
+and 1 for all else, that is the edit at the site `down` or `gate`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..disk.checkpoint import Checkpoint, Shard, read_array, read_metadata, to_float
+from ..edit import Edit
+from ..errors import EditError, FamilyError, ProofError, shown
+from ..families import SITES, Site, family_of, slots, text_part
+from ..files import json_text, read_json
+from .fold import write_tensors
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def check_form(form: str, checkpoint: Checkpoint) -> None:
+    """Raise FamilyError if the edit of such a model has no such form: asked before work that takes long."""
+    if form == "peft" and family_of(checkpoint.config).experts:
+        raise FamilyError(
+            f"{shown(checkpoint.config['model_type'])} is a mixture of experts: IA3 scales whole modules, and "
+            "routed experts are none. Its edits are kept as an edit.json, a checkpoint or a delta"
+        )
+
+
+def load_edit(path: str | Path, checkpoint: Checkpoint) -> Edit:
+    """The edit in a file of kbne-edit, or in the folder of an IA3 adapter of PEFT. Raises EditError."""
+    return read_adapter(path, checkpoint) if Path(path).is_dir() else Edit.load(path)
+
+
+class _Vector(NamedTuple):
+    """Where an IA3 vector acts. shape: (1, F) scales a module's input, (F, 1) its output, packed gates (2 F, 1)."""
+
+    module: str
+    site: Site
+    layer: int
+    neurons: int
+    shape: tuple[int, int]
+
+    @property
+    def key(self) -> str:
+        return f"base_model.model.{self.module}.ia3_l"
+
+
+def _vectors(checkpoint: Checkpoint) -> list[_Vector]:
+    """One of every layer for each site that the family has."""
+    family = family_of(checkpoint.config)
+    found = []
+    for site in SITES if family.gate else SITES[:1]:
+        for layer, (slot, *_) in slots(checkpoint.shapes, checkpoint.config, site).items():
+            size = checkpoint.shapes[slot.tensor][slot.axis]
+            shape = (1, size) if site == "down" else (size, 1)
+            found.append(_Vector(f"{family.layers}.{layer}.{family.module(site)}", site, layer, slot.neurons, shape))
+    return found
+
+
+def write_adapter(checkpoint: Checkpoint, edit: Edit, part: Path, source: dict) -> None:
+    """The edit as an IA3 adapter in the folder `part`. source: {"id", "commit"} of the base.
+
+    Modules are named in full, so that PEFT touches those of the edited layers and no other.
+    Raises ProofError if what is read back is not the edit.
+    """
+    used = [v for v in _vectors(checkpoint) if v.site == edit.site and v.layer in edit.factors]
+    tensors = {}
+    for vector in used:
+        values = np.ones(max(vector.shape), np.float32)
+        values[list(edit.factors[vector.layer])] = list(edit.factors[vector.layer].values())
+        tensors[vector.key] = ("F32", values.reshape(vector.shape))
+    modules = sorted(vector.module for vector in used)
+    config = {
+        "peft_type": "IA3",
+        "task_type": None if text_part(checkpoint.config) else "CAUSAL_LM",
+        "base_model_name_or_path": source["id"],
+        "revision": source["commit"],
+        "target_modules": modules,
+        "feedforward_modules": modules if edit.site == "down" else [],
+        "fan_in_fan_out": family_of(checkpoint.config).conv1d,
+        "inference_mode": True,
+    }
+    (part / _CONFIG).write_text(json_text(config), encoding="utf-8")
+    write_tensors(part / _WEIGHTS, tensors, {"format": "pt", "kbne_base": checkpoint.fingerprint()})
+    again = read_adapter(part, checkpoint)
+    if (again.site, again.factors) != (edit.site, _effective(edit.factors)):
+        raise ProofError("the adapter that was written does not read back as the edit: nothing was published")
+
+
+def _effective(factors: dict[int, dict[int, float]]) -> dict[int, dict[int, float]]:
+    """The factors as a vector keeps them: in float32, and without those of 1."""
+    kept = {la: {n: float(np.float32(f)) for n, f in ns.items() if np.float32(f) != 1} for la, ns in factors.items()}
+    return {layer: neurons for layer, neurons in kept.items() if neurons}
+
+
+def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Edit:
+    """The edit that an IA3 adapter is. Raises EditError if it is another adapter, or scales what an edit cannot."""
+    folder = Path(folder)
+    config = read_json(folder / _CONFIG, EditError, "--edit takes an edit.json, or the folder of an IA3 adapter")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "IA3":
+        raise EditError(
+            f"{folder} holds an adapter of type {shown(kind)}: only IA3 scales neurons. Merge it into its base first "
+            "(PEFT: merge_and_unload)"
+        )
+    check_form("peft", checkpoint)
+    if not (folder / _WEIGHTS).is_file():
+        raise EditError(f"{folder} has no {_WEIGHTS}: save the adapter again with PEFT (safe_serialization)")
+    shard, known, sites = Shard.open(folder / _WEIGHTS), {v.key: v for v in _vectors(checkpoint)}, {}
+    for tensor in shard.tensors:
+        values = to_float(read_array(shard, tensor), tensor.dtype)
+        if tensor.name.endswith(".ia3_l") and (values == 1).all():
+            continue
+        vector = known.get(tensor.name)
+        if vector is None or values.shape != vector.shape or (values.ravel()[vector.neurons :] != 1).any():
+            raise EditError(
+                f"{folder} changes {shown(tensor.name)} {list(values.shape)}: an edit scales the input of the "
+                "down-projections or the output of the gate projections of this model, and nothing else"
+            )
+        factors = {n: float(factor) for n, factor in enumerate(values.ravel()) if factor != 1}
+        sites.setdefault(vector.site, {})[vector.layer] = factors
+    if len(sites) != 1:
+        what = "both sites, and an edit has one" if sites else "nothing"
+        raise EditError(f"{folder} scales {what}: train it with target_modules and feedforward_modules at one of them")
+    ((site, factors),) = sites.items()
+    return Edit(site, factors, read_metadata(folder / _WEIGHTS).get("kbne_base"), {"adapter": folder.resolve().name})

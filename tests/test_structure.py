@@ -1,0 +1,59 @@
+"""The structure that docs/design.md describes: imports go one way, and no module hides a public function."""
+
+import ast
+from pathlib import Path
+
+import kbne_edit
+
+PACKAGE = Path(kbne_edit.__file__).parent
+
+# Lowest first. A folder or a module may import what stands above it here, and its own folder; those of one line are
+# neighbours, which may not import each other.
+ORDER = """
+errors statistics distributed
+progress files families plots
+edit recipe
+disk
+hub models folding
+proofs attribution
+selection
+evaluation
+fitting
+tuning
+reporting
+locating
+baking applying pushing
+commands
+"""
+LEVEL = {name: level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
+
+
+def imports(path: Path) -> set[str]:
+    """Folders and root modules of the package that a module imports, wherever in the module."""
+    here = list(path.relative_to(PACKAGE).parts[:-1])
+    result = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level + 1]
+            parts = base + (node.module.split(".") if node.module else [])
+            result |= {parts[0]} if parts else {alias.name for alias in node.names}
+    return result - {"__version__"}
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        me = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if me in ("__init__", "__main__"):
+            continue
+        assert me in LEVEL, f"{me} has no place in ORDER"
+        for other in imports(path) - {me}:
+            if LEVEL[other] >= LEVEL[me]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {other}")
+    assert not wrong
+
+
+def test_no_module_hides_a_public_function():
+    """`import kbne_edit.bake` would put the module where the function `kbne_edit.bake` is expected."""
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    assert not modules & set(kbne_edit.__all__)
