@@ -42,12 +42,6 @@ def test_every_command_is_shown():
     assert {line.split()[0] for line in COMMANDS} == set(cli.list_commands(click.Context(cli)))
 
 
-def test_the_file_tree_is_complete():
-    listed = re.findall(r"^├── (\w+)\.py ", README, re.MULTILINE)
-    modules = {path.stem for path in (ROOT / "kbne_edit").glob("*.py")} - {"__init__", "__main__"}
-    assert sorted(listed) == sorted(modules)
-
-
 def test_every_architecture_is_named():
     section = README.split("## Architectures")[1].split("##")[0]
     assert set(re.findall(r"`([a-z0-9_]+)`", section)) == {n.split("-")[0] for n in [*FAMILIES, *MIXTURES, *WHOLE]}
@@ -60,14 +54,6 @@ def test_an_installation_brings_one_module():
         pytest.skip("not installed: the checkout itself is tested")
     top = {path.parts[0] for path in installed.files if path.parts[0] != ".."}
     assert top == {"kbne_edit", f"kbne_edit-{kbne_edit.__version__}.dist-info"}
-
-
-def test_modules_import_only_what_stands_above_them():
-    order = re.findall(r"^├── (\w+)\.py ", README, re.MULTILINE)
-    for place, name in enumerate(order):
-        source = (ROOT / "kbne_edit" / f"{name}.py").read_text(encoding="utf-8")
-        used = {m for a, b in re.findall(r"from \.(\w+) import|from \. import (\w+)", source) for m in (a, b) if m}
-        assert used & set(order) <= set(order[:place]), name
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/comparison.md", "docs/results.md"])

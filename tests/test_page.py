@@ -196,7 +196,7 @@ def test_spaces_at_the_edge_of_tokens_are_shown(report):
 
 def test_colours_have_enough_contrast():
     """WCAG 2: 4.5 to 1 for text, 3 to 1 for marks, in each theme and on paper."""
-    style = (ROOT / "kbne_edit" / "report.css").read_text()
+    style = (ROOT / "kbne_edit" / "reporting" / "report.css").read_text()
     themes = [dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)]
     assert len(themes) == 3
     for theme in themes:
