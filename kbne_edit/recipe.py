@@ -33,6 +33,7 @@ _KEYS = {
     "controls",
     "probes",
 }
+_DEFAULT_QUESTIONS = 48
 _MOST_BYTES, _MOST_QUESTIONS = 1 << 20, 10_000  # a YAML reader in Python takes seconds for a megabyte
 RULES, COMBINE = ("paper", "contrastive", "paired", "specific"), ("union", "intersection")
 # What is asked of probes: that neither sentence of a pair is preferred, or that the first becomes less probable than
@@ -83,10 +84,16 @@ class Recipe:
     sha256: str
 
     def ask(self, count: int | None) -> tuple[Question, ...]:
-        """The first `count` questions (None: 45, or all if there are fewer), their twins, as many controls at most."""
-        count = min(45, len(self.questions)) if count is None else count
-        if count != len(self.questions) and count not in self.subsets:
-            known = ", ".join(map(str, sorted({*self.subsets, len(self.questions)})))
+        """The first `count` questions, their twins, and as many controls at most.
+
+        None: the largest of the recipe's sizes that is at most 48, which keeps a default run short; if every size is
+        larger, the smallest.
+        """
+        sizes = sorted({*self.subsets, len(self.questions)})
+        if count is None:
+            count = max((size for size in sizes if size <= _DEFAULT_QUESTIONS), default=sizes[0])
+        if count not in sizes:
+            known = ", ".join(map(str, sizes))
             raise RecipeError(f"recipe {self.name}", [f"--questions {count} is none of its subsets ({known})"])
         asked = self.questions[:count]
         return asked + _twins(asked) + self.controls[:count]
@@ -265,7 +272,7 @@ class _Parser:
         if not isinstance(value, dict):
             self.faults.append(f"{where} must be a mapping with forms, dimensions and concepts, or items")
             return ()
-        self.unknown(value, {"forms", "dimensions", "concepts", "items"}, where)
+        self.unknown(value, {"forms", "dimensions", "concepts", "order", "items"}, where)
         rows, items = self.grid(value, where), value.get("items", [])
         if not isinstance(items, list):
             self.faults.append(f"{where}.items must be a list")
@@ -289,7 +296,7 @@ class _Parser:
         return tuple(questions)
 
     def grid(self, value: dict, where: str) -> list[dict]:
-        """Every concept meets every dimension in every form, concept by concept: items, as `items` lists them."""
+        """The grid as items, as `items` lists them: every form of each (concept, dimension) in turn."""
         parts = [value.get(key, {}) for key in ("forms", "dimensions", "concepts")]
         if not any(parts):
             return []
@@ -302,24 +309,63 @@ class _Parser:
             return []
         for name, form in forms.items():
             self.unknown(form, {"text", "twin", "answer"}, f"{where}: form {shown(name)}")
+        pairs = {
+            name: self.pairs(about, f"{where}: pairs of dimension {shown(name)}") for name, about in dimensions.items()
+        }
+        met: Counter[str] = Counter()
         rows = []
-        for number, (concept, fields) in enumerate(concepts.items()):
-            for dimension, about in dimensions.items():
-                pairs = about.get("pairs", [])
-                if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-                    self.faults.append(f"{where}: pairs of dimension {shown(dimension)} must be a list of [a, b]")
-                    pairs = []
-                pair = dict(zip("ab", pairs[number % len(pairs)], strict=True)) if pairs else {}
-                values = {k: v for k, v in about.items() if k != "pairs"} | fields | pair
-                for name, form in forms.items():
-                    spot = f"{where}: form {shown(name)} with {shown(concept)}, {shown(dimension)}"
-                    texts = {
-                        key: self.fill(form.get(key), values, spot)
-                        for key in ("text", "twin")
-                        if key == "text" or key in form
-                    }
-                    rows.append({**texts, "answer": form.get("answer"), "dimension": str(dimension), "form": str(name)})
+        for concept, dimension in self.cells(value.get("order"), concepts, dimensions, where):
+            turn = pairs[dimension][met[dimension] % len(pairs[dimension])] if pairs[dimension] else ()
+            met[dimension] += 1
+            about = {key: text for key, text in dimensions[dimension].items() if key != "pairs"}
+            values = about | concepts[concept] | dict(zip("ab", turn, strict=False))
+            for name, form in forms.items():
+                spot = f"{where}: form {shown(name)} with {shown(concept)}, {shown(dimension)}"
+                texts = {
+                    key: self.fill(form.get(key), values, spot)
+                    for key in ("text", "twin")
+                    if key == "text" or key in form
+                }
+                rows.append({**texts, "answer": form.get("answer"), "dimension": str(dimension), "form": str(name)})
         return rows
+
+    def pairs(self, about: dict, where: str) -> list:
+        """The pairs [a, b] of a dimension; number i is used by the i-th concept that the dimension meets."""
+        pairs = about.get("pairs", [])
+        if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            self.faults.append(f"{where} must be a list of [a, b]")
+            return []
+        return pairs
+
+    def cells(self, order: object, concepts: dict, dimensions: dict, where: str) -> list[tuple]:
+        """(concept, dimension) in the order in which they are asked: concept by concept, or as `order` says.
+
+        `order` lists blocks of concepts and dimensions; each block is gone through concept by concept. So a subset
+        may hold few dimensions with several concepts each, and dimensions may differ in their concepts.
+        """
+        if order is None:
+            return [(concept, dimension) for concept in concepts for dimension in dimensions]
+        keys = {"concepts": concepts, "dimensions": dimensions}
+        if not isinstance(order, list) or not all(
+            isinstance(block, dict) and set(block) == set(keys) and all(isinstance(v, list) for v in block.values())
+            for block in order
+        ):
+            self.faults.append(f"{where}.order must list blocks, each with a list of concepts and one of dimensions")
+            return []
+        for key, known in keys.items():
+            named = [name for block in order for name in block[key]]
+            odd = [name for name in named if not isinstance(name, str) or name not in known]
+            self.faults += [f"{where}.order: {shown(name)} is none of the {key}" for name in odd]
+            self.faults += [f"{where}.order leaves out {shown(name)}" for name in known if name not in named]
+            if odd:
+                return []
+        if sum(len(block["concepts"]) * len(block["dimensions"]) for block in order) > len(concepts) * len(dimensions):
+            self.faults.append(f"{where}.order has more cells than the grid: a concept meets a dimension twice")
+            return []
+        cells = [(c, d) for block in order for c in block["concepts"] for d in block["dimensions"]]
+        twice = sorted(cell for cell, count in Counter(cells).items() if count > 1)
+        self.faults += [f"{where}.order: {shown(c)} meets {shown(d)} twice" for c, d in twice]
+        return cells
 
     def fill(self, text: object, values: dict, where: str) -> str:
         """The text with its fields filled in once: neither format(), which would let a recipe reach into attributes,

@@ -239,6 +239,66 @@ def test_faults_of_twins_are_named(tmp_path, old, new, fault):
         load_recipe(tmp_path / "r.yaml")
 
 
+# -------------------------------------------------------------------------------------------------------------- order
+
+
+ORDER = """
+kbne_recipe: 1
+name: t
+prompt: {plain: "{question}"}
+answers: ["yes", "no"]
+subsets: [2, 4]
+questions:
+  forms: {f: {text: "Do {a} {act} as {b} do?", answer: "no"}, g: {text: "May {a} {act}, {b}?", answer: "yes"}}
+  dimensions: {x: {pairs: [[x1, x2], [x3, x4]]}, y: {pairs: [[y1, y2]]}}
+  concepts: {c: {act: swim}, d: {act: sing}, e: {act: run}}
+  order:
+    - {concepts: [d, e], dimensions: [x]}
+    - {concepts: [c, d], dimensions: [y]}
+"""
+
+
+def test_a_grid_is_asked_in_its_order(tmp_path):
+    (tmp_path / "r.yaml").write_text(ORDER)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert [q.text for q in recipe.questions if q.form == "f"] == [
+        "Do x1 sing as x2 do?",
+        "Do x3 run as x4 do?",
+        "Do y1 swim as y2 do?",
+        "Do y1 sing as y2 do?",
+    ]
+    assert [q.dimension for q in recipe.questions] == ["x"] * 4 + ["y"] * 4
+    assert recipe.ask(None) == recipe.questions and recipe.ask(4) == recipe.questions[:4]
+
+
+@pytest.mark.parametrize(
+    "old, new, fault",
+    [
+        ("concepts: [d, e]", "concepts: [d, z]", "'z' is none of the concepts"),
+        ("dimensions: [y]", "dimensions: [x]", "order leaves out 'y'"),
+        ("concepts: [d, e]", "concepts: [d, d, e]", "'d' meets 'x' twice"),
+        ("concepts: [d, e]", "concepts: [d, e, c, d, e, c]", "more cells than the grid"),
+        ("concepts: [d, e]", "concepts: d", "must list blocks"),
+        ("concepts: [d, e]", "concepts: [[d], e]", "is none of the concepts"),
+        ("{concepts: [c, d], ", "{", "must list blocks"),
+    ],
+)
+def test_faults_of_an_order_are_named(tmp_path, old, new, fault):
+    assert ORDER.count(old) == 1
+    (tmp_path / "r.yaml").write_text(ORDER.replace(old, new))
+    with pytest.raises(RecipeError, match=fault):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_the_default_is_the_largest_size_that_keeps_a_run_short(tmp_path):
+    concepts = ", ".join(f"c{i}: {{act: swim{i}}}" for i in range(30))
+    text = ORDER.partition("  order:")[0].replace("c: {act: swim}", concepts).replace("[2, 4]", "[16, 48, 64]")
+    (tmp_path / "r.yaml").write_text(text)
+    assert len(load_recipe(tmp_path / "r.yaml").ask(None)) == 48
+    (tmp_path / "r.yaml").write_text(text.replace("[16, 48, 64]", "[64, 96]"))
+    assert len(load_recipe(tmp_path / "r.yaml").ask(None)) == 64
+
+
 # ----------------------------------------------------------------------------------------------------------- skeleton
 
 

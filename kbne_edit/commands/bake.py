@@ -35,7 +35,7 @@ from . import options
 def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as_json, overwrite, **values) -> None:
     """Locate know-bias neurons, fold their factors into the weights, and prove the result.
 
-    With no option it does what the paper does: 45 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
+    With no option it does what the paper does: 48 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
     """
     from ..baking import bake
 

@@ -34,7 +34,9 @@ def locating(command):
         [
             click.option("--recipe", help="Recipe by name or path.  [default: social-bias; the demo has its own]"),
             click.option(
-                "--questions", type=int, help="How many of the recipe's questions: 9, 45 or 225.  [default: 45]"
+                "--questions",
+                type=int,
+                help="How many of the recipe's questions (one of its subsets).  [default: the largest of at most 48]",
             ),
             click.option(
                 "--site",
