@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import yaml
-
 from .errors import InputError, OutputError, RecipeError, shown
-from .files import open_input
+from .yamlfile import read_yaml
 
 _KEYS = {
     "kbne_recipe",
@@ -33,8 +31,7 @@ _KEYS = {
     "controls",
     "probes",
 }
-_DEFAULT_QUESTIONS = 48
-_MOST_BYTES, _MOST_QUESTIONS = 1 << 20, 10_000  # a YAML reader in Python takes seconds for a megabyte
+_DEFAULT_QUESTIONS, _MOST_QUESTIONS = 48, 10_000
 RULES, COMBINE = ("paper", "contrastive", "paired", "specific"), ("union", "intersection")
 # What is asked of probes: that neither sentence of a pair is preferred, or that the first becomes less probable than
 # the second. The keys of the two sentences in a recipe.
@@ -139,41 +136,10 @@ def load_recipe(source: str | Path) -> Recipe:
                 f"recipe {source}", [f"no such recipe; there are: {', '.join(recipe_names())}, or a path"]
             )
     try:
-        with open_input(path, InputError) as file:
-            raw = file.read(_MOST_BYTES + 1)
-        if len(raw) > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES >> 20} MB")
-        data = yaml.load(raw.decode("utf-8"), _Loader)
+        data, raw = read_yaml(path)
     except InputError as error:
         raise RecipeError(str(path), [str(error)]) from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        # The library raises nearly all of these for a value that its explicit tag does not fit.
-        raise RecipeError(str(path), ["not YAML that can be read: " + " ".join(str(error).split())[:200]]) from None
     return _Parser(str(path)).recipe(data, hashlib.sha256(raw).hexdigest())
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 on the two points that hurt: bare yes/no are strings, and a key may stand only once.
-
-    No aliases: a few lines of them describe more text than memory holds.
-    """
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*name) are not read, line {self.peek_event().start_mark.line + 1}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        counts = Counter(str(key.value) for key, _ in node.value)
-        if twice := sorted(key for key, count in counts.items() if count > 1):
-            raise yaml.YAMLError(f"key {', '.join(twice)} stands twice in line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 @dataclass

@@ -12,6 +12,7 @@ PACKAGE = Path(kbne_edit.__file__).parent
 ORDER = """
 errors statistics distributed
 progress files families plots
+yamlfile
 edit recipe
 disk
 hub models folding
