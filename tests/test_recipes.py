@@ -13,7 +13,8 @@ from kbne_edit.errors import InputError, OutputError, RecipeError
 from kbne_edit.evaluation.evaluate import RANDOM_DRAWS, _found, effect, margins, random_edit
 from kbne_edit.locating import Settings
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.recipe import _KEYS, new_recipe, recipe_names
+from kbne_edit.recipe import new_recipe, recipe_names
+from kbne_edit.recipe.parsing import KEYS
 from kbne_edit.reporting.card import _not_found
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -305,10 +306,10 @@ def test_the_default_is_the_largest_size_that_keeps_a_run_short(tmp_path):
 def test_the_skeleton_is_a_recipe_in_order(tmp_path):
     new_recipe("no", tmp_path / "r.yaml")  # a name that plain YAML takes for false
     recipe = load_recipe(tmp_path / "r.yaml")
-    assert recipe.name == "no" and len(recipe.questions) == len(recipe.controls) == 9 and len(recipe.probes) == 6
+    assert recipe.name == "no" and len(recipe.questions) == len(recipe.controls) == 9 and len(recipe.twins) == 6
     assert [(q.form, q.answer) for q in recipe.questions] == [(q.form, q.answer) for q in recipe.controls]
     text = (tmp_path / "r.yaml").read_text(encoding="utf-8")
-    assert set(yaml.safe_load(text)) == _KEYS  # every key of the format is shown
+    assert set(yaml.safe_load(text)) == KEYS  # every key of the format is shown
     assert "NAME" not in text and max(map(len, text.splitlines())) <= 120
 
 

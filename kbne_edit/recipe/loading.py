@@ -1,0 +1,54 @@
+"""Recipes from files: those of the package by name, others by path."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from ..errors import InputError, OutputError, RecipeError, shown
+from ..yamlfile import read_yaml
+from .types import Recipe
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def _folder() -> Path:
+    """Inside the wheel the recipes lie in the package, in a checkout beside it."""
+    inside = _PACKAGE / "recipes"
+    return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def new_recipe(name: str, path: str | Path) -> None:
+    """Write an annotated skeleton, in order as it stands, to a file that is not there yet. Raises OutputError."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise InputError(f"{shown(name)} is no name for a recipe: letters, digits, - and _ are")
+    text = (_PACKAGE / "skeleton.yaml").read_text(encoding="utf-8")
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text.replace("NAME", name))
+    except FileExistsError:
+        raise OutputError(f"{path} exists: choose another --out") from None
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """A recipe by name or by path. Raises RecipeError with all faults."""
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        path = _folder() / f"{source}.yaml"
+        if not path.is_file():
+            raise RecipeError(
+                f"recipe {source}", [f"no such recipe; there are: {', '.join(recipe_names())}, or a path"]
+            )
+    try:
+        data, raw = read_yaml(path)
+    except InputError as error:
+        raise RecipeError(str(path), [str(error)]) from None
+    return Recipe.from_dict(data, str(path), hashlib.sha256(raw).hexdigest())

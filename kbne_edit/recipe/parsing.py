@@ -1,0 +1,390 @@
+"""Validates the content of a recipe. Every fault is reported at once."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..errors import RecipeError, shown
+from .types import AIMS, COMBINE, RULES, TEMPLATES, Pairing, Probe, Question, Recipe, Twin, question_twins
+
+KEYS = {
+    "kbne_recipe",
+    "name",
+    "language",
+    "description",
+    "prompt",
+    "answers",
+    "factor",
+    "select",
+    "subsets",
+    "questions",
+    "controls",
+    "probes",
+}
+# A grid multiplies: without bounds 46 KB of YAML would describe 80 MB of questions.
+_MOST_QUESTIONS = 10_000
+_MOST_CHARACTERS = 4_000  # of one question or probe
+_MOST_TEXT = 4_000_000  # characters of all of them
+_MOST_FAULTS = 200  # kept; further ones are not told apart
+
+
+@dataclass
+class Parser:
+    """Collects faults instead of stopping at the first. where: what the message begins with."""
+
+    where: str
+    faults: list[str] = field(default_factory=list)
+    pairings: list[Pairing] = field(default_factory=list)
+    characters: int = 0
+
+    def recipe(self, data: object, digest: str) -> Recipe:
+        if not isinstance(data, dict):
+            raise RecipeError(self.where, ["not a mapping of keys; `kbne-edit recipes show social-bias` prints one"])
+        self.unknown(data, KEYS, "recipe")
+        if data.get("kbne_recipe") != 1:
+            self.fault(f"kbne_recipe is {shown(data.get('kbne_recipe'))}; this version reads 1")
+        answers = tuple(self.strings(data.get("answers"), "answers"))
+        if len(answers) < 2 or len({a.strip().casefold() for a in answers}) != len(answers):
+            self.fault("answers must list two or more different answers")
+        prompt = self.prompt(data.get("prompt"))
+        questions = self.section(data.get("questions"), "questions", answers, False)
+        pairings = tuple(self.pairings)
+        controls = self.section(data.get("controls") or {}, "controls", answers, True)
+        if not questions:
+            self.fault("questions: there are none")
+        self.duplicates((q.text for q in questions + question_twins(questions) + controls), "question")
+        aim, twins = self.probes(data.get("probes") or {})
+        result = Recipe(
+            name=self.string(data.get("name"), "name"),
+            description=self.string(data.get("description", ""), "description"),
+            language=self.string(data.get("language", "en"), "language"),
+            prompt=prompt,
+            answers=answers,
+            factor=self.number(data.get("factor", 2), "factor"),
+            select=self.select(data.get("select", {})),
+            subsets=self.subsets(data.get("subsets", []), len(questions)),
+            questions=questions,
+            controls=controls,
+            twins=twins,
+            aim=aim,
+            pairings=pairings,
+            sha256=digest,
+        )
+        if self.faults:
+            raise RecipeError(self.where, self.faults)
+        return result
+
+    # -------------------------------------------------------------------------------------------------- single values
+
+    def fault(self, text: str) -> None:
+        if len(self.faults) < _MOST_FAULTS:
+            self.faults.append(text)
+
+    def unknown(self, data: dict, known: Iterable[str], where: str) -> None:
+        for key in data:
+            if key not in known:
+                self.fault(f"{where}: unknown key {shown(key)}")
+
+    def duplicates(self, texts: Iterable[str], what: str) -> None:
+        """A fault for each text that stands twice, whatever its case and spaces."""
+        counts = Counter(" ".join(text.casefold().split()) for text in texts)
+        for text, count in sorted(counts.items()):
+            if text and count > 1:
+                self.fault(f"{what} stands twice: {shown(text)}")
+
+    def string(self, value: object, where: str) -> str:
+        if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):  # half a character
+            self.fault(f"{where} must be text")
+            return ""
+        return value
+
+    def words(self, value: object, where: str) -> str:
+        """A question or a sentence: text of bearable length that is not empty."""
+        text = self.string(value, where)
+        if isinstance(value, str) and not text.strip():
+            self.fault(f"{where} is empty")
+        return self.bounded(text, where)
+
+    def bounded(self, text: str, where: str, length: int | None = None) -> str:
+        """`text`, or nothing where it is too long, or all texts together are. length: of what it will become."""
+        length = len(text) if length is None else length
+        if length > _MOST_CHARACTERS:
+            self.fault(f"{where} has {length} characters; {_MOST_CHARACTERS} are the most")
+            return ""
+        self.characters += length
+        if self.characters > _MOST_TEXT:
+            raise RecipeError(self.where, [*self.faults, f"{where}: more than {_MOST_TEXT} characters in all"])
+        return text
+
+    def strings(self, value: object, where: str) -> list[str]:
+        if not isinstance(value, list):
+            self.fault(f"{where} must be a list")
+            return []
+        return [self.string(v, f"{where}[{i}]") for i, v in enumerate(value)]
+
+    def number(self, value: object, where: str, low: float = -1e6, high: float = 1e6) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            self.fault(f"{where} is {shown(value)}; it must be a number from {low:g} to {high:g}")
+            return 0.0
+        return float(value)
+
+    def prompt(self, value: object) -> dict[str, str]:
+        if not isinstance(value, dict) or "plain" not in value:
+            self.fault("prompt must have `plain` (and may have `chat`)")
+            return {}
+        self.unknown(value, {"plain", "chat"}, "prompt")
+        for key, text in value.items():
+            if "{question}" not in self.string(text, f"prompt.{key}"):
+                self.fault(f"prompt.{key} lacks {{question}}")
+        return value
+
+    def select(self, value: object) -> dict:
+        if not isinstance(value, dict):
+            self.fault("select must be a mapping")
+            return {}
+        self.unknown(value, {"rule", "tau", "beta", "top", "combine"}, "select")
+        result = {"rule": value.get("rule", "paper"), "combine": value.get("combine", "union")}
+        for key, known in (("rule", RULES), ("combine", COMBINE)):
+            if result[key] not in known:
+                self.fault(f"select.{key} is {shown(result[key])}; it must be one of {', '.join(known)}")
+        for key in ("tau", "beta"):
+            result[key] = self.number(value.get(key, 0.1), f"select.{key}", 0, 1)
+        result["top"] = self.number(value["top"], "select.top", 0, 1) if "top" in value else None
+        return result
+
+    def subsets(self, value: object, count: int) -> tuple[int, ...]:
+        if not isinstance(value, list) or not all(type(n) is int and 0 < n <= count for n in value):
+            self.fault(f"subsets must list whole numbers from 1 to {count}")
+            return ()
+        return tuple(value)
+
+    # ------------------------------------------------------------------------------------------ questions and controls
+
+    def section(self, value: object, where: str, answers: tuple[str, ...], control: bool) -> tuple[Question, ...]:
+        if not isinstance(value, dict):
+            self.fault(f"{where} must be a mapping with forms, dimensions and concepts, or items")
+            return ()
+        self.unknown(value, {"forms", "dimensions", "concepts", "order", "items"}, where)
+        rows, items = self.grid(value, where), value.get("items", [])
+        if not isinstance(items, list):
+            self.fault(f"{where}.items must be a list")
+            items = []
+        questions = []
+        for i, item in enumerate(rows + items):
+            spot = f"{where} {i + 1}"
+            if not isinstance(item, dict) or not {"text", "answer", "dimension"} <= set(item):
+                self.fault(f"{spot}: needs text, answer and dimension")
+                continue
+            self.unknown(item, {"text", "answer", "dimension", "form", "twin"}, spot)
+            if item["answer"] not in answers:
+                self.fault(f"{spot}: answer {shown(item['answer'])} is none of {', '.join(answers)}")
+            if control and "twin" in item:
+                self.fault(f"{spot}: a control has no twin; it is one")
+            twin = self.words(item["twin"], f"{spot}: twin") if item.get("twin", "") != "" else ""
+            text = self.words(item["text"], f"{spot}: text")
+            answer, dimension, form = (
+                self.string(item.get(key, ""), f"{spot}: {key}") for key in ("answer", "dimension", "form")
+            )
+            questions.append(Question(text, answer, dimension, form, control, twin))
+        return tuple(questions)
+
+    def grid(self, value: dict, where: str) -> list[dict]:
+        """The grid as items, as `items` lists them: every form of each (concept, dimension) in turn."""
+        parts = [value.get(key, {}) for key in ("forms", "dimensions", "concepts")]
+        if not any(parts):
+            return []
+        forms, dimensions, concepts = parts
+        if not all(isinstance(p, dict) and p and all(isinstance(v, dict) for v in p.values()) for p in parts):
+            self.fault(f"{where}: a grid needs forms, dimensions and concepts, each a mapping of mappings")
+            return []
+        if math.prod(map(len, parts)) > _MOST_QUESTIONS:
+            self.fault(f"{where}: the grid has more than {_MOST_QUESTIONS} questions")
+            return []
+        for name, form in forms.items():
+            self.unknown(form, {"text", "twin", "answer"}, f"{where}: form {shown(name)}")
+        pairs = {
+            name: self.pairs(about, f"{where}: pairs of dimension {shown(name)}") for name, about in dimensions.items()
+        }
+        met: Counter[str] = Counter()
+        rows = []
+        for concept, dimension in self.cells(value.get("order"), concepts, dimensions, where):
+            values = {key: text for key, text in dimensions[dimension].items() if key != "pairs"} | concepts[concept]
+            if of_dimension := pairs[dimension]:
+                a, b = of_dimension[met[dimension] % len(of_dimension)]
+                values |= {"a": a, "b": b}
+                self.pairings.append(Pairing(str(dimension), a, b))
+            met[dimension] += 1
+            for name, form in forms.items():
+                spot = f"{where}: form {shown(name)} with {shown(concept)}, {shown(dimension)}"
+                texts = {key: self.fill(form.get(key), values, spot) for key in ("text", *({"twin"} & set(form)))}
+                rows.append({**texts, "answer": form.get("answer"), "dimension": str(dimension), "form": str(name)})
+        return rows
+
+    def pairs(self, about: dict, where: str) -> list[list[str]]:
+        """The pairs [a, b] of a dimension; number i is used by the i-th concept that the dimension meets."""
+        pairs = about.get("pairs", [])
+        if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            self.fault(f"{where} must be a list of [a, b]")
+            return []
+        return [self.strings(pair, where) for pair in pairs]
+
+    def cells(self, order: object, concepts: dict, dimensions: dict, where: str) -> list[tuple]:
+        """(concept, dimension) in the order in which they are asked: concept by concept, or as `order` says.
+
+        `order` lists blocks of concepts and dimensions; each block is gone through concept by concept. So a subset
+        may hold few dimensions with several concepts each, and dimensions may differ in their concepts.
+        """
+        if order is None:
+            return [(concept, dimension) for concept in concepts for dimension in dimensions]
+        keys = {"concepts": concepts, "dimensions": dimensions}
+        if not isinstance(order, list) or not all(
+            isinstance(block, dict) and set(block) == set(keys) and all(isinstance(v, list) for v in block.values())
+            for block in order
+        ):
+            self.fault(f"{where}.order must list blocks, each with a list of concepts and one of dimensions")
+            return []
+        for key, known in keys.items():
+            named = [name for block in order for name in block[key]]
+            odd = [name for name in named if not isinstance(name, str) or name not in known]
+            for name in odd:
+                self.fault(f"{where}.order: {shown(name)} is none of the {key}")
+            if odd:
+                return []
+            present = set(named)
+            for name in [name for name in known if name not in present]:
+                self.fault(f"{where}.order leaves out {shown(name)}")
+        if sum(len(block["concepts"]) * len(block["dimensions"]) for block in order) > len(concepts) * len(dimensions):
+            self.fault(f"{where}.order has more cells than the grid: a concept meets a dimension twice")
+            return []
+        cells = [(c, d) for block in order for c in block["concepts"] for d in block["dimensions"]]
+        for (concept, dimension), count in sorted(Counter(cells).items()):
+            if count > 1:
+                self.fault(f"{where}.order: {shown(concept)} meets {shown(dimension)} twice")
+        return cells
+
+    def fill(self, text: object, values: dict, where: str) -> str:
+        """The text with its fields filled in once: neither format(), which would let a recipe reach into attributes,
+        nor the fields of a field."""
+        try:
+            pieces = list(string.Formatter().parse(self.string(text, where)))
+        except ValueError as error:
+            self.fault(f"{where}: {error}")
+            return ""
+        if odd := sorted({name for _, name, form, kind in pieces if name is not None and (form or kind)}):
+            self.fault(f"{where}: {shown(odd[0])} has a format; a field is a name alone")
+        if missing := [name for _, name, *_ in pieces if name is not None and name not in values]:
+            self.fault(f"{where}: no value for {', '.join('{' + m + '}' for m in missing)[:80]}")
+            return ""
+        filled = [
+            (before, self.string(values[name], f"{where}: {{{name}}}") if name is not None else "")
+            for before, name, *_ in pieces
+        ]
+        length = sum(len(before) + len(value) for before, value in filled)
+        if length > _MOST_CHARACTERS:  # known before the text is made
+            return self.bounded("", where, length)
+        return "".join(before + value for before, value in filled)
+
+    # --------------------------------------------------------------------------------------------------------- probes
+
+    def probes(self, value: object) -> tuple[str, tuple[Twin, ...]]:
+        """(aim, twins)."""
+        items = value.get("items", []) if isinstance(value, dict) else None
+        if not isinstance(items, list):
+            self.fault("probes must be a mapping with items")
+            return "balance", ()
+        self.unknown(value, {"aim", "items"}, "probes")
+        aim = value.get("aim", "balance")
+        if aim not in list(AIMS):  # of a list, since a value from outside need not be hashable
+            self.fault(f"probes.aim is {shown(aim)}; it must be one of {', '.join(AIMS)}")
+            aim = "balance"
+        if len(items) > _MOST_QUESTIONS:
+            self.fault(f"probes: more than {_MOST_QUESTIONS}")
+            return aim, ()
+        twins: list[Twin] = []
+        for i, item in enumerate(items):
+            if twin := self.twin(item, aim, f"probe {i + 1}"):
+                twins.append(twin)
+        twins = paired(twins)
+        self.duplicates((f"{probe.first} / {probe.second}" for twin in twins for probe in twin.probes), "probe")
+        return aim, tuple(twins)
+
+    def twin(self, item: object, aim: str, where: str) -> Twin | None:
+        """A twin in one of three forms: a template, two pairs written out, or (older) a single pair."""
+        fillings, _ = TEMPLATES[aim]
+        flat = {*AIMS[aim], "dimension"}
+        if isinstance(item, dict) and set(item) == {"dimension", "first", "second", fillings}:
+            return self.template(item, aim, where)
+        if isinstance(item, dict) and set(item) == {"dimension", "first", "second"}:
+            dimension = self.string(item["dimension"], f"{where}: dimension")
+            first, second = (self.pair(item[key], aim, dimension, f"{where}: {key}") for key in ("first", "second"))
+            if first and second and first == Probe(second.second, second.first, dimension):
+                self.fault(f"{where}: first and second are the same two sentences")
+            return Twin(first, second) if first and second else None
+        if isinstance(item, dict) and set(item) == flat:
+            dimension = self.string(item["dimension"], f"{where}: dimension")
+            pair = self.pair({key: item[key] for key in AIMS[aim]}, aim, dimension, where)
+            return Twin(pair, None) if pair else None
+        one, other = AIMS[aim]
+        self.fault(
+            f"{where}: needs exactly {one}, {other} and dimension, or dimension, first and second (each with "
+            f"{one} and {other}), or {fillings} besides"
+        )
+        return None
+
+    def pair(self, value: object, aim: str, dimension: str, where: str) -> Probe | None:
+        keys = AIMS[aim]
+        if not isinstance(value, dict) or set(value) != set(keys):
+            self.fault(f"{where}: needs exactly {keys[0]} and {keys[1]}")
+            return None
+        one, other = (self.words(value[key], f"{where}: {key}") for key in keys)
+        if one.strip() and " ".join(one.split()) == " ".join(other.split()):
+            self.fault(f"{where}: {keys[0]} and {keys[1]} are the same sentence")
+        return Probe(one, other, dimension)
+
+    def template(self, item: dict, aim: str, where: str) -> Twin | None:
+        """Two sentences with a gap, and what fills it: the first filling is stereotyped (unwanted) in `first`, the
+        second filling in `second`."""
+        fillings, gap = TEMPLATES[aim]
+        dimension = self.string(item["dimension"], f"{where}: dimension")
+        groups = [text.strip() for text in self.strings(item[fillings], f"{where}: {fillings}")]
+        if len(groups) != 2 or groups[0] == groups[1] or not all(groups):
+            self.fault(f"{where}: {fillings} must list two different texts")
+            return None
+        sentences = []
+        for key in ("first", "second"):
+            text = self.string(item[key], f"{where}: {key}")
+            if "{" + gap + "}" not in text:
+                self.fault(f"{where}: {key} lacks {{{gap}}}")
+                return None
+            filled = (self.fill(text, {gap: group}, f"{where}: {key}") for group in groups)
+            sentences.append([self.words(_capitalised(text, sentence), f"{where}: {key}") for sentence in filled])
+        if " ".join(item["first"].split()) == " ".join(item["second"].split()):
+            self.fault(f"{where}: first and second are the same sentence")
+        (a_first, b_first), (a_second, b_second) = sentences
+        return Twin(Probe(a_first, b_first, dimension), Probe(b_second, a_second, dimension), tuple(groups))
+
+
+def _capitalised(template: str, sentence: str) -> str:
+    """A sentence that begins with its gap begins with a capital, however the group is written within a sentence."""
+    return sentence[:1].upper() + sentence[1:] if template.startswith("{") else sentence
+
+
+def paired(twins: list[Twin]) -> list[Twin]:
+    """Single probes, of the older format, joined with the next one that mirrors them; the others stay single."""
+    result: list[Twin | None] = list(twins)
+    waiting: dict[tuple, list[int]] = {}
+    for i, twin in enumerate(twins):
+        if twin.second is not None:
+            continue
+        one, other = (frozenset(words.items()) for words in twin.first.exchanged)
+        if earlier := waiting.get((twin.dimension, other, one)):
+            partner = earlier.pop(0)
+            result[partner] = Twin(twins[partner].first, twin.first)
+            result[i] = None
+        else:
+            waiting.setdefault((twin.dimension, one, other), []).append(i)
+    return [twin for twin in result if twin is not None]
