@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kbne_edit.attribution.gradients import Resident, attributions, sweep
 from kbne_edit.attribution.rows import Pack
-from kbne_edit.families import num_neurons
 from kbne_edit.models.loading import load_model, load_tokenizer
+from kbne_edit.models.places import num_neurons
 from kbne_edit.models.prompts import answer_tokens, encode
 from kbne_edit.recipe import load_recipe
 

@@ -15,14 +15,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from .errors import FamilyError, shown
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Site = Literal["down", "gate"]
 SITES: tuple[Site, ...] = ("down", "gate")
@@ -41,6 +38,9 @@ class Family:
     expert_down: str = ""  # their down-projection on disk: one tensor per expert (N), or all in one [E, D, F]
     transposed: bool | None = False  # the latter is [E, F, D]; None: on disk it may be either, in memory it is not
     shared: str | None = None  # the down-projection of the expert that every token takes
+    post_norm: bool = False  # a norm follows the feed-forward block, before the residual is added
+    centred: bool = False  # the final norm takes the mean off its input
+    one_plus: bool = False  # the final norm multiplies by 1 + its weight
 
     def module(self, site: Site) -> str:
         """Path of the site's module below a decoder layer. Raises FamilyError where the family has no gate."""
@@ -62,25 +62,34 @@ def _moe(block: str, expert_down: str, **kwargs) -> Family:
 
 
 _TABLE: dict[Family, str] = {
-    _GATED: "llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text olmo olmo2 olmo3 "
-    "cohere cohere2 granite granite_swa smollm3 stablelm seed_oss exaone4 helium ernie4_5 hunyuan_v1_dense vaultgemma "
-    "cwm minicpm3 youtu hyperclovax qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
-    _PACKED: "phi3 glm glm4 glm4v_text",
-    Family("model.layers", "mlp.fc2"): "phi nanochat",
-    Family("model.layers", "mlp.down_proj"): "nemotron arcee apertus jais2",
-    Family("model.layers", "mlp.dense_4h_to_h"): "persimmon",
-    Family("model.layers", "fc2"): "xglm",
-    Family("model.layers", "mlp.c_proj"): "starcoder2",
-    Family("transformer.h", "mlp.c_proj", conv1d=True): "gpt2",
-    Family("transformer.h", "mlp.c_proj"): "gpt_bigcode gpt_neo",
-    Family("transformer.h", "mlp.fc_out"): "gptj codegen",
-    Family("transformer.h", "mlp.dense_4h_to_h"): "falcon",
-    Family("gpt_neox.layers", "mlp.dense_4h_to_h"): "gpt_neox",
-    Family("model.decoder.layers", "fc2"): "opt",
-    _moe("mlp", "mlp.experts.N.down_proj.weight"): "qwen3_moe olmoe flex_olmo mellum",
+    _GATED: "llama mistral ministral ministral3 qwen2 qwen3 granite granite_swa smollm3 seed_oss helium ernie4_5 "
+    "hunyuan_v1_dense cwm minicpm3 youtu hyperclovax qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
+    replace(_GATED, one_plus=True): "gemma vaultgemma",
+    replace(_GATED, one_plus=True, post_norm=True): "gemma2 gemma3_text",
+    replace(_GATED, post_norm=True): "gemma4_text olmo2 olmo3 exaone4",
+    replace(_GATED, centred=True): "stablelm olmo cohere cohere2",
+    _PACKED: "phi3 glm",
+    replace(_PACKED, post_norm=True): "glm4 glm4v_text",
+    Family("model.layers", "mlp.fc2"): "nanochat",
+    Family("model.layers", "mlp.fc2", centred=True): "phi",
+    Family("model.layers", "mlp.down_proj"): "arcee apertus",
+    Family("model.layers", "mlp.down_proj", centred=True): "jais2",
+    Family("model.layers", "mlp.down_proj", centred=True, one_plus=True): "nemotron",
+    Family("model.layers", "mlp.dense_4h_to_h", centred=True): "persimmon",
+    Family("model.layers", "fc2", centred=True): "xglm",
+    Family("model.layers", "mlp.c_proj", centred=True): "starcoder2",
+    Family("transformer.h", "mlp.c_proj", conv1d=True, centred=True): "gpt2",
+    Family("transformer.h", "mlp.c_proj", centred=True): "gpt_bigcode gpt_neo",
+    Family("transformer.h", "mlp.fc_out", centred=True): "gptj codegen",
+    Family("transformer.h", "mlp.dense_4h_to_h", centred=True): "falcon",
+    Family("gpt_neox.layers", "mlp.dense_4h_to_h", centred=True): "gpt_neox",
+    Family("model.decoder.layers", "fc2", centred=True): "opt",
+    _moe("mlp", "mlp.experts.N.down_proj.weight"): "qwen3_moe olmoe mellum",
+    _moe("mlp", "mlp.experts.N.down_proj.weight", post_norm=True): "flex_olmo",
     _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_expert.down_proj"): "qwen2_moe",
     _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_experts.down_proj"): "deepseek_v2 deepseek_v3 "
-    "glm4_moe glm4_moe_lite dots1 ernie4_5_moe exaone_moe afmoe solar_open glm4v_moe_text",
+    "glm4_moe glm4_moe_lite dots1 ernie4_5_moe exaone_moe solar_open glm4v_moe_text",
+    _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_experts.down_proj", post_norm=True): "afmoe",
     _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_mlp.down_proj"): "hunyuan_v1_moe",
     _moe("mlp", "block_sparse_moe.experts.N.w2.weight"): "mixtral phimoe minimax_m2",
     _moe("block_sparse_moe", "block_sparse_moe.output_linear.weight"): "granitemoe",
@@ -184,70 +193,6 @@ def _size(config: dict, what: str, *keys: str) -> int:
     raise FamilyError(f"config.json names no {what} ({', '.join(keys)})")
 
 
-# ---------------------------------------------------------------------------------------------------------- in memory
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers of a causal model of transformers, [L] modules. Raises FamilyError."""
-    family = family_of(model.config.to_dict())
-    try:
-        return model.get_submodule(family.layers)
-    except AttributeError:
-        children = ", ".join(name for name, _ in model.named_children())
-        raise FamilyError(
-            f"{type(model).__name__} has no {family.layers} (its modules: {children}): load it as a causal "
-            "language model, e.g. with AutoModelForCausalLM"
-        ) from None
-
-
-class Place(NamedTuple):
-    """Neurons `offset` to `offset + neurons` of a layer: the input (or output) of `module`.
-
-    experts: None for one projection; for a module of routed experts their number, each with `neurons` neurons.
-    """
-
-    module: nn.Module
-    offset: int
-    neurons: int
-    experts: int | None = None
-
-
-def places(model: nn.Module, site: Site) -> list[list[Place]]:
-    """Where the neurons of each layer are, [L] lists. The factor scales the input of `down`, the output of `gate`."""
-    family = family_of(model.config.to_dict())
-    path = family.module(site)
-    return [_places(layer, family, path) for layer in decoder_layers(model)]
-
-
-def _places(layer: nn.Module, family: Family, path: str) -> list[Place]:
-    found = []
-    if family.experts and _has(layer, family.experts):
-        experts = layer.get_submodule(family.experts)
-        count, a, b = experts.down_proj.shape
-        found.append(Place(experts, 0, a if family.transposed else b, count))
-        if family.shared and _has(layer, family.shared):
-            shared = layer.get_submodule(family.shared)
-            found.append(Place(shared, found[0].neurons * count, shared.weight.shape[1]))
-        return found
-    down = layer.get_submodule(family.down).weight
-    return [Place(layer.get_submodule(path), 0, down.shape[0 if family.conv1d else 1])]
-
-
-def _has(layer: nn.Module, path: str) -> bool:
-    parent, _, name = path.rpartition(".")
-    return hasattr(layer.get_submodule(parent), name)
-
-
-def num_neurons(model: nn.Module) -> int:
-    """F, the neurons of a layer: the intermediate size, or in a mixture of experts that of all experts together."""
-    return max(end(found) for found in places(model, "down"))
-
-
-def end(found: Sequence[Place | Slot]) -> int:
-    """How many neurons a layer has whose places (or slots) these are."""
-    return max(place.offset + place.neurons * (place.experts or 1) for place in found)
-
-
 # ------------------------------------------------------------------------------------------------------------ on disk
 
 
@@ -271,69 +216,106 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[
     `shapes` maps tensor names on disk to shapes. Raises FamilyError if a layer's tensor is absent or ambiguous.
     """
     family, count, size = family_of(config), num_layers(config), hidden_size(config)
-    stem = family.layers.rsplit(".", 1)[-1]
-    by_tail: dict[str, list[str]] = {}
-    for name in shapes:
-        if (match := re.search(rf"(?:^|\.){stem}\.(\d+\..+)$", name)) and not _OTHER_PARTS.search(name):
-            by_tail.setdefault(match[1], []).append(name)
-    found = {}
+    stack = _decoder(shapes, family, count)
+    result = {}
     for layer in range(count):
-        own = {tail.partition(".")[2]: names for tail, names in by_tail.items() if tail.startswith(f"{layer}.")}
-        found[layer] = _expert_slots(own, shapes, layer, family, size) or _dense_slots(own, shapes, layer, family, site)
-        if not found[layer]:
+        own = stack.get(layer, {})
+        result[layer] = _expert_slots(own, shapes, layer, family, size) or _dense_slots(
+            own, shapes, layer, family, site
+        )
+        if not result[layer]:
+            name = f"{family.layers.rpartition('.')[2]}.{layer}.{family.module(site)}.weight"
             raise FamilyError(
-                f"no tensor on disk for {stem}.{layer}.{family.module(site)}.weight of {shown(config['model_type'])}; "
-                f"feed-forward tensors found: {unknown_family_hint(shapes) or 'none'}"
+                f"no tensor on disk for {name} of {shown(config['model_type'])}; "
+                f"feed-forward tensors in the file: {unknown_family_hint(shapes) or 'none'}"
             )
-    return found
+    return result
 
 
-def layer_sizes(found: dict[int, list[Slot]]) -> list[int]:
-    """How many neurons each layer has, [L]."""
-    return [end(found[layer]) for layer in sorted(found)]
+def _decoder(shapes: Iterable[str], family: Family, count: int) -> dict[int, dict[str, str]]:
+    """The tensors of the decoder's layers: {layer: {name below the layer: full name}}. Raises FamilyError.
+
+    Other parts of a checkpoint have layers, too (vision towers, more prediction heads, draft models). They stand under
+    another prefix. The decoder's prefix is the one that has all `count` layers; where several have, the one that the
+    family names (`model.layers`).
+    """
+    stem = family.layers.rpartition(".")[2]
+    pattern = re.compile(rf"((?:.*?\.)??){re.escape(stem)}\.(\d+)\.(.+)")
+    stacks: dict[str, dict[int, dict[str, str]]] = {}
+    for name in shapes:
+        if (match := pattern.fullmatch(name)) and not _OTHER_PARTS.search(name):
+            prefix, layer, below = match.groups()
+            if layer == str(int(layer)) and int(layer) < count:
+                stacks.setdefault(prefix, {}).setdefault(int(layer), {})[below] = name
+    whole = [prefix for prefix, stack in stacks.items() if len(stack) == count]
+    if len(whole) > 1:
+        named = family.layers.removesuffix(stem)
+        whole = [prefix for prefix in whole if prefix == named] or whole
+    if len(whole) > 1:
+        raise FamilyError(
+            f"{len(whole)} parts of this checkpoint could be the decoder: "
+            f"{', '.join(f'{prefix}{stem}' for prefix in sorted(whole)[:3])}. Remove the others from the checkpoint"
+        )
+    best = whole[0] if whole else max(stacks, key=stacks.__len__, default="")
+    return stacks.get(best, {})
+
+
+def layer_sizes(by_layer: dict[int, list[Slot]]) -> list[int]:
+    """How many neurons each layer has, [L]. by_layer: of `slots`."""
+    return [end(by_layer[layer]) for layer in sorted(by_layer)]
+
+
+class Extent(Protocol):
+    """Neurons `offset` to `offset + neurons` of a layer, or of each of `experts`: a Slot, or a Place in memory."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def neurons(self) -> int: ...
+    @property
+    def experts(self) -> int | None: ...
+
+
+def end(places: Sequence[Extent]) -> int:
+    """How many neurons a layer has whose slots (or places in memory) these are."""
+    return max(place.offset + place.neurons * (place.experts or 1) for place in places)
 
 
 _OTHER_PARTS = re.compile(r"(?:^|[._])(?:vision|visual|audio)")  # towers have layers, too; only the text is edited
 
 
-def _only(names: list[str]) -> str:
-    if len(names) > 1:
-        raise FamilyError(f"{len(names)} tensors on disk could be the same one: {', '.join(names[:3])}")
-    return names[0]
-
-
-def _dense_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: Family, site: Site) -> list[Slot]:
-    """own: {name below the layer: full names}."""
+def _dense_slots(own: dict[str, str], shapes: dict, layer: int, family: Family, site: Site) -> list[Slot]:
+    """own: {name below the layer: full name}."""
     # W_down is [D, F] in nn.Linear and [F, D] in Conv1D; W_gate is [F, D], packed [2 F, D] with the gate first.
     axis, share = (0 if site == "gate" or family.conv1d else 1), (2 if site == "gate" and family.packed else 1)
     result = []
     for kind in ("weight", "bias") if site == "gate" else ("weight",):
-        if names := own.get(f"{family.module(site)}.{kind}"):
-            shape = _shape(_only(names), shapes, 2 if kind == "weight" else 1)
-            result.append(Slot(names[0], layer, axis, 0, shape[axis] // share))
+        if name := own.get(f"{family.module(site)}.{kind}"):
+            shape = _shape(name, shapes, 2 if kind == "weight" else 1)
+            result.append(Slot(name, layer, axis, 0, shape[axis] // share))
     return result if result and result[0].tensor.endswith("weight") else []
 
 
-def _expert_slots(own: dict[str, list[str]], shapes: dict, layer: int, family: Family, size: int) -> list[Slot]:
+def _expert_slots(own: dict[str, str], shapes: dict, layer: int, family: Family, size: int) -> list[Slot]:
     """own: as of `_dense_slots`; size: D."""
     if family.experts is None:
         return []
     result = []
     if "N" not in family.expert_down:
-        if names := own.get(family.expert_down):
-            experts, a, b = _shape(_only(names), shapes, 3)
+        if name := own.get(family.expert_down):
+            experts, a, b = _shape(name, shapes, 3)
             transposed = a != size if family.transposed is None else family.transposed  # as transformers decides it
-            result.append(Slot(names[0], layer, *((1, 0, a) if transposed else (2, 0, b)), experts))
+            result.append(Slot(name, layer, *((1, 0, a) if transposed else (2, 0, b)), experts))
     else:
         pattern = re.compile(re.escape(family.expert_down).replace("N", r"(\d+)"))
-        numbered = {int(match[1]): _only(names) for tail, names in own.items() if (match := pattern.fullmatch(tail))}
+        numbered = {int(match[1]): name for below, name in own.items() if (match := pattern.fullmatch(below))}
         if sorted(numbered) != list(range(len(numbered))):
             raise FamilyError(f"layer {layer} lacks the tensors of some experts: it has {len(numbered)}")
         for expert, name in sorted(numbered.items()):
             size = _shape(name, shapes, 2)[1]
             result.append(Slot(name, layer, 1, expert * size, size))
-    if result and family.shared and (names := own.get(f"{family.shared}.weight")):
-        result.append(Slot(_only(names), layer, 1, end(result), _shape(names[0], shapes, 2)[1]))
+    if result and family.shared and (name := own.get(f"{family.shared}.weight")):
+        result.append(Slot(name, layer, 1, end(result), _shape(name, shapes, 2)[1]))
     return result
 
 
@@ -349,29 +331,22 @@ class Readout(NamedTuple):
     centred: bool
 
 
-_CENTRED = (
-    "gpt2 gpt_bigcode gpt_neo gptj codegen falcon gpt_neox opt phi starcoder2 nemotron stablelm cohere cohere2 olmo "
-    "jais2 persimmon xglm"
-)
-_ONE_PLUS = "gemma gemma2 gemma3_text nemotron vaultgemma"
 _NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layer_norm")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 
 def readout(shapes: dict[str, tuple[int, ...]], config: dict) -> Readout | None:
     """The final norm and the unembedding on disk; None where the last layer's output does not fit the unembedding."""
-    kind = config["model_type"] if config["model_type"] in FAMILIES else text_part(config).get("model_type")
+    family = family_of(config)
     first = slots(shapes, config, "down")[0][0].tensor
-    stem = family_of(config).layers.rsplit(".", 1)[-1]
+    stem = family.layers.rpartition(".")[2]
     prefix = re.match(rf"((?:.*\.)?){stem}\.0\.", first)[1]
     heads = [name for name in shapes if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)]
     tied = [name for part in _EMBEDDINGS if (name := f"{prefix}{part}.weight") in shapes]
     norms = [name for part in _NORMS if (name := f"{prefix}{part}.weight") in shapes]
     if not (heads or tied) or (norms and shapes[norms[0]] != shapes[(heads or tied)[0]][1:]):
         return None
-    return Readout(
-        (heads or tied)[0], norms[0] if norms else None, float(kind in _ONE_PLUS.split()), kind in _CENTRED.split()
-    )
+    return Readout((heads or tied)[0], norms[0] if norms else None, float(family.one_plus), family.centred)
 
 
 def _shape(name: str, shapes: dict, dimensions: int) -> tuple[int, ...]:

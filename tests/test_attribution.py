@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from kbne_edit import attribute
 from kbne_edit.attribution.gradients import attributions
 from kbne_edit.errors import InputError
-from kbne_edit.families import decoder_layers
+from kbne_edit.models.places import decoder_layers
 from tiny import FAMILIES, MULTIMODAL, tiny_model
 
 PROMPT, ANSWER = [5, 17, 40, 8, 22, 31], [11, 12]
@@ -39,7 +39,7 @@ def test_captum(name, positions):
     """Captum scales h of one layer in the whole model's forward pass: no cache, no rows, one layer at a time."""
     from captum.attr import IntegratedGradients
 
-    from kbne_edit.families import places
+    from kbne_edit.models.places import places
 
     model = tiny_model(name)
     prompts = [PROMPT, PROMPT[2:]]  # the other one stands beside it, and makes no difference

@@ -13,9 +13,10 @@ from kbne_edit.attribution.gradients import attributions
 from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError
-from kbne_edit.families import end, places
+from kbne_edit.families import end
 from kbne_edit.models.experts import transposed
 from kbne_edit.models.loading import load_model
+from kbne_edit.models.places import places
 from tiny import MIXTURES, MULTIMODAL_MIXTURES, auto_class, tiny_model
 
 ALL = [*MIXTURES, *MULTIMODAL_MIXTURES]

@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from kbne_edit import Edit, fold, hooked, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
-from kbne_edit.families import family_of, num_neurons, places
+from kbne_edit.errors import FamilyError
+from kbne_edit.families import family_of, slots
+from kbne_edit.models.places import num_neurons, places
 from kbne_edit.proofs import verification
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, WHOLE, tiny_config, tiny_model
 
@@ -166,3 +168,48 @@ def test_every_family_is_under_the_contract():
 
     text_parts = {tiny_config(name).text_config.model_type for name in WHOLE}
     assert set(known) == {name.split("-")[0] for name in [*FAMILIES, *MIXTURES]} | text_parts
+
+
+def _stack(prefix, layers):
+    names = ("mlp.down_proj.weight", "mlp.gate_proj.weight", "self_attn.q_proj.weight")
+    return {f"{prefix}layers.{layer}.{name}": (8, 16) for layer in range(layers) for name in names}
+
+
+@pytest.mark.parametrize("other", ["mtp.", "draft.", "model.mtp.", "v_head.model."])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_more_prediction_heads_are_not_the_decoder(other, layers):
+    """They have a layer of the decoder's own shape, under another prefix."""
+    config = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": 8}
+    found = slots(_stack(other, 1) | _stack("model.", layers), config, "down")
+    assert [slot.tensor for layer in range(layers) for slot in found[layer]] == [
+        f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(layers)
+    ]
+
+
+def test_two_decoders_are_refused_by_name():
+    config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8}
+    with pytest.raises(FamilyError, match=r"student\.layers, teacher\.layers"):
+        slots(_stack("student.", 2) | _stack("teacher.", 2), config, "down")
+
+
+def test_slots_take_time_in_proportion_to_the_layers():
+    """Reads of the names are counted, not seconds."""
+
+    class Counted(dict):
+        reads = 0
+
+        def __iter__(self):
+            for name in super().__iter__():
+                Counted.reads += 1
+                yield name
+
+    counts = []
+    for layers in (20, 40):
+        Counted.reads = 0
+        slots(
+            Counted(_stack("model.", layers)),
+            {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": 8},
+            "down",
+        )
+        counts.append(Counted.reads)
+    assert counts[1] == 2 * counts[0]

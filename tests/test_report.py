@@ -17,7 +17,7 @@ from kbne_edit import Edit, fold, load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.disk.manifest import read_manifest, write_manifest
 from kbne_edit.edit import compare
-from kbne_edit.families import places
+from kbne_edit.models.places import places
 from kbne_edit.reporting.contents import build
 from kbne_edit.reporting.lens import columns, vocabulary, written
 from kbne_edit.reporting.page import render

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..families import Site, decoder_layers
+from ..families import Site
 from ..models.masks import longest
 from ..models.memory import ROWS
+from ..models.places import decoder_layers
 from ..progress import say
 from .quadrature import Adaptive, Fixed, Found, quadrature
 from .rows import Pack, Rows, Segment, trunk

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..families import Site, decoder_layers, num_neurons, places
+from ..families import Site
 from ..models.hooks import replaced, tapped
 from ..models.masks import attention_mask
+from ..models.places import decoder_layers, num_neurons, places
 from .quadrature import Found
 
 _HEAD_ROWS = 192  # rows that go through the head at once: it makes [R, V] logits, and reads its weights each time

@@ -26,9 +26,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ..disk.checkpoint import Checkpoint
 from ..errors import CheckpointError, InputError
-from ..families import decoder_layers, family_of, hidden_size, num_neurons
+from ..families import family_of, hidden_size
 from ..models.loading import foreign, load_config, model_class, quiet
 from ..models.memory import in_memory, streamed
+from ..models.places import decoder_layers, num_neurons
 from ..progress import progress, say
 
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

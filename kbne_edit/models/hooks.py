@@ -8,7 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..edit import Edit
-from ..families import Place, Site, end, places
+from ..families import Site, end
+from .places import Place, places
 
 if TYPE_CHECKING:
     import torch

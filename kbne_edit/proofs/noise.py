@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..edit import Edit
-from ..families import Place, places
 from ..models.experts import down_proj
 from ..models.hooks import replaced
+from ..models.places import Place, places
 
 
 @contextmanager

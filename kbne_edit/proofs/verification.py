@@ -356,8 +356,8 @@ def _run(model, probes: list[list[int]], tokens: int = 0) -> _Outcome:
     """Logits and routes of the probes, and greedy continuations of `tokens` tokens."""
     import torch
 
-    from ..families import places
     from ..models.experts import chosen
+    from ..models.places import places
 
     logits, texts, routes = [], [], []
     experts = [p.module for found in places(model, "down") for p in found if p.experts]

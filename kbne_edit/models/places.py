@@ -1,0 +1,67 @@
+"""Where a model in memory keeps its feed-forward neurons: modules, and which of their values are neurons."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import FamilyError
+from ..families import Family, Site, end, family_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers of a causal model of transformers, [L] modules. Raises FamilyError."""
+    family = family_of(model.config.to_dict())
+    try:
+        return model.get_submodule(family.layers)
+    except AttributeError:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise FamilyError(
+            f"{type(model).__name__} has no {family.layers} (its modules: {children}): load it as a causal "
+            "language model, e.g. with AutoModelForCausalLM"
+        ) from None
+
+
+class Place(NamedTuple):
+    """Neurons `offset` to `offset + neurons` of a layer: the input (or output) of `module`.
+
+    experts: None for one projection; for a module of routed experts their number, each with `neurons` neurons.
+    """
+
+    module: nn.Module
+    offset: int
+    neurons: int
+    experts: int | None = None
+
+
+def places(model: nn.Module, site: Site) -> list[list[Place]]:
+    """Where the neurons of each layer are, [L] lists. The factor scales the input of `down`, the output of `gate`."""
+    family = family_of(model.config.to_dict())
+    path = family.module(site)
+    return [_places(layer, family, path) for layer in decoder_layers(model)]
+
+
+def _places(layer: nn.Module, family: Family, path: str) -> list[Place]:
+    found = []
+    if family.experts and _has(layer, family.experts):
+        experts = layer.get_submodule(family.experts)
+        count, a, b = experts.down_proj.shape
+        found.append(Place(experts, 0, a if family.transposed else b, count))
+        if family.shared and _has(layer, family.shared):
+            shared = layer.get_submodule(family.shared)
+            found.append(Place(shared, found[0].neurons * count, shared.weight.shape[1]))
+        return found
+    down = layer.get_submodule(family.down).weight
+    return [Place(layer.get_submodule(path), 0, down.shape[0 if family.conv1d else 1])]
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    return hasattr(layer.get_submodule(parent), name)
+
+
+def num_neurons(model: nn.Module) -> int:
+    """F, the neurons of a layer: the intermediate size, or in a mixture of experts that of all experts together."""
+    return max(end(found) for found in places(model, "down"))
