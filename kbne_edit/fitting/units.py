@@ -1,0 +1,335 @@
+"""Units to which factors are fitted: facts about two groups and two attributes, put into sentences.
+
+A fact says which attribute is the stereotype of which group: X of group A, Y of group B. A unit puts one fact into one
+format, as the full square of four sentences, so that its margin splits into sentiment (X against Y, whoever), prior
+(A against B, whatever) and association (their interaction).
+
+Facts are lists, one file per type and language (`recipes/pairs/en/gender.yaml`), apart from the templates that make
+sentences of them (`recipes/pairs/en.yaml`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ..errors import InputError, RecipeError, shown
+from ..yamlfile import read_yaml
+from .wording import FORMATS, GROUP_FORMS, Reader, Template, Wording, fill, parse_wording
+
+MOST_BYTES, MOST_FACTS = 256 << 10, 5_000
+_LONGEST_ATTRIBUTE = 120
+_TONES = {"g": "good", "n": "neutral", "b": "bad"}
+_KEYS = ("kbne_pairs", "language", "type", "description", "groups", "facts", "wording")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Group a is stereotyped with attribute x, group b with attribute y.
+
+    a, b: the groups' plurals. x, y: verb phrases in the language's base form. tone_x, tone_y: good, neutral or bad,
+    as most readers would take the attribute. filler: a senseless attribute.
+    """
+
+    type: str
+    language: str
+    a: str
+    b: str
+    x: str
+    y: str
+    tone_x: str
+    tone_y: str
+    filler: str
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A continuation after its context (which may be empty); `text` is the whole.
+
+    question: for a unit in the format question, what a chat model is asked; `continuation` is then its answer, which
+    begins with a blank in languages that separate words.
+    """
+
+    context: str
+    continuation: str
+    question: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.context + self.continuation
+
+
+@dataclass(frozen=True)
+class Square:
+    """The four sentences of a unit, by group and attribute. ax and by are stereotyped, ay and bx are not."""
+
+    ax: Sentence
+    ay: Sentence
+    bx: Sentence
+    by: Sentence
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One fact in one format.
+
+    template: which of the format's templates. unrelated: two sentences that make no sense, in the context of ax and of
+    by. unknown: the two questions of the square, answered that it cannot be told; empty in other formats. Each shares
+    its context with two sentences of the square.
+    """
+
+    fact: Fact
+    format: str
+    template: int
+    square: Square
+    unrelated: tuple[Sentence, Sentence]
+    unknown: tuple[Sentence, ...] = ()
+
+    @property
+    def type(self) -> str:
+        return self.fact.type
+
+    @property
+    def sentences(self) -> tuple[Sentence, ...]:
+        """Every sentence: the square (ax, ay, bx, by), the unrelated ones, the unknown ones."""
+        square = self.square
+        return (square.ax, square.ay, square.bx, square.by, *self.unrelated, *self.unknown)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The facts of one file, with what is needed to put them into sentences. groups: forms by plural."""
+
+    type: str
+    language: str
+    groups: dict[str, dict[str, str]]
+    facts: tuple[Fact, ...]
+    wording: Wording
+
+
+def pair_languages() -> list[str]:
+    """Languages of the facts that come with the package."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def pair_names(language: str = "en") -> list[str]:
+    """Types of the facts that come with the package in a language."""
+    return sorted(path.stem for path in (_folder() / language).glob("*.yaml"))
+
+
+def load_units(
+    sources: Sequence[str | Path] | None = None,
+    formats: Sequence[str] = FORMATS,
+    language: str = "en",
+    per_fact: int = 1,
+) -> tuple[Unit, ...]:
+    """Units of the named types or files (None: all types that come with the package in a language).
+
+    Each fact is put into `per_fact` of the formats, so that every format takes the same share of every file; templates
+    rotate within a format, and so does which of the two groups is mentioned first. Adding facts at the end of a file
+    leaves the earlier units as they are. Raises RecipeError with all faults of a file.
+    """
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise InputError(f"{shown(unknown[0])} is no format of units: {', '.join(FORMATS)} are")
+    if not formats or not 1 <= per_fact <= len(formats):
+        raise InputError(f"{per_fact} formats per fact: there must be 1 to {max(1, len(formats))}, the formats given")
+    units: list[Unit] = []
+    for pairs in load_pairs(sources, language):
+        used = dict.fromkeys(formats, 0)
+        for index, fact in enumerate(pairs.facts):
+            for step in range(per_fact):
+                name = formats[(index + step) % len(formats)]
+                units.append(_unit(pairs, fact, name, used[name]))
+                used[name] += 1
+    return tuple(units)
+
+
+def load_pairs(sources: Sequence[str | Path] | None = None, language: str = "en") -> tuple[Pairs, ...]:
+    """The files of the named types, or files by path (None: all types of a language). Raises RecipeError."""
+    if sources is None:
+        sources = pair_names(language)
+    if not sources:
+        raise InputError(f"no pairs in the language {shown(language)}; there are: {', '.join(pair_languages())}")
+    return tuple(_load(str(_path(source, language))) for source in sources)
+
+
+def _path(source: str | Path, language: str) -> Path:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml", ".json"):
+        return path
+    if source not in pair_names(language):
+        known = ", ".join(pair_names(language)) or "none"
+        raise RecipeError(f"pairs {source}", [f"no such type in the language {language} ({known}), and no path"])
+    return _folder() / language / f"{source}.yaml"
+
+
+def _folder() -> Path:
+    """Inside the wheel the pairs lie in the package, in a checkout beside it."""
+    package = Path(__file__).parent.parent
+    inside = package / "recipes" / "pairs"
+    return inside if inside.is_dir() else package.parent / "recipes" / "pairs"
+
+
+def _load(path: str) -> Pairs:
+    reader = Reader(path)
+    data = reader.mapping(_document(path), "the file")
+    if data.get("kbne_pairs") != 1:
+        reader.faults.append(f"kbne_pairs is {shown(data.get('kbne_pairs'))}; this version reads 1")
+    reader.keys(data, _KEYS, "the file")
+    language = reader.text(data.get("language"), "language")
+    if "wording" in data:
+        wording = parse_wording(data["wording"], reader)
+    elif language in pair_languages():
+        wording = _wording(language)
+    else:
+        wording = None
+        reader.faults.append(
+            f"language {shown(language)} has no wording; there are: {', '.join(pair_languages())}, or `wording` here"
+        )
+    groups = _groups(data.get("groups"), reader)
+    kind = reader.text(data.get("type"), "type", 60)
+    facts = _facts(reader.mapping(data.get("facts"), "facts"), kind, wording, groups, reader) if wording else ()
+    if reader.faults:
+        raise RecipeError(path, reader.faults)
+    return Pairs(kind, language, groups, facts, wording)
+
+
+@lru_cache(maxsize=16)
+def _wording(language: str) -> Wording:
+    path = str(_folder() / f"{language}.yaml")
+    reader = Reader(path)
+    wording = parse_wording(_document(path), reader)
+    if wording is None:
+        raise RecipeError(path, reader.faults)
+    return wording
+
+
+def _document(path: str) -> object:
+    try:
+        return read_yaml(path, MOST_BYTES)[0]
+    except InputError as error:
+        raise RecipeError(path, [str(error)]) from None
+
+
+def _groups(data: object, reader: Reader) -> dict[str, dict[str, str]]:
+    """Forms of each group by its plural: `women: [a woman, the woman]`."""
+    groups = {}
+    for plural, forms in reader.mapping(data, "groups").items():
+        plural = reader.text(plural, "groups: the plural", _LONGEST_ATTRIBUTE)
+        texts = reader.texts(forms, f"groups.{plural}", 0)
+        if len(texts) != len(GROUP_FORMS) - 1:
+            reader.faults.append(f"groups.{plural} must list {len(GROUP_FORMS) - 1} forms: a person, the person")
+            continue
+        groups[plural] = dict(zip(GROUP_FORMS, (plural, *texts), strict=True))
+    return groups
+
+
+def _facts(data: dict, kind: str, wording: Wording, groups: dict, reader: Reader) -> tuple[Fact, ...]:
+    """Facts by pair of groups: `women / men: [[gossip, argue, bb], …]`."""
+    facts: list[Fact] = []
+    seen: set[tuple[str, str]] = set()
+    for pair, rows in data.items():
+        names = tuple(reader.text(pair, "facts: a pair of groups").split(" / "))
+        if len(names) != 2 or names[0] == names[1] or not set(names) <= groups.keys():
+            reader.faults.append(f"facts: {shown(pair)} must be two groups of this file, with ' / ' between them")
+            continue
+        if not isinstance(rows, list):
+            reader.faults.append(f"facts.{pair} must be a list")
+            continue
+        for index, row in enumerate(rows):
+            where = f"facts.{pair}[{index}]"
+            fact = _fact(row, (kind, names), len(facts), wording, reader, where)
+            if fact is None:
+                continue
+            stands = {(fact.a, fact.x), (fact.b, fact.y)}
+            if seen >= stands:
+                reader.faults.append(f"{where}: this fact stands twice")
+            seen |= stands
+            facts.append(fact)
+    if not 1 <= len(facts) <= MOST_FACTS:
+        reader.faults.append(f"facts: there are {len(facts)}; there must be 1 to {MOST_FACTS}")
+    return tuple(facts)
+
+
+def _fact(row: object, of: tuple, number: int, wording: Wording, reader: Reader, where: str) -> Fact | None:
+    kind, (a, b) = of
+    if not isinstance(row, list) or len(row) != 3:
+        reader.faults.append(f"{where} must list the attribute of {a}, that of {b}, and their tones, such as bb")
+        return None
+    x, y = (reader.text(value, f"{where}[{i}]", _LONGEST_ATTRIBUTE) for i, value in enumerate(row[:2]))
+    tones = row[2]
+    if not isinstance(tones, str) or len(tones) != 2 or not set(tones) <= _TONES.keys():
+        reader.faults.append(f"{where}: {shown(tones)} must be two letters of g (good), n (neutral), b (bad)")
+        return None
+    if x == y:
+        reader.faults.append(f"{where}: both attributes are the same")
+    for attribute in (x, y):
+        try:
+            wording.inflect(attribute, wording.attribute_forms[-1])
+        except LookupError as error:
+            reader.faults.append(f"{where}: {error}")
+    filler = wording.fillers[number % len(wording.fillers)]
+    return Fact(kind, wording.language, a, b, x, y, _TONES[tones[0]], _TONES[tones[1]], filler)
+
+
+def _unit(pairs: Pairs, fact: Fact, name: str, number: int) -> Unit:
+    """The unit of a fact in a format; number: of the format's earlier units, which chooses the template."""
+    templates = pairs.wording.templates[name]
+    index = number % len(templates)
+    writer = _Writer(pairs, fact, templates[index], number)
+    square = Square(
+        writer.sentence(fact.a, fact.x),
+        writer.sentence(fact.a, fact.y),
+        writer.sentence(fact.b, fact.x),
+        writer.sentence(fact.b, fact.y),
+    )
+    unrelated = (writer.unrelated(fact.a, fact.x), writer.unrelated(fact.b, fact.y))
+    unknown = ()
+    if name == "question":
+        unknown = (writer.answer(fact.a, fact.x, writer.template.unknown),)
+        unknown += (writer.answer(fact.b, fact.y, writer.template.unknown),)
+    return Unit(fact, name, index, square, unrelated, unknown)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the sentences of one fact by one template."""
+
+    pairs: Pairs
+    fact: Fact
+    template: Template
+    number: int
+
+    def sentence(self, group: str, attribute: str) -> Sentence:
+        return self.answer(group, attribute, self.template.continuation)
+
+    def unrelated(self, group: str, attribute: str) -> Sentence:
+        """Senseless: an answer of its own, or the filler in the attribute's place."""
+        if self.template.unrelated:
+            return self.answer(group, attribute, self.template.unrelated)
+        return self.sentence(group, self.fact.filler)
+
+    def answer(self, group: str, attribute: str, text: str) -> Sentence:
+        values = self._values(group, attribute)
+        continuation = fill(text, values)
+        context = fill(self.template.context, values)
+        if not context:
+            return Sentence("", continuation)
+        question = ""
+        if wrappers := self.template.wrappers:
+            question = context
+            context = wrappers[self.number % len(wrappers)].replace("{question}", question)
+        space = "" if context[-1].isspace() else self.pairs.wording.space
+        return Sentence(context, space + continuation, question)
+
+    def _values(self, group: str, attribute: str) -> dict[tuple[str, str], str]:
+        wording, order = self.pairs.wording, (self.fact.a, self.fact.b)
+        if self.number // len(wording.templates[self.template.format]) % 2:
+            order = order[::-1]
+        values = {("attribute", form): wording.inflect(attribute, form) for form in wording.attribute_forms}
+        for slot, name in (("group", group), ("first", order[0]), ("second", order[1])):
+            values |= {(slot, form): text for form, text in self.pairs.groups[name].items()}
+        values["thing", ""] = wording.things[self.number % len(wording.things)]
+        return values
