@@ -44,7 +44,7 @@ from kbne_edit.evaluation.tasks import benchmarks
 demo, folder, *names = sys.argv[1:]
 scorer = Scorer(load_model(Path(demo), torch.float32), load_tokenizer(Path(demo)))
 found = [benchmarks(names, data, None, load_recipe("demo"), scorer, scorer.tokenizer) for data in (None, Path(folder))]
-print(json.dumps([{m.name: [m.pairs, m.sizes, m.groups, m.stories] for m in marks} for marks in found]))
+print(json.dumps([{m.name: [m.pairs, m.sizes, m.groups, m.clusters] for m in marks} for marks in found]))
 """
 
 

@@ -88,7 +88,7 @@ def _mark(name, stories, groups):
 def _sides(marks, stories=("s", "t"), seed=0):
     """The stories of each half: [{task: stories}, …]."""
     texts = [[1, i] for i in range(len(stories))]
-    return [{mark.name: list(mark.stories) for mark in half.marks} for half in halves(marks, stories, texts, seed)]
+    return [{mark.name: list(mark.clusters) for mark in half.marks} for half in halves(marks, stories, texts, seed)]
 
 
 def test_halves_share_out_every_group_and_keep_stories_together():
@@ -134,7 +134,7 @@ def test_bbq_is_split_by_its_questions(scorer, tmp_path):
     (mark,) = benchmarks(["bbq"], tmp_path, None, load_recipe("demo"), scorer, scorer.tokenizer)
     dev, test = _sides([mark])
     assert dev["bbq"] and test["bbq"] and not set(dev["bbq"]) & set(test["bbq"])
-    assert Counter(mark.stories) == Counter(f"{row['category']} {row['question_index']}" for row in rows)
+    assert Counter(mark.clusters) == Counter(f"{row['category']} {row['question_index']}" for row in rows)
 
 
 def test_items_taken_are_those_of_the_task(scorer, tmp_path):
@@ -146,7 +146,7 @@ def test_items_taken_are_those_of_the_task(scorer, tmp_path):
         part = mark.take(items)
         every = mark.columns(scorer.score(mark.pairs))
         np.testing.assert_allclose(part.columns(scorer.score(part.pairs)), every[items], atol=PER_TOKEN)
-        assert part.groups == [mark.groups[i] for i in items] and part.stories == [mark.stories[i] for i in items]
+        assert part.groups == [mark.groups[i] for i in items] and part.clusters == [mark.clusters[i] for i in items]
 
 
 # ---------------------------------------------------------------------------------------------------------- the sweep

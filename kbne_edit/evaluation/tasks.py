@@ -87,8 +87,9 @@ class Figure:
 class Benchmark:
     """A task ready to be scored. pairs: of all items in order, `sizes[i]` of item i. groups: a name per item.
 
-    read: an item's number and answers -> its columns [k]. stories: a text per item; items that share it tell of the
-    same thing, so no split may part them.
+    read: an item's number and answers -> its columns [k]. clusters: a name per item; items that share it tell of the
+    same thing (a StereoSet target, the words that a CrowS-Pairs pair exchanges, a question of BBQ, a twin, a scenario).
+    They are not independent: they are resampled, exchanged and split together, also across tasks.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Benchmark:
     groups: list[str]
     read: Callable[[int, list[Answer]], Sequence[float]]
     figures: tuple[Figure, ...]
-    stories: Sequence[str] = ()
+    clusters: Sequence[str] = ()
 
     def take(self, items: Sequence[int]) -> Benchmark:
         """The task with these of its items only."""
@@ -107,7 +108,7 @@ class Benchmark:
             self,
             pairs=[pair for i in items for pair in self.pairs[starts[i] : starts[i + 1]]],
             read=lambda i, answers: self.read(items[i], answers),
-            **{name: [getattr(self, name)[i] for i in items] for name in ("sizes", "groups", "stories")},
+            **{name: [getattr(self, name)[i] for i in items] for name in ("sizes", "groups", "clusters")},
         )
 
     def columns(self, answers: Sequence[tuple[float, bool]]) -> np.ndarray:
@@ -282,11 +283,11 @@ def _lm_eval(name: str, data: Path | None, limit: int | None, scorer) -> Benchma
     kind, figures, read, group = _reader(kind, task, docs)
     pairs = scorer.encode_pairs([instance.args for of_item in instances for instance in of_item])
     # BBQ asks some sixty variants of each question, and lm-eval's columns keep its number; else an item is its text.
-    stories = [
+    clusters = [
         f"{doc['category']} {doc.get('question_index')}" if name == "bbq" else "".join(of_item[0].args)
         for doc, of_item in zip(docs, instances, strict=True)
     ]
-    return Benchmark(name, kind, pairs, list(map(len, instances)), [group(doc) for doc in docs], read, figures, stories)
+    return Benchmark(name, kind, pairs, list(map(len, instances)), [group(doc) for doc in docs], read, figures, clusters)
 
 
 def _requests(task, name: str, number: int, doc: dict) -> list:
@@ -349,9 +350,9 @@ def _own(name: str, recipe: Recipe, scorer, tokenizer, limit: int | None) -> Ben
             raise NoDataError(f"probes: the recipe {recipe.name} has none")
         pairs = scorer.encode_pairs([("", text) for p in probes for text in (p.first, p.second)])
         read = lambda _, answers: _preference(float(answers[0].logprob > answers[1].logprob), answers)  # noqa: E731
-        groups, stories = [p.dimension for p in probes], [f"{p.first} {p.second}" for p in probes]
+        groups, clusters = [p.dimension for p in probes], [f"{p.first} {p.second}" for p in probes]
         figures = _PREFERENCE if recipe.aim == "balance" else _AVOIDED
-        return Benchmark(name, "bias", pairs, [2] * len(probes), groups, read, figures, stories)
+        return Benchmark(name, "bias", pairs, [2] * len(probes), groups, read, figures, clusters)
     return _knowledge(name, recipe, tokenizer, limit)
 
 
@@ -376,5 +377,5 @@ def _knowledge(name: str, recipe: Recipe, tokenizer, limit: int | None) -> Bench
         right = p.pop(asked[i].answer)
         return [float(right > max(p.values()))]
 
-    groups, stories = [question.dimension for question in asked], [question.text for question in asked]
-    return Benchmark(name, "knowledge", pairs, [len(surfaces)] * len(asked), groups, read, _ACCURACY, stories)
+    groups, clusters = [question.dimension for question in asked], [question.text for question in asked]
+    return Benchmark(name, "knowledge", pairs, [len(surfaces)] * len(asked), groups, read, _ACCURACY, clusters)

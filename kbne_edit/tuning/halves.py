@@ -43,7 +43,7 @@ def halves(
     Raises InputError where a half would be empty.
     """
     side: dict[str, int] = {}
-    dealt = [_deal(mark.name, mark.stories, mark.groups, side, seed) for mark in marks]
+    dealt = [_deal(mark.name, mark.clusters, mark.groups, side, seed) for mark in marks]
     neutral = _deal("neutral text", stories, [""] * len(stories), side, seed)
     dev, test = (
         Half(
