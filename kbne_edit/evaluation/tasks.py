@@ -287,7 +287,9 @@ def _lm_eval(name: str, data: Path | None, limit: int | None, scorer) -> Benchma
         f"{doc['category']} {doc.get('question_index')}" if name == "bbq" else "".join(of_item[0].args)
         for doc, of_item in zip(docs, instances, strict=True)
     ]
-    return Benchmark(name, kind, pairs, list(map(len, instances)), [group(doc) for doc in docs], read, figures, clusters)
+    return Benchmark(
+        name, kind, pairs, list(map(len, instances)), [group(doc) for doc in docs], read, figures, clusters
+    )
 
 
 def _requests(task, name: str, number: int, doc: dict) -> list:
