@@ -147,11 +147,12 @@ def _skeleton(checkpoint: Checkpoint) -> nn.Module:
     with foreign(checkpoint.path), _Unallocated():
         config = load_config(checkpoint.path)
         model = model_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
+        _empty(model)  # norms start with ones, which would hide that their weight is missing
     return model.eval().requires_grad_(False)
 
 
-def _empty(layer: nn.Module) -> None:
-    """Let go of a layer's weights; its buffers stay."""
-    for module in layer.modules():
+def _empty(part: nn.Module) -> None:
+    """Let go of the weights of a layer, or of a model; buffers stay."""
+    for module in part.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))

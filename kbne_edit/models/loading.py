@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, KbneError, short
+from ..errors import CheckpointError, KbneError, one_line, short, shown
 from ..families import TEXT_ALONE, text_part
 
 if TYPE_CHECKING:
@@ -48,30 +48,107 @@ def foreign(path: Path) -> Iterator[None]:
 def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
     """The causal model of a directory, by plain transformers. Never runs code from the checkpoint.
 
-    Raises CheckpointError.
+    Raises CheckpointError, also where weights are missing or of other shapes: transformers would make up random ones.
     """
     spread = {"device_map": "auto"} if device == "auto" else {}
     with foreign(path):
         config = load_config(path)
-        # experts: the hooks run them one by one, as "eager" does; other kernels add in another order.
-        model = model_class(config).from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            experts_implementation="eager",
-            **spread,
-        )
+        with _conversions():
+            # experts: the hooks run them one by one, as "eager" does; other kernels add in another order.
+            # ignore_mismatched_sizes: the error that it suppresses does not say which tensor; ours does.
+            model, report = model_class(config).from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                experts_implementation="eager",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **spread,
+            )
+        if faults := _faults(report):
+            raise CheckpointError(f"{path} does not hold this model's weights: {faults}")
         model = model.eval().requires_grad_(False)
         return model if spread else model.to(device)
 
 
+@contextmanager
+def _conversions() -> Iterator[None]:
+    """transformers says only in its log which tensors it could not put together: put that into the error."""
+    import logging
+
+    records: list[logging.LogRecord] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            records.append(record)
+
+    log, keep = logging.getLogger("transformers.modeling_utils"), Keep()
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    log.addHandler(keep)
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(record.getMessage() for record in records)
+        if "CONVERSION" not in text:
+            raise
+        rows = [line.split("|")[0].strip() for line in text.splitlines() if "CONVERSION" in line and "|" in line]
+        raise CheckpointError(f"transformers cannot put these tensors together: {_some(rows)}") from error
+    finally:
+        log.removeHandler(keep)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+def _faults(report: dict) -> str:
+    """What transformers' report of a load says against using the model; "" if nothing does."""
+    faults = []
+    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        faults.append(f"it lacks {_some(missing)}, which transformers would fill with random numbers")
+        prefixes = {name.removesuffix(key) for key in missing for name in unknown if name.endswith(f".{key}")}
+        if len(prefixes) == 1:
+            faults.append(f"its names begin with {shown(prefixes.pop())}: save the model again without that wrapper")
+        elif unknown:
+            faults.append(f"it has {_some(unknown)}, which the model does not: is it a reward model or a classifier?")
+        else:
+            faults.append("take the complete checkpoint")
+    for name, on_disk, expected in sorted(report["mismatched_keys"])[:3]:
+        faults.append(
+            f"{one_line(name)} has shape {list(on_disk)}, but config.json makes it {list(expected)}: one of the two is "
+            "of another model"
+        )
+    return "; ".join(faults)
+
+
+def _some(names: list[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return one_line(", ".join(name[:80] for name in names[:3])) + more
+
+
 def load_config(path: Path):
-    """transformers' configuration of a directory. Never runs code from it."""
+    """transformers' configuration of a directory. Never runs code from it.
+
+    Raises CheckpointError where transformers would load something else than the directory's own weights.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds a PEFT adapter beside the weights, and transformers would load both: merge it first "
+            "(merge_and_unload), or move adapter_config.json away"
+        )
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if other := getattr(config, "transformers_weights", None):
+        raise CheckpointError(
+            f"{path / 'config.json'} names other weights (transformers_weights: {shown(other)}), which transformers "
+            "would load: remove that line"
+        )
+    return config
 
 
 def model_class(config):
