@@ -33,7 +33,8 @@ from kbne_edit.evaluation.tasks import Answer, benchmarks
 from kbne_edit.families import layer_sizes, slots
 from kbne_edit.hub.source import resolved
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.selection.select import described, selection
+from kbne_edit.rule import Rule
+from kbne_edit.selection.select import selection
 from kbne_edit.statistics import change, interval, least_change, wilson
 from kbne_edit.tuning.halves import halves
 
@@ -132,12 +133,12 @@ class Bench:
 def measured(bench, scores, rule):
     """The cells of one row, but for the first."""
     try:
-        chosen = selection(scores, **rule)
+        chosen = selection(scores, Rule.from_dict(rule))
     except EditError:
-        return [described({"tau": 0.1, "beta": 0.1, "combine": "union"} | rule), 0, *["none"] * (len(HEAD) - 3)]
+        return [Rule.from_dict(rule).describe(), 0, *["none"] * (len(HEAD) - 3)]
     shared, total = (sum(column) for column in zip(*chosen.unseen(), strict=True))
     overlap = share(shared / total, *wilson(shared / 2, total / 2)) if total else "none selected"
-    cells = [described(chosen.edit.found["select"]), chosen.edit.num_neurons, overlap]
+    cells = [chosen.rule.describe(), chosen.edit.num_neurons, overlap]
     factor, dev, kl = best_factor(bench, chosen.edit)
     edit, base = chosen.edit.with_factor(factor), bench.base["test"]
     after = bench.margins("test", edit)

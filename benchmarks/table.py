@@ -25,6 +25,7 @@ from kbne_edit.evaluation.scoring import Scorer
 from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import load_recipe
+from kbne_edit.rule import Rule
 from kbne_edit.selection.select import selection
 from kbne_edit.statistics import change, interval
 
@@ -85,7 +86,7 @@ def edits(checkpoint, path, contrastive_tau):
         rules[f"paper's rule without {left_out}, factor 2"] = dict(rule="paper", factor=2.0, only=only)
     for name, rule in rules.items():
         try:
-            chosen = selection(scores, **rule)
+            chosen = selection(scores, Rule.from_dict(rule), factor=rule["factor"], only=rule.get("only"))
         except EditError:
             print(f"{name}: selects nothing")
             continue
@@ -93,7 +94,7 @@ def edits(checkpoint, path, contrastive_tau):
             print(f"{name}: the same edit as {twin}")
             continue
         summary = chosen.summary()
-        found[name] = chosen.edit, summary["controls_overlap"] / summary["neurons"]
+        found[name] = chosen.edit, summary.controls_share
     others = controls(found["paper's rule, factor 2"][0], checkpoint, 1, path)
     found["random neurons, factor 2"] = others["random 1"], None
     found["control questions' neurons, factor 2"] = others["control questions"], None

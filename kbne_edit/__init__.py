@@ -23,6 +23,7 @@ _PUBLIC = {
     "load_scores": "attribution.scores",
     "locate": "locating",
     "bake": "baking",
+    "Rule": "rule",
     "select": "selection.select",
     "tune": "tuning.tune",
     "verify": "proofs.verification",

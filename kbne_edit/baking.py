@@ -100,7 +100,7 @@ def _found(found: Source, checkpoint, recipe: Recipe, folder: Path, settings: Se
     edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=found.label, commit=found.commit)
     edit.save(folder / "edit.json")
     summary["work"] = str(folder)
-    summary["selection"] = chosen.summary()
+    summary["selection"] = chosen.summary().to_dict()
     summary["attribution"] = attribution_summary(scores)
     return edit
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .disk.checkpoint import Checkpoint
 from .distributed import LOCAL_RANK, LOCAL_SIZE, Team, team
@@ -17,10 +17,12 @@ from .hub.source import Source, resolved
 from .models import memory
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
+from .rule import Rule
 
 if TYPE_CHECKING:
     from .attribution.gradients import Attribution
     from .attribution.scores import Scores
+    from .selection.select import Selection
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Settings:
     beta: float | None = None
     top: float | None = None
     combine: str | None = None
+    same_sign: bool | None = None
     dimensions: tuple[str, ...] | None = None
     factor: float | None = None
     answers: dict[str, list[str]] | None = None
@@ -180,8 +183,15 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     return Streamed(checkpoint, budget)
 
 
-def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> dict:
-    """Rule and thresholds that recipe and settings ask for, as arguments of `select`."""
+class Choice(NamedTuple):
+    """The rule, and which questions take part: False leaves one out."""
+
+    rule: Rule
+    only: list[bool]
+
+
+def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> Choice:
+    """What recipe and settings ask for, as arguments of `select`."""
     known = {question.dimension for question in scores.questions if not question.control}
     if unknown := set(settings.dimensions or ()) - known:
         raise InputError(f"no question is of {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
@@ -190,21 +200,24 @@ def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> dict:
         (question.control or question.dimension in wanted) and (bool(right) or not settings.drop_wrong)
         for question, right in zip(scores.questions, scores.correct, strict=True)
     ]
-    given = {key: getattr(settings, key) for key in ("rule", "tau", "beta", "top", "combine")}
+    given = {key: getattr(settings, key) for key in ("tau", "beta", "top", "combine", "same_sign")}
     given = {key: value for key, value in given.items() if value is not None}
-    rule = recipe.select | ({"top": None} if "tau" in given else {}) | given
-    if rule["rule"] == "specific" and {"tau", "beta"} & set(given):
+    if settings.rule is not None:
+        given["name"] = settings.rule
+    rule = replace(recipe.select, **({"top": None} if "tau" in given else {}) | given)
+    if rule.name == "specific" and {"tau", "beta"} & set(given):
         raise InputError("the specific rule has neither --tau nor --beta: choose how many neurons with --top")
-    return rule | {"only": only}
+    return Choice(rule, only)
 
 
-def choose(scores: Scores, recipe: Recipe, settings: Settings):
+def choose(scores: Scores, recipe: Recipe, settings: Settings) -> Selection:
     """The selection that recipe and settings ask for, from finished scores. Returns a `Selection`."""
     from .selection.select import selection
     from .selection.stability import stability
 
-    rule = choosing(scores, recipe, settings)
-    chosen = selection(scores, **rule, factor=recipe.factor if settings.factor is None else settings.factor)
+    rule, only = choosing(scores, recipe, settings)
+    factor = recipe.factor if settings.factor is None else settings.factor
+    chosen = selection(scores, rule, factor=factor, only=only)
     if settings.min_stability is None:
         return chosen
-    return chosen.stable(stability(scores, **rule)["neurons"], settings.min_stability)
+    return chosen.stable(stability(scores, rule, only=only), settings.min_stability)

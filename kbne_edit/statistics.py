@@ -1,16 +1,24 @@
 """Paired statistics: what can be said about items that were measured before and after.
 
 Every figure here is a function of column means: a share of items is the mean of a 0/1 column, ICAT and bias scores
-combine two or three such means. So resampling items is one matrix product, resample counts [R, n] @ columns [n, k],
+combine two or three such means. So resampling items is one matrix product, resample counts [R, m] @ sums [m, k],
 and one function serves the figure, its interval and its test.
 
-Legend: n items (paired: item i is the same before and after), k columns, R resamples.
+Items that hang together (the sentences of a twin, the variants of a question) carry the same number in `clusters` and
+are drawn, and exchanged, together. None: each item is a cluster of its own.
+
+Intervals are percentile intervals of the bootstrap with the tails of Student's t for the number of clusters (Hesterberg
+2015, "expanded percentile"): the plain ones are too narrow by a tenth for ten clusters.
+
+Legend: n items (paired: item i is the same before and after), m clusters, k columns, R resamples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +26,26 @@ Figure = Callable[[np.ndarray], np.ndarray]  # column means [..., k] -> the figu
 
 _RESAMPLES = 2000
 _PERMUTATIONS = 9999  # with the observed one 10 000: the smallest p is 1e-4
-_CELLS = 4_000_000  # of one block [R, n]: bounds memory
+_CELLS = 4_000_000  # of one block [R, m]: bounds memory
+
+
+class Interval(NamedTuple):
+    """A figure and the ends of its 95 % interval. As JSON it is the list [value, low, high]."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def side(self) -> int:
+        """-1 if all of it lies below 0, 1 if all lies above, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+    @classmethod
+    def from_list(cls, values: Sequence[float]) -> Interval:
+        """Of three numbers, as JSON holds them. Raises ValueError."""
+        value, low, high = map(float, values)
+        return cls(value, low, high)
 
 
 def mean(columns: np.ndarray) -> np.ndarray:
@@ -26,49 +53,102 @@ def mean(columns: np.ndarray) -> np.ndarray:
     return columns[..., 0]
 
 
-def interval(columns: np.ndarray, figure: Figure = mean, resamples: int = _RESAMPLES) -> list[float]:
-    """[figure, low, high]: 95 % percentile bootstrap over items, seeded. columns: [n] or [n, k]."""
-    return pooled([(columns[:, None] if columns.ndim == 1 else columns, figure)], resamples)
+def interval(
+    columns: np.ndarray, figure: Figure = mean, resamples: int = _RESAMPLES, clusters: Sequence | None = None
+) -> Interval:
+    """A figure with its 95 % bootstrap interval over items, seeded. columns: [n] or [n, k]."""
+    return pooled([Part(columns[:, None] if columns.ndim == 1 else columns, figure, clusters)], resamples)
 
 
 def side(*intervals: Sequence[float]) -> int:
-    """-1 if each [figure, low, high] lies below 0, 1 if each lies above, else 0."""
-    return all(low > 0 for _, low, _ in intervals) - all(high < 0 for _, _, high in intervals)
+    """-1 if each interval lies below 0, 1 if each lies above, else 0."""
+    sides = {Interval(*interval).side for interval in intervals}
+    return sides.pop() if len(sides) == 1 else 0
 
 
-def pooled(parts: Sequence[tuple[np.ndarray, Figure]], resamples: int = _RESAMPLES) -> list[float]:
-    """[mean of several figures, low, high], each figure's items drawn on their own. parts: (columns [n, k], figure)."""
-    draws = [
-        np.concatenate([np.atleast_1d(figure(means)) for means in _resampled(columns, resamples, seed)])
-        for seed, (columns, figure) in enumerate(parts)
-    ]
-    low, high = np.nanquantile(np.mean(draws, 0), [0.025, 0.975])
-    return [float(np.mean([figure(columns.mean(0)) for columns, figure in parts])), float(low), float(high)]
+class Part(NamedTuple):
+    """One of several figures that are averaged. columns: [n, k]; clusters: [n]."""
+
+    columns: np.ndarray
+    figure: Figure = mean
+    clusters: Sequence | None = None
 
 
-def change(before: Sequence[np.ndarray], after: Sequence[np.ndarray], figure: Figure = mean) -> list[float]:
-    """[figure after - figure before, low, high], the same items drawn for all.
+def pooled(parts: Sequence[Part], resamples: int = _RESAMPLES) -> Interval:
+    """The mean of several figures, each figure's items drawn on their own."""
+    parts = [Part(*part) for part in parts]
+    draws, count = [], 0
+    for seed, part in enumerate(parts):
+        sums, sizes = _by_cluster(part.columns, part.clusters)
+        means = _resampled(sums, sizes, resamples, seed)
+        draws.append(np.concatenate([np.atleast_1d(part.figure(block)) for block in means]))
+        count = min(count, len(sums)) if count else len(sums)
+    low, high = np.nanquantile(np.mean(draws, 0), _tails(count))
+    value = float(np.mean([part.figure(part.columns.mean(0)) for part in parts]))
+    return Interval(value, float(low), float(high))
 
-    before, after: arrays [n, k] of the same items; the figures of several (draws of a control) are averaged.
+
+def change(
+    before: Sequence[np.ndarray], after: Sequence[np.ndarray], figure: Figure = mean, clusters: Sequence | None = None
+) -> Interval:
+    """Figure after less figure before, the same items drawn for all.
+
+    before, after: arrays [n, k] of the same items. Where one of them holds several arrays (random draws of a control),
+    their figures are averaged, and the draws are resampled with the items: their spread is part of the interval.
     """
-    k = before[0].shape[1]
+    sums, sizes = _by_cluster(np.concatenate([*before, *after], 1), clusters)
+    k, rng = before[0].shape[1], np.random.default_rng(1)
 
     def average(means: np.ndarray, first: int, count: int) -> np.ndarray:
-        return sum(figure(means[..., i * k : (i + 1) * k]) for i in range(first, first + count)) / count
+        values = np.stack([figure(means[..., i * k : (i + 1) * k]) for i in range(first, first + count)], -1)
+        if count == 1:
+            return values[..., 0]
+        weights = rng.multinomial(count, np.full(count, 1 / count), len(means)) if means.ndim > 1 else 1.0
+        return (values * weights).sum(-1) / count
 
     def difference(means: np.ndarray) -> np.ndarray:
         return average(means, len(before), len(after)) - average(means, 0, len(before))
 
-    return interval(np.concatenate([*before, *after], 1), difference)
+    draws = np.concatenate([difference(means) for means in _resampled(sums, sizes, _RESAMPLES, 0)])
+    low, high = np.nanquantile(draws, _tails(len(sums)))
+    return Interval(float(difference(sums.sum(0) / sizes.sum())), float(low), float(high))
 
 
-def _resampled(columns: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Column means [r, k] of resampled items, block by block."""
-    rng, n = np.random.default_rng(seed), len(columns)
-    for size in _blocks(resamples, n):
-        index = rng.integers(0, n, (size, n))
-        counts = np.bincount((index + n * np.arange(size)[:, None]).ravel(), minlength=size * n).reshape(size, n)
-        yield counts @ columns / n
+def _by_cluster(columns: np.ndarray, clusters: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
+    """(sums [m, k] of each cluster's items, their numbers [m])."""
+    if clusters is None:
+        return columns, np.ones(len(columns))
+    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.zeros((place.max(initial=-1) + 1, columns.shape[1]))
+    np.add.at(sums, place, columns)
+    return sums, np.bincount(place).astype(float)
+
+
+def _tails(count: int) -> list[float]:
+    """Levels of the two ends: those of a normal distribution that reach as far as Student's t with count - 1."""
+    if count < 2:
+        return [0.0, 1.0]
+    reach = math.sqrt(count / (count - 1)) * _student(count - 1)
+    level = NormalDist().cdf(-reach)
+    return [level, 1 - level]
+
+
+def _student(freedom: int) -> float:
+    """The quantile at .975 of Student's t (Hill's expansion; below 3 degrees of freedom exact)."""
+    if freedom < 3:
+        return {1: 12.706, 2: 4.303}[freedom]
+    z, v = 1.959964, float(freedom)
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / v**power for power, term in enumerate(terms, 1))
+
+
+def _resampled(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Column means [r, k] of resampled clusters, block by block. sums: [m, k]; sizes: [m]."""
+    rng, m = np.random.default_rng(seed), len(sums)
+    for size in _blocks(resamples, m):
+        index = rng.integers(0, m, (size, m))
+        counts = np.bincount((index + m * np.arange(size)[:, None]).ravel(), minlength=size * m).reshape(size, m)
+        yield counts @ sums / (counts @ sizes)[:, None]
 
 
 def _blocks(total: int, n: int) -> Iterator[int]:
@@ -85,14 +165,17 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
     return min(1.0, 2 * tail / 2**changed)
 
 
-def least_change(before: np.ndarray, after: np.ndarray) -> float:
+def least_change(before: np.ndarray, after: np.ndarray, clusters: Sequence | None = None) -> float:
     """Lower end of the 95 % interval of a paired change of shares, of two 0/1 columns [n].
 
     By Agresti and Min (2005), who add half an item to each of the four cells. It is for where the bootstrap is blind:
     if none of 30 items got worse, no resample has a loss, but the model may well lose one item in 20.
+    Of clusters as many items are counted as there are clusters: what they hold may all be the same.
     """
-    n = len(before) + 2
-    up, down = int(((before < 0.5) & (after > 0.5)).sum()), int(((before > 0.5) & (after < 0.5)).sum())
+    share = 1.0 if clusters is None else len(np.unique(np.asarray(clusters))) / len(before)
+    n = share * len(before) + 2
+    up = share * int(((before < 0.5) & (after > 0.5)).sum())
+    down = share * int(((before > 0.5) & (after < 0.5)).sum())
     return (up - down) / n - 1.96 * math.sqrt(up + down + 1 - (up - down) ** 2 / n) / n
 
 
@@ -103,20 +186,37 @@ def wilson(k: float, n: float) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def permutation(before: np.ndarray, after: np.ndarray, figure: Figure = mean) -> float:
-    """Two-sided p of figure(after) - figure(before), by exchanging before and after item by item, seeded.
+def permutation(
+    before: np.ndarray, after: np.ndarray, figure: Figure = mean, clusters: Sequence | None = None
+) -> float:
+    """Two-sided p of figure(after) - figure(before), by exchanging before and after cluster by cluster, seeded.
 
     before, after: [n, k]. If the edit did nothing, each item's two rows could as well be the other way round.
     """
     rng, n = np.random.default_rng(0), len(before)
     observed = abs(figure(after.mean(0)) - figure(before.mean(0)))
-    difference, at_least = after - before, 1
-    for size in _blocks(_PERMUTATIONS, n):
-        moved = rng.integers(0, 2, (size, n)).astype(np.float64) @ difference / n
+    difference, at_least = _by_cluster(after - before, clusters)[0], 1
+    for size in _blocks(_PERMUTATIONS, len(difference)):
+        moved = rng.integers(0, 2, (size, len(difference))).astype(np.float64) @ difference / n
         values = figure(after.mean(0) - moved) - figure(before.mean(0) + moved)
         # Sums in another order differ in the last bits: an arrangement equal to the observed one must count.
         at_least += int((np.abs(values) >= observed - 1e-12 * (1 + observed)).sum())
     return at_least / (_PERMUTATIONS + 1)
+
+
+def beyond_draws(progress: np.ndarray) -> np.ndarray:
+    """Which figures of an edit go further than every random draw does in any figure, [k] of bool.
+
+    progress: [1 + draws, k], how far each figure moved towards its ideal; row 0 is the edit's. Each column is taken in
+    units of its spread over all rows. If the edit is no other than the draws, each row is as likely to hold the
+    largest value, so one figure or more is said to go beyond them in 1 of 1 + draws cases at most, however many
+    figures there are (Westfall and Young's maximum). Rejected: an interval over items alone, which leaves out how much
+    draws differ and was wrong in 9 to 29 % of the cases.
+    """
+    centred = progress - progress.mean(0)
+    spread = centred.std(0)
+    scaled = np.where(spread > 1e-12, centred / np.maximum(spread, 1e-12), 0.0)
+    return scaled[0] > scaled[1:].max()
 
 
 def holm(p: Sequence[float]) -> list[float]:

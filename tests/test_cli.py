@@ -15,10 +15,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hub import card_faults
-from kbne_edit import Edit, bake, fold, load_scores, locate, select
+from kbne_edit import Edit, Rule, bake, fold, load_scores, locate, select
 from kbne_edit.commands import options
 from kbne_edit.errors import ScoresError
 from kbne_edit.locating import Settings
+from kbne_edit.selection.questions import Questions
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +115,7 @@ def test_select_by_other_rules(baked, tmp_path):
     path = baked[0] / "debiased.work" / "scores.safetensors"
     result = run("select", path, "--rule", "specific", "--top", "0.01", "--out", "e.json", "--json", cwd=tmp_path)
     found, edit = json.loads(result.stdout), Edit.load(tmp_path / "e.json")
-    assert edit.factors == select(load_scores(path), rule="specific", top=0.01).factors
+    assert edit.factors == select(load_scores(path), Rule("specific", top=0.01)).factors
     assert 0 < edit.num_neurons <= 3 * round(0.01 * 4 * 192)
     said = run("select", path, "--rule", "specific", "--top", "0.01", "--out", "e.json", cwd=tmp_path).stdout
     shared, total = (sum(column) for column in zip(*found["unseen"], strict=True))
@@ -137,7 +138,10 @@ def test_select_by_some_dimensions(baked, tmp_path):
     about = [scores.questions[i].dimension for i in kept]
     result = run("select", path, "--dimensions", "clan, guild", "--out", "e.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert Edit.load(tmp_path / "e.json").factors == select(scores.values[kept], dimensions=about).factors
+    assert (
+        Edit.load(tmp_path / "e.json").factors
+        == select(Questions.of_arrays(scores.values[kept], dimensions=about)).factors
+    )
     result = run("select", path, "--dimensions", "guild,clans", "--out", "f.json", cwd=tmp_path)
     assert result.returncode == 2 and "no question is of clans: there are clan, guild, village" in result.stderr
 

@@ -567,7 +567,7 @@ def test_control_neurons_come_from_the_control_questions(data, tmp_path):
     assert report["controls"]["control questions"] == int(selection(scores).controls.sum()) > 0
     assert "control questions" in report["tasks"]["knowledge"]["figures"]["accuracy"]["controls"]
     # Other rules select next to nothing from controls: as many neurons as the edit has, those that the controls use.
-    edit = selection(scores, rule="contrastive").edit
+    edit = selection(scores, "contrastive").edit
     report = evaluate("demo", edit=edit, scores=tmp_path / "s.safetensors", draws=1, tasks=["knowledge"])
     assert report["controls"]["control questions"] == edit.num_neurons
     with pytest.raises(ScoresError, match="another model or site"):

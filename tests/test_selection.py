@@ -7,13 +7,34 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kbne_edit import load_recipe, load_scores, select
+from kbne_edit import load_recipe, load_scores
+from kbne_edit import select as public_select
 from kbne_edit.attribution.scores import ScoresWriter
 from kbne_edit.errors import EditError, InputError
 from kbne_edit.locating import Settings, choosing
 from kbne_edit.recipe import Question
+from kbne_edit.rule import Rule
 from kbne_edit.selection.differences import critical
-from kbne_edit.selection.select import selection
+from kbne_edit.selection.questions import Questions
+from kbne_edit.selection.select import selection as public_selection
+
+RULE = ("tau", "beta", "top", "combine", "same_sign")
+
+
+def _arguments(scores, rule="paper", only=None, **known):
+    thresholds = {key: known.pop(key) for key in RULE if key in known}
+    asked = Questions.of_arrays(scores, **known) if isinstance(scores, np.ndarray) else scores
+    return (asked, Rule(rule, **thresholds)), {"only": only}
+
+
+def select(scores, **about):
+    args, kwargs = _arguments(scores, **about)
+    return public_select(*args, **kwargs)
+
+
+def selection(scores, **about):
+    args, kwargs = _arguments(scores, **about)
+    return public_selection(*args, **kwargs)
 
 
 def _scores():
@@ -31,7 +52,7 @@ ABOUT = dict(dimensions=["a", "a", "b", "c", "c"], answers=["no"] * 5, controls=
 def test_paper_rule():
     found = selection(_scores(), **ABOUT)
     assert found.edit.factors == {0: {1: 2.0, 2: 2.0}, 1: {3: 2.0}}
-    summary = found.summary()
+    summary = found.summary().to_dict()
     assert summary["controls_overlap"] == 1 and summary["overlap"] == {"a & b": 1}
     assert summary["dimensions"]["a"] == {"neurons": 2, "layers": [0, 1], "controls_overlap": 1}
 
@@ -47,7 +68,7 @@ def test_intersection_and_beta():
 def test_contrastive_rule_drops_what_the_controls_share():
     found = selection(_scores(), **ABOUT, rule="contrastive")
     assert found.edit.factors == {0: {1: 2.0, 2: 2.0}}
-    assert found.summary()["controls_overlap"] == 0
+    assert found.summary().controls_overlap == 0
 
 
 def test_contrastive_rule_matches_answer_and_form():
@@ -149,7 +170,7 @@ def test_a_scores_file_knows_the_twins(tmp_path):
         writer.write(q, {"scores": values, **rest})
     writer.close()
     scores = load_scores(tmp_path / "s.safetensors")
-    assert scores.questions == questions and select(scores, rule="paired").factors == {0: {2: 2.0}}
+    assert scores.questions == questions and public_select(scores, "paired").factors == {0: {2: 2.0}}
     assert [set(q) ^ {f.name for f in fields(Question)} for q in scores.settings["questions"]] == [set()] * 2 + [
         {"twin"}
     ] * 4  # files without twins are those of earlier versions, byte for byte
@@ -176,10 +197,10 @@ def test_specific_rule_finds_what_was_planted():
     scores, about = _planted(0, 0.3)
     found = selection(scores, **about, top=0.5)
     assert {(la, n) for la, ns in found.edit.factors.items() for n in ns} == {(2, n) for n in range(10, 15)}
-    assert found.summary()["unseen"] == [(0, 5), (0, 5)] and not found.controls.any()
+    assert found.summary().unseen == ((0, 5), (0, 5)) and not found.controls.any()
     assert found.counts(0)[2, 10:15].all() and not found.counts(20)[2, 10:15].all()
     assert len(selection(scores, **about, top=2 / 600).edit.factors[2]) <= 4  # two of each dimension
-    assert selection(scores, **about | dict(rule="paper"), tau=0.5).summary()["unseen"] == [(5, 5), (5, 5)]
+    assert selection(scores, **about | dict(rule="paper"), tau=0.5).summary().unseen == ((5, 5), (5, 5))
 
 
 def test_specific_rule_finds_nothing_where_nothing_is():
@@ -226,13 +247,61 @@ def test_overlap_with_controls_that_were_held_out():
 
 
 def test_thresholds_of_recipe_and_command():
-    recipe = replace(load_recipe("demo"), select=dict(rule="paper", tau=0.1, beta=0.1, top=0.01, combine="union"))
+    recipe = replace(load_recipe("demo"), select=Rule(top=0.01))
     scores = SimpleNamespace(correct=np.ones(2, bool), questions=recipe.questions[:2])
-    assert choosing(scores, recipe, Settings())["top"] == 0.01
-    assert choosing(scores, recipe, Settings(tau=0.2)) == recipe.select | dict(tau=0.2, top=None, only=[True] * 2)
-    assert choosing(scores, recipe, Settings(tau=0.2, top=0.3))["top"] == 0.3
+    assert choosing(scores, recipe, Settings()).rule.top == 0.01
+    assert choosing(scores, recipe, Settings(tau=0.2)) == (Rule(tau=0.2), [True] * 2)
+    assert choosing(scores, recipe, Settings(tau=0.2, top=0.3)).rule.top == 0.3
+    assert choosing(scores, recipe, Settings(same_sign=True)).rule == Rule(top=0.01, same_sign=True)
     with pytest.raises(InputError, match="neither --tau nor --beta"):
         choosing(scores, recipe, Settings(rule="specific", beta=0.2))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"name": "other"}, {"combine": "both"}, {"tau": -0.1}, {"beta": 1.1}, {"top": 2}, {"tau": True}]
+)
+def test_a_rule_says_what_it_is(wrong):
+    for rule in (Rule(), Rule("specific"), Rule("paired", 0.2, 0.07, 0.01, "intersection", True)):
+        assert Rule.from_dict(rule.to_dict()) == rule
+    assert Rule("paired", 0.2, 0.07, 0.01, "intersection", True).describe() == (
+        "rule paired, the largest 1.000% of all neurons, beta 0.07, intersection over the dimensions, same sign for "
+        "every right answer"
+    )
+    assert Rule("specific").describe() == "rule specific, the largest 0.200% of all neurons, union over the dimensions"
+    with pytest.raises(InputError):
+        Rule(**wrong)
+
+
+@pytest.mark.parametrize("beta, count, needed", [(0.07, 100, 7), (0.28, 25, 7), (0.1, 9, 1), (0.0, 9, 1)])
+def test_a_share_of_questions_is_not_rounded_up_by_floating_point(beta, count, needed):
+    """0.07 * 100 is 7.000000000000001: seven questions of a hundred are enough."""
+    for votes, kept in ((needed, True), (needed - 1, False)):
+        scores = np.zeros((count, 1, 2), np.float32)
+        scores[:, 0, 0] = 1.0
+        scores[:votes, 0, 1] = 0.5
+        assert (1 in select(scores, beta=beta).factors[0]) == kept
+
+
+def test_same_sign_drops_neurons_that_speak_for_one_answer():
+    """Neuron 1 helps whatever is right, neuron 2 pushes towards yes; a plain loop over the means says the same."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 0.01, (8, 1, 6)).astype(np.float32)
+    answers = ["yes", "no"] * 4
+    scores[:, 0, 0] = 1.0
+    scores[:, 0, 1] = 0.5
+    scores[::2, 0, 2], scores[1::2, 0, 2] = 0.5, -0.4
+    about = dict(answers=answers, beta=0.5)
+    assert select(scores, **about).factors == {0: {0: 2.0, 1: 2.0, 2: 2.0}}
+    found = selection(scores, **about, same_sign=True)
+    assert found.edit.factors == {0: {0: 2.0, 1: 2.0}} and found.edit.found["select"]["same_sign"] is True
+    for rule in ("contrastive", "specific"):
+        both = dict(answers=answers * 2, controls=[False] * 8 + [True] * 8, rule=rule)
+        wide = np.concatenate([scores, rng.normal(0, 0.01, (8, 1, 6)).astype(np.float32)])
+        wide[8:, 0, 3] = 1.0
+        assert 2 in select(wide, **both, top=0.5).factors[0] or rule == "specific"
+        assert 2 not in select(wide, **both, top=0.5, same_sign=True).factors[0]
+    with pytest.raises(InputError, match="always 'yes'"):
+        select(scores, answers=["yes"] * 8, same_sign=True)
 
 
 def _random_questions(seed):
@@ -300,7 +369,7 @@ def test_equal_ranks_are_all_kept():
     scores[0, 0, 2] = 1.0
     assert select(scores, top=0.19).factors == {0: {1: 2.0, 2: 2.0, 4: 2.0, 7: 2.0}}  # the nearest number, two
     assert select(scores, top=0.1).factors == select(scores, top=0.0).factors == {0: {2: 2.0}}  # one at least
-    with pytest.raises(InputError, match="top lie from 0 to 1"):
+    with pytest.raises(InputError, match="top is 1.5; it must lie from 0 to 1"):
         select(scores, top=1.5)
 
 

@@ -10,7 +10,8 @@ from kbne_edit import select
 from kbne_edit.attribution.scores import Scores, ScoresWriter
 from kbne_edit.commands.stability import command as stability_command
 from kbne_edit.errors import EditError, InputError
-from kbne_edit.recipe import COMBINE, Question
+from kbne_edit.recipe import Question
+from kbne_edit.rule import COMBINE, Rule
 from kbne_edit.selection.select import selection
 from kbne_edit.selection.stability import agreements, resample, stability
 from kbne_edit.statistics import wilson
@@ -35,20 +36,20 @@ def _ten():
 
 def test_a_share_is_the_probability_to_be_drawn():
     found = stability(_scores(_ten()), draws=4000)
-    assert found["neurons"][0] == {0: 1.0}
+    assert found.neurons[0] == {0: 1.0}
     drawn = 1 - 0.9**10  # at least once in ten draws, which is enough at beta 0.1
-    assert found["neurons"][1][2] == pytest.approx(drawn, abs=4 * (drawn * (1 - drawn) / 4000) ** 0.5)
-    assert found["jaccard"][0] == pytest.approx((1 + drawn) / 2, abs=0.02)
+    assert found.neurons[1][2] == pytest.approx(drawn, abs=4 * (drawn * (1 - drawn) / 4000) ** 0.5)
+    assert found.jaccard[0] == pytest.approx((1 + drawn) / 2, abs=0.02)
     assert found == stability(_scores(_ten()), draws=4000)  # seeded
 
 
 def test_only_stable_neurons_are_kept():
     scores = _scores(_ten())
-    chosen = selection(scores).stable(stability(scores)["neurons"], 0.8)
+    chosen = selection(scores).stable(stability(scores), 0.8)
     assert chosen.edit.factors == {0: {0: 2.0}} and select(scores).factors == {0: {0: 2.0}, 1: {2: 2.0}}
     assert chosen.edit.found["select"]["min_stability"] == 0.8
     with pytest.raises(EditError, match="resamples"):
-        selection(scores).stable({0: {0: 0.5}, 1: {2: 0.5}}, 0.8)
+        selection(scores).stable(replace(stability(scores), neurons={0: {0: 0.5}, 1: {2: 0.5}}), 0.8)
 
 
 def test_the_specific_rule_is_resampled_too():
@@ -56,7 +57,7 @@ def test_the_specific_rule_is_resampled_too():
     values[:, 0, 0] = 1.0
     values[:10, 0, 5] += 0.5  # of every question, and of no control
     found = stability(_scores(values, controls=10), draws=20, rule="specific")
-    assert found["neurons"] == {0: {5: 1.0}} and found["jaccard"][0] > 0.5
+    assert found.neurons == {0: {5: 1.0}} and found.jaccard[0] > 0.5
 
 
 def _agreement(a, b):
@@ -67,13 +68,13 @@ def _agreement(a, b):
 def test_agreement():
     a = resample(_scores(_ten()))
     same = _agreement(a, a)
-    assert same["neurons"] == [2, 2, 2] and same["jaccard"] == [1, 1, 1] and same["rank"] == pytest.approx([1, 1, 1])
+    assert same.neurons == (2, 2, 2) and same.jaccard == (1, 1, 1) and same.rank == pytest.approx([1, 1, 1])
     other = _ten()
     other[3, 1, 2], other[5, 1, 1] = 0, 0.5
     found = _agreement(a, resample(_scores(other)))
-    assert found["neurons"] == [2, 2, 1] and found["jaccard"][0] == pytest.approx(1 / 3) and found["rank"][0] < 1
+    assert found.neurons == (2, 2, 1) and found.jaccard[0] == pytest.approx(1 / 3) and found.rank[0] < 1
     with pytest.raises(InputError, match="different models"):
-        _agreement(a, resample(replace(a.scores, base="another")))
+        _agreement(a, resample(replace(_scores(_ten()), base="another")))
 
 
 def test_the_intervals_of_an_agreement():
@@ -87,7 +88,7 @@ def test_the_intervals_of_an_agreement():
         expected = {0} | ({5} if 3 in first else set()), {0} | ({4} if 5 in first else set())
         assert (set(x.tolist()), set(y.tolist())) == expected
         values.append(len(expected[0] & expected[1]) / len(expected[0] | expected[1]))
-    assert _agreement(a, b)["jaccard"][1:] == pytest.approx(np.quantile(values, [0.025, 0.975]).tolist())
+    assert _agreement(a, b).jaccard[1:] == pytest.approx(np.quantile(values, [0.025, 0.975]).tolist())
     assert set(values) == {1, 1 / 2, 1 / 3}
 
 
@@ -97,17 +98,17 @@ def test_the_rank_correlation_is_spearmans():
 
     rng = np.random.default_rng(0)
     values = [rng.random((8, 2, 30)) ** 3 * (rng.random((1, 2, 30)) < 0.6) for _ in range(2)]
-    a, b = (resample(_scores(v, controls=2), tau=0.9) for v in values)
+    a, b = (resample(_scores(v, controls=2), rule=Rule(tau=0.9)) for v in values)
 
     def want(*asked):
         return spearmanr(
             *(
-                np.mean([own.scores.values[q] / own.scores.values[q].max() for q in which], 0).ravel()
+                np.mean([own.questions.scores[q] / own.questions.scores[q].max() for q in which], 0).ravel()
                 for own, which in zip((a, b), asked, strict=True)
             )
         ).statistic
 
-    found = _agreement(a, b)["rank"]
+    found = _agreement(a, b).rank
     assert found[0] == pytest.approx(want(range(6), range(6)), abs=1e-6)
     drawn = [want(x, y) for (x, _), (y, _) in zip(a.drawn, b.drawn, strict=True)]
     assert found[1:] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=1e-6)
@@ -119,7 +120,7 @@ def test_intersection_is_compared_as_intersection():
     values[:2, 0, 1] = 0.5  # of the first dimension alone
     scores = _scores(values)
     kinds = tuple(replace(q, dimension="ab"[i // 2]) for i, q in enumerate(scores.questions))
-    found = {how: resample(replace(scores, questions=kinds), combine=how).whole.tolist() for how in COMBINE}
+    found = {how: resample(replace(scores, questions=kinds), rule=Rule(combine=how)).whole.tolist() for how in COMBINE}
     assert found == {"union": [0, 1], "intersection": [0]}
 
 

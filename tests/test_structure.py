@@ -11,7 +11,7 @@ PACKAGE = Path(kbne_edit.__file__).parent
 # neighbours, which may not import each other.
 ORDER = """
 errors statistics distributed
-progress files families plots
+progress files families plots rule
 yamlfile
 edit recipe
 disk

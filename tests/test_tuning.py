@@ -32,6 +32,7 @@ from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import Question
 from kbne_edit.reporting.contents import build
 from kbne_edit.reporting.page import render
+from kbne_edit.rule import Rule
 from kbne_edit.selection.select import by_dimension, selection
 from kbne_edit.tuning.halves import Half, halves
 from kbne_edit.tuning.journal import Journal
@@ -41,7 +42,7 @@ from kbne_edit.tuning.tune import USED, load_tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
-SMALL = Space(factors=(0.5, 2.0), taus=(0.1, 0.2), rules=("paper",))
+SMALL = Space(factors=(0.0, 0.5), taus=(0.1, 0.2), rules=("contrastive",))
 ASKED = dict(tasks=["probes", "knowledge_controls"], margin=9.0, space=SMALL)
 PER_TOKEN = 1e-5  # see test_evaluation.py
 
@@ -184,7 +185,7 @@ def test_a_grid_holds_every_edit_once(scores):
     expected, empty = {}, 0
     for rule, tau, beta, factor in product(("paper", "contrastive"), (0.1, 0.2, 1.0), (0.1, 0.4), (0.5, 2.0)):
         try:
-            edit = select(loaded, rule=rule, tau=tau, beta=beta, factor=factor)
+            edit = select(loaded, Rule(rule, tau, beta), factor=factor)
         except EditError:
             empty += 1
             continue
@@ -216,7 +217,7 @@ def test_tops_stand_beside_taus_and_are_not_multiplied_with_them():
     found = sweep(space, {"down": loaded}, 16, 0, _measure)
     expected = {}
     for rule, limit, factor in product(("paper", "specific"), limits, (0.5, 2.0)):
-        edit = select(loaded, rule=rule, factor=factor, **dict([limit]))
+        edit = select(loaded, Rule(rule, **dict([limit])), factor=factor)
         expected.setdefault(edit.sha256, []).append({"rule": rule, "factor": factor, **dict([limit])})
     common = {"site": "down", "combine": "union", "beta": 0.1}
     got = {key: candidate.settings for key, candidate in found.candidates.items()}
@@ -258,12 +259,12 @@ def _of_two_dimensions():
 
 def test_factors_by_dimension_by_hand():
     scores = _of_two_dimensions()
-    chosen = selection(scores, tau=0.15, beta=0.5)
+    chosen = selection(scores, Rule(tau=0.15, beta=0.5))
     assert chosen.edit.factors == {0: {0: 2.0, 1: 2.0, 2: 2.0, 3: 2.0}}
-    assert by_dimension(chosen, scores, {"a": 3.0, "b": 5.0}).factors == {0: {0: 5.0, 1: 3.0, 2: 5.0, 3: 3.0}}
-    assert by_dimension(chosen, scores, {"a": 3.0, "b": 1.0}).factors == {0: {1: 3.0, 3: 3.0}}
-    assert by_dimension(chosen, scores, {"a": 2.0, "b": 2.0}).sha256 == chosen.edit.sha256
-    assert by_dimension(chosen, scores, {"a": 1.0, "b": 1.0}).factors == {}
+    assert by_dimension(chosen, {"a": 3.0, "b": 5.0}).factors == {0: {0: 5.0, 1: 3.0, 2: 5.0, 3: 3.0}}
+    assert by_dimension(chosen, {"a": 3.0, "b": 1.0}).factors == {0: {1: 3.0, 3: 3.0}}
+    assert by_dimension(chosen, {"a": 2.0, "b": 2.0}).sha256 == chosen.edit.sha256
+    assert by_dimension(chosen, {"a": 1.0, "b": 1.0}).factors == {}
 
 
 def test_per_dimension_tries_every_combination():
@@ -390,8 +391,8 @@ def _margins(mark):
 def _edits(result, scores):
     """{SHA-256: edit} of every point, selected again by its settings."""
     loaded = load_scores(scores)
-    keys = ("rule", "tau", "beta", "combine", "factor")
-    found = [select(loaded, **{key: p["settings"][0][key] for key in keys}) for p in result["points"]]
+    settings = [p["settings"][0] for p in result["points"]]
+    found = [select(loaded, Rule.from_dict(of), factor=of["factor"]) for of in settings]
     assert [edit.sha256 for edit in found] == [p["edit"] for p in result["points"]]
     return {edit.sha256: edit for edit in found}
 
@@ -750,7 +751,7 @@ def test_command_with_tops(scores, tmp_path):
     assert (found["space"]["taus"], found["space"]["tops"]) == ([0.2], [0.01])
     (chosen,) = (point for point in found["points"] if point["edit"] == found["chosen"])
     assert chosen["settings"][0]["top"] == 0.01 and "tau" not in chosen["settings"][0]
-    assert chosen["neurons"] == select(load_scores(scores), top=0.01).num_neurons
+    assert chosen["neurons"] == select(load_scores(scores), Rule(top=0.01)).num_neurons
     baking = shlex.split(result.stdout.splitlines()[-1].split("kbne-edit ")[-1])
     assert run(*baking, "--no-behaviour", cwd=tmp_path).returncode == 0
     report = build(tmp_path / "debiased", scores, tuning=tmp_path / "out" / "tune.json")
@@ -921,7 +922,7 @@ def test_a_sweep_that_chose_another_edit_is_left_out(baked, tuned, tmp_path):
 
 def test_the_selection_by_dimension_is_repeated_from_the_record(scores, tmp_path):
     loaded = load_scores(scores)
-    edit = by_dimension(selection(loaded), loaded, {"clan": 2.0, "village": 1.0, "guild": 0.5})
+    edit = by_dimension(selection(loaded), {"clan": 2.0, "village": 1.0, "guild": 0.5})
     edit.save(tmp_path / "edit.json")
     assert set(edit.distinct_factors) == {0.5, 2.0} and edit.num_neurons < selection(loaded).edit.num_neurons
     bake("demo", tmp_path / "out", edit=tmp_path / "edit.json", behaviour=False)

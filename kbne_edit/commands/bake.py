@@ -56,6 +56,8 @@ def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as
 
 
 def _lines(summary: dict) -> list[str]:
+    from ..selection.summary import SelectionSummary
+
     lines = [f"model: {summary['model']}" + (f" at {summary['commit']}" if summary["commit"] else "")]
     if found := summary.get("attribution"):
         lines += options.attribution_lines(found)
@@ -65,7 +67,7 @@ def _lines(summary: dict) -> list[str]:
         f"site {summary['site']}, factor {factors}"
     )
     if "selection" in summary:
-        lines += options.selection_lines(summary["selection"])
+        lines += options.selection_lines(SelectionSummary.from_dict(summary["selection"]))
     if "shards" in summary:
         lines.append("weights: in {1} files instead of {0}".format(*summary["shards"]))
     if summary.get("dry_run"):

@@ -7,11 +7,15 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import one_line
-from ..recipe import COMBINE, RULES
+from ..rule import COMBINE, RULES
+
+if TYPE_CHECKING:
+    from ..selection.summary import SelectionSummary
 
 SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Directory, ORG/NAME[@REVISION], or demo.")
 SHARD_SIZE = click.option(
@@ -124,6 +128,12 @@ def selecting(command):
                 "--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"
             ),
             click.option(
+                "--same-sign",
+                is_flag=True,
+                default=None,
+                help="Keep only neurons that help the right answer whichever answer is right.",
+            ),
+            click.option(
                 "--min-stability",
                 type=click.FloatRange(0, 1),
                 help="Keep neurons that at least this share of 200 resamples of the questions selects.",
@@ -208,33 +218,27 @@ def shell(program: str, *words: object) -> str:
     return shlex.join([program, *map(str, words)])
 
 
-def selection_lines(summary: dict) -> list[str]:
+def selection_lines(summary: SelectionSummary) -> list[str]:
     """Neurons per dimension, overlap between dimensions, and with the controls."""
     lines = []
-    for name, found in summary["dimensions"].items():
-        shared = f", {found['controls_overlap']} of them by the controls too" if "controls_overlap" in found else ""
-        lines.append(f"  {name}: {found['neurons']} neurons in {len(found['layers'])} layers{shared}")
-    if summary["overlap"]:
-        lines.append("  in common: " + ", ".join(f"{pair}: {n}" for pair, n in summary["overlap"].items()))
-    if "controls_overlap" in summary:
-        share = summary["controls_overlap"] / summary["neurons"]
+    for name, part in summary.dimensions.items():
+        shared = "" if part.controls_overlap is None else f", {part.controls_overlap} of them by the controls too"
+        lines.append(f"  {name}: {part.neurons} neurons in {len(part.layers)} layers{shared}")
+    if summary.overlap:
+        lines.append("  in common: " + ", ".join(f"{pair}: {n}" for pair, n in summary.overlap.items()))
+    if (share := summary.controls_share) is not None:
         lines.append(
-            f"controls: unrelated questions select {summary['controls_neurons']} neurons; "
-            f"{summary['controls_overlap']} of the {summary['neurons']} ({share:.0%}) are among them"
+            f"controls: unrelated questions select {summary.controls_neurons} neurons; "
+            f"{summary.controls_overlap} of the {summary.neurons} ({share:.0%}) are among them"
         )
         if share > 0.5:
-            advice = ": compare with --rule specific" if summary["rule"] == "paper" else ""
+            advice = ": compare with --rule specific" if summary.rule == "paper" else ""
             lines.append(f"  most of this selection is not specific to bias{advice}")
-    if "unseen" in summary:
-        from ..statistics import wilson
-
-        shared, total = (sum(column) / len(summary["unseen"]) for column in zip(*summary["unseen"], strict=True))
-        if total:
-            low, high = wilson(shared, total)
-            lines.append(
-                f"held-out controls: {shared / total:.0%} [{low:.0%}, {high:.0%}] of what is selected without them is "
-                "among as many neurons that they use most"
-            )
+    if found := summary.unseen_share:
+        lines.append(
+            f"held-out controls: {found.value:.0%} [{found.low:.0%}, {found.high:.0%}] of what is selected without "
+            "them is among as many neurons that they use most"
+        )
     return lines
 
 

@@ -25,9 +25,9 @@ def command(scores, out, recipe, as_json, **values) -> None:
     chosen = choose(found, load_recipe(recipe or found.settings["recipe"]), options.settings(**values))
     chosen.edit.save(out)
     summary = chosen.summary()
-    lines = [f"edit: {summary['neurons']} neurons ({summary['share']:.3%}) in {len(summary['layers'])} layers"]
+    lines = [f"edit: {summary.neurons} neurons ({summary.share:.3%}) in {len(summary.layers)} layers"]
     lines += options.selection_lines(summary)
     model = found.settings["model"] + (f"@{commit}" if (commit := found.settings.get("commit")) else "")
     bake = options.shell("kbne-edit", "bake", "--in", model, "--edit", out, "--out", "./debiased")
     lines += [f"written: {out}", f"next: {bake}"]
-    options.show(summary, as_json, lines)
+    options.show(summary.to_dict(), as_json, lines)

@@ -2,10 +2,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..selection.stability import Agreement, Resamples, Stability
+    from ..statistics import Interval
 
 
 @click.command("stability")
@@ -27,51 +32,60 @@ def command(scores, recipe, draws, as_json, **values) -> None:
     files = {str(path): load_scores(path) for path in scores}
     first, settings = next(iter(files.values())), options.settings(**values)
     named = load_recipe(recipe or first.settings["recipe"])
-    found = {name: resample(s, draws=draws, **choosing(s, named, settings)) for name, s in files.items()}
-    one = len(found) == 1  # that nothing is selected is an error for one, and a finding beside others
+    resamples = {}
+    for name, own in files.items():
+        rule, only = choosing(own, named, settings)
+        resamples[name] = resample(own, rule, draws=draws, only=only)
+    one = len(resamples) == 1  # that nothing is selected is an error for one, and a finding beside others
+    found = {name: stability(own) for name, own in resamples.items() if one or len(own.whole)}
+    pairs = [] if one else agreements(resamples)
     result = {
-        "files": {name: stability(own) for name, own in found.items() if one or len(own.whole)},
-        "nothing": [name for name, own in found.items() if not len(own.whole)],
-        "pairs": [] if one else agreements(found),
+        "files": {name: own.to_dict() for name, own in found.items()},
+        "nothing": [name for name, own in resamples.items() if not len(own.whole)],
+        "pairs": [pair.to_dict() for pair in pairs],
     }
-    if len(found) > 2:
-        result["in_files"] = _in_files(list(found.values()))
-    options.show(result, as_json, _lines(result))
-
-
-def _in_files(found: list) -> dict:
-    """{layer: {neuron: [share of the files that select it, low, high]}}, intervals by Wilson."""
-    from ..selection.select import by_layer
-    from ..statistics import wilson
-
-    counted, files = sorted(Counter(place for own in found for place in own.whole.tolist()).items()), len(found)
-    shares = {place: [count / files, *wilson(count, files)] for place, count in counted}
-    return by_layer(shares, found[0].scores.values.shape[2])
-
-
-def _lines(result: dict) -> list[str]:
-    lines = []
-    for name, found in result["files"].items():
-        shares = [share for neurons in found["neurons"].values() for share in neurons.values()]
-        lines.append(f"{name}: {len(shares)} neurons, {found['draws']} resamples of the questions")
-        lines.append("  a resample's selection: {:.0f} neurons [{:.0f}, {:.0f}]".format(*found["size"]))
-        lines.append("  its Jaccard overlap with the whole: {:.2f} [{:.2f}, {:.2f}]".format(*found["jaccard"]))
-        lines.append("  neurons in at least 80 % of the resamples: " + str(sum(share >= 0.8 for share in shares)))
+    lines = [line for name, own in found.items() for line in _file_lines(name, own)]
     lines += [f"{name}: nothing is selected" for name in result["nothing"]]
-    for pair in result["pairs"]:
-        a, b, both = pair["neurons"]
-        lines.append(
-            f"{pair['a']} and {pair['b']}: {both} neurons in common of {a} and {b}, "
-            "Jaccard {:.2f} [{:.2f}, {:.2f}], ".format(*pair["jaccard"])
-            + "rank correlation {:.2f} [{:.2f}, {:.2f}]".format(*pair["rank"])
-        )
-    if "in_files" in result:
-        shares = [share for neurons in result["in_files"].values() for share, *_ in neurons.values()]
-        count = len(result["files"]) + len(result["nothing"])
-        lines.append(
-            f"of {len(shares)} neurons that any of the {count} files selects, {sum(s == 1 for s in shares)} are in all "
-            f"of them and {sum(s >= 0.8 for s in shares)} in at least 80 %"
-        )
-    if result["pairs"]:
+    lines += [_pair_line(pair) for pair in pairs]
+    if len(resamples) > 2:
+        result["in_files"] = _in_files(list(resamples.values()))
+        lines.append(_in_files_line(result["in_files"], len(resamples)))
+    if pairs:
         lines.append("intervals: 95 % of the draws; the same questions are drawn where files have as many of each kind")
-    return lines
+    options.show(result, as_json, lines)
+
+
+def _in_files(resamples: list[Resamples]) -> dict[int, dict[int, Interval]]:
+    """{layer: {neuron: share of the files that select it}}, intervals by Wilson."""
+    from ..selection.select import by_layer
+    from ..statistics import Interval, wilson
+
+    counted = sorted(Counter(place for own in resamples for place in own.whole.tolist()).items())
+    files = len(resamples)
+    shares = {place: Interval(count / files, *wilson(count, files)) for place, count in counted}
+    return by_layer(shares, resamples[0].neurons_per_layer)
+
+
+def _file_lines(name: str, found: Stability) -> list[str]:
+    neurons = sum(map(len, found.neurons.values()))
+    return [
+        f"{name}: {neurons} neurons, {found.draws} resamples of the questions",
+        "  a resample's selection: {:.0f} neurons [{:.0f}, {:.0f}]".format(*found.size),
+        "  its Jaccard overlap with the whole: {:.2f} [{:.2f}, {:.2f}]".format(*found.jaccard),
+        f"  neurons in at least 80 % of the resamples: {found.at_least(0.8)}",
+    ]
+
+
+def _pair_line(pair: Agreement) -> str:
+    a, b, both = pair.neurons
+    jaccard = "Jaccard {:.2f} [{:.2f}, {:.2f}]".format(*pair.jaccard)
+    rank = "rank correlation {:.2f} [{:.2f}, {:.2f}]".format(*pair.rank)
+    return f"{pair.a} and {pair.b}: {both} neurons in common of {a} and {b}, {jaccard}, {rank}"
+
+
+def _in_files_line(in_files: dict[int, dict[int, Interval]], count: int) -> str:
+    shares = [share.value for neurons in in_files.values() for share in neurons.values()]
+    return (
+        f"of {len(shares)} neurons that any of the {count} files selects, {sum(s == 1 for s in shares)} are in all "
+        f"of them and {sum(s >= 0.8 for s in shares)} in at least 80 %"
+    )

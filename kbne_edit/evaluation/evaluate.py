@@ -28,6 +28,7 @@ from ..hub.source import resolved
 from ..models.hooks import hooked
 from ..progress import progress, say
 from ..recipe import Probe, load_recipe
+from ..rule import Rule
 from ..statistics import change, holm, interval, least_change, mcnemar, permutation, side
 from .effect import own_change
 
@@ -203,7 +204,9 @@ def controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: str | Path 
     if scores:
         found["control questions"] = _by_controls(edit, checkpoint, scores)
     inverse = {la: {n: 1 / f for n, f in ns.items() if f} for la, ns in edit.factors.items()}
-    return found | {"inverse factor": Edit(edit.site, inverse)}
+    if any(inverse.values()):  # a factor of 0 has no inverse
+        found["inverse factor"] = Edit(edit.site, inverse)
+    return found
 
 
 def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
@@ -217,9 +220,8 @@ def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
     scores = load_scores(path)
     if (scores.base, scores.site) != (checkpoint.fingerprint(), edit.site):
         raise ScoresError(f"{path} was made for another model or site than the edit: locate again")
-    rule = {k: v for k, v in edit.found.get("select", {}).items() if k in ("rule", "tau", "beta", "top", "combine")}
-    chosen = selection(scores, **rule)
-    mask = chosen.controls if chosen.rule[0] == "paper" else chosen.used_by_controls()
+    chosen = selection(scores, Rule.from_dict(edit.found.get("select", {})))
+    mask = chosen.controls if chosen.rule.name == "paper" else chosen.used_by_controls()
     if mask is None or not mask.any():
         raise ScoresError(f"{path} has no control questions that select a neuron: leave --scores out")
     every = [factor for factors in edit.factors.values() for factor in factors.values()]

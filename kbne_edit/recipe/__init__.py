@@ -1,12 +1,10 @@
 """Recipes: what a model is asked. `recipes/social-bias.yaml` is the annotated example of the format."""
 
 from .loading import load_recipe, new_recipe, recipe_names
-from .types import AIMS, COMBINE, RULES, Pairing, Probe, Question, Recipe, Twin
+from .types import AIMS, Pairing, Probe, Question, Recipe, Twin
 
 __all__ = [
     "AIMS",
-    "COMBINE",
-    "RULES",
     "Pairing",
     "Probe",
     "Question",

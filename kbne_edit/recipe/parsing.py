@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import RecipeError, shown
-from .types import AIMS, COMBINE, RULES, TEMPLATES, Pairing, Probe, Question, Recipe, Twin, question_twins
+from ..rule import COMBINE, RULES, Rule
+from .types import AIMS, TEMPLATES, Pairing, Probe, Question, Recipe, Twin, question_twins
 
 KEYS = {
     "kbne_recipe",
@@ -142,19 +143,22 @@ class Parser:
                 self.fault(f"prompt.{key} lacks {{question}}")
         return value
 
-    def select(self, value: object) -> dict:
+    def select(self, value: object) -> Rule:
         if not isinstance(value, dict):
             self.fault("select must be a mapping")
-            return {}
-        self.unknown(value, {"rule", "tau", "beta", "top", "combine"}, "select")
-        result = {"rule": value.get("rule", "paper"), "combine": value.get("combine", "union")}
-        for key, known in (("rule", RULES), ("combine", COMBINE)):
-            if result[key] not in known:
-                self.fault(f"select.{key} is {shown(result[key])}; it must be one of {', '.join(known)}")
-        for key in ("tau", "beta"):
-            result[key] = self.number(value.get(key, 0.1), f"select.{key}", 0, 1)
-        result["top"] = self.number(value["top"], "select.top", 0, 1) if "top" in value else None
-        return result
+            return Rule()
+        self.unknown(value, {"rule", "tau", "beta", "top", "combine", "same_sign"}, "select")
+        name, combine, same_sign = value.get("rule", "paper"), value.get("combine", "union"), value.get("same_sign")
+        for key, given, known in (("rule", name, RULES), ("combine", combine, COMBINE)):
+            if given not in known:
+                self.fault(f"select.{key} is {shown(given)}; it must be one of {', '.join(known)}")
+        if str(same_sign).lower() not in ("none", "true", "false"):  # the reader leaves them strings
+            self.fault(f"select.same_sign is {shown(same_sign)}; it must be true or false")
+        tau, beta = (self.number(value.get(key, 0.1), f"select.{key}", 0, 1) for key in ("tau", "beta"))
+        top = self.number(value["top"], "select.top", 0, 1) if "top" in value else None
+        if self.faults:  # which end the parsing
+            return Rule()
+        return Rule(name, tau, beta, top, combine, str(same_sign).lower() == "true")
 
     def subsets(self, value: object, count: int) -> tuple[int, ...]:
         if not isinstance(value, list) or not all(type(n) is int and 0 < n <= count for n in value):

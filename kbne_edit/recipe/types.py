@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import RecipeError
+from ..rule import Rule
 
-RULES = ("paper", "contrastive", "paired", "specific")
-COMBINE = ("union", "intersection")
 # What is asked of probes: that neither sentence of a pair is preferred, or that the first becomes less probable than
 # the second. The keys of the two sentences in a recipe.
 AIMS = {"balance": ("stereotype", "anti_stereotype"), "avoid": ("unwanted", "wanted")}
@@ -95,7 +94,7 @@ class Recipe:
     prompt: dict[str, str]
     answers: tuple[str, ...]
     factor: float
-    select: dict
+    select: Rule
     subsets: tuple[int, ...]
     questions: tuple[Question, ...]
     controls: tuple[Question, ...]

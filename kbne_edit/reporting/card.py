@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..evaluation.effect import avoids, margin_changes, own_change
 from ..hub.licences import CARD, duty, licence_of, metadata_in
-from ..selection.select import described
+from ..rule import Rule
 from ..statistics import side
 
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
@@ -162,13 +162,14 @@ def _done(manifest: dict) -> list[str]:
     asked, chosen = manifest["summary"].get("attribution"), found.get("select")
     if not asked or not isinstance(chosen, dict):
         return [*lines, "The neurons were given to the run that made this; it did not locate them."]
+    rule = Rule.from_dict(chosen).describe()
     answers = ", ".join(f"{answer} {right} of {n}" for answer, (right, n) in asked["right_by_answer"].items())
     return [
         *lines,
         f"The neurons were located with the recipe `{_recipe(manifest)}`: {asked['questions']} questions about bias, "
         f"of which the base answers {asked['right']} rightly ({answers}), and {asked['controls']} unrelated ones "
         f"({asked['controls_right']} rightly). Scores are integrated gradients; the largest gap in completeness is "
-        f"{asked['largest_residual']:.1%} of a question's largest score. Selection: {described(chosen)}.",
+        f"{asked['largest_residual']:.1%} of a question's largest score. Selection: {rule}.",
     ]
 
 

@@ -21,10 +21,11 @@ from ..attribution.scores import Scores, load_scores
 from ..disk.checkpoint import MANIFEST, UNDO, Checkpoint
 from ..disk.manifest import is_sealed, read_manifest
 from ..edit import Edit
-from ..errors import CheckpointError, InputError, ScoresError, shown
+from ..errors import CheckpointError, InputError, ScoresError
 from ..families import end, slots
 from ..files import work_folder
 from ..folding.fold import file_hash
+from ..rule import Rule
 from ..tuning.search import in_words
 from ..tuning.tune import RESULT, load_tuning
 from .lens import Neuron, columns, vocabulary, written
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 VERSION = 1
 TOKENS, QUESTIONS, STRONGEST = 6, 3, 60  # shown per neuron, per neuron, on the map
 _OPTIONAL = ("difference", "noise", "kl", "top1", "greedy", "rerouted")  # figures of the second proof
-_PAPER = {"rule": "paper", "tau": 0.1, "beta": 0.1, "top": None, "combine": "union"}
 
 
 def build(
@@ -366,7 +366,10 @@ def _selected(scores: Scores, edit: Edit) -> tuple[dict, list[bool], Selection]:
 
     record = edit.found.get("select")
     record = record if isinstance(record, dict) else {}
-    settings = {key: record.get(key, default) for key, default in _PAPER.items()}
+    try:
+        rule = Rule.from_dict(record)
+    except InputError as error:
+        raise ScoresError(f"the edit's thresholds are none: {error}") from None
     right = scores.correct
     kept = [
         sum(bool(r) for r, q in zip(right, scores.questions, strict=True) if q.control == control)
@@ -375,12 +378,14 @@ def _selected(scores: Scores, edit: Edit) -> tuple[dict, list[bool], Selection]:
     dropped = [record.get("questions"), record.get("controls")] == kept and not right.all()
     only = [bool(r) or not dropped for r in right]
     try:
-        chosen = selection(scores, **settings, only=only)
-    except (InputError, TypeError):  # nothing selected, or thresholds that are none
-        raise ScoresError(f"the edit's thresholds {shown(settings)} select nothing from these scores") from None
-    again = by_dimension(chosen, scores, record["factors"]) if "factors" in record else chosen.edit
+        chosen = selection(scores, rule, only=only)
+    except InputError:  # nothing selected
+        raise ScoresError(f"the edit's thresholds ({rule.describe()}) select nothing from these scores") from None
+    again = by_dimension(chosen, record["factors"]) if "factors" in record else chosen.edit
     same = {la: set(ns) for la, ns in again.factors.items()} == {la: set(ns) for la, ns in edit.factors.items()}
+    settings = {"top": None} | rule.to_dict()
     settings |= {
+        "described": rule.describe(),
         "on_record": bool(record),
         "wrong_left_out": dropped,
         "reproduced": same,

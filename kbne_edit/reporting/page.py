@@ -13,7 +13,6 @@ from .. import plots
 from ..errors import one_line
 from ..evaluation.effect import margin_changes
 from ..plots import words
-from ..selection.select import described
 from .wording import LIMITS, NOT_COVERED, RULES, SERVES, STATES
 
 _CONTROLS = "controls"
@@ -153,7 +152,7 @@ def _change(report: dict) -> list[str]:
     else:
         by = "" if chosen["on_record"] else " (the edit names no thresholds: these are the published ones)"
         lines.append(
-            f"<p>Selection: {words(described(chosen))}{by}; recipe {_code(chosen['recipe'])}, "
+            f"<p>Selection: {words(chosen['described'])}{by}; recipe {_code(chosen['recipe'])}, "
             f"{chosen['questions']} questions and {chosen['controls']} controls. {RULES.get(chosen['rule'], '')}</p>"
         )
     return [*lines, _neuron_table(report)]

@@ -5,6 +5,8 @@ The literature leaves both open (generalisation and stability). Everything here 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,78 +14,119 @@ import numpy as np
 
 from ..errors import EditError, InputError
 from ..progress import progress
-from .select import Asked, ballot, by_layer, combined, nothing, questions
+from ..rule import Rule
+from ..statistics import Interval
+from .questions import Questions
+from .select import by_layer
+from .votes import votes_of
 
 if TYPE_CHECKING:
     from ..attribution.scores import Scores
 
 
-class Resamples(NamedTuple):
-    """What is selected from all questions, and from questions that were drawn anew.
+class Draw(NamedTuple):
+    """Questions drawn anew (some of them more than once), and the neurons that they select, as places in [L * F]."""
 
-    whole: neurons, as places in [L * F]. drawn: for each draw the questions (some of them more than once) and the
-    neurons that they select.
+    questions: np.ndarray
+    neurons: np.ndarray
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """What is selected from all questions (`whole`: neurons as places in [L * F]), and from questions drawn anew."""
+
+    questions: Questions = field(repr=False)
+    rule: Rule
+    whole: np.ndarray
+    drawn: tuple[Draw, ...] = field(repr=False)
+
+    @property
+    def neurons_per_layer(self) -> int:
+        return self.questions.scores.shape[2]
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How far a selection depends on which questions were asked.
+
+    neurons: {layer: {neuron: share of draws that select it}} of the selection from all questions. jaccard: overlap of
+    a draw's selection with that one; size: its number of neurons; both with 95 % of the draws. draws: their number.
     """
 
-    scores: Scores
-    asked: Asked
-    rule: dict
-    whole: np.ndarray
-    drawn: list[tuple[np.ndarray, np.ndarray]]
+    neurons: dict[int, dict[int, float]]
+    jaccard: Interval
+    size: Interval
+    draws: int
+
+    def to_dict(self) -> dict:
+        return {"neurons": self.neurons, "jaccard": self.jaccard, "size": self.size, "draws": self.draws}
+
+    def at_least(self, share: float) -> int:
+        """How many neurons at least this share of the draws selects."""
+        return sum(value >= share for neurons in self.neurons.values() for value in neurons.values())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two ways to ask one model. neurons: selected by a, by b, by both. rank: Spearman's correlation of all neurons."""
+
+    a: str
+    b: str
+    neurons: tuple[int, int, int]
+    jaccard: Interval
+    rank: Interval
+
+    def to_dict(self) -> dict:
+        return {"a": self.a, "b": self.b, "neurons": list(self.neurons), "jaccard": self.jaccard, "rank": self.rank}
 
 
 def resample(
-    scores: Scores,
+    scores: Scores | Questions,
+    rule: Rule | str = Rule(),  # noqa: B008
     *,
     draws: int = 200,
     seed: int = 0,
-    rule="paper",
-    tau=0.1,
-    beta=0.1,
-    top=None,
-    combine="union",
-    only=None,
+    only: Sequence[bool] | None = None,
 ) -> Resamples:
-    """A bootstrap over the questions of each dimension; controls are not resampled. Settings as of `select`.
+    """A bootstrap over the questions of each dimension; controls are not resampled. rule, only: as of `select`.
 
     Files with as many questions in each dimension draw the same ones, so that two ways to ask them are compared in
     pairs.
     """
-    asked = questions(scores, only=only)
-    votes, rng, drawn = ballot(asked, rule, tau, beta, top, combine), np.random.default_rng(seed), []
+    rule = Rule(rule) if isinstance(rule, str) else rule
+    questions = Questions.of(scores, only)
+    votes, rng, drawn = votes_of(questions, rule), np.random.default_rng(seed), []
     with progress("resamples of the questions", draws) as done:
         for _ in range(draws):
             own = {name: of_it[rng.integers(0, len(of_it), len(of_it))] for name, of_it in votes.dimensions.items()}
-            mask = combined([votes.kept[name](of_it) for name, of_it in own.items()], combine)
-            drawn.append((np.concatenate(list(own.values())), np.flatnonzero(mask)))
+            mask = votes.combined([votes.kept[name](of_it) for name, of_it in own.items()])
+            drawn.append(Draw(np.concatenate(list(own.values())), np.flatnonzero(mask)))
             done(1)
-    settings = {"rule": rule, "tau": tau, "beta": beta, "combine": combine, "top": top}
-    return Resamples(scores, asked, settings, np.flatnonzero(combined(list(votes.masks().values()), combine)), drawn)
+    whole = np.flatnonzero(votes.combined(list(votes.masks().values())))
+    return Resamples(questions, rule, whole, tuple(drawn))
 
 
-def stability(scores: Scores | Resamples, **settings) -> dict:
-    """How far the selection depends on which questions were asked. settings: as of `resample`.
+def stability(scores: Scores | Questions | Resamples, rule: Rule | str = Rule(), **settings) -> Stability:  # noqa: B008
+    """How far the selection depends on which questions were asked. rule, settings: as of `resample`.
 
-    Returns {"neurons": {layer: {neuron: share of draws that select it}} of the selection from all questions, "jaccard":
-    [mean, low, high] (95 % of the draws) between a draw's selection and that one, "size": the same of the number of
-    neurons, "draws": draws}. Raises EditError if nothing is selected, and as `select` does.
+    Raises EditError if nothing is selected, and as `select` does.
     """
-    found = scores if isinstance(scores, Resamples) else resample(scores, **settings)
-    if not len(found.whole):
-        raise EditError(nothing(**found.rule))
-    times = sum(np.isin(found.whole, neurons) for _, neurons in found.drawn)
-    shares = dict(zip(found.whole.tolist(), (times / len(found.drawn)).tolist(), strict=True))
-    jaccard = [_jaccard(found.whole, neurons) for _, neurons in found.drawn]
-    sizes = [len(neurons) for _, neurons in found.drawn]
-    return {
-        "neurons": by_layer(shares, found.scores.values.shape[2]),
-        "jaccard": [float(np.mean(jaccard)), *_spread(jaccard)],
-        "size": [float(np.mean(sizes)), *_spread(sizes)],
-        "draws": len(found.drawn),
-    }
+    resamples = scores if isinstance(scores, Resamples) else resample(scores, rule, **settings)
+    if not len(resamples.whole):
+        raise EditError(resamples.rule.nothing())
+    times = sum(np.isin(resamples.whole, draw.neurons) for draw in resamples.drawn)
+    shares = dict(zip(resamples.whole.tolist(), (times / len(resamples.drawn)).tolist(), strict=True))
+    overlaps = [_jaccard(resamples.whole, draw.neurons) for draw in resamples.drawn]
+    sizes = [len(draw.neurons) for draw in resamples.drawn]
+    return Stability(
+        by_layer(shares, resamples.neurons_per_layer),
+        Interval(float(np.mean(overlaps)), *_spread(overlaps)),
+        Interval(float(np.mean(sizes)), *_spread(sizes)),
+        len(resamples.drawn),
+    )
 
 
-def _spread(values: list) -> list[float]:
+def _spread(values: Sequence[float]) -> list[float]:
     return [float(q) for q in np.quantile(values, [0.025, 0.975])]
 
 
@@ -92,42 +135,34 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return both / either if (either := len(a) + len(b) - both) else 1.0
 
 
-def agreements(found: dict[str, Resamples]) -> list[dict]:
-    """Each two ways to ask one model: other wording, prompt, language or context.
+def agreements(resamples: dict[str, Resamples]) -> list[Agreement]:
+    """Each two ways to ask one model: other wording, prompt, language or context. Intervals: 95 % of the draws.
 
-    Returns [{"a", "b": their names, "neurons": [of a, of b, of both], "jaccard": of the two selections, "rank":
-    Spearman's correlation of all neurons' mean score / largest}], the latter two as [value, low, high] (95 % of the
-    draws). Raises InputError if the models differ.
+    Raises InputError if the models differ.
     """
-    if len({(own.scores.base, own.scores.site) for own in found.values()}) > 1:
+    if len({(own.questions.base, own.questions.site) for own in resamples.values()}) > 1:
         raise InputError("stability: the scores are of different models or sites, so their neurons are not the same")
-    pairs, files = list(combinations(found, 2)), found.items()
-    whole = _correlations({name: _ranks(own.asked, own.asked.asked) for name, own in files}, pairs)
+    pairs, files = list(combinations(resamples, 2)), resamples.items()
+    whole = _correlations({name: _ranks(own.questions, own.questions.asked) for name, own in files}, pairs)
     drawn, draws = [], list(zip(*([(name, own, draw) for draw in own.drawn] for name, own in files), strict=True))
     with progress("agreement of the files", len(draws)) as done:
         for of_draw in draws:  # one by one, since the ranks of all draws would fill the memory
-            drawn.append(_correlations({name: _ranks(own.asked, asked) for name, own, (asked, _) in of_draw}, pairs))
+            ranks = {name: _ranks(own.questions, draw.questions) for name, own, draw in of_draw}
+            drawn.append(_correlations(ranks, pairs))
             done(1)
     result = []
     for (a, b), rank, *ranks in zip(pairs, whole, *drawn, strict=True):
-        x, y = found[a], found[b]
-        jaccard = [_jaccard(p, q) for (_, p), (_, q) in zip(x.drawn, y.drawn, strict=True)]
-        result.append(
-            {
-                "a": a,
-                "b": b,
-                "neurons": [len(x.whole), len(y.whole), len(np.intersect1d(x.whole, y.whole))],
-                "jaccard": [_jaccard(x.whole, y.whole), *_spread(jaccard)],
-                "rank": [rank, *_spread(ranks)],
-            }
-        )
+        x, y = resamples[a], resamples[b]
+        overlaps = [_jaccard(p.neurons, q.neurons) for p, q in zip(x.drawn, y.drawn, strict=True)]
+        counts = (len(x.whole), len(y.whole), len(np.intersect1d(x.whole, y.whole)))
+        jaccard = Interval(_jaccard(x.whole, y.whole), *_spread(overlaps))
+        result.append(Agreement(a, b, counts, jaccard, Interval(rank, *_spread(ranks))))
     return result
 
 
-def _ranks(asked: Asked, which: np.ndarray) -> np.ndarray:
+def _ranks(questions: Questions, which: np.ndarray) -> np.ndarray:
     """Ranks of the neurons' mean share in these questions, centred and of length 1, [L * F]; equals share a rank."""
-    times = np.bincount(which)
-    mean = sum(count * asked.share(q) for q, count in enumerate(times.tolist()) if count).ravel()
+    mean = questions.mean_share(which).ravel()
     _, place, counts = np.unique(mean, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
     ranks -= ranks.mean()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..edit import Edit
 from ..errors import EditError, InputError, shown
-from ..recipe import COMBINE, RULES
+from ..rule import COMBINE, RULES, Rule
 from ..selection.select import by_dimension, selection
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _axes(space: Space, scores: dict[str, Scores]) -> dict[str, tuple]:
 def _allows(scores: Scores, rule: str) -> bool:
     """Whether the questions have what a rule needs, such as controls."""
     try:
-        selection(scores, rule=rule)
+        selection(scores, rule)
     except EditError:  # no neuron at these thresholds
         return True
     except InputError:
@@ -163,19 +163,19 @@ def _selector(scores: dict[str, Scores]) -> Callable[[dict], Edit | None]:
     """A function: setting -> edit, None if it selects nothing."""
 
     @cache
-    def chosen(site: str, **rule):
+    def chosen(site: str, rule: Rule):
         try:
-            return selection(scores[site], **rule)
+            return selection(scores[site], rule)
         except EditError:
             return None
 
     def edit_of(setting: dict) -> Edit | None:
         factor = setting["factor"]
-        found = chosen(**{name: value for name, value in setting.items() if name != "factor"})
+        found = chosen(setting["site"], Rule.from_dict(setting))
         if found is None:
             return None
         if isinstance(factor, dict):
-            edit = by_dimension(found, scores[setting["site"]], factor)
+            edit = by_dimension(found, factor)
             return edit if edit.factors else None
         return found.edit.with_factor(factor)
 
