@@ -30,7 +30,7 @@ VARIANTS = {  # of the head of social-bias: {name: (language, answers)}
 }
 
 
-OLDER = set(recipe_names()) - {"social-bias", "social-bias-reworded", "social-bias-true-false"}  # to be rewritten
+OLDER = {"demo", "social-bias-de", "social-bias-es", "social-bias-fr", "social-bias-zh"}  # to be rewritten
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -88,8 +88,8 @@ def test_controls_are_as_long_as_the_questions(name):
 @pytest.mark.parametrize("name", sorted(set(recipe_names()) - OLDER))
 def test_every_group_is_as_often_the_first_as_the_second(name):
     recipe = load_recipe(name)
-    if not recipe.pairings:
-        pytest.skip("no groups")
+    if not recipe.pairings or recipe.aim != "balance" or any(q.twin for q in recipe.questions):
+        pytest.skip("a and b are no groups")
     for dimension in {q.dimension for q in recipe.questions}:
         sides = [Counter(getattr(p, side) for p in recipe.pairings if p.dimension == dimension) for side in "ab"]
         assert sides[0] == sides[1], dimension
@@ -101,7 +101,7 @@ def test_a_twin_differs_in_one_word(name):
     for question in recipe.questions:
         one, other = question.text.split(), question.twin.split()
         assert len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) == 1
-    asked, count = recipe.ask(9), 9
+    asked, count = recipe.ask(24), 24
     twins = asked[count : 2 * count]
     assert [(t.text, t.answer, t.form, t.dimension) for t in twins] == [
         (q.twin, q.answer, q.form, q.dimension) for q in asked[:count]
