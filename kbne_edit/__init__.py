@@ -29,6 +29,7 @@ _PUBLIC = {
     "verify": "proofs.verification",
     "fold": "folding.fold",
     "apply": "applying",
+    "ask": "asking",
     "push": "pushing",
     "revert": "folding.fold",
 }

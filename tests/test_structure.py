@@ -23,7 +23,7 @@ fitting
 tuning
 reporting
 locating
-baking applying pushing
+baking applying pushing asking
 commands
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}

@@ -18,6 +18,7 @@ _COMMANDS = {
     "verify": "prove that a directory is its base with an edit",
     "apply": "put a delta into a copy of its base",
     "report": "write one page on a baked directory, for those who must judge it",
+    "ask": "ask an edited model, and its base beside it",
     "compare": "put two or more edits side by side",
     "revert": "restore the base from a baked directory alone",
     "push": "publish what was baked on the Hub, once its hashes and proofs are in order",
