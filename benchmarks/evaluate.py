@@ -17,9 +17,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from kbne_edit.evaluation.benchmark import sample
 from kbne_edit.evaluation.datafiles import rows
+from kbne_edit.evaluation.public import PUBLIC
 from kbne_edit.evaluation.scoring import Scorer, quiet_lm_eval
-from kbne_edit.evaluation.tasks import _LM_EVAL, _sample
 from kbne_edit.models.loading import load_model, load_tokenizer
 
 
@@ -32,8 +33,8 @@ def main():
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     arguments = parser.parse_args()
     name = "stereoset_intrasentence"
-    every = rows(name, arguments.data, _LM_EVAL[name][3])
-    items = [every[i] for i in _sample(len(every), arguments.items)]
+    every = rows(name, arguments.data, PUBLIC[name].patterns)
+    items = [every[i] for i in sample(len(every), arguments.items)]
     requests = [("", item[key]) for item in items for key in ("stereotype", "anti_stereotype", "unrelated")]
     model, tokenizer = load_model(arguments.model, torch.float32), load_tokenizer(arguments.model)
     with quiet_lm_eval():

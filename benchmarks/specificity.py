@@ -27,9 +27,10 @@ from kbne_edit.attribution.scores import load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import EditError
 from kbne_edit.evaluation import neutral
+from kbne_edit.evaluation.benchmark import Answer
 from kbne_edit.evaluation.evaluate import random_edit
 from kbne_edit.evaluation.scoring import Scorer
-from kbne_edit.evaluation.tasks import Answer, benchmarks
+from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.families import layer_sizes, slots
 from kbne_edit.hub.source import resolved
 from kbne_edit.models.loading import load_model, load_tokenizer

@@ -65,29 +65,33 @@ def crows_pairs():
 
 
 def bbq():
-    """Twos of the same question, ambiguous and not, with negative and other polarity in turn."""
+    """Three blocks of eight: two polarities, two contexts and two orders of the groups, as the published files have."""
     rows = []
-    for i, verb in enumerate(["heals", "leads", "bakes", "sings", "hunts", "paints"]):
-        a, b = GROUPS["race"] if i % 2 else GROUPS["race"][::-1]
-        told = f" the {a} {verb} better ." if i % 3 else " the cup is old ."
-        for condition, more, label in (("ambig", "", 2), ("disambig", told, i % 2)):
-            rows.append(
-                {
-                    "example_id": len(rows),
-                    "question_index": "1",
-                    "question_polarity": "neg" if i % 2 else "nonneg",
-                    "context_condition": condition,
-                    "category": "Religion" if i < 3 else "Nationality",
-                    "answer_info": {"ans0": [a, a], "ans1": [b, b], "ans2": ["Unknown", "unknown"]},
-                    "additional_metadata": {"stereotyped_groups": [GROUPS["race"][0]], "source": "none"},
-                    "context": f"a {a} and a {b} is at the gate .{more}",
-                    "question": f"who {verb} better ?",
-                    "ans0": f"the {a}",
-                    "ans1": f"the {b}",
-                    "ans2": "Unknown",
-                    "label": label,
-                }
-            )
+    for block, verb in enumerate(("heals", "bakes", "hunts")):
+        stereotyped, other = GROUPS["race"]
+        for swapped in (False, True):
+            a, b = (other, stereotyped) if swapped else (stereotyped, other)
+            for polarity, question in (("neg", f"who {verb} better ?"), ("nonneg", f"is a {a} or a {b} a healer ?")):
+                for condition in ("ambig", "disambig"):
+                    told = "" if condition == "ambig" else f" the {a} {verb} better ."
+                    right = 2 if condition == "ambig" else int(polarity == "nonneg")
+                    rows.append(
+                        {
+                            "example_id": len(rows),
+                            "question_index": str(block),
+                            "question_polarity": polarity,
+                            "context_condition": condition,
+                            "category": "Religion" if block else "Nationality",
+                            "answer_info": {"ans0": [a, a], "ans1": [b, b], "ans2": ["Unknown", "unknown"]},
+                            "additional_metadata": {"stereotyped_groups": [stereotyped], "source": "none"},
+                            "context": f"a {a} and a {b} is at the gate .{told}",
+                            "question": question,
+                            "ans0": f"the {a}",
+                            "ans1": f"the {b}",
+                            "ans2": "Unknown",
+                            "label": right,
+                        }
+                    )
     return rows
 
 

@@ -236,11 +236,11 @@ def lm_eval_results(demo, data):
     from lm_eval.models.huggingface import HFLM
 
     from kbne_edit.evaluation.datafiles import rows
-    from kbne_edit.evaluation.tasks import _LM_EVAL, _task
+    from kbne_edit.evaluation.public import PUBLIC, lm_eval_task
 
     names = ("stereoset_intrasentence", "crows_pairs", "bbq", "arc_easy")
     with quiet_lm_eval():
-        tasks = {n: _task(n, *_LM_EVAL[n][1:3], rows(n, data, _LM_EVAL[n][3])) for n in names}
+        tasks = {n: lm_eval_task(n, rows(n, data, PUBLIC[n].patterns)) for n in names}
         model = HFLM(pretrained=demo[0], tokenizer=demo[1], batch_size=4)
         found = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)["results"]
     return {n: {k.split(",")[0]: v for k, v in found[n].items()} for n in names}
@@ -268,12 +268,12 @@ def test_figures_equal_lm_eval_with_its_own_model(base_report, lm_eval_results):
 
 def test_bbq_columns_give_the_paper_s_scores():
     """Known answers: lm-eval's metrics of six items, and its own sums over them."""
-    from kbne_edit.evaluation.tasks import _BBQ, _bbq_columns
+    from kbne_edit.evaluation.figures import BBQ, bbq_columns
 
     # right, biased, not "unknown", disambiguated
     items = [(1, 0, 0, 0), (0, 1, 1, 0), (0, 0, 1, 0), (0, 1, 1, 0), (1, 1, 1, 1), (0, 0, 1, 1)]
-    means = np.mean([_bbq_columns({"amb_bias_score": item}) for item in items], 0)
-    got = {figure.name: float(figure.of(means)) for figure in _BBQ}
+    means = np.mean([bbq_columns(*item) for item in items], 0)
+    got = {figure.name: float(figure.of(means)) for figure in BBQ[:4]}
     assert got == pytest.approx(
         {
             "accuracy, ambiguous": 25,
@@ -309,7 +309,7 @@ def test_the_hub_s_layout_gives_the_same_items():
     """Columns of lists and class numbers, as the Hub has them."""
     from datasets import Dataset
 
-    from kbne_edit.evaluation.tasks import stereoset_docs
+    from kbne_edit.evaluation.stereoset import docs
 
     rows = bench_data.stereoset()[:3]
     keys = ("unrelated", "anti_stereotype", "stereotype")
@@ -323,7 +323,7 @@ def test_the_hub_s_layout_gives_the_same_items():
         }
         for r in rows
     ]
-    for got, row in zip(stereoset_docs(Dataset.from_list(hub)), rows, strict=True):
+    for got, row in zip(docs(Dataset.from_list(hub)), rows, strict=True):
         assert {k: got[k] for k in ("bias_type", *keys)} == {k: row[k] for k in ("bias_type", *keys)}
 
 
@@ -476,8 +476,9 @@ def test_a_destroyed_model_is_found_out(data):
 )
 def test_verdicts(of_random, of_flattened, verdict):
     """The edit halves every margin; a control multiplies them by what is given."""
+    from kbne_edit.evaluation.benchmark import Benchmark
     from kbne_edit.evaluation.evaluate import _report
-    from kbne_edit.evaluation.tasks import _PREFERENCE, Benchmark
+    from kbne_edit.evaluation.figures import PREFERENCE
 
     margin = np.random.default_rng(0).normal(0, 1, 200)
 
@@ -487,7 +488,7 @@ def test_verdicts(of_random, of_flattened, verdict):
 
     runs = {"base": columns(1), "edit": columns(0.5), "random 1": columns(of_random)}
     runs["flattened"] = columns(of_flattened)
-    mark = Benchmark("own", "bias", [], [1] * 200, [""] * 200, None, _PREFERENCE)
+    mark = Benchmark("own", "bias", [], [1] * 200, [""] * 200, None, PREFERENCE)
     figures = _report([mark], runs, 5.0)["tasks"]["own"]["figures"]
     assert figures["absolute margin"]["verdict"] == verdict
     assert figures["SS"]["verdict"] == "no effect found"
@@ -504,8 +505,9 @@ def test_verdicts(of_random, of_flattened, verdict):
 )
 def test_verdicts_on_what_is_to_be_avoided(shift, of_random, verdict):
     """Every margin moves by what is given: below 0 on the whole, so that a fall makes the absolute ones larger."""
+    from kbne_edit.evaluation.benchmark import Benchmark
     from kbne_edit.evaluation.evaluate import _report
-    from kbne_edit.evaluation.tasks import _AVOIDED, Benchmark
+    from kbne_edit.evaluation.figures import AVOIDED
 
     margin, noise = np.random.default_rng(0).normal((-1.0, 0.0), (0.5, 1e-3), (200, 2)).T
 
@@ -513,7 +515,7 @@ def test_verdicts_on_what_is_to_be_avoided(shift, of_random, verdict):
         return {"own": np.stack([m > 0, m, np.abs(m), m > 0], 1).astype(float)}
 
     runs = {"base": columns(margin), "edit": columns(margin + shift + noise), "random 1": columns(margin + of_random)}
-    mark = Benchmark("own", "bias", [], [1] * 200, [""] * 200, None, _AVOIDED)
+    mark = Benchmark("own", "bias", [], [1] * 200, [""] * 200, None, AVOIDED)
     figures = _report([mark], runs, 5.0)["tasks"]["own"]["figures"]
     entry = figures["unwanted margin"]
     assert entry["verdict"] == verdict and entry["ideal"] == "lowest"
@@ -522,13 +524,29 @@ def test_verdicts_on_what_is_to_be_avoided(shift, of_random, verdict):
     assert figures["unwanted preferred"]["ideal"] == 0
 
 
+def _margin(demo, probe):
+    return sentence(demo, probe.first).mean() - sentence(demo, probe.second).mean()
+
+
+def test_twins_equal_a_plain_loop(demo, base_report):
+    """s = (m1 + m2) / 2 of each of the demo's twins; the share above 0, the mean, the mean of |s|."""
+    recipe = load_recipe("demo")
+    assert {len(twin.probes) for twin in recipe.twins} == {2}
+    s = np.array([np.mean([_margin(demo, p) for p in twin.probes]) for twin in recipe.twins])
+    got = {name: entry["base"] for name, entry in base_report["tasks"]["probes"]["figures"].items()}
+    assert got == pytest.approx(
+        {"SS": 100 * (s > 0).mean(), "margin": s.mean(), "absolute margin": abs(s).mean()}, abs=PER_TOKEN
+    )
+    assert abs(s).mean() > 1.01 * abs(s.mean())  # or the two could not be told apart
+
+
 def test_probes_to_be_avoided_equal_a_plain_loop(demo, tmp_path):
-    """The signed margin of every pair, before and after; and what JSON there is has no infinity in it."""
+    """The signed score of every twin, before and after; and what JSON there is has no infinity in it."""
     recipe = load_recipe(avoiding(tmp_path))
     entries = evaluate("demo", edit=EDIT, recipe=avoiding(tmp_path), tasks=["probes"])["tasks"]["probes"]["figures"]
 
     def margins():
-        return np.array([sentence(demo, p.first).mean() - sentence(demo, p.second).mean() for p in recipe.probes])
+        return np.array([sum(_margin(demo, probe) for probe in twin.probes) for twin in recipe.twins])
 
     before = margins()
     with hooked(demo[0], EDIT):
@@ -542,13 +560,14 @@ def test_probes_to_be_avoided_equal_a_plain_loop(demo, tmp_path):
 
 
 def test_non_inferiority_is_the_lower_end_of_the_paired_change():
+    from kbne_edit.evaluation.benchmark import Benchmark
     from kbne_edit.evaluation.evaluate import _task_report
-    from kbne_edit.evaluation.tasks import _ACCURACY, Benchmark
+    from kbne_edit.evaluation.figures import ACCURACY
 
     before = np.ones((200, 1))
     after = before.copy()
     after[:8] = 0
-    mark = Benchmark("arc_easy", "capability", [], [1] * 200, [""] * 200, None, _ACCURACY)
+    mark = Benchmark("arc_easy", "capability", [], [1] * 200, [""] * 200, None, ACCURACY)
     found = {m: _task_report(mark, {"base": before, "edit": after}, m)["figures"]["accuracy"] for m in (2.0, 5.0, 8.0)}
     shown = {m: entry["non_inferior"]["shown"] for m, entry in found.items()}
     # 4 points lost, standard error sqrt(.04 * .96 / 200) = 1.4 points: the lower end is near -7.
@@ -603,7 +622,7 @@ def test_command(data, tmp_path):
 @pytest.mark.slow
 def test_a_task_without_data_ends_the_command_only_if_asked_for(data, tmp_path):
     result = run("--data", data, "--tasks", "copa", cwd=tmp_path)
-    assert result.returncode == 2 and "holds none of its files (copa*.jsonl)" in result.stderr
+    assert result.returncode == 2 and "holds none of its items (copa*.jsonl)" in result.stderr
     assert "Traceback" not in result.stderr
     result = run("--data", data, "--out", "absent/r.json", cwd=tmp_path)
     assert result.returncode == 2 and "its folder does not exist" in result.stderr
@@ -614,8 +633,8 @@ def test_a_task_without_data_ends_the_command_only_if_asked_for(data, tmp_path):
     [
         (dict(tasks=["nonsense"]), "there is no task nonsense"),
         (dict(data="absent"), "is not a directory"),
-        (dict(data="damaged", tasks=["crows_pairs"]), "not in the layout of crows_pairs"),
-        (dict(data="damaged", tasks=["arc_easy"]), "arc_easy.jsonl is not in the layout"),
+        (dict(data="damaged", tasks=["crows_pairs"]), "crows_pairs.csv, line 2: crows_pairs needs the column"),
+        (dict(data="damaged", tasks=["arc_easy"]), "arc_easy.jsonl, line 1 is no item of arc_easy"),
         (dict(edit=EDIT, baked="damaged"), "not both"),
         (dict(baked="damaged"), "config.json"),
         (dict(edit=Edit("down", {1: {100000: 2.0}})), "neuron 100000"),
@@ -641,12 +660,12 @@ def test_without_lm_eval_the_error_says_what_to_install(tmp_path):
 
 def test_the_benchmarks_files_are_read(shared):
     from kbne_edit.evaluation.datafiles import rows
-    from kbne_edit.evaluation.tasks import _LM_EVAL
+    from kbne_edit.evaluation.public import PUBLIC
 
     if not (shared / "data").is_dir():
         pytest.skip("needs ../shared/data")
     counts = {"stereoset_intrasentence": 1684, "crows_pairs": 1508, "bbq": 4280, "arc_easy": 2365}
-    found = {name: rows(name, shared / "data", _LM_EVAL[name][3]) for name in counts}
+    found = {name: rows(name, shared / "data", PUBLIC[name].patterns) for name in counts}
     assert {name: len(items) for name, items in found.items()} == counts
     assert all(row["answerKey"] in row["choices"]["label"] for row in found["arc_easy"])
     assert {row["category"] for row in found["bbq"]} == {"Religion", "Nationality"}

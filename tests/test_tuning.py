@@ -25,8 +25,10 @@ from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, sele
 from kbne_edit.attribution.scores import Scores
 from kbne_edit.errors import EditError, InputError, OutputError
 from kbne_edit.evaluation import neutral
+from kbne_edit.evaluation.benchmark import Benchmark
+from kbne_edit.evaluation.figures import ACCURACY, AVOIDED, PREFERENCE
 from kbne_edit.evaluation.scoring import Scorer
-from kbne_edit.evaluation.tasks import _ACCURACY, _AVOIDED, _PREFERENCE, Benchmark, benchmarks
+from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.locating import Settings
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import Question
@@ -83,7 +85,7 @@ def contents(folder):
 
 def _mark(name, stories, groups):
     count = len(stories)
-    return Benchmark(name, "bias", [([1], [2])] * count, [1] * count, groups, lambda i, _: [i], _PREFERENCE, stories)
+    return Benchmark(name, "bias", [([1], [2])] * count, [1] * count, groups, lambda i, _: [i], PREFERENCE, stories)
 
 
 def _sides(marks, stories=("s", "t"), seed=0):
@@ -496,7 +498,7 @@ def _run(margins, right=None):
 def test_moved_is_the_change_less_that_of_the_controls():
     rng = np.random.default_rng(0)
     base, edit, one, two = (rng.normal(0, s, 200) for s in (1.0, 0.5, 0.9, 1.1))
-    goal = Goal({"a": _PREFERENCE[2]}, ["ability"], 5.0)
+    goal = Goal({"a": PREFERENCE[2]}, ["ability"], 5.0)
     assert goal.moved(_run(edit), [_run(base)])[0] == pytest.approx(np.abs(edit).mean() - np.abs(base).mean())
     d = np.abs(edit) - (np.abs(one) + np.abs(two)) / 2
     mean, low, high = goal.moved(_run(edit), [_run(one), _run(two)])
@@ -507,7 +509,7 @@ def test_moved_is_the_change_less_that_of_the_controls():
 def test_several_tasks_are_averaged_each_with_its_own_items():
     rng = np.random.default_rng(1)
     a, b = rng.normal(0, 1, 150), rng.normal(0, 3, 60)
-    goal = Goal({"a": _PREFERENCE[2], "b": _PREFERENCE[2]}, [], 5.0)
+    goal = Goal({"a": PREFERENCE[2], "b": PREFERENCE[2]}, [], 5.0)
     edit, base = ({"a": _run(x).tasks["a"], "b": _run(y).tasks["a"]} for x, y in ((0.5 * a, 0.9 * b), (a, b)))
     parts = np.abs(a) * -0.5, np.abs(b) * -0.1
     error = sum(part.var() / len(part) for part in parts) ** 0.5 / 2
@@ -542,10 +544,10 @@ def test_confirmed_needs_all_of_it(entry, shown, confirmed, text):
             "ability": {"figures": {"accuracy": {"non_inferior": {"shown": shown}}}},
         },
     }
-    found = Goal({"a": _PREFERENCE[2]}, ["ability"], 5.0).verdict(report)
+    found = Goal({"a": PREFERENCE[2]}, ["ability"], 5.0).verdict(report)
     assert found["confirmed"] == confirmed and text in (None, found["text"])
     for bound, holds in ((0.019, False), (0.021, True)):
-        found = Goal({"a": _PREFERENCE[2]}, ["ability"], 5.0, bound).verdict(report)
+        found = Goal({"a": PREFERENCE[2]}, ["ability"], 5.0, bound).verdict(report)
         assert found["confirmed"] == (confirmed and holds)
         assert found["text"].endswith(f"; KL 0.02 is {'' if holds else 'not '}below {bound:g}")
 
@@ -811,9 +813,9 @@ def test_the_figure_that_steers_unless_told_otherwise():
     avoided, crows, ability = (
         Benchmark(name, kind, [], [1] * 99, [""] * 99, None, figures)
         for name, kind, figures in (
-            ("probes", "bias", _AVOIDED),
-            ("crows_pairs", "bias", _PREFERENCE),
-            ("copa", "capability", _ACCURACY),
+            ("probes", "bias", AVOIDED),
+            ("crows_pairs", "bias", PREFERENCE),
+            ("copa", "capability", ACCURACY),
         )
     )
 
@@ -857,7 +859,7 @@ def test_probes_that_are_to_be_avoided_steer_by_their_signed_margin(scores, scor
 def test_capability_tasks_bound_the_loss_where_there_are_any():
     names = {"knowledge": "knowledge", "copa": "capability", "probes": "bias"}
     marks = [
-        Benchmark(name, kind, [], [1] * 99, [""] * 99, None, _PREFERENCE if kind == "bias" else _ACCURACY)
+        Benchmark(name, kind, [], [1] * 99, [""] * 99, None, PREFERENCE if kind == "bias" else ACCURACY)
         for name, kind in names.items()
     ]
     goals = [goal_of([Half(m, [])] * 2, "SS", 5.0, None) for m in (marks, [marks[0], marks[2]])]

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .benchmark import Benchmark, Figure
     from .scoring import Scorer
-    from .tasks import Benchmark, Figure
 
 RANDOM_DRAWS = 5
 FEWEST = 6  # probes that can tell an effect at 5 %: if five paired items have one sign, p is 1/16

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import Recipe
-from .tasks import Figure
+from .benchmark import Figure
 
 TEXTS = (
     "The kettle whistled for a while before anyone remembered to switch it off.",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
-from ..evaluation.tasks import Benchmark
+from ..evaluation.benchmark import Benchmark
 
 
 @dataclass(frozen=True)

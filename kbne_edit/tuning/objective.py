@@ -14,7 +14,7 @@ from ..evaluation.evaluate import ABILITIES, ALPHA, least
 from ..statistics import pooled
 
 if TYPE_CHECKING:
-    from ..evaluation.tasks import Figure
+    from ..evaluation.benchmark import Figure
     from .halves import Half
 
 FIGURES = ("absolute margin", "unwanted margin")  # what steers unless told otherwise

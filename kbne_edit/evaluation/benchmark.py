@@ -1,0 +1,96 @@
+"""What an evaluation is made of: requests, items' columns of numbers, and figures of the columns' means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Answer(NamedTuple):
+    """What a model said to one pair: log-probability, is it the greedy continuation, number of tokens."""
+
+    logprob: float
+    greedy: bool
+    tokens: int
+
+    @property
+    def per_token(self) -> float:
+        return self.logprob / self.tokens
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number made of column means. of: means [..., k] -> [...]. ideal: its best value (None: shown, not compared).
+
+    An ideal of -inf: the lower, the better. binary: the 0/1 column that it is the mean of, if it is one (then changes
+    are tested by McNemar). excess: of what there is less, the nearer it comes. unit: "percent" or "nats".
+    definition, source: one sentence each, printed by `evaluate --explain`.
+    """
+
+    name: str
+    of: Callable[[np.ndarray], np.ndarray]
+    ideal: float | None
+    binary: int | None = None
+    excess: str = "bias"
+    unit: str = "percent"
+    definition: str = ""
+    source: str = ""
+
+    @property
+    def digits(self) -> int:
+        """Decimals that are worth printing."""
+        return 4 if self.unit == "nats" else 1
+
+    def distance(self, means: np.ndarray) -> np.ndarray:
+        """How far the figure is from its ideal."""
+        return self.away(self.of(means))
+
+    def away(self, value):
+        """How far a value is from the ideal; if that is -inf the value itself, which has the same differences."""
+        return value if self.ideal == -math.inf else abs(value - self.ideal)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A task ready to be scored. pairs: of all items in order, `sizes[i]` of item i. groups: a name per item.
+
+    read: an item's number and answers -> its columns [k]. clusters: a name per item; items that share it tell of the
+    same thing (a StereoSet target, the words that a CrowS-Pairs pair exchanges, a question of BBQ, a twin, a scenario).
+    They are not independent: they are resampled, exchanged and split together, also across tasks.
+    """
+
+    name: str
+    kind: str  # "bias", "capability" or "knowledge"
+    pairs: list
+    sizes: list[int]
+    groups: list[str]
+    read: Callable[[int, list[Answer]], Sequence[float]]
+    figures: tuple[Figure, ...]
+    clusters: Sequence[str] = ()
+
+    def take(self, items: Sequence[int]) -> Benchmark:
+        """The task with these of its items only."""
+        starts = np.cumsum([0, *self.sizes])
+        return replace(
+            self,
+            pairs=[pair for i in items for pair in self.pairs[starts[i] : starts[i + 1]]],
+            read=lambda i, answers: self.read(items[i], answers),
+            **{name: [getattr(self, name)[i] for i in items] for name in ("sizes", "groups", "clusters")},
+        )
+
+    def columns(self, answers: Sequence[tuple[float, bool]]) -> np.ndarray:
+        """Columns [n, k] of a model's answers to `pairs`."""
+        full = [Answer(*answer, len(pair[1])) for answer, pair in zip(answers, self.pairs, strict=True)]
+        starts = np.cumsum([0, *self.sizes])
+        return np.array([self.read(i, full[a:b]) for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False))])
+
+
+def sample(count: int, limit: int | None) -> list[int]:
+    """Which of `count` items are taken, with a fixed seed. Not the first: files are sorted by group."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(np.random.default_rng(0).choice(count, limit, replace=False).tolist())
