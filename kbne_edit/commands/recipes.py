@@ -44,12 +44,19 @@ def show(recipe, questions, as_json) -> None:
 
 @command.command()
 @click.argument("recipe")
-def check(recipe) -> None:
-    """Report every fault of a recipe at once."""
+@click.option("--data", type=click.Path(path_type=Path), help="For pairs: folder of benchmarks, to count the overlap.")
+@options.JSON
+def check(recipe, data, as_json) -> None:
+    """Report every fault of a recipe at once, or of pairs: pairs, pairs/en, pairs/en/gender, or a file of them."""
     from ..recipe import load_recipe
+    from . import pairs
 
+    if pairs.is_pairs(recipe):
+        return pairs.check(recipe, data, as_json)
     found = load_recipe(recipe)
-    click.echo(f"{recipe}: in order ({len(found.questions)} questions, {len(found.controls)} controls)")
+    counts = {"questions": len(found.questions), "controls": len(found.controls)}
+    line = f"{recipe}: in order ({counts['questions']} questions, {counts['controls']} controls)"
+    options.show({"name": found.name, **counts}, as_json, [line])
 
 
 @command.command()

@@ -77,7 +77,8 @@ class Unit:
 
     template: which of the format's templates. unrelated: two sentences that make no sense, in the context of ax and of
     by. unknown: the two questions of the square, answered that it cannot be told; empty in other formats. Each shares
-    its context with two sentences of the square.
+    its context with two sentences of the square. a_first: whether group a is mentioned before group b; None where the
+    context does not name both.
     """
 
     fact: Fact
@@ -86,6 +87,7 @@ class Unit:
     square: Square
     unrelated: tuple[Sentence, Sentence]
     unknown: tuple[Sentence, ...] = ()
+    a_first: bool | None = None
 
     @property
     def type(self) -> str:
@@ -290,7 +292,7 @@ def _unit(pairs: Pairs, fact: Fact, name: str, number: int) -> Unit:
     if name == "question":
         unknown = (writer.answer(fact.a, fact.x, writer.template.unknown),)
         unknown += (writer.answer(fact.b, fact.y, writer.template.unknown),)
-    return Unit(fact, name, index, square, unrelated, unknown)
+    return Unit(fact, name, index, square, unrelated, unknown, writer.a_first if writer.template.names_both else None)
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,11 @@ class _Writer:
     fact: Fact
     template: Template
     number: int
+
+    @property
+    def a_first(self) -> bool:
+        """The order turns round each time that all templates of the format have been used."""
+        return self.number // len(self.pairs.wording.templates[self.template.format]) % 2 == 0
 
     def sentence(self, group: str, attribute: str) -> Sentence:
         return self.answer(group, attribute, self.template.continuation)
@@ -325,9 +332,8 @@ class _Writer:
         return Sentence(context, space + continuation, question)
 
     def _values(self, group: str, attribute: str) -> dict[tuple[str, str], str]:
-        wording, order = self.pairs.wording, (self.fact.a, self.fact.b)
-        if self.number // len(wording.templates[self.template.format]) % 2:
-            order = order[::-1]
+        wording = self.pairs.wording
+        order = (self.fact.a, self.fact.b) if self.a_first else (self.fact.b, self.fact.a)
         values = {("attribute", form): wording.inflect(attribute, form) for form in wording.attribute_forms}
         for slot, name in (("group", group), ("first", order[0]), ("second", order[1])):
             values |= {(slot, form): text for form, text in self.pairs.groups[name].items()}

@@ -40,6 +40,11 @@ class Template:
     unrelated: str = ""
     wrappers: tuple[str, ...] = ()
 
+    @property
+    def names_both(self) -> bool:
+        """Whether the context names both groups."""
+        return {"first", "second"} <= _slots(self.context)
+
 
 @dataclass(frozen=True)
 class Wording:
@@ -189,6 +194,8 @@ def _template(name: str, row: object, wrappers: tuple[str, ...], forms, reader: 
         reader.faults += [f"{where}.{key}: {fault}" for fault in _slot_faults(text, forms)]
     context = parts.get("question", parts.get("context", ""))
     continuation = parts.get("answer", parts.get("continuation", ""))
+    if len(_slots(context) & {"first", "second"}) == 1:
+        reader.faults.append(f"{where}: {{first.FORM}} and {{second.FORM}} stand together")
     if not {"group", "attribute"} <= _slots(context) | _slots(continuation):
         reader.faults.append(f"{where} needs a {{group.FORM}} and an {{attribute.FORM}}")
     if context and not {"group", "attribute"} & _slots(continuation):
