@@ -22,6 +22,7 @@ from .rule import Rule
 if TYPE_CHECKING:
     from .attribution.gradients import Attribution
     from .attribution.scores import Scores
+    from .models.prompts import Prompts
     from .selection.select import Selection
 
 
@@ -81,16 +82,19 @@ def locate_in(
 ) -> Scores | None:
     """`locate`. aside: as of `ScoresWriter`."""
     from .attribution.scores import ScoresWriter, load_scores
-    from .models.loading import foreign, load_tokenizer
-    from .models.prompts import answer_tokens, encode
+    from .models.prompts import ask
 
     asked = recipe.ask(settings.questions)
     places = slots(checkpoint.shapes, checkpoint.config, settings.site)
-    tokenizer = load_tokenizer(checkpoint.path)
-    with foreign(checkpoint.path):
-        tokens = answer_tokens(tokenizer, recipe.answers, settings.answers)
-        plain = settings.prompt == "plain"
-        prompts = [encode(tokenizer, recipe, question, plain, settings.before) for question in asked]
+    prompts = ask(
+        checkpoint.path,
+        recipe,
+        asked,
+        plain=settings.prompt == "plain",
+        before=settings.before,
+        fixed=settings.answers,
+    )
+    tokens = prompts.answers
     about = {
         "model": found.id,
         "commit": found.commit,
@@ -104,6 +108,7 @@ def locate_in(
         "prompt": settings.prompt,
         "before": settings.before,
         "answer_tokens": tokens,
+        "prompts_sha256": prompts.sha256,
     } | ({"positions": settings.positions} if settings.positions != 1 else {})
     with ExitStack() as stack:
         processes, writer = stack.enter_context(team()), None
@@ -116,25 +121,26 @@ def locate_in(
                 say(f"{out}: {len(asked) - len(todo)} of {len(asked)} questions are done already")
             for answer, surfaces in tokens.items():
                 say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
-            _attribute(checkpoint, asked, prompts, tokens, writer, todo, settings, processes)
+            _attribute(checkpoint, asked, prompts, writer, todo, settings, processes)
     return load_scores(out) if writer else None
 
 
 def _attribute(
-    checkpoint, asked: tuple[Question, ...], prompts, tokens, writer, todo, settings: Settings, processes: Team
+    checkpoint, asked: tuple[Question, ...], prompts: Prompts, writer, todo, settings: Settings, processes: Team
 ) -> None:
     """Each process takes every n-th pack of questions; the first one writes what all of them found."""
     from .attribution.gradients import attributions, packs
 
+    tokens = prompts.answers
     answers = [list(tokens[question.answer].values()) for question in asked]
     others = [sorted({i for a, ids in tokens.items() if a != q.answer for i in ids.values()}) for q in asked]
     layers = _supplier(checkpoint, settings)
-    ready = packs(layers.model, prompts, settings.quadrature, settings.positions)
+    ready = packs(layers.model, prompts.ids, settings.quadrature, settings.positions)
     wanted = [left for pack in ready if (left := [q for q in pack if q in todo])]
     shares = [sum(wanted[rank :: processes.size], []) for rank in range(processes.size)]
     stream = attributions(
         layers,
-        prompts,
+        prompts.ids,
         answers,
         settings.site,
         settings.quadrature,

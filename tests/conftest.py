@@ -27,3 +27,11 @@ def debiased(tmp_path_factory):
     folder = tmp_path_factory.mktemp("session") / "debiased"
     bake("demo", folder, Settings(questions=9))
     return folder
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory):
+    """A tiny chat model with variety (tests/chat.py): its directory. Not to be changed."""
+    from chat import save_chat
+
+    return save_chat(tmp_path_factory.mktemp("session") / "chatty")

@@ -97,7 +97,7 @@ def test_the_help_imports_nothing_large():
 
 def test_memory_where_the_kernel_tells_nothing(monkeypatch):
     """As on macOS: the machine's own memory, whatever limit a process has."""
-    total = memory._kilobytes("/proc/meminfo", "MemTotal")
-    monkeypatch.setattr(memory, "_kilobytes", lambda *_: math.inf)
+    total = memory.kilobytes("/proc/meminfo", "MemTotal")
+    monkeypatch.setattr(memory, "kilobytes", lambda *_: math.inf)
     monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (1000, 1000))
     assert memory._process() == math.inf and memory._machine() == pytest.approx(total, rel=0.01)

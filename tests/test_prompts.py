@@ -1,11 +1,19 @@
 """Answers to tokens, with tokenizers that are made here."""
 
-import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import json
+import os
+from pathlib import Path
 
-from kbne_edit.errors import InputError
-from kbne_edit.models.prompts import answer_tokens
+import pytest
+from chat import PARTS, SURFACES, save_chat
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from kbne_edit import load_recipe
+from kbne_edit.errors import CheckpointError, InputError
+from kbne_edit.models.confined import confined
+from kbne_edit.models.loading import load_tokenizer, read_tokenizer
+from kbne_edit.models.prompts import answer_tokens, ask, render
 
 
 def _tokenizer(*words):
@@ -54,3 +62,139 @@ def test_answers_by_hand():
     for fixed, message in (({"yes": ["yes"]}, "no surface form for 'no'"), ({"yes": ["yes no"]}, "tokens in this")):
         with pytest.raises(InputError, match=message):
             answer_tokens(tokenizer, ("yes", "no"), fixed)
+
+
+def _asked(path, count=6, **changes):
+    recipe = load_recipe("social-bias")
+    given = {"plain": False, "before": "", "fixed": None} | changes
+    return recipe.questions[:count], ask(path, recipe, recipe.questions[:count], **given)
+
+
+def test_a_chat_model_is_asked_through_its_template(chatty):
+    """The rendering is Jinja's own; the tokens are those of the tokenizer, without a second BOS."""
+    questions, prompts = _asked(chatty)
+    tokenizer, chat = AutoTokenizer.from_pretrained(chatty), load_recipe("social-bias").prompt["chat"]
+    for question, ids in zip(questions, prompts.ids, strict=True):
+        text = (
+            "<s><|im_start|>system\nAnswer with yes or no.<|im_end|>\n<|im_start|>user\n"
+            + chat.replace("{question}", question.text).strip()
+            + "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        )
+        assert tokenizer.decode(ids) == text and ids.count(tokenizer.bos_token_id) == 1
+    assert {answer: set(surfaces) for answer, surfaces in prompts.answers.items()} == SURFACES
+    assert prompts.ending.endswith("</think>\n\n")
+
+
+def test_what_comes_before_the_question(chatty):
+    questions, prompts = _asked(chatty, before="We spoke of fairness. ")
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    assert all("user\nWe spoke of fairness. " in tokenizer.decode(ids) for ids in prompts.ids)
+
+
+def test_templates_that_want_parts(tmp_path):
+    """SmolVLM's way, LLaVA's way: a string as content is dropped there."""
+    path = save_chat(tmp_path / "m", PARTS)
+    questions, prompts = _asked(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    for question, ids in zip(questions, prompts.ids, strict=True):
+        text = tokenizer.decode(ids)
+        assert question.text in text and text.startswith("<s>User: ") and text.endswith("<|im_end|>\nAssistant:")
+
+
+MESSAGES = "{% for m in messages %}"
+BAD = {
+    "another role": (
+        MESSAGES + "{% if m['role'] == 'human' %}{{ m['content'] }}{% endif %}{% endfor %}A:",
+        "drops the question",
+    ),
+    "an error": ("{{ raise_exception('no\x1b[31m way') }}", r"drops the question \(no\\x1b\[31m way\)"),
+    "nothing follows": (MESSAGES + "{{ m['content'] }}{{ eos_token }}{% endfor %}", "ends the prompt with '</s>'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_templates_that_do_not_ask(name, tmp_path):
+    path = save_chat(tmp_path / "m", BAD[name][0])
+    with pytest.raises(InputError, match=f"{BAD[name][1]}.*--prompt plain"):
+        _asked(path)
+    _asked(path, plain=True)
+
+
+def test_no_token_follows_the_question(tmp_path):
+    """A tokenizer that puts </s> behind a text."""
+    path = save_chat(tmp_path / "m", None, ending="</s>")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    questions, prompts = _asked(path)
+    for question, ids in zip(questions, prompts.ids, strict=True):
+        text = load_recipe("social-bias").prompt["plain"].replace("{question}", question.text)
+        assert tokenizer(text)["input_ids"] == [*ids, tokenizer.eos_token_id]
+
+
+def test_questions_that_become_the_same_tokens(tmp_path):
+    path = save_chat(tmp_path / "m")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[A-Z][a-z]+ .*[?]"}, "content": "x"}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="6 questions become . different prompts"):
+        _asked(path, plain=True)
+
+
+def test_a_template_in_a_file_of_its_own(tmp_path):
+    path = save_chat(tmp_path / "m")
+    expected = _asked(path)[1]
+    template = (path / "chat_template.jinja").read_text()
+    (path / "chat_template.jinja").unlink()
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert _asked(path)[1] == expected
+
+
+def test_a_pointer_in_place_of_the_tokenizer(tmp_path):
+    path = save_chat(tmp_path / "m")
+    (path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a pointer of Git LFS.*git lfs pull"):
+        _asked(path)
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
+
+
+def _with_normalizer(path, normalizer):
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": normalizer}))
+    return path
+
+
+def test_a_template_that_never_ends(tmp_path):
+    path = save_chat(tmp_path / "m", LOOP)
+    with pytest.raises(CheckpointError, match="takes more than 1 s, the limit"):
+        confined(path, lambda: render(read_tokenizer(path), "Is it?"), seconds=1)
+
+
+def test_a_normaliser_that_doubles(tmp_path):
+    double = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
+    path = _with_normalizer(save_chat(tmp_path / "m"), {"type": "Sequence", "normalizers": [double] * 40})
+    with pytest.raises(CheckpointError, match="takes more than .*, the limit"):
+        confined(path, lambda: read_tokenizer(path)("e" * 100)["input_ids"], seconds=2, memory=300 << 20)
+
+
+def test_a_child_says_what_it_met():
+    path = Path("m")
+    assert confined(path, lambda a, b: {"sum": a + b}, 1, 2) == {"sum": 3}
+    with pytest.raises(InputError, match="^of the work itself$"):
+        confined(path, _raise, InputError("of the work itself"))
+    with pytest.raises(CheckpointError, match="^transformers cannot use m: first line$"):
+        confined(path, _raise, ValueError("first line\nsecond"))
+    with pytest.raises(CheckpointError, match="more than 0.25 GB of memory"):
+        confined(path, lambda: len(bytearray(1 << 30)), memory=1 << 28)
+    with pytest.raises(CheckpointError, match="ended its process"):
+        confined(path, os._exit, 3)
+
+
+def _raise(error):
+    raise error
+
+
+def test_the_same_tokenizer_is_loaded_once(chatty, monkeypatch):
+    first = load_tokenizer(chatty)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", _raise)
+    assert load_tokenizer(chatty) is first

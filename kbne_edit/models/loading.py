@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, KbneError, one_line, short, shown
+from ..errors import CheckpointError, InputError, KbneError, one_line, short, shown
 from ..families import TEXT_ALONE, text_part
+from ..files import open_input, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,11 @@ def foreign(path: Path) -> Iterator[None]:
             yield
     except (KbneError, MemoryError):
         raise
-    except Exception as error:
-        raise CheckpointError(f"transformers cannot use {path}: {short(error)}") from error
+    except BaseException as error:
+        # A panic of a Rust library is no Exception, so that nobody catches it by accident.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise CheckpointError(f"transformers cannot use {path}: {short(error)}") from error
+        raise
 
 
 def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
@@ -164,9 +168,73 @@ def auto_class(config: dict) -> str:
     return "AutoModelForImageTextToText" if together else "AutoModelForCausalLM"
 
 
+# What a tokenizer has to read before it may work in this process: letters, digits, signs, other scripts.
+_SAMPLE = (
+    "Is it fair to judge 3 people by the group they come from? Yes, no: “maybe” — äöüß, почему, 为什么, لماذا.\n" * 8
+)
+_loaded: dict[tuple, object] = {}  # tokenizers that worked within the limits, by their files
+
+
 def load_tokenizer(path: Path):
-    """The tokenizer of a directory. Never runs code from it. Raises CheckpointError."""
+    """The tokenizer of a directory. Never runs code from it.
+
+    Its files are foreign: it is tried in a child process with limits first (`confined`). Raises CheckpointError.
+    """
+    from .confined import confined
+
+    prepare()
+    key = _files(path)
+    if key not in _loaded:
+        confined(path, _try, path)
+        with foreign(path):
+            tokenizer = read_tokenizer(path)
+        _loaded.clear()  # one is enough: base and output have the same
+        _loaded[key] = tokenizer
+    return _loaded[key]
+
+
+def prepare() -> None:
+    """Import what reads tokenizers, before a child process is forked that would have to."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+
+def read_tokenizer(path: Path):
+    """The tokenizer of a directory, without a limit: see `load_tokenizer`."""
     from transformers import AutoTokenizer
 
-    with foreign(path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    for name in _TOKENIZER_FILES:
+        if (path / name).is_file():
+            with open_input(path / name) as file:
+                if file.read(40).startswith(b"version https://git-lfs"):
+                    raise CheckpointError(f"{path / name} is a pointer of Git LFS, not the file: run `git lfs pull`")
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    alone = path / "chat_template.json"  # processors of multimodal models keep it there, out of the tokenizer's sight
+    if not getattr(tokenizer, "chat_template", None) and alone.is_file():
+        template = read_json(alone)
+        if isinstance(template, dict) and isinstance(template.get("chat_template"), str):
+            tokenizer.chat_template = template["chat_template"]
+    return tokenizer
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "chat_template.json")
+
+
+def _try(path: Path) -> None:
+    from .prompts import render
+
+    tokenizer = read_tokenizer(path)
+    if getattr(tokenizer, "chat_template", None):
+        with suppress(InputError):  # that a template drops the question is said where one is asked
+            render(tokenizer, _SAMPLE)
+    ids = tokenizer(_SAMPLE)["input_ids"]
+    tokenizer.decode(ids)
+
+
+def _files(path: Path) -> tuple:
+    """What tells one tokenizer's files from another's: name, size and time of every small file."""
+    found = []
+    for file in sorted(path.iterdir()):
+        if file.is_file() and not file.name.endswith((".safetensors", ".bin")):
+            status = file.stat()
+            found.append((file.name, status.st_size, status.st_mtime_ns, status.st_ino))
+    return (path.resolve(), *found)

@@ -23,7 +23,7 @@ def available() -> float:
 
 
 def _machine() -> float:
-    free = _kilobytes("/proc/meminfo", "MemAvailable")
+    free = kilobytes("/proc/meminfo", "MemAvailable")
     return free if free < math.inf else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS
 
 
@@ -37,11 +37,12 @@ def _group() -> float:
 
 def _process() -> float:
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    used = _kilobytes("/proc/self/status", "VmData")
+    used = kilobytes("/proc/self/status", "VmData")
     return math.inf if limit == resource.RLIM_INFINITY or used == math.inf else limit - used
 
 
-def _kilobytes(path: str, key: str) -> float:
+def kilobytes(path: str, key: str) -> float:
+    """A size that the kernel states in kB, in bytes; inf where it states none."""
     try:
         return 1024 * next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(key))
     except (OSError, StopIteration):

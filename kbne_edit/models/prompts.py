@@ -2,27 +2,125 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..errors import InputError, short, shown
 
 if TYPE_CHECKING:
     from ..recipe import Question, Recipe
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What a model is asked, in its own tokens.
+
+    ids: the questions' token ids, one list each. answers: {answer: {surface: id}}, the next tokens that say it.
+    ending: the text that the first prompt ends with, after its question.
+    """
+
+    ids: list[list[int]]
+    answers: dict[str, dict[str, int]]
+    ending: str
+
+    @property
+    def sha256(self) -> str:
+        """Of the token ids: another tokenizer or chat template asks something else of the same weights."""
+        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()
+
+
+def ask(
+    path: Path, recipe: Recipe, questions: Sequence[Question], *, plain: bool, before: str, fixed: dict | None
+) -> Prompts:
+    """Questions and answers in the tokens of the model at `path`. plain, before: as of `encode`; fixed: of
+    `answer_tokens`.
+
+    The tokenizer and its chat template work in a child process, within limits of time and memory. Raises InputError
+    where questions cannot be told apart, CheckpointError where the files are at fault.
+    """
+    from .confined import confined
+    from .loading import prepare, read_tokenizer
+
+    def work() -> dict:
+        tokenizer = read_tokenizer(path)
+        answers = answer_tokens(tokenizer, recipe.answers, fixed)
+        ids = [encode(tokenizer, recipe, question, plain, before) for question in questions]
+        return {"ids": ids, "answers": answers, "ending": _ending(tokenizer, ids[0], questions[0].text) if ids else ""}
+
+    prepare()
+    prompts = Prompts(**confined(path, work))
+    different = {tuple(ids) for ids in prompts.ids}
+    if len(different) < len(prompts.ids):
+        raise InputError(
+            f"{len(prompts.ids)} questions become {len(different)} different prompts in the tokens of {path}: its "
+            "tokenizer does not tell them apart (does it read the recipe's language?)"
+        )
+    return prompts
+
+
+def _ending(tokenizer, ids: list[int], question: str) -> str:
+    text = tokenizer.decode(ids[-48:])
+    return text.rpartition(question[-12:])[2][-200:]
+
+
 def encode(tokenizer, recipe: Recipe, question: Question, plain: bool = False, before: str = "") -> list[int]:
     """Token ids [T] of the prompt: through the chat template where tokenizer and recipe have one, else plain.
 
-    plain: without the template in any case. before: text that comes first, such as a conversation.
+    plain: without the template in any case. before: text that comes first, such as a conversation. The prompt ends
+    where the answer begins: no token is put after it. Raises InputError where the template drops the question.
     """
     if not plain and "chat" in recipe.prompt and getattr(tokenizer, "chat_template", None):
-        message = {"role": "user", "content": before + recipe.prompt["chat"].replace("{question}", question.text)}
-        # enable_thinking: templates that know it would otherwise open a chain of thought before the answer.
-        text = tokenizer.apply_chat_template(
-            [message], add_generation_prompt=True, tokenize=False, enable_thinking=False
+        message = before + recipe.prompt["chat"].replace("{question}", question.text)
+        return tokenizer(render(tokenizer, message), add_special_tokens=False)["input_ids"]
+    text = before + recipe.prompt["plain"].replace("{question}", question.text)
+    ids, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Some tokenizers put an end-of-text token behind the text; the answer would have to come after the end.
+    while len(ids) > len(bare) and ids[-1:] != bare[-1:]:
+        ids = ids[:-1]
+    return ids
+
+
+def render(tokenizer, message: str) -> str:
+    """One message through the chat template, up to where the answer begins, without a chain of thought if it can.
+
+    Templates take a message's content as text or, of multimodal models, as a list of parts; who is given the other
+    form drops it, or fails. Raises InputError if the message is in neither rendering.
+    """
+    reason = "the message is not in what it renders"
+    for content in (message, [{"type": "text", "text": message}]):
+        try:
+            # Templates read the variables that they know: Qwen and SmolLM the first, DeepSeek and Granite the second.
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=False,
+                thinking=False,
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # Jinja raises nearly anything for a template from outside
+            reason = short(error)
+            continue
+        if _words(message) in _words(text):
+            break
+    else:
+        raise InputError(f"the chat template drops the question ({reason}): use --prompt plain, or mend the template")
+    end = getattr(tokenizer, "eos_token", None)
+    if end and text.rstrip().endswith(end):
+        raise InputError(
+            f"the chat template ends the prompt with {shown(end)}, where no answer can follow: use --prompt plain"
         )
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer(before + recipe.prompt["plain"].replace("{question}", question.text))["input_ids"]
+    return text
+
+
+def _words(text: str) -> str:
+    """Without differences of white space: templates trim, and indent."""
+    return " ".join(text.split())
 
 
 def answer_tokens(tokenizer, answers: tuple[str, ...], fixed: dict[str, list[str]] | None = None) -> dict[str, dict]:
