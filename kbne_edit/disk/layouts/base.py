@@ -1,0 +1,102 @@
+"""What every layout of a quantised matrix says of itself.
+
+A quantised matrix W [O, I] is several tensors under one name: `NAME.qweight`, `NAME.scales` and so on, its parts. The
+format of a matrix knows the shape of W, how W is put together, and which part carries the multiplier of a row of W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .codecs import CODECS
+
+Shape = tuple[int, ...]
+Read = Callable[[str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor as its header describes it."""
+
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """What holds the multipliers of a matrix's rows.
+
+    part: which tensor; axis: the axis that counts rows; codec: how its numbers are multiplied, a key of `CODECS`;
+    view: the shape that the tensor is read in, where that is not its own. block: where rows share a scale, the part
+    that holds it and how many rows do; then `part` holds the codes.
+    """
+
+    part: str
+    axis: int
+    codec: str
+    view: Shape | None = None
+    block: tuple[str, int] | None = None
+
+
+class Format:
+    """One way to store a matrix. Subclasses set what a class attribute says and write the three methods.
+
+    name: for messages. needs: parts that are always there; may: parts that can be there.
+    """
+
+    name = ""
+    needs: tuple[str, ...] = ()
+    may: tuple[str, ...] = ()
+
+    def fits(self, parts: Mapping[str, Part]) -> bool:
+        """Whether a matrix with these parts is of this format."""
+        return all(part in parts for part in self.needs)
+
+    def shape(self, parts: Mapping[str, Part], read: Read) -> Shape:
+        """[O, I] of the matrix. read: gives a part as it is stored, for those few that hold a shape."""
+        raise NotImplementedError
+
+    def carrier(self, parts: Mapping[str, Part], read: Read) -> Carrier | str:
+        """What carries the multipliers of rows, or why nothing does."""
+        raise NotImplementedError
+
+    def dequantise(self, parts: Mapping[str, np.ndarray], about: Mapping[str, Part]) -> np.ndarray:
+        """The matrix, [O, I] float32. parts: each tensor as it is stored (BF16 as uint16, FP8 as uint8)."""
+        raise NotImplementedError
+
+
+def numbers(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored numbers of a dtype as float32."""
+    return CODECS[dtype].values(stored).astype(np.float32) if dtype in CODECS else stored.astype(np.float32)
+
+
+def spread(scales: np.ndarray, size: int) -> np.ndarray:
+    """Scales of groups along the last axis, [..., G], as one number for each of `size` columns, [..., size]."""
+    return np.repeat(scales, -(-size // scales.shape[-1]), -1)[..., :size]
+
+
+def spread_blocks(scales: np.ndarray, shape: Shape, block: tuple[int, int]) -> np.ndarray:
+    """Scales of blocks, [ceil(O / a), ceil(I / b)], as one number for each element of [O, I]."""
+    return np.repeat(np.repeat(scales, block[0], -2), block[1], -1)[: shape[0], : shape[1]]
+
+
+def nibbles(words: np.ndarray, axis: int) -> np.ndarray:
+    """The eight 4-bit numbers of each 32-bit word, from the lowest on, as a new axis after `axis`."""
+    words = words.view(np.uint32)
+    return np.stack([(words >> (4 * k)) & 15 for k in range(8)], axis + 1)
+
+
+def bit_stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """`count` numbers of so many bits, side by side in the little-endian bytes of the last axis: [..., count] int32."""
+    octets = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return octets[..., :count].astype(np.int32)
+    if bits in (2, 4):
+        places = [(octets >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+        return np.stack(places, -1).reshape(*octets.shape[:-1], -1)[..., :count].astype(np.int32)
+    flat = np.unpackbits(octets, axis=-1, bitorder="little")[..., : count * bits]
+    flat = flat.reshape(*octets.shape[:-1], count, bits).astype(np.int32)
+    return (flat << np.arange(bits, dtype=np.int32)).sum(-1, dtype=np.int32)

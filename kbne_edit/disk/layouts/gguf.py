@@ -1,0 +1,221 @@
+"""GGUF files: the header, read in bounds, and where a file keeps its feed-forward neurons.
+
+The reader of the `gguf` package takes seconds for a vocabulary of 150,000 words (each is an object of numpy). Here it
+is skipped, and every count is checked against the file's size before it is believed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+from ...errors import CheckpointError, FamilyError, shown
+from ...files import open_input
+from .ggml import TYPES, BlockType
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_LONGEST = 1 << 24  # bytes of one text: a chat template has thousands
+
+# The architectures of GGUF whose blocks have a gate, by the model_type that transformers loads them as.
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+    "stablelm": "stablelm",
+    "cohere": "cohere",
+    "command-r": "cohere",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor. shape: outermost axis first, the last one in weights; start: where its data begin in the file."""
+
+    name: str
+    kind: BlockType
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row."""
+        return self.shape[-1] // self.kind.weights * self.kind.size
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape[:-1]) * self.row
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file's header. metadata: what is a number, a boolean or a text; of arrays their length alone."""
+
+    metadata: dict[str, object]
+    entries: tuple[Entry, ...]
+    data_start: int
+    size: int
+
+
+class _Reader:
+    def __init__(self, file: BinaryIO, path: Path):
+        self._file, self.path, self.size = file, path, os.fstat(file.fileno()).st_size
+
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is no GGUF file that can be read ({what}): download it again")
+
+    def bytes(self, count: int) -> bytes:
+        data = self._file.read(count) if count <= self.size else b""
+        if len(data) != count:
+            raise self.damaged("truncated")
+        return data
+
+    def number(self, form: str):
+        return struct.unpack(form, self.bytes(struct.calcsize(form)))[0]
+
+    def text(self) -> str:
+        length = self.number("<Q")
+        if length > _LONGEST:
+            raise self.damaged("a text is too long")
+        return self.bytes(length).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> object:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            return self._skip_array()
+        raise self.damaged(f"unknown type of value {kind}")
+
+    def _skip_array(self) -> int:
+        kind, count = self.number("<I"), self.number("<Q")
+        if count > self.size or kind not in (*_SCALARS, _STRING):
+            raise self.damaged("an array is too long, or of arrays")
+        if kind in _SCALARS:
+            self.bytes(count * struct.calcsize(_SCALARS[kind]))
+            return count
+        for _ in range(count):
+            length = int.from_bytes(self.bytes(8), "little")
+            self.bytes(length)
+        return count
+
+    def position(self) -> int:
+        return self._file.tell()
+
+
+def read_header(path: Path) -> Header:
+    """The header of a GGUF file of version 2 or 3, little-endian. Raises CheckpointError."""
+    with open_input(path) as file:
+        reader = _Reader(file, path)
+        if reader.bytes(4) != b"GGUF":
+            raise reader.damaged("its first bytes are others")
+        version, tensors, values = reader.number("<I"), reader.number("<Q"), reader.number("<Q")
+        if version not in (2, 3) or max(tensors, values) > reader.size:
+            raise reader.damaged(f"version {version}" if version not in (2, 3) else "truncated")
+        metadata: dict[str, object] = {}
+        for _ in range(values):
+            key = reader.text()
+            if key in metadata:
+                raise reader.damaged(f"{shown(key)} stands twice")
+            metadata[key] = reader.value(reader.number("<I"))
+        described = [_described(reader) for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise reader.damaged("its alignment is no power of two")
+        data_start = -(-reader.position() // alignment) * alignment
+        entries = tuple(Entry(name, kind, shape, data_start + offset) for name, kind, shape, offset in described)
+        _check(reader, entries, alignment)
+        return Header(metadata, entries, data_start, reader.size)
+
+
+def _described(reader: _Reader) -> tuple[str, BlockType, tuple[int, ...], int]:
+    name, dimensions = reader.text(), reader.number("<I")
+    if not 1 <= dimensions <= 4:
+        raise reader.damaged(f"{shown(name)} has {dimensions} dimensions")
+    shape = tuple(reader.number("<Q") for _ in range(dimensions))[::-1]
+    kind, offset = reader.number("<I"), reader.number("<Q")
+    if kind not in TYPES:
+        raise CheckpointError(f"{reader.path}: {shown(name)} is of ggml type {kind}, which is not known")
+    if not all(0 < n <= 8 * reader.size for n in shape) or shape[-1] % TYPES[kind].weights:
+        raise reader.damaged(f"{shown(name)} has rows that are no whole blocks")
+    return name, TYPES[kind], shape, offset
+
+
+def _check(reader: _Reader, entries: tuple[Entry, ...], alignment: int) -> None:
+    if len({entry.name for entry in entries}) != len(entries):
+        raise reader.damaged("a tensor stands twice")
+    position = 0
+    for entry in sorted(entries, key=lambda entry: entry.start):
+        if entry.start % alignment or entry.start < position:
+            raise reader.damaged(f"tensors overlap at {shown(entry.name)}")
+        position = entry.start + entry.size
+        if position > reader.size:
+            raise reader.damaged("truncated")
+
+
+def config_of(header: Header, path: Path) -> dict:
+    """What config.json would say of the sizes. Raises FamilyError, CheckpointError."""
+    metadata = header.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise FamilyError(
+            f"{path} is of the architecture {shown(architecture)}; known in GGUF: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(f"{path} is one of several files: join them first (llama-gguf-split --merge)")
+    named = {"num_hidden_layers": "block_count", "hidden_size": "embedding_length"}
+    config = {key: metadata.get(f"{architecture}.{name}") for key, name in named.items()}
+    for key, value in config.items():
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{path} names no {key.replace('_', ' ')} ({architecture}.{named[key]})")
+    words = metadata.get("tokenizer.ggml.tokens")
+    return {"model_type": ARCHITECTURES[architecture], **config} | ({"vocab_size": words} if words else {})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor that holds a row for each neuron, or a number of a bias: neurons from `start` on along `axis`."""
+
+    tensor: str
+    offset: int
+    neurons: int
+    start: int = 0
+    experts: int | None = None
+
+
+def neuron_rows(entries: Mapping[str, Entry], layer: int, site: str) -> list[Rows]:
+    """Where the rows of a layer's up-projection (site "gate": gate projection) are. Raises FamilyError."""
+    prefix, part = f"blk.{layer}.", "gate" if site == "gate" else "up"
+    found: list[Rows] = []
+    if (stacked := entries.get(f"{prefix}ffn_{part}_exps.weight")) is not None:
+        experts, neurons = stacked.shape[:2]
+        found.append(Rows(stacked.name, 0, neurons, 0, experts))
+        if (shared := entries.get(f"{prefix}ffn_{part}_shexp.weight")) is not None:
+            found.append(Rows(shared.name, experts * neurons, shared.shape[0]))
+        return found
+    down = entries.get(f"{prefix}ffn_down.weight")
+    rows = entries.get(f"{prefix}ffn_{part}.weight") or entries.get(f"{prefix}ffn_up.weight")
+    if down is None or rows is None:
+        raise FamilyError(f"no tensor {prefix}ffn_{part}.weight and {prefix}ffn_down.weight in the file")
+    neurons = down.shape[1]
+    packed = rows.shape[0] == 2 * neurons and f"{prefix}ffn_gate.weight" not in entries
+    if not packed and (rows.shape[0] != neurons or not rows.name.endswith(f"{part}.weight")):
+        raise FamilyError(f"{rows.name} has {rows.shape[0]} rows and {down.name} takes {neurons}: not a gated block")
+    start = neurons if packed and part == "up" else 0
+    found.append(Rows(rows.name, 0, neurons, start))
+    if (bias := entries.get(re.sub(r"weight$", "bias", rows.name))) is not None:
+        found.append(Rows(bias.name, 0, neurons, start))
+    return found
