@@ -4,10 +4,10 @@ import struct
 
 import numpy as np
 import pytest
-import quantised
 import torch
 from safetensors.torch import load_file
 
+import quantised
 from kbne_edit.disk.checkpoint import Shard, read_raw
 from kbne_edit.disk.layouts.base import Part
 from kbne_edit.disk.layouts.codecs import CODECS
