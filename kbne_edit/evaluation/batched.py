@@ -1,0 +1,259 @@
+"""Many edits of one model in one pass: what they share is computed once, and the rest as rows of one batch.
+
+Texts are packed into trees (`models.trees`), so what several begin with stands there once. A pass starts with one batch
+entry. Before the first layer that any of the edits touches it is repeated once per edit, and from there each entry has
+its own factors. So layers below are computed once for all edits, and above a layer's weights are read once for all of
+them. The head is given the kept positions in blocks, so no logits of a whole pass are ever held.
+
+Legend: E edits, N tokens of a tree, K kept positions, D hidden size, F neurons of a layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..attribution.rows import head
+from ..edit import Edit
+from ..families import end
+from ..models.hooks import Tap, tapped
+from ..models.masks import attention_mask, longest
+from ..models.places import decoder_layers, places
+from ..models.trees import Tree, cut
+from ..recipe import Probe
+
+_TREE_TOKENS = 512  # of one tree: attention within it grows with the square
+_BATCH_TOKENS = 4096  # of one pass, over all edits: bounds memory, and is enough to keep a matrix product busy
+_HEAD_ROWS = 256  # positions that go through the head at once: it makes [rows, V] logits
+
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context (one at least) and of its continuation
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What each edit's model makes of each continuation. logprobs: [E, n] float64, summed over its tokens, in nats."""
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def per_token(self) -> np.ndarray:
+        """Mean log-probability per token, [E, n]."""
+        return self.logprobs / self.tokens
+
+
+def margins_of_edits(
+    model: nn.Module,
+    tokenizer,
+    probes: Sequence[Probe],
+    edits: Sequence[Edit | None],
+    *,
+    temperature: float = 1.0,
+    update: Callable[[int], None] = lambda _: None,
+) -> np.ndarray:
+    """m of every probe under every edit (None: the model itself), [E, probes], nats per token.
+
+    m = mean log-probability per token of a probe's first sentence less that of its second.
+    temperature: divides the logits. update: called with the number of texts done since, times edits.
+    Raises EditError if an edit does not fit the model.
+    """
+    rows = [tokenizer(text)["input_ids"] for probe in probes for text in (probe.first, probe.second)]
+    pairs = [(row[:1], row[1:]) for row in rows]
+    scored = score_edits(model, pairs, edits, temperature=temperature, update=update).per_token
+    return scored[:, ::2] - scored[:, 1::2]
+
+
+@torch.inference_mode()
+def score_edits(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    edits: Sequence[Edit | None],
+    *,
+    temperature: float = 1.0,
+    update: Callable[[int], None] = lambda _: None,
+) -> Scored:
+    """Log-probability of each continuation after its context under each edit, and whether it is the greedy one."""
+    rows, lookups = unique_rows(pairs)
+    shape = (len(edits), len(pairs))
+    total, greedy = np.zeros(shape), np.ones(shape, bool)
+    for part in cut(rows, int(min(_TREE_TOKENS, longest(model)))):
+        tree = Tree(rows[part])
+        kept, index, target, owner = {}, [], [], []
+        for path, of_row in zip(tree.paths, lookups[part], strict=True):
+            for pair, start, tokens in of_row:
+                index += [kept.setdefault(node, len(kept)) for node in path[start : start + len(tokens)]]
+                target += tokens
+                owner += [pair] * len(tokens)
+        step = max(_BATCH_TOKENS // len(tree.tokens), 1)
+        for first in range(0, len(edits), step):
+            some = edits[first : first + step]
+            states = last_states(model, tree, some)[:, list(kept)]
+            logp, hits = _looked_up(model, states, index, target, temperature)
+            for row in range(len(some)):
+                np.add.at(total[first + row], owner, logp[row])
+                np.logical_and.at(greedy[first + row], owner, hits[row])
+            update(len(some) * sum(map(len, lookups[part])))
+    return Scored(total, greedy, np.array([len(continuation) for _, continuation in pairs]))
+
+
+class Lookup(NamedTuple):
+    """One pair within its row: its continuation's tokens are predicted from position `start` on."""
+
+    pair: int
+    start: int
+    tokens: Sequence[int]
+
+
+def unique_rows(pairs: Sequence[Pair]) -> tuple[list[tuple[int, ...]], list[list[Lookup]]]:
+    """Rows that a model has to read, sorted and each once, and each row's lookups.
+
+    A row is context + continuation without its last token, so answers of one token share theirs.
+    """
+    found: dict[tuple[int, ...], list[Lookup]] = {}
+    for pair, (context, continuation) in enumerate(pairs):
+        row = (*context, *continuation[:-1])
+        found.setdefault(row, []).append(Lookup(pair, len(context) - 1, continuation))
+    rows = sorted(found)
+    return rows, [found[row] for row in rows]
+
+
+def _looked_up(
+    model: nn.Module, states: Tensor, index: list[int], target: list[int], temperature: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(log-probabilities [E, T], is it the likeliest token [E, T]) of tokens at kept positions. states: [E, K, D]."""
+    count, kept = states.shape[:2]
+    # In the order of positions, so that each block of logits is needed for its own lookups alone.
+    wanted: list[list[int]] = [[] for _ in range(kept)]
+    for place, position in enumerate(index):
+        wanted[position].append(place)
+    logp, hits = np.zeros((count, len(index))), np.zeros((count, len(index)), bool)
+    flat = states.flatten(0, 1)
+    for start in range(0, len(flat), _HEAD_ROWS):
+        logits = logits_of(model, flat[start : start + _HEAD_ROWS])
+        if temperature != 1:
+            logits = logits / temperature
+        # A few rows at a time stay in the processor's cache.
+        norm = torch.cat([rows.logsumexp(-1) for rows in logits.split(8)])
+        largest = torch.cat([rows.amax(-1) for rows in logits.split(8)])
+        places = [(r, *divmod(start + r, kept)) for r in range(len(logits))]
+        looked = [(r, edit, place) for r, edit, position in places for place in wanted[position]]
+        if not looked:
+            continue
+        at, edit, place = (np.array(column) for column in zip(*looked, strict=True))
+        tokens = torch.tensor([target[p] for p in place.tolist()], device=logits.device)
+        at = torch.from_numpy(at).to(logits.device)
+        found = logits[at, tokens]
+        logp[edit, place] = (found - norm[at]).double().cpu().numpy()
+        hits[edit, place] = (found == largest[at]).cpu().numpy()
+    return logp, hits
+
+
+def logits_of(model: nn.Module, states: Tensor) -> Tensor:
+    """Logits [K, V] float32 of the last layer's output at some positions, [K, D]: norm, head and what follows it."""
+    return head(model, states[None])
+
+
+class _Reached(Exception):
+    """Leaves a forward pass once the last layer is done."""
+
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+
+
+@torch.inference_mode()
+def last_states(model: nn.Module, tree: Tree, edits: Sequence[Edit | None]) -> Tensor:
+    """The last layer's output for a tree under each edit, [E, N, D].
+
+    Raises EditError if an edit does not fit the model.
+    """
+    layers, device = decoder_layers(model), model.get_input_embeddings().weight.device
+    touched = [layer for edit in edits if edit for layer in edit.factors]
+    depth = np.array(tree.depth)
+    with ExitStack() as stack:
+        stack.enter_context(_repeated(layers[min(touched, default=len(layers) - 1) :], len(edits)))
+        stack.enter_context(_scaled(model, edits, len(tree.tokens)))
+        stack.enter_context(_left_after(layers[-1]))
+        try:
+            model(
+                input_ids=torch.tensor([tree.tokens], device=device),
+                position_ids=torch.tensor([tree.depth], device=device),
+                attention_mask=attention_mask(model, tree.seen, depth, depth),
+                use_cache=False,
+            )
+        except _Reached as reached:
+            return reached.hidden
+    raise AssertionError(f"{type(model).__name__} did not call its last layer")
+
+
+@contextmanager
+def _repeated(layers: Sequence[nn.Module], count: int) -> Iterator[None]:
+    """What comes to the first of these layers, [1, N, D], is repeated: [count, N, D]."""
+
+    def repeat(_, args, kwargs):
+        if args:
+            return (args[0].repeat(count, 1, 1), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].repeat(count, 1, 1)}
+
+    def mask(_, args, kwargs):  # XGLM checks its size; elsewhere it would be broadcast
+        return tuple(map(expanded, args)), {name: expanded(value) for name, value in kwargs.items()}
+
+    def expanded(value):
+        is_mask = isinstance(value, Tensor) and value.dim() == 4 and len(value) == 1
+        return value.expand(count, -1, -1, -1) if is_mask else value
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(mask, with_kwargs=True).remove)
+        stack.callback(layers[0].register_forward_pre_hook(repeat, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def _left_after(layer: nn.Module) -> Iterator[None]:
+    def leave(_, __, output):
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+    handle = layer.register_forward_hook(leave)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _scaled(model: nn.Module, edits: Sequence[Edit | None], tokens: int) -> Iterator[None]:
+    """Every batch entry has the factors of its own edit."""
+    with ExitStack() as stack:
+        for site in dict.fromkeys(edit.site for edit in edits if edit):
+            found = places(model, site)
+            sizes = [end(layer) for layer in found]
+            own = [edit if edit and edit.site == site else None for edit in edits]
+            for edit in filter(None, own):
+                edit.check(sizes)
+            for layer in sorted({layer for edit in own if edit for layer in edit.factors}):
+                factors = torch.ones(len(edits), sizes[layer])
+                for row, edit in enumerate(own):
+                    if edit and (neurons := edit.factors.get(layer)):
+                        factors[row, list(neurons)] = torch.tensor(list(neurons.values()))
+                stack.enter_context(tapped(found[layer], site, _tap(factors, tokens)))
+        yield
+
+
+def _tap(factors: Tensor, tokens: int) -> Tap:
+    """factors: [E, F]. The product is taken in float32 and rounded once, as in `models.hooks`."""
+
+    def tap(h: Tensor, which: Tensor | None, offset: int) -> Tensor:
+        own = factors[:, offset : offset + h.shape[-1]].to(h.device)
+        if which is not None:  # of an expert: which of the E * N tokens these are
+            return (h * own[which.to(own.device) // tokens]).to(h.dtype)
+        by_edit = h.reshape(len(own), -1, h.shape[-1])
+        return (by_edit * own[:, None]).to(h.dtype).view_as(h)
+
+    return tap
