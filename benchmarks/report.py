@@ -18,9 +18,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from kbne_edit import Edit
-from kbne_edit.disk.checkpoint import UNDO, Checkpoint
-from kbne_edit.disk.manifest import write_manifest
-from kbne_edit.folding.fold import file_hash
+from kbne_edit.disk.checkpoint import Checkpoint
+from kbne_edit.disk.hashing import file_hash
+from kbne_edit.disk.manifest import Manifest
+from kbne_edit.disk.names import UNDO
 
 # Its own peak: what wait4 reports would hold the peak of this process, from which the other one is forked.
 _RUN = """
@@ -79,18 +80,8 @@ def _baked(folder, rng):
     factors = {layer: {n % NEURONS: 2.0 for n in chosen if n // NEURONS == layer} for layer in range(LAYERS)}
     edit = Edit("down", factors, Checkpoint.open(folder).fingerprint())
     _undo(folder / UNDO, edit, rng)
-    write_manifest(
-        folder,
-        {
-            "kbne_manifest": 1,
-            "tool": "benchmark",
-            "edit": edit.to_dict(),
-            "files": {},
-            "left_out": [],
-            "tensors": [f"model.layers.{layer}.mlp.down_proj.weight" for layer in edit.factors],
-            "undo": file_hash(folder / UNDO),
-        },
-    )
+    tensors = tuple(sorted(f"model.layers.{layer}.mlp.down_proj.weight" for layer in edit.factors))
+    Manifest(edit, {}, "benchmark", tensors=tensors, undo=file_hash(folder / UNDO)).write(folder)
     return edit.factors
 
 

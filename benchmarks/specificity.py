@@ -31,7 +31,6 @@ from kbne_edit.evaluation.benchmark import Answer
 from kbne_edit.evaluation.evaluate import random_edit
 from kbne_edit.evaluation.scoring import Scorer
 from kbne_edit.evaluation.tasks import benchmarks
-from kbne_edit.families import layer_sizes, slots
 from kbne_edit.hub.source import resolved
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.rule import Rule
@@ -96,7 +95,7 @@ class Bench:
 
     def __init__(self, path, arguments):
         checkpoint, recipe = Checkpoint.open(path), load_recipe("social-bias")
-        self.neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, "down"))
+        self.neurons = checkpoint.layer_sizes("down")
         self.scorer = Scorer(load_model(path, torch.float32), load_tokenizer(path))
         self.draws, self.most_kl = arguments.draws, arguments.most_kl
 

@@ -26,12 +26,12 @@ _PUBLIC = {
     "Rule": "rule",
     "select": "selection.select",
     "tune": "tuning.tune",
-    "verify": "proofs.verification",
+    "verify": "proofs.verify",
     "fold": "folding.fold",
     "apply": "applying",
     "ask": "asking",
     "push": "pushing",
-    "revert": "folding.fold",
+    "revert": "folding.undo",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .disk.checkpoint import DELTA, Checkpoint, staged
-from .disk.manifest import write_manifest
-from .disk.sharding import cut
-from .edit import Edit
-from .errors import EditError, ProofError
+from .disk.checkpoint import Checkpoint
+from .disk.manifest import Origin
+from .disk.names import DELTA
+from .disk.publishing import staged
+from .errors import EditError, ProofError, shown
 from .files import forbid_overlap
-from .folding.delta import fold_hashes, origin_of, read_about
-from .folding.fold import Progress, fold_into, plan, stored_columns
-from .proofs.verification import Report, behaviour_proof, file_proof
+from .folding.delta import DeltaRecord, fold_hashes
+from .folding.fold import fold_into
+from .folding.plan import Plan
+from .folding.rewrite import Progress
+from .folding.undo import stored_columns
+from .proofs.behaviour import behaviour_proof
+from .proofs.files import file_proof
+from .proofs.outcome import Proofs
 from .reporting.card import add_card
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ApplyResult:
+    """What `apply` did. source: the base; out: the new checkpoint; plan: what was folded; proofs: both held."""
+
+    source: Origin
+    out: Path
+    plan: Plan
+    proofs: Proofs
+
+    def __repr__(self) -> str:
+        return f"ApplyResult({self.out}, {self.plan.edit.num_neurons} neurons)"
+
+    @property
+    def ok(self) -> bool:
+        return self.proofs.ok
+
+    def to_dict(self) -> dict:
+        """JSON form: what `apply --json` prints."""
+        return {
+            "version": VERSION,
+            "model": self.source.id,
+            "commit": self.source.commit,
+            "out": str(self.out),
+            **self.proofs.to_dict(),
+        }
 
 
 def apply(
@@ -22,15 +56,15 @@ def apply(
     base_dir: str | Path,
     out_dir: str | Path,
     *,
-    source: dict | None = None,
+    source: Origin | None = None,
     shard_size: int | str | None = None,
     behaviour: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Report:
+) -> ApplyResult:
     """Write `base_dir` with a delta's columns put in to `out_dir`, weights byte for byte as `bake` would have.
 
-    source: {"id", "commit"} of the base, as manifest and card name it (default: the name of `base_dir`, and none).
+    source: the base, as manifest and card name it (default: the name of `base_dir`).
     shard_size: as in `fold`; then it is the tensors that are those of `bake`, in other files.
     behaviour: False leaves the second proof out. Both hold before the output appears; it can be verified, reverted and
     pushed as one of `bake`. What the delta says that its own run measured is not repeated: this run did not see it.
@@ -38,35 +72,28 @@ def apply(
     """
     path = Path(delta) / DELTA if Path(delta).is_dir() else Path(delta)
     forbid_overlap(out_dir, base_dir, delta)
-    checkpoint, about = Checkpoint.open(base_dir), read_about(path)
-    edit = Edit.from_dict(about["edit"], str(path))
-    targets = plan(checkpoint, edit)
-    columns = stored_columns(path, targets, checkpoint)
-    targets = {name: replace(target, values=columns[name]) for name, target in targets.items()}
-    cuts = cut(checkpoint, shard_size)
+    checkpoint, record = Checkpoint.open(base_dir), DeltaRecord.read(path)
+    plan = Plan.of(checkpoint, record.edit, shard_size)
+    with_columns = plan.with_columns(stored_columns(path, plan))
+    origin = source or Origin(checkpoint.path.resolve().name)
     with staged(out_dir, overwrite) as part:
-        manifest = fold_into(checkpoint, edit, targets, part, progress, cuts)
+        manifest = fold_into(with_columns, part, progress)
         # Cut anew, no file is one that the delta knows: what it promises is then computed, and written nowhere.
-        hashes = fold_hashes(checkpoint, targets, progress)[0] if cuts else manifest["files"]
+        files = fold_hashes(with_columns, progress)[0] if plan.files else manifest.files
         for name in (shard.path.name for shard in checkpoint.shards):
-            if hashes[name]["in"] != about["files"].get(name, {}).get("in"):
+            if name not in record.files or files[name].before != record.files[name].before:
                 raise EditError(
                     f"{path} was made from another {name} (SHA-256 differs): apply it to "
-                    f"{origin_of(about)} as published"
+                    f"{shown(str(record.source))} as published"
                 )
-        report = file_proof(checkpoint, Checkpoint.open(part), manifest, None, progress, rehash=False)
-        report.faults += [
-            f"{shard.path.name} is not what the delta promises (SHA-256 differs)"
-            for shard in checkpoint.shards
-            if hashes[shard.path.name]["out"] != about["files"][shard.path.name]["out"]
-        ]
-        if behaviour and not report.faults:
-            report.behaviour = behaviour_proof(checkpoint, Checkpoint.open(part), edit)
-        if not report.ok:
-            which, why = ("first", report.faults[0]) if report.faults else ("second", "behaviour differs")
-            raise ProofError(f"the {which} proof failed, {out_dir} was not written: {why}", report)
-        manifest |= {"source": source or {"id": checkpoint.path.resolve().name, "commit": None}}
-        manifest |= {"proofs": report.to_dict(), "summary": {}}
-        add_card(part, manifest)
-        write_manifest(part, manifest)
-    return report
+        baked = Checkpoint.open(part)
+        proof = file_proof(plan, baked, manifest, "manifest", progress, rehash=False)
+        for name in (shard.path.name for shard in checkpoint.shards):
+            if files[name].after != record.files[name].after:
+                proof = proof.with_fault(f"{name} is not what the delta promises (SHA-256 differs)")
+        proofs = Proofs(proof, behaviour_proof(plan, baked) if behaviour and proof.holds else None)
+        if not proofs.ok:
+            raise ProofError(f"the {proofs.failed} proof failed, {out_dir} was not written: {proofs.fault}", proofs)
+        manifest = replace(manifest, source=origin, proofs=proofs.to_dict(), summary={})
+        add_card(part, manifest).write(part)
+    return ApplyResult(origin, Path(out_dir), plan, proofs)

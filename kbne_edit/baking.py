@@ -2,27 +2,128 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .attribution.answers import attribution_summary
-from .disk.checkpoint import Checkpoint, check_out, staged
-from .disk.manifest import write_manifest
-from .disk.sharding import Cut, cut
+from .disk.checkpoint import Checkpoint
+from .disk.manifest import Manifest, Origin, RecipeRecord
+from .disk.publishing import check_out, staged
 from .distributed import RANK
 from .edit import Edit
 from .errors import InputError, ProofError
-from .families import layer_sizes, slots
 from .files import forbid_links_out, forbid_overlap, work_folder
 from .folding.adapter import check_form, load_edit, write_adapter
 from .folding.delta import manifest_of, write_delta
-from .folding.fold import Target, fold_into, plan
+from .folding.fold import fold_into
+from .folding.plan import Plan
 from .hub.licences import metadata_in
 from .hub.source import Source, resolved
 from .locating import Settings, choose, locate_in
 from .models.loading import auto_class
 from .progress import progress, say
+from .proofs.outcome import Proofs
 from .recipe import Recipe, load_recipe
 from .reporting.card import add_card
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Located:
+    """How an edit was found. selection, attribution: the summaries of both; work: the folder that keeps them."""
+
+    selection: dict
+    attribution: dict
+    work: Path
+
+
+@dataclass(frozen=True)
+class BakeResult:
+    """What `bake` did.
+
+    source: the base; out: where the output stands (for a dry run: would stand); form: "checkpoint", "peft" or "delta";
+    auto_class: the class of transformers that loads the model. plan: what was folded. located: None where the edit was
+    given. dry_run: nothing was written. proofs: of a checkpoint; bytes: of an adapter or a delta. effect, cost,
+    verdict: None where they were not measured.
+    """
+
+    source: Origin
+    out: Path
+    form: str
+    auto_class: str
+    plan: Plan
+    located: Located | None = None
+    dry_run: bool = False
+    proofs: Proofs | None = None
+    bytes: int | None = None
+    effect: Any = None
+    cost: Any = None
+    verdict: Any = None
+
+    def __repr__(self) -> str:
+        return f"BakeResult({self.out}, {self.plan.edit.num_neurons} neurons, {self.form})"
+
+    @property
+    def edit(self) -> Edit:
+        return self.plan.edit
+
+    def to_dict(self) -> dict:
+        """JSON form: what `bake --json` prints."""
+        edit, checkpoint = self.edit, self.plan.checkpoint
+        data = {
+            "version": VERSION,
+            "model": self.source.id,
+            "commit": self.source.commit,
+            "out": str(self.out),
+            "form": self.form,
+            "auto_class": self.auto_class,
+        }
+        if self.located:
+            data |= {
+                "work": str(self.located.work),
+                "selection": self.located.selection,
+                "attribution": self.located.attribution,
+            }
+        data |= {
+            "site": edit.site,
+            "neurons": edit.num_neurons,
+            "share": edit.num_neurons / sum(checkpoint.layer_sizes(edit.site)),
+            "layers": {layer: len(neurons) for layer, neurons in edit.factors.items()},
+            "factors": edit.distinct_factors,
+        }
+        if self.plan.files:
+            data["shards"] = [len(checkpoint.shards), len(self.plan.files)]
+        if self.dry_run:
+            data |= {"dry_run": True, "plan": [step.to_dict() for step in self.plan.steps]}
+        if self.proofs:
+            data["proofs"] = self.proofs.to_dict()
+        if self.bytes is not None:
+            data["bytes"] = self.bytes
+        measured = {"effect": self.effect, "cost": self.cost, "verdict": self.verdict}
+        return data | {key: plain(value) for key, value in measured.items() if value is not None}
+
+
+def plain(value: Any) -> Any:
+    """JSON form of a measured value."""
+    return value.to_dict() if hasattr(value, "to_dict") else value
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step of a bake needs to know."""
+
+    source: Source
+    out: Path
+    recipe: Recipe | None
+    overwrite: bool
+    behaviour: bool
+
+    @property
+    def origin(self) -> Origin:
+        """The base, as it may be published."""
+        return Origin(self.source.label, self.source.commit)
 
 
 def bake(
@@ -37,28 +138,23 @@ def bake(
     overwrite: bool = False,
     behaviour: bool = True,
     work: str | Path | None = None,
-) -> dict:
-    """Locate (unless `edit` is given), fold, prove; publish `out` only if both proofs hold. Returns the summary.
+) -> BakeResult | None:
+    """Locate (unless `edit` is given), fold, prove; publish `out` only if both proofs hold.
 
     edit: an Edit, an edit.json, or the folder of an IA3 adapter. form: "checkpoint"; "peft", the edit as an IA3
     adapter; "delta", the edited columns alone. The latter two are read back instead of proven.
     shard_size: cut the checkpoint's weights into files of at most so many bytes, or "5GB" (default: those of the base).
     work: folder that keeps scores.safetensors and edit.json (default: OUT.work beside the output, resumable).
-    Of several processes (`torchrun`) the first one folds; the others return {} once the questions are done.
+    Of several processes (`torchrun`) the first one folds; the others return None once the questions are done.
     dry_run: stop before anything is written to `out`. behaviour: False leaves the second proof out.
     Raises InputError and its kin, ProofError (then nothing stands under `out`).
     """
     settings, out = settings or Settings(), Path(out)
     if edit is not None and RANK != 0:
-        return {}
+        return None
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
-        check_form(form, checkpoint)
-        cuts = cut(checkpoint, shard_size)
-        if form == "checkpoint":
-            forbid_links_out(checkpoint.path, checkpoint.other_files()[0])
-        elif shard_size is not None:
-            raise InputError(f"--shard-size cuts a checkpoint's weights, and --as {form} writes none: leave it out")
+        _check_form(form, checkpoint, shard_size)
         folder = Path(work) if work else work_folder(out)
         forbid_overlap(out, found.origin)
         forbid_overlap(folder / "scores.safetensors", found.origin, option="--work")  # it may hold the model
@@ -67,145 +163,123 @@ def bake(
             edit = load_edit(edit, checkpoint)
         check_out(out, overwrite)
         recipe = load_recipe(settings.recipe or found.recipe) if settings.recipe or not edit else None
-        summary: dict = {
-            "model": found.id,
-            "commit": found.commit,
-            "out": str(out),
-            "form": form,
-            "auto_class": auto_class(checkpoint.config),
-        }
+        located = None
         if edit is None:
-            edit = _found(found, checkpoint, recipe, folder, settings, summary)
-            if edit is None:
-                return {}
+            choice = _locate(found, checkpoint, recipe, folder, settings)
+            if choice is None:
+                return None
+            edit, located = choice
         elif settings.factor is not None:
             edit = edit.with_factor(settings.factor)
-        targets = plan(checkpoint, edit)
-        summary |= _size(edit, checkpoint) | ({"shards": [len(checkpoint.shards), len(cuts)]} if cuts else {})
+        plan = Plan.of(checkpoint, edit, shard_size)
+        origin = Origin(found.id, found.commit)
+        result = BakeResult(origin, out, form, auto_class(checkpoint.config), plan, located, dry_run)
         if dry_run:
-            return summary | {"dry_run": True, "plan": _plan(targets, checkpoint, cuts)}
-        if form == "checkpoint":
-            _write(checkpoint, edit, targets, cuts, found, out, overwrite, behaviour, recipe, summary)
-        else:
-            _write_alone(form, checkpoint, edit, targets, found, out, overwrite, recipe, summary)
-    return summary
+            return result
+        job = _Job(found, out, recipe, overwrite, behaviour)
+        return _write(job, result) if form == "checkpoint" else _write_alone(job, result)
 
 
-def _found(found: Source, checkpoint, recipe: Recipe, folder: Path, settings: Settings, summary: dict) -> Edit | None:
-    scores = locate_in(found, checkpoint, recipe, folder / "scores.safetensors", settings, aside=True)
+def _check_form(form: str, checkpoint: Checkpoint, shard_size: int | str | None) -> None:
+    check_form(form, checkpoint)
+    if form == "checkpoint":
+        forbid_links_out(checkpoint.path, checkpoint.other_files()[0])
+    elif shard_size is not None:
+        raise InputError(f"--shard-size cuts a checkpoint's weights, and --as {form} writes none: leave it out")
+
+
+def _locate(
+    source: Source, checkpoint: Checkpoint, recipe: Recipe, folder: Path, settings: Settings
+) -> tuple[Edit, Located] | None:
+    """The edit that the recipe's questions select; None in all but the first of several processes."""
+    scores = locate_in(source, checkpoint, recipe, folder / "scores.safetensors", settings, aside=True)
     if scores is None:
         return None
     chosen = choose(scores, recipe, settings)
     edit = chosen.edit
-    edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=found.label, commit=found.commit)
+    edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=source.label, commit=source.commit)
     edit.save(folder / "edit.json")
-    summary["work"] = str(folder)
-    summary["selection"] = chosen.summary().to_dict()
-    summary["attribution"] = attribution_summary(scores)
-    return edit
+    return edit, Located(chosen.summary().to_dict(), attribution_summary(scores), folder)
 
 
-def _size(edit: Edit, checkpoint: Checkpoint) -> dict:
-    places = slots(checkpoint.shapes, checkpoint.config, edit.site)
-    total = sum(layer_sizes(places))
-    return {
-        "site": edit.site,
-        "neurons": edit.num_neurons,
-        "share": edit.num_neurons / total,
-        "layers": {layer: len(neurons) for layer, neurons in edit.factors.items()},
-        "factors": edit.distinct_factors,
-    }
-
-
-def _plan(targets: dict[str, Target], checkpoint: Checkpoint, cuts: list[Cut]) -> list[dict]:
-    files = {name: shard.path.name for name, (shard, _) in checkpoint.tensors.items()}
-    files |= {name: new.name for new in cuts for name in new.tensors}
-    return [
-        {
-            "tensor": name,
-            "file": files[name],
-            "axis": target.slot.axis,
-            "neurons": (target.slot.offset + target.neurons).tolist(),
-            "factors": target.factors.tolist(),
-        }
-        for name, target in targets.items()
-    ]
-
-
-def _write(
-    checkpoint, edit, targets, cuts, found: Source, out: Path, overwrite, behaviour, recipe, summary: dict
-) -> None:
+def _write(job: _Job, result: BakeResult) -> BakeResult:
     """Fold into a temporary sibling, prove it there, and only then give it its name."""
-    from .proofs.verification import behaviour_proof, file_proof
-
+    plan, checkpoint = result.plan, result.plan.checkpoint
     total = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files()[0])
     total += sum(shard.size for shard in checkpoint.shards)
-    with staged(out, overwrite) as part:
+    with staged(job.out, job.overwrite) as part:
         with progress("fold", total, "B") as update:
-            manifest = fold_into(checkpoint, edit, targets, part, update, cuts)
-        manifest["source"] = {"id": found.label, "commit": found.commit}
-        with progress("proof 1: the file is the edit", 2 * total, "B") as update:
-            report = file_proof(checkpoint, Checkpoint.open(part), manifest, None, update, rehash=False)
-        if not report.faults and behaviour:
-            say("proof 2: the model behaves as the hooks")
-            report.behaviour = behaviour_proof(checkpoint, Checkpoint.open(part), edit)
-        summary["proofs"] = report.to_dict()
-        if not report.ok:
-            raise ProofError(
-                f"a proof failed, {out} was not written: {(report.faults or ['behaviour differs'])[0]}", report
-            )
-        _add_effect(checkpoint, edit, recipe, summary)
-        _add_run(manifest, recipe, summary)
-        add_card(part, manifest)
-        write_manifest(part, manifest)
+            manifest = fold_into(plan, part, update)
+        manifest = replace(manifest, source=job.origin)
+        result = replace(result, proofs=_prove(job, plan, manifest, part, 2 * total))
+        result = replace(result, effect=_effect(checkpoint, plan.edit, job.recipe))
+        _publish(job, result, manifest, part)
+    return result
 
 
-def _write_alone(form: str, checkpoint, edit, targets, found: Source, out: Path, overwrite, recipe, summary) -> None:
+def _prove(job: _Job, plan: Plan, manifest: Manifest, part: Path, total: int) -> Proofs:
+    """Both proofs of what was folded into `part`. Raises ProofError."""
+    from .proofs.behaviour import behaviour_proof
+    from .proofs.files import file_proof
+
+    baked = Checkpoint.open(part)
+    with progress("proof 1: the file is the edit", total, "B") as update:
+        proofs = Proofs(file_proof(plan, baked, manifest, "manifest", update, rehash=False))
+    if proofs.ok and job.behaviour:
+        say("proof 2: the model behaves as the hooks")
+        proofs = replace(proofs, behaviour=behaviour_proof(plan, baked))
+    if not proofs.ok:
+        raise ProofError(f"a proof failed, {job.out} was not written: {proofs.fault}", proofs)
+    return proofs
+
+
+def _write_alone(job: _Job, result: BakeResult) -> BakeResult:
     """The edit without the model: as an adapter or as a delta, read back before it appears."""
-    source = {"id": found.label, "commit": found.commit}
-    with staged(out, overwrite) as part:
-        if form == "peft":
-            write_adapter(checkpoint, edit, part, source)
+    plan, checkpoint = result.plan, result.plan.checkpoint
+    with staged(job.out, job.overwrite) as part:
+        if result.form == "peft":
+            write_adapter(checkpoint, plan.edit, part, job.origin)
         else:
             with progress("delta", 2 * sum(shard.size for shard in checkpoint.shards), "B") as update:
-                write_delta(checkpoint, edit, targets, part, source, update)
-        summary["bytes"] = sum(file.stat().st_size for file in part.iterdir())
-        manifest = manifest_of(form, checkpoint, edit, part, source)
-        _add_effect(checkpoint, edit, recipe, summary)
-        _add_run(manifest, recipe, summary)
-        add_card(part, manifest, metadata_in(checkpoint.path))
-        write_manifest(part, manifest)
+                write_delta(plan, part, job.origin, update)
+        result = replace(result, bytes=sum(file.stat().st_size for file in part.iterdir()))
+        manifest = manifest_of(result.form, plan, part, job.origin)
+        result = replace(result, effect=_effect(checkpoint, plan.edit, job.recipe))
+        _publish(job, result, manifest, part, metadata_in(checkpoint.path))
+    return result
 
 
-def _add_run(manifest: dict, recipe: Recipe | None, summary: dict) -> None:
-    """What the run did and measured, for the manifest and for the card that is made from it."""
-    if recipe:
-        manifest["recipe"] = {"name": recipe.name, "sha256": recipe.sha256}
-    if "proofs" in summary:
-        manifest["proofs"] = summary["proofs"]
-    manifest["summary"] = {key: summary[key] for key in ("selection", "attribution", "effect") if key in summary}
+def _publish(job: _Job, result: BakeResult, manifest: Manifest, part: Path, metadata: dict | None = None) -> None:
+    """Write the card and the manifest, with what the run did and measured. metadata: of the base's card."""
+    summary: dict = {}
+    if result.located:
+        summary |= {"selection": result.located.selection, "attribution": result.located.attribution}
+    measured = {"effect": result.effect, "cost": result.cost, "verdict": result.verdict}
+    summary |= {key: plain(value) for key, value in measured.items() if value is not None}
+    manifest = replace(
+        manifest,
+        recipe=RecipeRecord(job.recipe.name, job.recipe.sha256) if job.recipe else None,
+        proofs=result.proofs.to_dict() if result.proofs else None,
+        summary=summary,
+    )
+    add_card(part, manifest, metadata).write(part)
 
 
-def _add_effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe | None, summary: dict) -> None:
+def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe | None) -> dict | None:
     """What the edit does to the recipe's probes, if there are enough of them to tell."""
     if not recipe or not recipe.probes:
-        return
-    from .evaluation.evaluate import FEWEST
+        return None
+    from .evaluation.evaluate import FEWEST, effect
 
     count = len(recipe.probes)
     if count < FEWEST:
         say(f"effect: not measured, since {count} probes cannot tell it from chance: {FEWEST} at least are needed")
-        return
+        return None
     say(f"effect: {count} probes, with and without the edit")
-    summary["effect"] = _effect(checkpoint, edit, recipe)
-
-
-def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> dict:
     import torch
 
-    from .evaluation.evaluate import effect
     from .models.loading import load_model, load_tokenizer
 
-    neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, edit.site))
     model = load_model(checkpoint.path, torch.float32)
-    return effect(model, load_tokenizer(checkpoint.path), recipe.probes, edit, neurons, recipe.aim)
+    tokenizer = load_tokenizer(checkpoint.path)
+    return effect(model, tokenizer, recipe.probes, edit, checkpoint.layer_sizes(edit.site), recipe.aim)

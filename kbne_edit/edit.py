@@ -72,6 +72,10 @@ class Edit:
         """The same neurons, all at one factor."""
         return replace(self, factors={layer: dict.fromkeys(found, factor) for layer, found in self.factors.items()})
 
+    def made_for(self, base: str) -> Edit:
+        """The same, for the checkpoint of this fingerprint."""
+        return replace(self, base=base)
+
     def check(self, neurons: Sequence[int], base: str | None = None) -> None:
         """Raise EditError unless the edit fits a model and does something to it. neurons: how many each layer has."""
         if all(f == 1 for f in self.distinct_factors):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .disk.checkpoint import Checkpoint
 from .distributed import LOCAL_RANK, LOCAL_SIZE, Team, team
 from .errors import InputError
-from .families import Site, layer_sizes, slots
+from .families import Site
 from .files import forbid_overlap, parse_size
 from .hub.source import Source, resolved
 from .models import memory
@@ -85,7 +85,7 @@ def locate_in(
     from .models.prompts import ask
 
     asked = recipe.ask(settings.questions)
-    places = slots(checkpoint.shapes, checkpoint.config, settings.site)
+    sizes = checkpoint.layer_sizes(settings.site)
     prompts = ask(
         checkpoint.path,
         recipe,
@@ -113,8 +113,8 @@ def locate_in(
     with ExitStack() as stack:
         processes, writer = stack.enter_context(team()), None
         if processes.rank == 0:
-            width = max(layer_sizes(places))
-            writer = stack.enter_context(closing(ScoresWriter(out, asked, len(places), width, about, aside)))
+            width = max(sizes)
+            writer = stack.enter_context(closing(ScoresWriter(out, asked, len(sizes), width, about, aside)))
         todo = processes.share([q for q, done in enumerate(writer.done) if not done] if writer else None)
         if todo:
             if len(todo) < len(asked):

@@ -10,17 +10,64 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .disk.checkpoint import MANIFEST, UNDO, Checkpoint, is_weights, other_files
-from .disk.manifest import is_sealed, read_manifest
+from .disk.checkpoint import Checkpoint, other_files
+from .disk.hashing import file_hash
+from .disk.manifest import Manifest
+from .disk.names import MANIFEST, UNDO, is_weights
 from .errors import CheckpointError, OutputError, ProofError
-from .folding.fold import file_hash
 from .hub.client import TIMEOUT, talking
 from .hub.licences import metadata_in, notices
 from .progress import say
+from .proofs.outcome import Proofs
 
+VERSION = 1
 Progress = Callable[[int], None]  # called with the number of bytes checked since the last call
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What `push` sent, or of a dry run would send.
+
+    repo: ORG/NAME; form: as of the manifest; files: {name: bytes}; notices: what to consider before publishing;
+    commit, url: on the Hub, None for a dry run.
+    """
+
+    repo: str
+    form: str
+    private: bool
+    create_pr: bool
+    files: dict[str, int]
+    notices: tuple[str, ...]
+    commit: str | None = None
+    url: str | None = None
+
+    def __repr__(self) -> str:
+        return f"PushResult({self.repo}, {len(self.files)} files{'' if self.commit else ', dry run'})"
+
+    @property
+    def dry_run(self) -> bool:
+        return self.commit is None
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.files.values())
+
+    def to_dict(self) -> dict:
+        """JSON form: what `push --json` prints."""
+        data = {
+            "version": VERSION,
+            "repo": self.repo,
+            "private": self.private,
+            "create_pr": self.create_pr,
+            "files": self.files,
+            "bytes": self.bytes,
+            "notices": list(self.notices),
+            "form": self.form,
+        }
+        return data | ({"dry_run": True} if self.dry_run else {"commit": self.commit, "url": self.url})
 
 
 def push(
@@ -31,11 +78,11 @@ def push(
     create_pr: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-) -> dict:
+) -> PushResult:
     """Send what `bake` or `apply` wrote to the model repository `name`, ORG/NAME, which is made if need be.
 
     Refused unless every file is as the manifest says, nothing unknown lies beside them, and both proofs of a checkpoint
-    held (an adapter or a delta was read back before it appeared). Returns the summary.
+    held (an adapter or a delta was read back before it appeared).
     private: of a repository that is made. create_pr: propose to a repository that exists. dry_run: check, send nothing.
     Raises CheckpointError, ProofError, OutputError. Tokens are huggingface_hub's business.
     """
@@ -43,42 +90,37 @@ def push(
     if name.count("/") != 1 or not all(name.split("/")):
         raise OutputError(f"{name!r} is no name on the Hub: give ORG/NAME, or your user name and a name")
     manifest = _manifest(directory)
-    if name == (manifest.get("source") or {}).get("id") and not create_pr:
+    if manifest.source and name == manifest.source.id and not create_pr:
         raise OutputError(f"{name} is the base itself: push to a name of your own, or propose with --create-pr")
-    files = _checked(directory, manifest, progress)
-    sizes = {file: (directory / file).stat().st_size for file in files}
-    summary = {
-        "repo": name,
-        "private": private,
-        "create_pr": create_pr,
-        "files": sizes,
-        "bytes": sum(sizes.values()),
-        "notices": [*_of_the_base(manifest), *notices(metadata_in(directory), name)],
-        "form": manifest.get("form", "checkpoint"),
-    }
+    hashes = _checked(directory, manifest, progress)
+    result = PushResult(
+        repo=name,
+        form=manifest.form,
+        private=private,
+        create_pr=create_pr,
+        files={file: (directory / file).stat().st_size for file in hashes},
+        notices=(*_of_the_base(manifest), *notices(metadata_in(directory), name)),
+    )
     if dry_run:
-        return summary | {"dry_run": True}
-    for notice in summary["notices"]:
+        return result
+    for notice in result.notices:
         say(f"note: {notice}")
     with talking(name, OutputError, writing=True):
-        return summary | _send(directory, name, files, _message(manifest), private, create_pr)
+        return _send(result, directory, hashes, _message(manifest))
 
 
-def _manifest(directory: Path) -> dict:
+def _manifest(directory: Path) -> Manifest:
     """The manifest; that of a checkpoint with both proofs in it. Raises CheckpointError, ProofError."""
-    manifest = read_manifest(directory)
+    manifest = Manifest.read(directory)
     if manifest is None:
         raise CheckpointError(f"{directory} has no {MANIFEST}: only what kbne-edit baked can be pushed")
-    if not is_sealed(directory, manifest):
+    if not manifest.sealed:
         raise CheckpointError(f"{directory / MANIFEST} was changed after baking: bake again, and push the result")
-    if "form" in manifest:
+    if not manifest.is_checkpoint:
         return manifest
     Checkpoint.open(directory)
-    try:
-        proofs = manifest.get("proofs") or {}
-        held = proofs.get("file_proof"), all(entry["ok"] for entry in proofs.get("behaviour") or [{"ok": False}])
-    except (AttributeError, KeyError, TypeError):
-        raise CheckpointError(f"{directory / MANIFEST} is damaged (proofs)") from None
+    proofs = recorded_proofs(directory, manifest)
+    held = (proofs is not None and proofs.files.holds, proofs is not None and proofs.both_held)
     for holds, proof in zip(held, ("the file is the edit", "the model behaves as the hooks"), strict=True):
         if not holds:
             raise ProofError(
@@ -88,11 +130,19 @@ def _manifest(directory: Path) -> dict:
     return manifest
 
 
-def _checked(directory: Path, manifest: dict, progress: Progress | None) -> dict[str, str]:
+def recorded_proofs(directory: Path, manifest: Manifest) -> Proofs | None:
+    """The proofs on record. Raises CheckpointError if they are of another form than kbne-edit writes."""
+    try:
+        return Proofs.from_dict(manifest.proofs, manifest.edit) if manifest.proofs else None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{directory / MANIFEST} is damaged (proofs)") from None
+
+
+def _checked(directory: Path, manifest: Manifest, progress: Progress | None) -> dict[str, str]:
     """{file: SHA-256} of all that the manifest knows, each as it says. Raises CheckpointError."""
     weights, others = other_files(directory)
-    known = {name: hashes["out"] for name, hashes in manifest["files"].items()}
-    known |= {UNDO: manifest["undo"]} if "undo" in manifest else {}
+    known = {name: record.after for name, record in manifest.files.items()}
+    known |= {UNDO: manifest.undo} if manifest.is_checkpoint else {}
     # The Hub adds .gitattributes to whatever it holds: it may lie there, and is not sent.
     if unknown := sorted({*weights, *others} - set(known) - {".gitattributes"}):
         raise CheckpointError(f"{directory}/{unknown[0]} is not in the manifest: take it out, or bake again")
@@ -106,26 +156,25 @@ def _checked(directory: Path, manifest: dict, progress: Progress | None) -> dict
     return dict(sorted((known | {MANIFEST: file_hash(directory / MANIFEST)}).items()))
 
 
-def _of_the_base(manifest: dict) -> list[str]:
+def _of_the_base(manifest: Manifest) -> list[str]:
     """What to consider before an adapter or a delta is published whose base nobody else can find."""
-    source = manifest["source"]
-    if "form" not in manifest or source["commit"]:
+    if manifest.is_checkpoint or manifest.source.commit:
         return []
-    return [f"its base was a local directory, {source['id']}: nobody else can tell which model it is for"]
+    return [f"its base was a local directory, {manifest.source.id}: nobody else can tell which model it is for"]
 
 
-def _message(manifest: dict) -> str:
-    neurons = sum(len(factors) for factors in manifest["edit"]["factors"].values())
-    return f"{manifest.get('tool', 'kbne-edit')}: {neurons} neurons scaled at site {manifest['edit']['site']}"
+def _message(manifest: Manifest) -> str:
+    return f"{manifest.tool}: {manifest.edit.num_neurons} neurons scaled at site {manifest.edit.site}"
 
 
-def _send(directory: Path, name: str, files: dict[str, str], message: str, private: bool, create_pr: bool) -> dict:
+def _send(result: PushResult, directory: Path, files: dict[str, str], message: str) -> PushResult:
     """Create the repository if need be, upload and commit, and compare what the Hub holds with what was sent."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
     if get_token() is None:
         raise OutputError("you are not logged in to the Hub: run `hf auth login` with a token that may write")
     api = HfApi()
+    name, private, create_pr = result.repo, result.private, result.create_pr
     if not create_pr:
         api.create_repo(name, private=private or None, exist_ok=True)
     there = api.model_info(name, timeout=TIMEOUT)
@@ -146,7 +195,8 @@ def _send(directory: Path, name: str, files: dict[str, str], message: str, priva
     )
     if wrong := _differing(api, name, commit.oid, directory, files):
         raise OutputError(f"{name}: the Hub does not hold {wrong[0]} as it was sent: push again")
-    return {"commit": commit.oid, "url": (commit.pr_url if create_pr else None) or f"{constants.ENDPOINT}/{name}"}
+    url = (commit.pr_url if create_pr else None) or f"{constants.ENDPOINT}/{name}"
+    return replace(result, commit=commit.oid, url=url)
 
 
 def _differing(api, name: str, commit: str, directory: Path, files: dict[str, str]) -> list[str]:

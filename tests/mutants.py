@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from manifests import read_manifest, sha256, write_manifest
 from safetensors.numpy import load_file, save_file
 
 from kbne_edit import Edit, fold, load_recipe, load_scores, locate, revert, select, verify
@@ -525,12 +526,9 @@ def spoil_meta(rng, data):
 
 def reseal(baked):
     """Make the manifest's own hash, and that of the undo file, right again."""
-    from kbne_edit.disk.checkpoint import MANIFEST, UNDO
-    from kbne_edit.disk.manifest import write_manifest
-    from kbne_edit.folding.fold import file_hash
-
     try:
-        manifest = json.loads((baked / MANIFEST).read_text())
-        write_manifest(baked, {**manifest, "undo": file_hash(baked / UNDO) if manifest["undo"] else 0})
+        manifest = read_manifest(baked)
+        undo = sha256(baked / "kbne_undo.safetensors") if manifest["undo"] else 0
+        write_manifest(baked, {**manifest, "undo": undo})
     except (ValueError, TypeError, KeyError, RecursionError):
         pass  # no longer a manifest

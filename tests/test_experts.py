@@ -62,7 +62,7 @@ def test_fold_equals_hooks(name, dtype, tmp_path):
     before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "baked"))
     assert before.keys() == after.keys()
     for key, old in before.items():
-        assert torch.equal(old, after[key]) != (key in manifest["tensors"]), key
+        assert torch.equal(old, after[key]) != (key in manifest.tensors), key
     revert(tmp_path / "baked", tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
 
@@ -73,7 +73,7 @@ def test_verify_with_and_without_manifest(name, tmp_path):
     model.save_pretrained(tmp_path / "base")
     fold(tmp_path / "base", _edit(model, 3.5), tmp_path / "baked")
     report = verify(tmp_path / "base", tmp_path / "baked")
-    assert report.ok and not report.behaviour[0]["bit_equal"] and report.behaviour[0]["noise"] > 0
+    assert report.ok and not report.behaviour[0].bit_equal and report.behaviour[0].noise > 0
     for extra in ("kbne_edit.json", "kbne_undo.safetensors"):
         (tmp_path / "baked" / extra).unlink()
     found = verify(tmp_path / "base", tmp_path / "baked", behaviour=False)
@@ -151,8 +151,8 @@ def test_the_text_part_alone(tmp_path):
     with torch.no_grad():
         assert torch.equal(together.language_model(IDS).logits, reference)
     before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "baked"))
-    assert {key for key, old in before.items() if not torch.equal(old, after[key])} == set(manifest["tensors"])
-    assert verify(tmp_path / "base", tmp_path / "baked").behaviour[0]["how"] == "whole model"
+    assert {key for key, old in before.items() if not torch.equal(old, after[key])} == set(manifest.tensors)
+    assert verify(tmp_path / "base", tmp_path / "baked").behaviour[0].how == "whole model"
     (streamed,) = attributions(Streamed(Checkpoint.open(tmp_path / "base"), 64e9), [PROMPT], [ANSWER])
     (want,) = attributions(base, [PROMPT], [ANSWER])
     assert (streamed.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()

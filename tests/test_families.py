@@ -13,10 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from kbne_edit import Edit, fold, hooked, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
+from kbne_edit.disk.slots import slots
 from kbne_edit.errors import FamilyError
-from kbne_edit.families import family_of, slots
+from kbne_edit.families import family_of
+from kbne_edit.folding.plan import Plan
 from kbne_edit.models.places import num_neurons, places
-from kbne_edit.proofs import verification
+from kbne_edit.proofs import behaviour
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, WHOLE, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
@@ -56,11 +58,11 @@ def test_other_factors_round_once(name, factor, tmp_path):
     model.save_pretrained(tmp_path / "base")
     manifest = fold(tmp_path / "base", _edit(factor), tmp_path / "baked")
     before, after = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "baked/model.safetensors")
-    assert before.keys() == after.keys() and len(manifest["tensors"]) == len(NEURONS)
+    assert before.keys() == after.keys() and len(manifest.tensors) == len(NEURONS)
     axis = 0 if isinstance(places(model, "down")[0][0].module, Conv1D) else 1
     for key, old in before.items():
         expected = old.clone()
-        if key in manifest["tensors"]:
+        if key in manifest.tensors:
             index = torch.tensor(NEURONS[min(NEURONS) if f".{min(NEURONS)}." in key else max(NEURONS)])
             scaled = (old.index_select(axis, index).float() * factor).to(old.dtype)
             expected.index_copy_(axis, index, scaled)
@@ -79,8 +81,8 @@ def test_other_factors_stay_within_the_rounding_bound(name, site, tmp_path):
     edit = Edit(site=site, factors={0: {3: 3.5, 47: 0.3}, 2: {0: 0.3, 10: 3.5, 11: 3.5}})
     fold(tmp_path / "base", edit, tmp_path / "baked")
     report = verify(tmp_path / "base", tmp_path / "baked")
-    assert report.ok and [entry["dtype"] for entry in report.behaviour] == ["float32", "bfloat16"]
-    assert all(0 < entry["noise"] < 0.2 for entry in report.behaviour)  # the bound says something
+    assert report.ok and [entry.dtype for entry in report.behaviour] == ["float32", "bfloat16"]
+    assert all(0 < entry.noise < 0.2 for entry in report.behaviour)  # the bound says something
 
 
 @pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, torch.int16), (torch.float32, torch.int32)])
@@ -90,7 +92,7 @@ def test_the_rounding_of_a_logit_is_a_uniform_error_of_one_step(dtype, bits):
     largest = logits.abs().max()
     after = (largest.view(bits) + 1).view(dtype)
     deviation = float(after.double() - largest.double()) * (1 / 12) ** 0.5
-    found = verification._last_rounding(logits.float().numpy(), dtype)
+    found = behaviour.last_rounding(logits.float().numpy(), dtype)
     assert found == pytest.approx(deviation / float(logits.float().std(correction=0)), rel=1e-6)
 
 
@@ -100,14 +102,14 @@ def test_the_rounding_of_a_logit_is_a_uniform_error_of_one_step(dtype, bits):
 def test_site_by_site_where_the_model_does_not_fit(name, site, factor, tmp_path, monkeypatch):
     if site == "gate" and name == "gpt2":
         pytest.skip("plain feed-forward: no gate")
-    monkeypatch.setattr(verification, "available", lambda: 1.0)
+    monkeypatch.setattr(behaviour, "available", lambda: 1.0)
     tiny_model(name, torch.bfloat16).save_pretrained(tmp_path / "base")
     fold(tmp_path / "base", _edit(factor, site), tmp_path / "baked")
     base, baked = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "baked")
     (entry,) = verify(tmp_path / "base", tmp_path / "baked").behaviour
-    assert entry["how"] == "site by site" and entry["ok"] and entry["bit_equal"] == (factor == 2.0)
-    (entry,) = verification.behaviour_proof(base, baked, _edit(factor * 1.05, site))
-    assert not entry["ok"]  # a factor that is five percent off is seen
+    assert entry.how == "site by site" and entry.holds and entry.bit_equal == (factor == 2.0)
+    (entry,) = behaviour.behaviour_proof(Plan.of(base, _edit(factor * 1.05, site)), baked)
+    assert not entry.holds  # a factor that is five percent off is seen
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "llama-tied", "llama4_text"])
@@ -160,7 +162,7 @@ def test_the_text_part_of_multimodal_models(name, dtype, tmp_path):
     assert not torch.equal(_logits(model), reference)
     before, after = load_file(base / "model.safetensors"), load_file(baked / "model.safetensors")
     assert any("vision" in key or "visual" in key for key in before)
-    assert {key for key, old in before.items() if not torch.equal(old, after[key])} == set(manifest["tensors"])
+    assert {key for key, old in before.items() if not torch.equal(old, after[key])} == set(manifest.tensors)
 
 
 def test_every_family_is_under_the_contract():

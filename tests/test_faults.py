@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 import faults
 import mutants
 from kbne_edit import Edit, bake, fold, locate, verify
-from kbne_edit.disk.checkpoint import _NUMPY, from_float, staged, storage
+from kbne_edit.disk.dtypes import DTYPES, from_float, storage
+from kbne_edit.disk.publishing import staged
 from kbne_edit.errors import OutputError
 from kbne_edit.locating import Settings
-from kbne_edit.proofs.verification import _recover_factor
+from kbne_edit.proofs.recovery import recover_factor
 from mutants import DEMO, contents
 
 SEED = 7
@@ -234,15 +235,15 @@ def test_a_recovered_factor_gives_the_stored_bits(kind, factor):
     x = from_float(rng.standard_normal(4096).astype(np.float32), kind)
     wide = (x.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else x.astype(np.float32)
     y = from_float(wide * np.float32(factor), kind)
-    got = _recover_factor(x, y, kind)
+    got = recover_factor(x, y, kind)
     assert got is not None and from_float(wide * np.float32(got), kind).tobytes() == y.tobytes()
     assert len(repr(abs(got))) <= len(
         repr(abs(factor))
     )  # as short as the person's, or the same bits from a shorter one
     spoilt = y.copy()
     spoilt.view(np.uint8)[6000] ^= 1
-    assert _recover_factor(x, spoilt, kind) is None
-    assert storage(kind, "x").itemsize == x.itemsize and (kind == "BF16" or _NUMPY[kind] == x.dtype)
+    assert recover_factor(x, spoilt, kind) is None
+    assert storage(kind, "x").itemsize == x.itemsize and (kind == "BF16" or DTYPES[kind].numpy == x.dtype)
 
 
 def test_a_scaled_column_with_one_other_weight_is_found(inputs, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from manifests import is_sealed, read_manifest
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from hub import card_faults
 from kbne_edit import Edit, apply, applying, bake, hooked, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
-from kbne_edit.disk.manifest import is_sealed, read_manifest
 from kbne_edit.errors import CheckpointError, EditError, FamilyError, KbneError, OutputError, ProofError
 from kbne_edit.folding.adapter import read_adapter
+from kbne_edit.proofs.outcome import BehaviourProof
 from tiny import MULTIMODAL, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,8 +195,8 @@ def test_a_delta_gives_what_bake_writes(name, site, factor, tmp_path):
     report = apply(tmp_path / "delta", base, tmp_path / "applied")
     assert (
         report.ok
-        and report.behaviour
-        and report.edited == len(load_file(tmp_path / "delta" / "kbne_delta.safetensors"))
+        and report.proofs.behaviour
+        and report.proofs.files.edited == len(load_file(tmp_path / "delta" / "kbne_delta.safetensors"))
     )
     weights = _bytes(tmp_path / "baked", "*.safetensors*")
     assert len(weights) > 2 and _bytes(tmp_path / "applied", "*.safetensors*") == weights
@@ -214,11 +215,13 @@ def test_what_is_applied_is_what_a_bake_leaves(base, tmp_path):
 
 def test_a_second_proof_that_fails_leaves_nothing(base, tmp_path, monkeypatch):
     bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
-    monkeypatch.setattr(applying, "behaviour_proof", lambda *_: [{"ok": False}])
+    monkeypatch.setattr(
+        applying, "behaviour_proof", lambda *_: (BehaviourProof("float32", "whole model", False, False, 1.0, 0.0, 3),)
+    )
     with pytest.raises(ProofError, match="second proof failed"):
         apply(tmp_path / "delta", base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert apply(tmp_path / "delta", base, tmp_path / "out", behaviour=False).behaviour is None
+    assert apply(tmp_path / "delta", base, tmp_path / "out", behaviour=False).proofs.behaviour is None
 
 
 @pytest.mark.parametrize("form", ["peft", "delta"])

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from manifests import write_manifest
 from safetensors.torch import load_file, save_file
 
 from hub import SIGNATURE, Fault, serving, sha256
 from kbne_edit import Edit
-from kbne_edit.disk.manifest import write_manifest
 from tiny import tiny_model
 
 CLI = Path(__file__).resolve().parent.parent / "cli.py"

@@ -11,11 +11,11 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from manifests import read_manifest, write_manifest
 from safetensors.numpy import save_file
 
 from kbne_edit import Edit, fold, load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
-from kbne_edit.disk.manifest import read_manifest, write_manifest
 from kbne_edit.edit import compare
 from kbne_edit.models.places import places
 from kbne_edit.reporting.contents import build

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from manifests import read_manifest, write_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kbne_edit import Edit, apply, bake, fold, push, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
-from kbne_edit.disk.manifest import read_manifest, write_manifest
 from kbne_edit.errors import CheckpointError, EditError, InputError, KbneError, ProofError
-from kbne_edit.folding import fold as folding
+from kbne_edit.folding import rewrite
 from kbne_edit.reporting.contents import build
 from kbne_edit.reporting.page import render
 from mutants import reseal, spoil_value
@@ -77,16 +77,16 @@ def test_the_same_tensors_in_other_files_and_back(size, base, tmp_path):
     expected, got = _weights(tmp_path / "plain"), _weights(tmp_path / "out")
     assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in got)
     report = verify(base, tmp_path / "out", behaviour=False)
-    assert report.ok and report.source == "manifest", report.faults
+    assert report.ok and report.files.edit_from == "manifest", report.faults
     before = _files(base)
-    for name, entry in manifest.get("resharded", {}).items():
+    for name, entry in manifest.resharded.items():
         if name != INDEX:
             (tmp_path / "x").write_bytes(before[name])
             names = load_file(tmp_path / "x")
             holding = [
                 path.name for path in (tmp_path / "out").glob("model*s") if names.keys() & load_file(path).keys()
             ]
-            assert sorted(holding) == entry["into"]
+            assert sorted(holding) == list(entry.into)
     revert(tmp_path / "out", tmp_path / "again")
     assert _files(tmp_path / "again") == before
 
@@ -94,7 +94,7 @@ def test_the_same_tensors_in_other_files_and_back(size, base, tmp_path):
 def test_in_many_small_chunks(base, tmp_path, monkeypatch):
     """Tensors of a real size are read in several; those that are edited in whole rows."""
     fold(base, EDIT, tmp_path / "one", shard_size="25KB")
-    monkeypatch.setattr(folding, "CHUNK", 250)
+    monkeypatch.setattr(rewrite, "CHUNK", 250)
     fold(base, EDIT, tmp_path / "many", shard_size="25KB")
     assert _files(tmp_path / "one") == _files(tmp_path / "many")
     assert verify(base, tmp_path / "many", behaviour=False).ok
@@ -145,7 +145,7 @@ def test_verify_without_a_manifest(base, tmp_path):
     for name in ("kbne_edit.json", "kbne_undo.safetensors"):
         (tmp_path / "out" / name).unlink()
     report = verify(base, tmp_path / "out", behaviour=False)
-    assert report.ok and report.edit.factors == EDIT.factors and report.source == "recovered from the weights"
+    assert report.ok and report.edit.factors == EDIT.factors and report.files.edit_from == "recovered from the weights"
     shard = max((tmp_path / "out").glob("model-*.safetensors"))
     weights = load_file(shard)
     next(iter(weights.values())).view(-1)[-1] += 1
@@ -255,7 +255,7 @@ def test_another_base_is_found(base, out, tmp_path):
     path = max((tmp_path / "other").glob("*.safetensors"))
     save_file(load_file(path), path, metadata={"format": "pt", "by": "someone"})  # the same tensors in another file
     faults = verify(tmp_path / "other", out, behaviour=False).faults
-    assert faults == [f"{path.name} of the base is not the file that was baked (SHA-256 differs)"]
+    assert list(faults) == [f"{path.name} of the base is not the file that was baked (SHA-256 differs)"]
     weights = load_file(path)
     weights[min(weights)].view(-1)[0] += 1
     save_file(weights, path)
@@ -306,8 +306,7 @@ def test_hostile_manifests_and_heads(base, out, tmp_path):
 
 def _replace(path, name, content):
     """The undo file with other bytes under this name."""
-    from kbne_edit.disk.checkpoint import Shard, read_raw
-    from kbne_edit.folding.fold import write_tensors
+    from kbne_edit.disk.tensors import Shard, read_raw, write_tensors
 
     shard = Shard.open(path)
     kinds = {"BF16": np.uint16, "U8": np.uint8}
@@ -367,7 +366,7 @@ def test_report_card_and_push(base, proven):
     assert all(entry["sha256"] in page for entry in old.values()) and "cut anew" in page
     before = len(list(base.glob("*.safetensors")))
     assert f"({before} became {count})" in ModelCard.load(proven / "README.md").text
-    sent = push(proven, "org/other", dry_run=True)["files"]
+    sent = push(proven, "org/other", dry_run=True).files
     assert set(sent) == {path.name for path in proven.iterdir()}
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..disk.checkpoint import Shard, claim, header_bytes, read_metadata, write_errors
+from ..disk.publishing import claim, write_errors
+from ..disk.tensors import Shard, header_bytes, read_metadata
 from ..errors import CheckpointError, ScoresError
 from ..families import SITES
 from ..files import parse_json

@@ -25,14 +25,13 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..disk.checkpoint import Checkpoint
+from ..disk.dtypes import DTYPES
 from ..errors import CheckpointError, InputError
 from ..families import family_of, hidden_size
 from ..models.loading import foreign, load_config, model_class, quiet
 from ..models.memory import in_memory, streamed
 from ..models.places import decoder_layers, num_neurons
 from ..progress import progress, say
-
-_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 class Streamed:
@@ -86,11 +85,12 @@ class Streamed:
 
     def _read(self, name: str) -> Tensor:
         shard, tensor = self._checkpoint.tensors[name]
-        if tensor.dtype not in _STORED:
+        kind = DTYPES[tensor.dtype]
+        if not kind.editable:
             raise CheckpointError(f"{name} is stored as {tensor.dtype}: only plain floating-point weights are read")
         raw = np.fromfile(shard.path, np.uint8, tensor.end - tensor.start, offset=tensor.start)
         self.bytes_read += len(raw)
-        return torch.from_numpy(raw).view(_STORED[tensor.dtype]).view(tensor.shape)
+        return torch.from_numpy(raw).view(getattr(torch, kind.torch)).view(tensor.shape)
 
     def up(self) -> Iterator[tuple[int, nn.Module]]:
         return self._supply(range(len(self._layers)), "up")

@@ -19,6 +19,7 @@ def command(delta, source, out, shard_size, no_behaviour, as_json, overwrite) ->
     """Put the edited columns of DELTA (from `bake --as delta`) into a copy of its base, and prove the result."""
     from ..applying import apply
     from ..disk.checkpoint import Checkpoint
+    from ..disk.manifest import Origin
     from ..files import forbid_overlap
     from ..hub.source import resolved
     from ..progress import progress, say
@@ -27,16 +28,16 @@ def command(delta, source, out, shard_size, no_behaviour, as_json, overwrite) ->
         forbid_overlap(out, found.origin)
         total = 3 * sum(shard.size for shard in Checkpoint.open(found.path).shards)
         with progress("apply", total, "B") as update:
-            report = apply(
+            result = apply(
                 delta,
                 found.path,
                 out,
-                source={"id": found.label, "commit": found.commit},
+                source=Origin(found.label, found.commit),
                 shard_size=shard_size,
                 behaviour=not no_behaviour,
                 overwrite=overwrite,
                 progress=update,
             )
-    data = report.to_dict()
+    data = result.to_dict()
     lines = [*options.proof_lines(data), "the weights are those that the delta was made from, by their SHA-256"]
     options.show(data, as_json, [*lines, f"written: {out}"])

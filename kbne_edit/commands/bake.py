@@ -39,7 +39,7 @@ def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as
     """
     from ..baking import bake
 
-    summary = bake(
+    result = bake(
         source,
         out,
         options.settings(**values),
@@ -51,7 +51,8 @@ def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as
         behaviour=not no_behaviour,
         work=work,
     )
-    if summary:  # empty in all but the first of several processes
+    if result:  # None in all but the first of several processes
+        summary = result.to_dict()
         options.show(summary, as_json, _lines(summary))
 
 

@@ -21,16 +21,16 @@ def command(edits, as_json) -> None:
 
 
 def _load(path: Path):
-    from ..disk.manifest import read_manifest
+    from ..disk.manifest import Manifest
     from ..edit import Edit
     from ..errors import EditError
 
     if not path.is_dir():
         return Edit.load(path)
-    manifest = read_manifest(path)
+    manifest = Manifest.read(path)
     if manifest is None:
         raise EditError(f"{path} has no manifest: give an edit file, or a directory that kbne-edit baked")
-    return Edit.from_dict(manifest["edit"], str(path))
+    return manifest.edit
 
 
 def _edit_line(edit: dict) -> str:

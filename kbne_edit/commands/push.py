@@ -24,6 +24,7 @@ def command(baked, name, private, create_pr, dry_run, as_json) -> None:
     total = sum(path.stat().st_size for path in baked.rglob("*") if path.is_file())
     with progress("checking hashes", total, "B") as update:
         result = push(baked, name, private=private, create_pr=create_pr, dry_run=dry_run, progress=update)
+    result = result.to_dict()
     lines = [f"  {file}: {size:,} bytes" for file, size in result["files"].items()]
     sound = "both proofs held" if result["form"] == "checkpoint" else "read back when it was written"
     lines.append(f"{len(result['files'])} files, {result['bytes']:,} bytes, all as the manifest says; {sound}")

@@ -15,12 +15,12 @@ from . import options
 def command(baked, out, as_json, overwrite) -> None:
     """Restore the base, byte for byte, from a baked directory alone."""
     from ..disk.checkpoint import Checkpoint
-    from ..folding.fold import revert
+    from ..folding.undo import revert
     from ..progress import progress
 
     with progress("revert", sum(shard.size for shard in Checkpoint.open(baked).shards), "B") as update:
         result = revert(baked, out, overwrite=overwrite, progress=update)
-    lines = [f"restored: {out} ({result['files']} files, every SHA-256 as in the manifest)"]
-    if result["left_out"]:
-        lines.append(f"not restored, since they were not carried over: {', '.join(result['left_out'])}")
-    options.show(result, as_json, lines)
+    lines = [f"restored: {out} ({result.files} files, every SHA-256 as in the manifest)"]
+    if result.left_out:
+        lines.append(f"not restored, since they were not carried over: {', '.join(result.left_out)}")
+    options.show(result.to_dict(), as_json, lines)

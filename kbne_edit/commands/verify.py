@@ -24,17 +24,17 @@ def command(source, baked, edit_path, no_behaviour, as_json) -> int:
     from ..edit import Edit
     from ..hub.source import resolved
     from ..progress import progress, say
-    from ..proofs.verification import verify
+    from ..proofs.verify import verify
 
     edit = Edit.load(edit_path) if edit_path else None
     with resolved(source, say) as found:
         total = 2 * sum(shard.size for shard in Checkpoint.open(found.path).shards)
         with progress("verify", total, "B") as update:
-            report = verify(found.path, baked, edit=edit, behaviour=not no_behaviour, progress=update)
-    data = report.to_dict()
+            proofs = verify(found.path, baked, edit=edit, behaviour=not no_behaviour, progress=update)
+    data = {"version": 1} | proofs.to_dict()
     kind = data["edit"]
     head = (
         f"edit: {kind['neurons']} neurons, site {kind['site']}, factor {', '.join(f'{f:g}' for f in kind['factors'])}"
     )
     options.show(data, as_json, [head, *options.proof_lines(data)])
-    return 0 if report.ok else 1
+    return 0 if proofs.ok else 1

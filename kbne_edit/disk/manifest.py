@@ -1,74 +1,253 @@
-"""The manifest: what a directory that this tool wrote says of itself, kbne_edit.json."""
+"""The manifest: what a directory that this tool wrote says of itself, kbne_edit.json.
+
+It ends in the SHA-256 of its own text. That is a checksum against damage, which anybody can renew: nothing here is a
+proof, and who must rely on a directory compares it with its base (`verify`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .. import __version__
 from ..edit import Edit
 from ..errors import CheckpointError, EditError
 from ..files import json_text, read_json
-from .checkpoint import DELTA, INDEX, MANIFEST
+from .names import CARD, DELTA, INDEX, MANIFEST
 
+VERSION = 1
+TOOL = f"kbne-edit {__version__}"
 # The edit in another form than a checkpoint: {the manifest's "form": the files that hold it}.
 FORMS = {"peft": {"adapter_config.json", "adapter_model.safetensors"}, "delta": {DELTA}}
 
 
-def write_manifest(directory: Path, manifest: dict) -> None:
-    """Write the manifest with its own SHA-256, so that what no file can be compared with is covered as well."""
-    text = json_text({**manifest, "sha256": _seal(manifest)})
-    (directory / MANIFEST).write_text(text, encoding="utf-8")
+@dataclass(frozen=True)
+class Origin:
+    """Where a base comes from. id: of the Hub, or a folder's name; commit: on the Hub, None for a local directory."""
+
+    id: str
+    commit: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.id}@{self.commit}" if self.commit else self.id
+
+    def to_dict(self) -> dict:
+        return {"id": self.id, "commit": self.commit}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Origin:
+        """Raises TypeError, KeyError."""
+        return cls(_text(data["id"]), None if data["commit"] is None else _text(data["commit"]))
 
 
-def _seal(manifest: dict) -> str:
-    """SHA-256 of the manifest's text, the seal left out."""
-    return hashlib.sha256(json_text({k: v for k, v in manifest.items() if k != "sha256"}).encode()).hexdigest()
+@dataclass(frozen=True)
+class FileRecord:
+    """SHA-256 of one file. before: in the base, None for a file that the base does not have; after: as written.
+
+    base_name: what the base calls it, where that is another name.
+    """
+
+    before: str | None
+    after: str
+    base_name: str | None = None
+
+    def to_dict(self) -> dict:
+        return {"in": self.before, "out": self.after} | ({"base": self.base_name} if self.base_name else {})
+
+    @classmethod
+    def from_dict(cls, data: dict) -> FileRecord:
+        """Raises TypeError, KeyError."""
+        name = data.get("base")
+        if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+            raise TypeError
+        return cls(None if data["in"] is None else _text(data["in"]), _text(data["out"]), name)
 
 
-def is_sealed(directory: str | Path, manifest: dict) -> bool:
-    """False if the manifest's file is not to the byte what `write_manifest` wrote."""
-    written = (Path(directory) / MANIFEST).read_bytes()
-    return manifest["sha256"] == _seal(manifest) and written == json_text(manifest).encode()
+@dataclass(frozen=True)
+class OldShard:
+    """A file of the base that was cut anew. before: its SHA-256; into: the files that hold its tensors now."""
+
+    before: str
+    into: tuple[str, ...]
+
+    def to_dict(self) -> dict:
+        return {"in": self.before, "into": list(self.into)}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> OldShard:
+        """Raises TypeError, KeyError."""
+        return cls(_text(data["in"]), _texts(data["into"]))
 
 
-def read_manifest(directory: str | Path) -> dict | None:
-    """The manifest of a directory that kbne-edit wrote, or None. Raises CheckpointError if it is damaged."""
-    path = Path(directory) / MANIFEST
-    if not path.is_file():
-        return None
-    manifest = read_json(path)
-    try:
-        Edit.from_dict(manifest["edit"], str(path))
-        entries, old = manifest["files"].values(), manifest.get("resharded", {})
-        hashes = [h for entry in entries for h in (entry["out"], *([] if entry["in"] is None else [entry["in"]]))]
-        texts = [*hashes, manifest["sha256"]]
-        if "form" not in manifest:
-            texts += [*manifest["tensors"], *manifest["left_out"], manifest["undo"]]
+@dataclass(frozen=True)
+class RecipeRecord:
+    """The recipe of a run, by name and SHA-256 of its text."""
+
+    name: str
+    sha256: str
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was written: the edit, every file with its hashes, and what the run recorded.
+
+    form: "checkpoint", "peft" or "delta". tensors: names of those that changed; undo: SHA-256 of the undo file;
+    left_out: weight files of the base in other formats; resharded: {file of the base: where it went}, {} where the
+    files are the base's. recipe, proofs, summary: on record, as plain JSON; None or {} where the run had none.
+    sealed: False if the file read is not to the byte what `write` wrote.
+    """
+
+    edit: Edit
+    files: dict[str, FileRecord]
+    tool: str = TOOL
+    form: str = "checkpoint"
+    tensors: tuple[str, ...] = ()
+    undo: str = ""
+    left_out: tuple[str, ...] = ()
+    resharded: dict[str, OldShard] = field(default_factory=dict)
+    source: Origin | None = None
+    recipe: RecipeRecord | None = None
+    proofs: dict | None = None
+    summary: dict | None = None
+    sealed: bool = field(default=True, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Manifest({self.form}, {self.edit.num_neurons} neurons, {len(self.files)} files)"
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.form == "checkpoint"
+
+    def with_file(self, name: str, record: FileRecord) -> Manifest:
+        """The same, with one more file."""
+        return replace(self, files=dict(sorted((self.files | {name: record}).items())))
+
+    def to_dict(self) -> dict:
+        """JSON form, without the seal."""
+        data: dict = {"kbne_manifest": VERSION, "tool": self.tool}
+        if not self.is_checkpoint:
+            data["form"] = self.form
+        data["edit"] = self.edit.to_dict()
+        files = {name: record.to_dict() for name, record in self.files.items()}
+        if self.is_checkpoint:
+            data |= {"tensors": list(self.tensors), "files": files, "undo": self.undo, "left_out": list(self.left_out)}
         else:
-            texts += [manifest["source"]["id"], manifest["source"]["commit"] or ""]
-            if set(manifest["files"]) - {"README.md"} != FORMS[manifest["form"]]:
-                raise TypeError
-        texts += [text for entry in old.values() for text in (entry["in"], *entry["into"])]
-        if manifest["kbne_manifest"] != 1 or not all(isinstance(text, str) for text in texts):
+            data["files"] = files
+        if self.resharded:
+            data["resharded"] = {name: old.to_dict() for name, old in self.resharded.items()}
+        if self.source:
+            data["source"] = self.source.to_dict()
+        if self.recipe:
+            data["recipe"] = self.recipe.to_dict()
+        if self.proofs is not None:
+            data["proofs"] = self.proofs
+        if self.summary is not None:
+            data["summary"] = self.summary
+        return data
+
+    @classmethod
+    def from_dict(cls, data: object, where: str = MANIFEST) -> Manifest:
+        """Inverse of `to_dict`, for data with the seal or without. Raises CheckpointError that names `where`."""
+        try:
+            return cls._parsed(data, where)
+        except (KeyError, TypeError, AttributeError, ValueError, EditError):
+            raise CheckpointError(f"{where} is damaged: it is no manifest that kbne-edit wrote") from None
+
+    @classmethod
+    def _parsed(cls, data: dict, where: str) -> Manifest:
+        if type(data["kbne_manifest"]) is not int or data["kbne_manifest"] != VERSION or set(data) - _KEYS:
             raise TypeError
-        if not all(re.fullmatch(r"\w[\w.-]*", entry.get("base", "as_here")) for entry in entries):
+        form = data.get("form", "checkpoint")
+        files = {name: FileRecord.from_dict(entry) for name, entry in data["files"].items()}
+        if "form" in data and set(files) - {CARD} != FORMS[form]:
             raise TypeError
+        whole = "form" not in data
+        old = data.get("resharded", {})
         if not all(re.fullmatch(rf"[^/\0]+\.safetensors|{re.escape(INDEX)}", name) for name in old):
             raise TypeError
-    except (KeyError, TypeError, AttributeError, EditError):
-        raise CheckpointError(f"{path} is damaged: it is no manifest that kbne-edit wrote") from None
-    return manifest
+        source = data["source"] if form != "checkpoint" else data.get("source")
+        return cls(
+            edit=Edit.from_dict(data["edit"], where),
+            files=files,
+            tool=_text(data["tool"]),
+            form=form,
+            tensors=_texts(data["tensors"]) if whole else (),
+            undo=_text(data["undo"]) if whole else "",
+            left_out=_texts(data["left_out"]) if whole else (),
+            resharded={name: OldShard.from_dict(entry) for name, entry in old.items()},
+            source=Origin.from_dict(source) if source is not None else None,
+            recipe=_recipe(data.get("recipe")),
+            proofs=_object(data.get("proofs")),
+            summary=_object(data.get("summary")),
+        )
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest into a directory, with the SHA-256 of its own text."""
+        data = self.to_dict()
+        (directory / MANIFEST).write_text(json_text({**data, "sha256": _seal(data)}), encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Manifest | None:
+        """The manifest of a directory that kbne-edit wrote, None where there is none. Raises CheckpointError."""
+        path = Path(directory) / MANIFEST
+        if not path.is_file():
+            return None
+        data = read_json(path)
+        manifest = cls.from_dict(data, str(path))
+        if not isinstance(data.get("sha256"), str):
+            raise CheckpointError(f"{path} is damaged: it is no manifest that kbne-edit wrote")
+        sealed = data["sha256"] == _seal(data) and path.read_bytes() == json_text(data).encode()
+        return replace(manifest, sealed=sealed)
+
+    def base_names(self, names: Iterable[str]) -> dict[str, str | None]:
+        """{file of the directory: its name in the base}; None for one that the base does not have, such as the card.
+
+        .gitattributes, which the Hub adds to whatever it holds, is left out unless the manifest knows it.
+        """
+        result = {}
+        for name in names:
+            record = self.files.get(name)
+            if record is not None:
+                result[name] = None if record.before is None else record.base_name or name
+            elif name != ".gitattributes":
+                result[name] = name
+        return result
 
 
-def base_names(manifest: dict | None, names: Iterable[str]) -> dict[str, str | None]:
-    """{file of a baked directory: its name in the base}; None for one that the base does not have, such as the card.
+_KEYS = {
+    *("kbne_manifest", "tool", "form", "edit", "tensors", "files", "undo", "left_out", "resharded"),
+    *("source", "recipe", "proofs", "summary", "sha256"),
+}
 
-    The manifest's entry of a file says so: "base" if its name was another, "in" null if it was made while baking.
-    .gitattributes, which the Hub adds to whatever it holds, is left out unless the manifest knows it.
-    """
-    known = manifest["files"] if manifest else {}
-    names = [name for name in names if name in known or not (manifest and name == ".gitattributes")]
-    entries = {name: known.get(name, {}) for name in names}
-    return {name: None if entry.get("in", "") is None else entry.get("base", name) for name, entry in entries.items()}
+
+def _seal(data: dict) -> str:
+    """SHA-256 of the manifest's text, the seal left out."""
+    return hashlib.sha256(json_text({k: v for k, v in data.items() if k != "sha256"}).encode()).hexdigest()
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise TypeError
+    return tuple(_text(value) for value in values)
+
+
+def _object(value: object) -> dict | None:
+    if value is not None and not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def _recipe(data: object) -> RecipeRecord | None:
+    return None if data is None else RecipeRecord(_text(data["name"]), _text(data["sha256"]))

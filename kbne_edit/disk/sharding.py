@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError, InputError
 from ..files import json_text, open_input, parse_json, parse_size
-from .checkpoint import INDEX, WIDTHS, Checkpoint, Shard, TensorInfo, header_bytes, read_metadata
+from .checkpoint import Checkpoint
+from .dtypes import DTYPES
+from .names import INDEX, SINGLE
+from .tensors import Shard, TensorInfo, header_bytes, read_metadata
 
 
 @dataclass(frozen=True)
-class Cut:
+class NewShard:
     """One file of a layout. head: all before the data; tensors: their names, in file order."""
 
     name: str
@@ -24,27 +27,33 @@ class Cut:
     tensors: tuple[str, ...]
 
 
-def cut(checkpoint: Checkpoint, size: int | str | None) -> list[Cut]:
-    """The checkpoint's tensors in files of at most `size` bytes, header included; [] if they are cut so already.
+def reshard(checkpoint: Checkpoint, size: int | str | None) -> tuple[NewShard, ...]:
+    """The checkpoint's tensors in files of at most `size` bytes, header included; () if they are cut so already.
 
     size: a number of bytes, or text such as "5GB"; None leaves the files as they are. The tensors keep their order; one
     that is larger has a file to itself. A single file is called model.safetensors, several model-00001-of-0000N and so
     on. Raises InputError.
     """
     if size is None:
-        return []
+        return ()
     most = int(parse_size(size, "shard size")) if isinstance(size, str) else size
     if most < 1:
         raise InputError(f"shard size {size!r} holds nothing: give a size such as 5GB")
-    metadata = _metadata(checkpoint)
+    metadata = shared_metadata(checkpoint)
     groups = _groups([tensor for shard in checkpoint.shards for tensor in shard.tensors], most, metadata)
-    cuts = []
+    files = []
     for number, group in enumerate(groups, 1):
-        name = f"model-{number:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else "model.safetensors"
-        head = header_bytes(((t.name, t.dtype, t.shape, t.end - t.start) for t in group), metadata)
-        cuts.append(Cut(name, head, tuple(tensor.name for tensor in group)))
+        name = f"model-{number:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else SINGLE
+        names = tuple(tensor.name for tensor in group)
+        files.append(NewShard(name, new_header(checkpoint, names, metadata), names))
     as_it_is = [(shard.path.name, tuple(tensor.name for tensor in shard.tensors)) for shard in checkpoint.shards]
-    return [] if [(new.name, new.tensors) for new in cuts] == as_it_is else cuts
+    return () if [(new.name, new.tensors) for new in files] == as_it_is else tuple(files)
+
+
+def new_header(checkpoint: Checkpoint, names: Sequence[str], metadata: dict[str, str]) -> bytes:
+    """All before the data of a file that holds these tensors of the checkpoint. metadata: of `shared_metadata`."""
+    tensors = [checkpoint.tensors[name][1] for name in names]
+    return header_bytes(((t.name, t.dtype, t.shape, t.end - t.start) for t in tensors), metadata)
 
 
 def _groups(tensors: Sequence[TensorInfo], most: int, metadata: dict[str, str]) -> list[list[TensorInfo]]:
@@ -62,39 +71,39 @@ def _groups(tensors: Sequence[TensorInfo], most: int, metadata: dict[str, str]) 
         groups[-1].append(tensor)
         room -= takes
     for group in groups:
-        group.sort(key=lambda tensor: -WIDTHS[tensor.dtype])  # the widest first: each is aligned to its own width
+        group.sort(key=lambda tensor: -DTYPES[tensor.dtype].bits)  # the widest first: each is aligned to its own width
     return groups
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+def shared_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """What the headers of all files say alike. format: loaders ask for it."""
     first, *others = (read_metadata(shard.path) for shard in checkpoint.shards)
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     return {"format": "pt"} | shared
 
 
-def index_text(checkpoint: Checkpoint, cuts: Sequence[Cut]) -> str:
+def index_text(checkpoint: Checkpoint, files: Sequence[NewShard]) -> str:
     """The index that goes with several files."""
     total = sum(tensor.end - tensor.start for _, tensor in checkpoint.tensors.values())
-    places = {name: new.name for new in cuts for name in new.tensors}
+    places = {name: new.name for new in files for name in new.tensors}
     return json_text({"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
 
 
-def head_of(shard: Shard) -> bytes:
+def header_of(shard: Shard) -> bytes:
     with open_input(shard.path) as file:
         return file.read(shard.data_start)
 
 
-def heads(checkpoint: Checkpoint) -> dict[str, bytes]:
+def headers(checkpoint: Checkpoint) -> dict[str, bytes]:
     """What it takes to cut the files again as they are: their heads, and the index if there is one."""
-    found = {shard.path.name: head_of(shard) for shard in checkpoint.shards}
+    found = {shard.path.name: header_of(shard) for shard in checkpoint.shards}
     if (index := checkpoint.path / INDEX).is_file():
         with open_input(index) as file:
             found[INDEX] = file.read()
     return found
 
 
-def as_it_was(name: str, head: bytes, tensors: Collection[str]) -> Cut:
+def old_shard(name: str, head: bytes, tensors: Collection[str]) -> NewShard:
     """The file that had this header. Raises CheckpointError if it held others than the `tensors` that there are."""
     header = parse_json(head[8:], f"the header of {name}")
     try:
@@ -103,4 +112,4 @@ def as_it_was(name: str, head: bytes, tensors: Collection[str]) -> Cut:
             raise KeyError
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"the header of {name} as it was is damaged: the base cannot be restored") from None
-    return Cut(name, head, tuple(names))
+    return NewShard(name, head, tuple(names))

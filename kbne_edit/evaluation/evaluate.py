@@ -22,8 +22,7 @@ import numpy as np
 from ..disk.checkpoint import Checkpoint
 from ..edit import Edit
 from ..errors import InputError, ScoresError
-from ..families import layer_sizes, slots
-from ..folding.fold import plan
+from ..folding.plan import Plan
 from ..hub.source import resolved
 from ..models.hooks import hooked
 from ..progress import progress, say
@@ -187,19 +186,19 @@ def evaluate(
 
 def _edit_in(baked: Path, base: Path) -> Edit:
     """The edit of a baked directory, by the first proof: what is evaluated is `base` with it, and nothing else."""
-    from ..proofs.verification import verify
+    from ..proofs.verify import verify
 
     say(f"reading the edit of {baked}")
-    report = verify(base, baked, behaviour=False)
-    if report.faults:
-        raise InputError(f"{baked} is not {base} with an edit alone ({report.faults[0]}): `kbne-edit verify` lists all")
-    return report.edit
+    proof = verify(base, baked, behaviour=False).files
+    if not proof.holds:
+        raise InputError(f"{baked} is not {base} with an edit alone ({proof.faults[0]}): `kbne-edit verify` lists all")
+    return proof.edit
 
 
 def controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: str | Path | None) -> dict[str, Edit]:
     """Edits that an edit about bias must outdo. Raises EditError if the edit does not fit the model."""
-    plan(checkpoint, edit)
-    neurons = layer_sizes(slots(checkpoint.shapes, checkpoint.config, edit.site))
+    Plan.of(checkpoint, edit)
+    neurons = checkpoint.layer_sizes(edit.site)
     found = {f"random {seed + 1}": random_edit(edit, neurons, seed) for seed in range(draws)}
     if scores:
         found["control questions"] = _by_controls(edit, checkpoint, scores)

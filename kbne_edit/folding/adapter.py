@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..disk.checkpoint import Checkpoint, Shard, read_array, read_metadata, to_float
+from ..disk.checkpoint import Checkpoint
+from ..disk.dtypes import to_float
+from ..disk.manifest import Origin
+from ..disk.tensors import Shard, read_array, read_metadata, write_tensors
 from ..edit import Edit
 from ..errors import EditError, FamilyError, ProofError, shown
-from ..families import SITES, Site, family_of, slots, text_part
+from ..families import SITES, Site, family_of, text_part
 from ..files import json_text, read_json
-from .fold import write_tensors
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -54,15 +56,15 @@ def _vectors(checkpoint: Checkpoint) -> list[_Vector]:
     family = family_of(checkpoint.config)
     found = []
     for site in SITES if family.gate else SITES[:1]:
-        for layer, (slot, *_) in slots(checkpoint.shapes, checkpoint.config, site).items():
+        for layer, (slot, *_) in checkpoint.slots(site).items():
             size = checkpoint.shapes[slot.tensor][slot.axis]
             shape = (1, size) if site == "down" else (size, 1)
             found.append(_Vector(f"{family.layers}.{layer}.{family.module(site)}", site, layer, slot.neurons, shape))
     return found
 
 
-def write_adapter(checkpoint: Checkpoint, edit: Edit, part: Path, source: dict) -> None:
-    """The edit as an IA3 adapter in the folder `part`. source: {"id", "commit"} of the base.
+def write_adapter(checkpoint: Checkpoint, edit: Edit, part: Path, source: Origin) -> None:
+    """The edit as an IA3 adapter in the folder `part`. source: the base, as the adapter names it.
 
     Modules are named in full, so that PEFT touches those of the edited layers and no other.
     Raises ProofError if what is read back is not the edit.
@@ -77,8 +79,8 @@ def write_adapter(checkpoint: Checkpoint, edit: Edit, part: Path, source: dict) 
     config = {
         "peft_type": "IA3",
         "task_type": None if text_part(checkpoint.config) else "CAUSAL_LM",
-        "base_model_name_or_path": source["id"],
-        "revision": source["commit"],
+        "base_model_name_or_path": source.id,
+        "revision": source.commit,
         "target_modules": modules,
         "feedforward_modules": modules if edit.site == "down" else [],
         "fan_in_fan_out": family_of(checkpoint.config).conv1d,

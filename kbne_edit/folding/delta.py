@@ -5,81 +5,96 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .. import __version__
-from ..disk.checkpoint import DELTA, Checkpoint, Shard, read_metadata
+from ..disk.hashing import file_hash
+from ..disk.manifest import FileRecord, Manifest, Origin
+from ..disk.names import DELTA
+from ..disk.tensors import Shard, read_metadata, write_tensors
 from ..edit import Edit
-from ..errors import CheckpointError, ProofError, shown
+from ..errors import CheckpointError, EditError, ProofError
 from ..files import parse_json
-from .fold import Progress, Target, file_hash, rewrite, stored_columns, write_tensors
+from .fold import Kept
+from .plan import Plan
+from .rewrite import Progress, rewrite
+from .undo import stored_columns
+
+VERSION = 1
 
 
-def manifest_of(form: str, checkpoint: Checkpoint, edit: Edit, part: Path, source: dict) -> dict:
-    """The manifest of an adapter or a delta that was written to `part` and read back. source: as in `write_adapter`."""
-    return {
-        "kbne_manifest": 1,
-        "tool": f"kbne-edit {__version__}",
-        "form": form,
-        "edit": {**edit.to_dict(), "base": checkpoint.fingerprint()},
-        "files": {file.name: {"in": None, "out": file_hash(file)} for file in sorted(part.iterdir())},
-        "source": source,
-    }
+@dataclass(frozen=True)
+class DeltaRecord:
+    """What a delta says of itself. files: of the weights, before and after; source: its base."""
+
+    edit: Edit
+    files: dict[str, FileRecord]
+    source: Origin
+
+    def to_dict(self) -> dict:
+        return {
+            "kbne_delta": VERSION,
+            "edit": self.edit.to_dict(),
+            "files": {name: {"in": record.before, "out": record.after} for name, record in self.files.items()},
+            "source": self.source.to_dict(),
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> DeltaRecord:
+        """The record in a delta's file. Raises CheckpointError if it is none."""
+        Shard.open(path)
+        data = parse_json(read_metadata(path).get("kbne", "null").encode(), str(path), cure="download it again")
+        try:
+            if data["kbne_delta"] != VERSION or not isinstance(data["edit"]["base"], str):
+                raise TypeError
+            files = {name: FileRecord.from_dict(entry) for name, entry in data["files"].items()}
+            if any(record.before is None for record in files.values()):
+                raise TypeError
+            return cls(Edit.from_dict(data["edit"], str(path)), files, Origin.from_dict(data["source"]))
+        except EditError:
+            raise
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"{path} is no delta that kbne-edit wrote, or is damaged: download it again"
+            ) from None
 
 
-def write_delta(
-    checkpoint: Checkpoint, edit: Edit, targets: dict[str, Target], part: Path, source: dict, progress: Progress
-) -> None:
+def manifest_of(form: str, plan: Plan, part: Path, source: Origin) -> Manifest:
+    """The manifest of an adapter or a delta that was written to `part` and read back."""
+    return Manifest(
+        edit=plan.edit.made_for(plan.checkpoint.fingerprint()),
+        files={file.name: FileRecord(None, file_hash(file)) for file in sorted(part.iterdir())},
+        form=form,
+        source=source,
+    )
+
+
+def write_delta(plan: Plan, part: Path, source: Origin, progress: Progress) -> None:
     """The edited columns alone, as a safetensors file in the folder `part`: {tensor name: [D, k], [k, D] or [k]}.
 
     Its metadata hold the edit, the base's fingerprint, and SHA-256 of the weights' files before and after, which are
     computed twice: from the products, and with the columns of the delta put in. Raises ProofError if they differ.
     """
-    files, undo = fold_hashes(checkpoint, targets, progress)
+    files, kept = fold_hashes(plan, progress)
     columns = {}
-    for name, parts in undo.items():
-        tensor = checkpoint.tensors[name][1]
-        columns[name] = (tensor.dtype, targets[name].product(np.concatenate(parts), slice(None), tensor))
-    about = {
-        "kbne_delta": 1,
-        "edit": {**edit.to_dict(), "base": checkpoint.fingerprint()},
-        "files": files,
-        "source": source,
-    }
-    write_tensors(part / DELTA, columns, {"kbne": json.dumps(about)})
-    found = stored_columns(part / DELTA, targets, checkpoint)
-    again, _ = fold_hashes(checkpoint, {n: replace(t, values=found[n]) for n, t in targets.items()}, progress)
+    for name, parts in kept.items():
+        tensor = plan.checkpoint.tensors[name][1]
+        columns[name] = (tensor.dtype, plan.targets[name].product(np.concatenate(parts), slice(None), tensor))
+    record = DeltaRecord(plan.edit.made_for(plan.checkpoint.fingerprint()), files, source)
+    write_tensors(part / DELTA, columns, {"kbne": json.dumps(record.to_dict())})
+    again, _ = fold_hashes(plan.with_columns(stored_columns(part / DELTA, plan)), progress)
     if again != files:
         raise ProofError("the delta that was written does not give the folded weights: nothing was published")
 
 
-def fold_hashes(checkpoint: Checkpoint, targets: dict[str, Target], progress: Progress) -> tuple[dict, dict]:
-    """({file: SHA-256 in and out}, undo) of a fold that is written nowhere."""
-    files, undo = {}, {}
+def fold_hashes(plan: Plan, progress: Progress | None) -> tuple[dict[str, FileRecord], Kept]:
+    """The hashes of a fold that is written nowhere, in the base's own files, and what its undo file would keep."""
+    files: dict[str, FileRecord] = {}
+    kept: Kept = {}
     with ThreadPoolExecutor(2) as pool, open(os.devnull, "wb") as nowhere:
-        for shard in checkpoint.shards:
-            before, after = rewrite(shard, targets, nowhere, undo, pool, progress)
-            files[shard.path.name] = {"in": before, "out": after}
-    return files, undo
-
-
-def read_about(path: Path) -> dict:
-    """What a delta says of itself. Raises CheckpointError if it is none."""
-    Shard.open(path)
-    about = parse_json(read_metadata(path).get("kbne", "null").encode(), str(path), cure="download it again")
-    try:
-        hashes = [entry[way] for entry in about["files"].values() for way in ("in", "out")]
-        texts = [*hashes, about["source"]["id"], about["edit"]["base"]]
-        if about["kbne_delta"] != 1 or not all(isinstance(text, str) for text in texts):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} is no delta that kbne-edit wrote, or is damaged: download it again") from None
-    return about
-
-
-def origin_of(about: dict) -> str:
-    commit = about["source"].get("commit")
-    return shown(about["source"]["id"] + (f"@{commit}" if commit else ""))
+        for shard in plan.checkpoint.shards:
+            before, after = rewrite(shard, plan.targets, nowhere, kept, pool, progress)
+            files[shard.path.name] = FileRecord(before, after)
+    return files, kept

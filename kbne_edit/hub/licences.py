@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-CARD = "README.md"
+from ..disk.names import CARD
 
 
 class Duty(NamedTuple):

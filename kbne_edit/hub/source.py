@@ -14,7 +14,11 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
-from ..disk.checkpoint import header_bytes, is_weights, other_files, read_config
+from ..disk.checkpoint import other_files
+from ..disk.dtypes import DTYPES
+from ..disk.names import is_weights
+from ..disk.refusals import read_config
+from ..disk.tensors import header_bytes
 from ..errors import OutputError, SourceError, short, shown
 from ..files import forbid_links_out, open_input, read_json
 from .client import TIMEOUT, passing, talking
@@ -36,27 +40,6 @@ _FILES = [
     "USE_POLICY*",
 ]
 _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*", "*.index.json"]
-
-# torch's dtypes under safetensors' names, in the order in which its writer puts them: the widest first.
-_DTYPES = {
-    "torch.uint64": "U64",
-    "torch.int64": "I64",
-    "torch.float64": "F64",
-    "torch.complex64": "C64",
-    "torch.float32": "F32",
-    "torch.uint32": "U32",
-    "torch.int32": "I32",
-    "torch.bfloat16": "BF16",
-    "torch.float16": "F16",
-    "torch.uint16": "U16",
-    "torch.int16": "I16",
-    "torch.float8_e8m0fnu": "F8_E8M0",
-    "torch.float8_e4m3fn": "F8_E4M3",
-    "torch.float8_e5m2": "F8_E5M2",
-    "torch.int8": "I8",
-    "torch.uint8": "U8",
-    "torch.bool": "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -258,7 +241,7 @@ def _plain_weights(file: Path) -> dict:
         if not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.nbytes <= most for k, v in state.items()):
             raise ValueError("not a table of tensors")
         for name, tensor in state.items():
-            if tensor.layout != torch.strided or tensor.device.type != "cpu" or str(tensor.dtype) not in _DTYPES:
+            if tensor.layout != torch.strided or tensor.device.type != "cpu" or _stored(tensor) is None:
                 raise ValueError(f"{shown(name)} is {tensor.dtype}, {tensor.layout}, {tensor.device}")
             state[name] = tensor.detach()
         return state
@@ -268,6 +251,12 @@ def _plain_weights(file: Path) -> dict:
         raise SourceError(f"{file} cannot be read as plain weights ({short(error)}): nothing of it was run") from None
 
 
+def _stored(tensor) -> str | None:
+    """safetensors' name of a tensor's dtype; None if it has none."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return next((dtype.name for dtype in DTYPES.values() if dtype.torch == name), None)
+
+
 def _write(state: dict, out: Path) -> None:
     """A safetensors file of {name: tensor}, the bytes that safetensors' `save_file` gives; one tensor in memory.
 
@@ -275,9 +264,9 @@ def _write(state: dict, out: Path) -> None:
     """
     import torch
 
-    order = list(_DTYPES)
-    ordered = sorted(state.items(), key=lambda item: (order.index(str(item[1].dtype)), item[0]))
-    entries = ((name, _DTYPES[str(t.dtype)], t.shape, t.nbytes) for name, t in ordered)
+    order = list(DTYPES)
+    ordered = sorted(state.items(), key=lambda item: (order.index(_stored(item[1])), item[0]))
+    entries = ((name, _stored(t), t.shape, t.nbytes) for name, t in ordered)
     with open(out, "wb") as file:
         file.write(header_bytes(entries, {"format": "pt"}))
         for _, tensor in ordered:

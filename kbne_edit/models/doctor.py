@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from ..disk.checkpoint import Checkpoint
-from ..families import family_of, hidden_size, slots
+from ..families import family_of, hidden_size
 from . import memory
 
 NEEDED = ("torch", "transformers", "safetensors", "huggingface-hub")
@@ -99,7 +99,7 @@ def _model(checkpoint: Checkpoint, free: float) -> dict:
     """What `bake` would do with a checkpoint, and what that takes."""
     stem = family_of(checkpoint.config).layers.rsplit(".", 1)[-1]
     sizes = []
-    for layer, (slot, *_) in slots(checkpoint.shapes, checkpoint.config, "down").items():
+    for layer, (slot, *_) in checkpoint.slots("down").items():
         begin = slot.tensor.partition(f"{stem}.{layer}.")[0] + f"{stem}.{layer}."
         sizes.append(sum(math.prod(shape) for name, shape in checkpoint.shapes.items() if name.startswith(begin)))
     outside = memory.in_memory(checkpoint, 1) - sum(sizes)

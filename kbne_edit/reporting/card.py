@@ -8,33 +8,34 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
+from ..disk.manifest import FileRecord, Manifest
+from ..disk.names import CARD, base_card
 from ..evaluation.effect import avoids, margin_changes, own_change
-from ..hub.licences import CARD, duty, licence_of, metadata_in
+from ..hub.licences import duty, licence_of, metadata_in
 from ..rule import Rule
 from ..statistics import side
 
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
 
 
-def add_card(directory: Path, manifest: dict, metadata: dict | None = None) -> None:
-    """Write README.md and record it in the manifest; the base's own, if it was carried over, becomes README.base.md.
+def add_card(directory: Path, manifest: Manifest, metadata: dict | None = None) -> Manifest:
+    """Write README.md, and return the manifest that records it; the base's own card becomes README.base.md.
 
     metadata: of the base's card, where that is not in the directory.
     """
-    files, path = manifest["files"], directory / CARD
+    path = directory / CARD
     metadata = metadata_in(directory) if metadata is None else metadata
+    files = dict(manifest.files)
     if path.exists():
-        kept = "README.base.md"
-        while kept in files:  # the base was baked itself
-            kept = kept.removesuffix("md") + "base.md"
+        kept = base_card(files)
         path.rename(directory / kept)
-        files[kept] = files.pop(CARD) | {"base": CARD}
-    card = build(manifest, metadata).encode()
+        files[kept] = replace(files.pop(CARD), base_name=CARD)
+    card = build(manifest.to_dict() | {"files": {n: r.to_dict() for n, r in files.items()}}, metadata).encode()
     path.write_bytes(card)
-    files[CARD] = {"in": None, "out": hashlib.sha256(card).hexdigest()}
-    manifest["files"] = dict(sorted(files.items()))
+    return replace(manifest, files=files).with_file(CARD, FileRecord(None, hashlib.sha256(card).hexdigest()))
 
 
 def build(manifest: dict, metadata: dict) -> str:

@@ -18,13 +18,13 @@ import numpy as np
 from .. import __version__
 from ..attribution.answers import attribution_summary
 from ..attribution.scores import Scores, load_scores
-from ..disk.checkpoint import MANIFEST, UNDO, Checkpoint
-from ..disk.manifest import is_sealed, read_manifest
+from ..disk.checkpoint import Checkpoint
+from ..disk.hashing import file_hash
+from ..disk.manifest import Manifest
+from ..disk.names import MANIFEST, UNDO
 from ..edit import Edit
 from ..errors import CheckpointError, InputError, ScoresError
-from ..families import end, slots
 from ..files import work_folder
-from ..folding.fold import file_hash
 from ..rule import Rule
 from ..tuning.search import in_words
 from ..tuning.tune import RESULT, load_tuning
@@ -55,8 +55,7 @@ def build(
     path = Path(os.path.abspath(baked))
     checkpoint, manifest = Checkpoint.open(path), _manifest(path)
     edit = Edit.from_dict(manifest["edit"])
-    places = slots(checkpoint.shapes, checkpoint.config, edit.site)
-    sizes = [end(places[layer]) for layer in sorted(places)]
+    sizes = checkpoint.layer_sizes(edit.site)
     edit.check(sizes)
     work = work_folder(path)
     file = Path(scores) if scores else work / "scores.safetensors"
@@ -85,14 +84,14 @@ def build(
 
 
 def _manifest(path: Path) -> dict:
-    manifest = read_manifest(path)
+    manifest = Manifest.read(path)
     if manifest is None:
         raise CheckpointError(f"{path} has no {MANIFEST}: a report is made on a directory that kbne-edit baked")
-    if not is_sealed(path, manifest):
+    if not manifest.sealed:
         raise CheckpointError(f"{path / MANIFEST} was changed after baking: its figures are not those of the run")
-    if not (path / UNDO).is_file() or file_hash(path / UNDO) != manifest["undo"]:
+    if not (path / UNDO).is_file() or file_hash(path / UNDO) != manifest.undo:
         raise CheckpointError(f"{path / UNDO} is missing or was changed after baking: the columns are not the base's")
-    return manifest
+    return manifest.to_dict()
 
 
 def _scores(

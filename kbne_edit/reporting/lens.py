@@ -11,12 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ..disk.checkpoint import UNDO, Checkpoint, read_array, storage, to_float
+from ..disk.checkpoint import Checkpoint
+from ..disk.dtypes import storage, to_float
+from ..disk.names import UNDO
+from ..disk.slots import Readout, readout
+from ..disk.tensors import read_array
 from ..edit import Edit
 from ..errors import CheckpointError, short
-from ..families import Readout, readout, slots
 from ..files import open_input
-from ..folding.fold import plan, stored_columns
+from ..folding.plan import Plan
+from ..folding.undo import stored_columns
 
 Neuron = tuple[int, int]  # layer, index in the layer
 
@@ -31,16 +35,16 @@ def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
     """
     found = {}
     if edit.site == "gate":
-        for layer, places in slots(checkpoint.shapes, checkpoint.config, "down").items():
+        for layer, places in checkpoint.slots("down").items():
             if wanted := list(edit.factors.get(layer, ())):
                 shard, tensor = checkpoint.tensors[places[0].tensor]
                 rows = np.moveaxis(np.take(read_array(shard, tensor), wanted, places[0].axis), places[0].axis, 0)
                 found |= {(layer, n): row for n, row in zip(wanted, to_float(rows, tensor.dtype), strict=True)}
         return found
-    targets = plan(checkpoint, Edit(edit.site, edit.factors))
-    for name, rows in stored_columns(checkpoint.path / UNDO, targets, checkpoint).items():
-        target = targets[name]
-        if target.expert is None and target.slot.axis == 1:
+    plan = Plan.of(checkpoint, Edit(edit.site, edit.factors))
+    for name, rows in stored_columns(checkpoint.path / UNDO, plan).items():
+        target = plan.targets[name]
+        if target.by_column:
             rows = rows.T
         neurons = (target.slot.offset + target.neurons).tolist()
         wide = to_float(rows, checkpoint.tensors[name][1].dtype)

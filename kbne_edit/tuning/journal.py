@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from ..disk.checkpoint import claim, write_errors
+from ..disk.publishing import claim, write_errors
 from ..errors import InputError
 from ..files import open_input, parse_json
 

@@ -23,13 +23,13 @@ import numpy as np
 
 from .. import __version__, plots
 from ..attribution.scores import Scores, load_scores
-from ..disk.checkpoint import MANIFEST, Checkpoint
+from ..disk.checkpoint import Checkpoint
+from ..disk.hashing import file_hash
+from ..disk.names import MANIFEST
 from ..edit import Edit
 from ..errors import InputError, OutputError, ScoresError
 from ..evaluation.evaluate import Runs, controls, random_edit
-from ..families import layer_sizes, slots
 from ..files import forbid_overlap, read_json, write_json, write_text
-from ..folding.fold import file_hash
 from ..hub.source import resolved
 from ..progress import say
 from ..recipe import Recipe, load_recipe
@@ -270,7 +270,7 @@ class _Tuner:
         """The first of the front, the least bias first, that goes beyond random neurons of the same layers."""
         for point in best:
             edit = found.candidates[point["edit"]].edit
-            sizes = layer_sizes(slots(self._checkpoint.shapes, self._checkpoint.config, edit.site))
+            sizes = self._checkpoint.layer_sizes(edit.site)
             draws = [self._bench.run(random_edit(edit, sizes, seed)) for seed in range(self._draws)]
             point["beyond_random"] = self._goal.moved(self._bench.run(edit), draws)
             if point["beyond_random"][2] < 0:

@@ -1,0 +1,68 @@
+"""SHA-256 of files and of streams, beside the work of the caller."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..files import open_input
+
+CHUNK = 2 << 20  # bytes read at once: memory is independent of tensors, and the chunk stays in the cache while hashed
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file. Raises CheckpointError if it cannot be read."""
+    digest = hashlib.sha256()
+    with open_input(path) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class TwoDigests:
+    """SHA-256 of a stream and of its edited twin, beside the caller's work; one computation until they part."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self._pool = pool
+        self._before = hashlib.sha256()
+        self._after = None
+        self._jobs: list[Future] = []
+
+    def update(self, before: bytes, after: bytes) -> None:
+        """Take the next piece of both; pass the same object twice where they are equal."""
+        self._wait()
+        if after is not before and self._after is None:
+            self._after = self._before.copy()
+        self._jobs = [self._pool.submit(self._before.update, before)]
+        if self._after:
+            self._jobs.append(self._pool.submit(self._after.update, after))
+
+    def _wait(self) -> None:
+        for job in self._jobs:
+            job.result()
+
+    def hexdigests(self) -> tuple[str, str]:
+        """SHA-256 of the stream and of its twin."""
+        self._wait()
+        return self._before.hexdigest(), (self._after or self._before).hexdigest()
+
+
+@contextmanager
+def in_background() -> Iterator[Callable[..., Future]]:
+    """A thread for work that nobody waits for before the end, where its errors are raised."""
+    pool = ThreadPoolExecutor(1)
+    jobs: list[Future] = []
+
+    def submit(work: Callable, path: Path) -> Future:
+        jobs.append(pool.submit(work, path))
+        return jobs[-1]
+
+    try:
+        yield submit
+        for job in jobs:
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,121 @@
+"""One file of weights to another, in chunks of whole rows: memory does not grow with the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..disk.dtypes import storage
+from ..disk.hashing import CHUNK, TwoDigests
+from ..disk.sharding import NewShard
+from ..disk.tensors import Shard, TensorInfo
+from ..errors import CheckpointError
+from ..files import open_input
+from .plan import Plan, Target
+
+Progress = Callable[[int], None]  # called with the number of bytes done since the last call
+
+
+def chunks(path: Path, tensors: tuple[TensorInfo, ...], edited: dict) -> Iterator[tuple[TensorInfo | None, int, int]]:
+    """(tensor or None, start, end) in file order; chunks of an edited tensor hold whole rows."""
+    position, size = 0, os.path.getsize(path)
+    for tensor in (t for t in tensors if t.name in edited):
+        yield from ((None, a, min(a + CHUNK, tensor.start)) for a in range(position, tensor.start, CHUNK))
+        yield from ((tensor, a, b) for a, b in pieces(tensor, True))
+        position = tensor.end
+    yield from ((None, a, min(a + CHUNK, size)) for a in range(position, size, CHUNK))
+
+
+def pieces(tensor: TensorInfo, edited: bool) -> Iterator[tuple[int, int]]:
+    """(start, end) of a tensor's chunks in its file, in turn; those of an edited one hold whole rows."""
+    row = max((tensor.end - tensor.start) // max(tensor.shape[0], 1), 1) if edited else 1
+    step = max(CHUNK // row, 1) * row
+    return ((a, min(a + step, tensor.end)) for a in range(tensor.start, tensor.end, step))
+
+
+def rewrite(
+    shard: Shard,
+    targets: dict[str, Target],
+    out: BinaryIO,
+    undo: dict,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> tuple[str, str]:
+    """Copy one file with its targets scaled. Returns SHA-256 of what was read and of what was written."""
+    digests = TwoDigests(pool)
+    with open_input(shard.path) as file:
+        for tensor, start, end in chunks(shard.path, shard.tensors, targets):
+            old = file.read(end - start)
+            if len(old) != end - start:
+                raise CheckpointError(f"{shard.path} became shorter while it was read: start again")
+            new = old if tensor is None else scaled(old, tensor, start, targets[tensor.name], undo)
+            digests.update(old, new)
+            out.write(new)
+            if progress:
+                progress(len(new))
+    return digests.hexdigests()
+
+
+def assemble(
+    new: NewShard,
+    plan: Plan,
+    out: BinaryIO,
+    undo: dict,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> str:
+    """Write one file of another layout: its head, then each tensor from where it stands, the targets scaled.
+
+    Returns its SHA-256.
+    """
+    digests = TwoDigests(pool)
+    digests.update(new.head, new.head)
+    out.write(new.head)
+    for name in new.tensors:
+        shard, tensor = plan.checkpoint.tensors[name]
+        with open_input(shard.path) as file:
+            file.seek(tensor.start)
+            for start, end in pieces(tensor, name in plan.targets):
+                data = file.read(end - start)
+                if len(data) != end - start:
+                    raise CheckpointError(f"{shard.path} became shorter while it was read: start again")
+                if name in plan.targets:
+                    data = scaled(data, tensor, start, plan.targets[name], undo)
+                digests.update(data, data)
+                out.write(data)
+                if progress:
+                    progress(len(data))
+    return digests.hexdigests()[1]
+
+
+def _place(raw: bytes, tensor: TensorInfo, start: int, target: Target) -> tuple[np.ndarray, tuple, slice | np.ndarray]:
+    """(rows, where, kept) of a chunk of whole rows that begins at byte `start` of the file.
+
+    rows: a copy that can be written; where: the target's neurons in it; kept: which rows of the undo tensor those are.
+    """
+    kind = storage(tensor.dtype, tensor.name)
+    rows = np.frombuffer(raw, kind).reshape(-1, *tensor.shape[1:]).copy()
+    first = (start - tensor.start) // (kind.itemsize * max(int(np.prod(tensor.shape[1:])), 1))
+    index = target.index
+    if target.by_column:
+        return rows, (slice(None), index), slice(first, first + len(rows))
+    row = index if target.expert is None else target.expert
+    inside = (row >= first) & (row < first + len(rows))
+    if target.expert is None:
+        return rows, (row[inside] - first,), inside
+    between = (slice(None),) * (target.slot.axis - 1)
+    return rows, (row[inside] - first, *between, index[inside]), inside
+
+
+def scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: dict) -> bytes:
+    """Scale the target's neurons in a chunk of whole rows, and keep what was there in `undo`."""
+    rows, where, kept = _place(raw, tensor, start, target)
+    old = rows[where]
+    undo.setdefault(tensor.name, []).append(old)
+    rows[where] = target.product(old, kept, tensor) if target.values is None else target.values[kept]
+    return rows.tobytes()

@@ -1,0 +1,111 @@
+"""Take an edit out of a directory again: the base, byte for byte, from that directory alone."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..disk.checkpoint import Checkpoint
+from ..disk.hashing import file_hash
+from ..disk.manifest import Manifest
+from ..disk.names import INDEX, MANIFEST, UNDO
+from ..disk.publishing import staged
+from ..disk.sharding import NewShard, old_shard
+from ..disk.tensors import Shard, read_array, read_raw
+from ..errors import CheckpointError, shown
+from ..files import forbid_links_out, forbid_overlap
+from .plan import Plan
+from .rewrite import Progress, assemble, rewrite
+
+
+@dataclass(frozen=True)
+class RevertResult:
+    """files: how many were restored, each with the base's SHA-256; left_out: files of the base that `bake` left out."""
+
+    files: int
+    left_out: tuple[str, ...]
+
+    def to_dict(self) -> dict:
+        return {"version": 1, "files": self.files, "left_out": list(self.left_out)}
+
+
+def revert(
+    baked_dir: str | Path, out_dir: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> RevertResult:
+    """Write the base of a baked directory to `out_dir`, byte for byte, from that directory alone.
+
+    Every file's hash is compared with the manifest's hash of the base.
+    Raises CheckpointError if the directory was changed since it was baked, OutputError.
+    """
+    checkpoint = Checkpoint.open(baked_dir)
+    manifest = _manifest(checkpoint)
+    forbid_overlap(out_dir, checkpoint.path)
+    undo_path = checkpoint.path / UNDO
+    if not undo_path.is_file() or file_hash(undo_path) != manifest.undo:
+        raise CheckpointError(f"{undo_path} is missing or was changed: the base cannot be restored from it")
+    plan = Plan.of(checkpoint, replace(manifest.edit, base=None))
+    plan = plan.with_columns(stored_columns(undo_path, plan))
+    old = _stored_headers(undo_path)
+    if old.keys() != manifest.resharded.keys():
+        raise CheckpointError(f"{undo_path} does not hold how the files of the base were cut: it is damaged")
+    restored = _to_restore(checkpoint, manifest)
+    shards = {shard.path.name: shard for shard in checkpoint.shards}
+    with staged(out_dir, overwrite) as part, ThreadPoolExecutor(2) as pool:
+        for name, origin in restored.items():
+            shard = shards.get(name, Shard(checkpoint.path / name, (), 0, 0))
+            (part / origin).parent.mkdir(parents=True, exist_ok=True)
+            with open(part / origin, "wb") as out:
+                _, digest = rewrite(shard, plan.targets, out, {}, pool, progress)
+            if digest != manifest.files[name].before:
+                raise CheckpointError(f"{baked_dir}/{name} was changed after baking: it does not give the base back")
+        for name, head in old.items():
+            file = NewShard(INDEX, head, ()) if name == INDEX else old_shard(name, head, checkpoint.tensors)
+            with open(part / name, "wb") as out:
+                digest = assemble(file, plan, out, {}, pool, progress)
+            if digest != manifest.resharded[name].before:
+                raise CheckpointError(f"{baked_dir} was changed after baking: it does not give {name} of the base back")
+    return RevertResult(len(restored) + len(old), manifest.left_out)
+
+
+def _manifest(checkpoint: Checkpoint) -> Manifest:
+    path = checkpoint.path
+    manifest = Manifest.read(path)
+    if manifest is None:
+        raise CheckpointError(f"{path} has no {MANIFEST}: only a directory that kbne-edit baked can be reverted")
+    if not manifest.sealed:
+        raise CheckpointError(f"{path / MANIFEST} was changed after baking: the base is not certain")
+    return manifest
+
+
+def _to_restore(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, str]:
+    """{file: its name in the base}. Raises CheckpointError if the directory holds other files than it should."""
+    carried = checkpoint.other_files()[0]
+    names = manifest.base_names([*(shard.path.name for shard in checkpoint.shards), *carried])
+    if wrong := sorted(set(names) ^ set(manifest.files)):
+        where = "its manifest does not know" if wrong[0] in names else "are missing in it"
+        raise CheckpointError(f"{checkpoint.path} was changed after baking: files that {where}, {shown(wrong[0])}")
+    restored = {name: origin for name, origin in names.items() if origin is not None}
+    forbid_links_out(checkpoint.path, restored)
+    return restored
+
+
+def _stored_headers(path: Path) -> dict[str, bytes]:
+    """The headers of the base's files, if an undo file holds them."""
+    undo = Shard.open(path)
+    return {tensor.name: read_raw(undo, tensor) for tensor in undo.tensors if tensor.dtype == "U8"}
+
+
+def stored_columns(path: Path, plan: Plan) -> dict[str, np.ndarray]:
+    """What an undo file or a delta holds for each target: [D, k], [k, D] or [k]. Raises CheckpointError if not."""
+    saved = Shard.open(path)
+    columns = [tensor for tensor in saved.tensors if tensor.dtype != "U8"]  # those are headers, see `fold_into`
+    expected = {}
+    for name, target in plan.targets.items():
+        tensor = plan.checkpoint.tensors[name][1]
+        expected[name] = (tensor.dtype, target.kept_shape(tensor))
+    if {tensor.name: (tensor.dtype, tensor.shape) for tensor in columns} != expected:
+        raise CheckpointError(f"{path} does not hold what its edit changes in this checkpoint: it is damaged")
+    return {tensor.name: read_array(saved, tensor) for tensor in columns}

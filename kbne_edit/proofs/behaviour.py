@@ -1,0 +1,206 @@
+"""The second proof: the model behaves as the hooks.
+
+The base with run-time hooks against the baked directory, loaded by plain transformers. Bit-equal where every factor is
+a power of two; otherwise within the rounding noise, which is computed (see `noise`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..disk.checkpoint import Checkpoint
+from ..disk.dtypes import DTYPES, to_float
+from ..disk.slots import by_neuron
+from ..disk.tensors import read_array
+from ..errors import CheckpointError
+from ..folding.plan import Plan
+from ..models.loading import foreign, load_model, load_tokenizer
+from ..models.memory import SHARE, available, in_memory
+from .outcome import BehaviourProof
+
+if TYPE_CHECKING:
+    import torch
+
+NOISE_FACTOR = 4  # the largest of some 10^5 near-normal differences varies by less than this between two draws
+_NOISE_DRAWS = 3
+_TOKENS = 8  # of each greedy continuation
+_TEXTS = (
+    "The committee read both applications twice before it",
+    "Water boils sooner on a mountain because",
+    "She asked the engineer what he thought of the plan, and he said",
+    "In the morning the two neighbours met at the market and",
+)
+
+
+def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]:
+    """The second proof of a plan, in float32 and in the checkpoint's own dtype; site by site if the model is too large.
+
+    Raises CheckpointError if a directory cannot be loaded.
+    """
+    if in_memory(plan.checkpoint) > SHARE * available():
+        return (_site_by_site(plan, baked),)
+    import torch
+
+    first = next(iter(plan.targets))
+    own = getattr(torch, DTYPES[plan.checkpoint.tensors[first][1].dtype].torch)
+    return tuple(_whole_model(plan, baked, dtype, own) for dtype in dict.fromkeys((torch.float32, own)))
+
+
+def _probes(base: Checkpoint) -> list[list[int]]:
+    try:
+        tokenizer = load_tokenizer(base.path)
+        with foreign(base.path):
+            probes = [tokenizer(text)["input_ids"] for text in _TEXTS]
+        if all(probes):
+            return probes
+    except CheckpointError:
+        pass
+    # A directory without a tokenizer (or with one that knows no word) can be proven all the same.
+    size = base.config.get("vocab_size", 64)
+    return np.random.default_rng(0).integers(0, size, (len(_TEXTS), 12)).tolist()
+
+
+class _Outcome(NamedTuple):
+    """logits: of all positions, [N, V] float32; routes: per probe which experts each position took, [T, any]."""
+
+    logits: np.ndarray
+    texts: list[list[int]]
+    routes: list[np.ndarray]
+
+
+def _run(model, probes: list[list[int]], tokens: int = 0) -> _Outcome:
+    """Logits and routes of the probes, and greedy continuations of `tokens` tokens."""
+    import torch
+
+    from ..models.experts import chosen
+    from ..models.places import places
+
+    logits, texts, routes = [], [], []
+    experts = [p.module for found in places(model, "down") for p in found if p.experts]
+    with torch.no_grad():
+        for ids in probes:
+            routed: list[torch.Tensor] = []
+            notes = [
+                m.register_forward_pre_hook(lambda m, args, r=routed: r.append(chosen(*args, experts=m)))
+                for m in experts
+            ]
+            logits.append(model(torch.tensor([ids])).logits[0].float().numpy())
+            for note in notes:
+                note.remove()
+            routes.append(torch.cat(routed, -1).numpy() if routed else np.zeros((len(ids), 0)))
+            ids = list(ids)
+            for _ in range(tokens):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            texts.append(ids)
+    return _Outcome(np.concatenate(logits), texts, routes)
+
+
+def _whole_model(plan: Plan, baked: Checkpoint, dtype: torch.dtype, own: torch.dtype) -> BehaviourProof:
+    import torch
+
+    from ..models.hooks import hooked
+    from .noise import rounding_noise
+
+    base, edit = plan.checkpoint, plan.edit
+    probes = _probes(base)
+    tokens = _TOKENS if dtype == torch.float32 else 0
+    model = load_model(base.path, dtype)
+    with hooked(model, edit):
+        reference = _run(model, probes, tokens)
+        noise = 0.0 if edit.exact else last_rounding(reference.logits, dtype)
+        for seed in range(0 if edit.exact else _NOISE_DRAWS):
+            with rounding_noise(model, edit, own, seed):
+                noise = max(noise, _difference(_run(model, probes), reference))
+    del model
+    got = _run(load_model(baked.path, dtype), probes, tokens)
+    difference, equal = _difference(got, reference), np.array_equal(got.logits, reference.logits)
+    same = got.logits.argmax(1) == reference.logits.argmax(1)
+    return BehaviourProof(
+        dtype=str(dtype).removeprefix("torch."),
+        how="whole model",
+        holds=bool(equal) if edit.exact else difference <= NOISE_FACTOR * noise,
+        bit_equal=bool(equal),
+        difference=difference,
+        noise=noise,
+        positions=len(same),
+        kl=_kl(reference.logits, got.logits),
+        top1=float(same.mean()),
+        greedy=float(np.mean([a == b for a, b in zip(reference.texts, got.texts, strict=True)])) if tokens else None,
+        rerouted=1 - float(_same_route(got, reference).mean()) if reference.routes[0].size else None,
+    )
+
+
+def _difference(got: _Outcome, reference: _Outcome) -> float:
+    """Largest logit difference, relative to the logits' standard deviation.
+
+    A router's choice is not continuous: where rounding turned it, at this position or one before, another function is
+    computed, and the difference says nothing about rounding. Such positions are left out, and counted ("rerouted").
+    """
+    kept = _same_route(got, reference)
+    largest = np.abs(got.logits - reference.logits)[kept].max(initial=0)
+    return float(largest / max(float(reference.logits.std()), 1e-30))
+
+
+def last_rounding(logits: np.ndarray, dtype: torch.dtype) -> float:
+    """Deviation of the rounding of the largest logit, relative to the logits' standard deviation.
+
+    It is there however little an edit changes: a few small draws of noise may move no logit over a rounding step, and
+    the edit one.
+    """
+    import torch
+
+    step = torch.finfo(dtype).eps * 2 ** np.floor(np.log2(max(float(np.abs(logits).max()), 1e-30)))
+    return float(step / 12**0.5 / max(float(logits.std()), 1e-30))
+
+
+def _same_route(got: _Outcome, reference: _Outcome) -> np.ndarray:
+    """Positions up to which every router chose the same experts, [N]."""
+    pairs = zip(got.routes, reference.routes, strict=True)
+    return np.concatenate([np.logical_and.accumulate((a == b).all(1)) for a, b in pairs])
+
+
+def _kl(reference: np.ndarray, got: np.ndarray) -> float:
+    """Mean KL(reference || got) over positions, in nats."""
+    a, b = (x.astype(np.float64) - x.max(1, keepdims=True) for x in (reference, got))
+    a, b = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (a, b))
+    return float((np.exp(a) * (a - b)).sum(1).mean())
+
+
+def _site_by_site(plan: Plan, baked: Checkpoint) -> BehaviourProof:
+    """Each edited projection on seeded inputs: W (factor h) from the base against W' h from the baked directory.
+
+    All other tensors are identical by the first proof, so the projections are all that can differ.
+    """
+    base, edit = plan.checkpoint, plan.edit
+    worst, noise, equal, rows = 0.0, 0.0, True, 0
+    for name, target in plan.targets.items():
+        dtype, index = base.tensors[name][1].dtype, target.neurons
+        old, new = (  # [neurons, D]
+            to_float(by_neuron(read_array(*c.tensors[name]), target.slot), dtype).astype(np.float32)
+            for c in (base, baked)
+        )
+        scale = np.ones(len(old), np.float32)
+        scale[index] = target.factors
+        x = np.random.default_rng(0).standard_normal((8, old.shape[edit.site == "gate"]), np.float32)
+        if edit.site == "down":
+            reference, got = (x * scale) @ old, x @ new
+            spread = np.sqrt(((x * scale)[:, index] ** 2) @ (old[index] ** 2))
+        else:
+            reference, got = (x @ old.T) * scale, x @ new.T
+            spread = np.sqrt((x**2) @ (old[index] ** 2).T) * np.abs(target.factors)
+        unit = max(DTYPES[dtype].unit, 2.0**-24) / 3**0.5  # as in `noise`
+        worst = max(worst, float(np.abs(got - reference).max() / max(float(reference.std()), 1e-30)))
+        noise = max(noise, float(unit * spread.max() / max(float(reference.std()), 1e-30)))
+        equal &= np.array_equal(got, reference)
+        rows += len(x)
+    return BehaviourProof(
+        dtype="float32",
+        how="site by site",
+        holds=bool(equal) if edit.exact else worst <= NOISE_FACTOR * noise,
+        bit_equal=bool(equal),
+        difference=worst,
+        noise=noise,
+        positions=rows,
+    )

@@ -1,0 +1,94 @@
+"""The edit of a directory that was made elsewhere, read off its weights."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..disk.checkpoint import Checkpoint
+from ..disk.dtypes import DTYPES, from_float, storage, to_float
+from ..disk.names import MANIFEST
+from ..disk.slots import Slot, by_neuron
+from ..disk.tensors import read_array
+from ..edit import Edit
+from ..errors import CheckpointError, FamilyError, shown
+from ..families import SITES, Site
+
+
+def recover(base: Checkpoint, baked: Checkpoint) -> Edit:
+    """The edit that turns `base` into `baked`, read off the weights. Raises CheckpointError if there is none."""
+    for site in SITES:
+        try:
+            slots = [slot for found in base.slots(site).values() for slot in found]
+        except FamilyError:
+            if site == "gate":  # plain feed-forward
+                continue
+            raise
+        if factors := _factors(base, baked, slots):
+            return Edit(site, factors)
+    raise CheckpointError(
+        f"{baked.path} has no {MANIFEST}, and {_why_none(base, baked)}: pass --edit with the edit that you expect"
+    )
+
+
+def _factors(base: Checkpoint, baked: Checkpoint, slots: list[Slot]) -> dict[int, dict[int, float]]:
+    factors: dict[int, dict[int, float]] = {}
+    for slot in slots:
+        shape = base.shapes[slot.tensor]
+        if len(shape) > 1 and baked.shapes.get(slot.tensor) == shape and _same_dtype(base, baked, slot.tensor):
+            found = recover_slot(base, baked, slot)
+            factors.setdefault(slot.layer, {}).update({slot.offset + n: factor for n, factor in found.items()})
+    return {layer: found for layer, found in factors.items() if found}
+
+
+def _same_dtype(base: Checkpoint, baked: Checkpoint, name: str) -> bool:
+    return base.tensors[name][1].dtype == baked.tensors[name][1].dtype
+
+
+def _why_none(base: Checkpoint, baked: Checkpoint) -> str:
+    places: list[tuple[Site, Slot]] = [("down", slot) for found in base.slots("down").values() for slot in found]
+    for _, slot in places:
+        name = slot.tensor
+        if name not in baked.tensors:
+            return f"has no tensor {shown(name)}, which {base.path} has"
+        if not _same_dtype(base, baked, name):
+            old, new = base.tensors[name][1].dtype, baked.tensors[name][1].dtype
+            return f"stores {shown(name)} as {new}, which {base.path} stores as {old}, so no factor can be read off"
+        if baked.shapes[name] != base.shapes[name]:
+            old, new = list(base.shapes[name]), list(baked.shapes[name])
+            return f"has {shown(name)} in the shape {new}, which in {base.path} is {old}"
+    return f"no neuron of {base.path} is scaled in it"
+
+
+def recover_slot(base: Checkpoint, baked: Checkpoint, slot: Slot) -> dict[int, float]:
+    """{neuron of the slot: its factor} of the neurons that are scaled."""
+    dtype = base.tensors[slot.tensor][1].dtype
+    storage(dtype, slot.tensor)
+    before, after = (by_neuron(read_array(*c.tensors[slot.tensor]), slot) for c in (base, baked))
+    found = {}
+    for i in np.flatnonzero((before != after).any(1)).tolist():
+        if (factor := recover_factor(before[i], after[i], dtype)) is not None:
+            found[i] = factor
+    return found
+
+
+def recover_factor(x: np.ndarray, y: np.ndarray, dtype: str) -> float | None:
+    """The shortest decimal (a person's factor, not a regression's) that scales stored x [D] to exactly the stored y.
+
+    Each weight confines the factor to the numbers that round to its y; the middle of what all of them allow is the
+    factor to within a rounding step, and its decimals are tried from the shortest on. None: y is no multiple of x.
+    """
+    kind = DTYPES[dtype]
+    wide, after = (to_float(v, dtype).astype(np.float64) for v in (x, y))
+    use = np.isfinite(wide) & np.isfinite(after) & (np.abs(after) > kind.smallest) & (wide != 0)
+    middle = 0.0
+    if use.any():
+        ratio = after[use] / wide[use]
+        slack = np.ldexp(1.0, np.frexp(after[use])[1] - kind.precision - 1) / np.abs(wide[use])
+        middle = float((np.max(ratio - slack) + np.min(ratio + slack)) / 2)
+    for digits in range(1, 10):  # nine tell every float32 from its neighbours
+        factor = float(f"{middle:.{digits}g}")
+        with np.errstate(over="ignore"):
+            scaled = from_float(to_float(x, dtype) * np.float32(factor), dtype)
+        if scaled.tobytes() == y.tobytes():
+            return factor
+    return None
