@@ -239,7 +239,8 @@ def _known_facts(sentences: list[set[str]], facts: Sequence[Fact]) -> tuple[str,
     for fact in facts:
         for group, attribute in ((fact.a, fact.x), (fact.b, fact.y)):
             stems = _content(group) | _content(attribute)
-            if stems and _content(attribute) and set.intersection(*(where.get(stem, set()) for stem in stems)):
+            holding = [where.get(stem, set()) for stem in stems]
+            if _content(attribute) and set.intersection(*holding):
                 result.append(f"{group}: {attribute}")
     return tuple(dict.fromkeys(result))
 

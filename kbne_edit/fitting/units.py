@@ -193,7 +193,7 @@ def _load(path: str) -> Pairs:
     groups = _groups(data.get("groups"), reader)
     kind = reader.text(data.get("type"), "type", 60)
     facts = _facts(reader.mapping(data.get("facts"), "facts"), kind, wording, groups, reader) if wording else ()
-    if reader.faults:
+    if reader.faults or wording is None:
         raise RecipeError(path, reader.faults)
     return Pairs(kind, language, groups, facts, wording)
 
@@ -288,10 +288,10 @@ def _unit(pairs: Pairs, fact: Fact, name: str, number: int) -> Unit:
         writer.sentence(fact.b, fact.y),
     )
     unrelated = (writer.unrelated(fact.a, fact.x), writer.unrelated(fact.b, fact.y))
-    unknown = ()
+    unknown: tuple[Sentence, ...] = ()
     if name == "question":
-        unknown = (writer.answer(fact.a, fact.x, writer.template.unknown),)
-        unknown += (writer.answer(fact.b, fact.y, writer.template.unknown),)
+        cannot_tell = writer.template.unknown
+        unknown = (writer.answer(fact.a, fact.x, cannot_tell), writer.answer(fact.b, fact.y, cannot_tell))
     return Unit(fact, name, index, square, unrelated, unknown, writer.a_first if writer.template.names_both else None)
 
 
