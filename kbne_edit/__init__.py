@@ -25,6 +25,7 @@ _PUBLIC = {
     "bake": "baking",
     "Rule": "rule",
     "select": "selection.select",
+    "show_progress": "progress",
     "tune": "tuning.tune",
     "verify": "proofs.verify",
     "fold": "folding.fold",

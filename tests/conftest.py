@@ -35,3 +35,13 @@ def chatty(tmp_path_factory):
     from chat import save_chat
 
     return save_chat(tmp_path_factory.mktemp("session") / "chatty")
+
+
+@pytest.fixture
+def shown():
+    """Lines of progress go to stderr, as on the command line."""
+    from kbne_edit.progress import show_progress
+
+    show_progress()
+    yield
+    show_progress(False)

@@ -155,7 +155,7 @@ def test_help_does_not_import_torch():
     assert result.returncode == 0 and "--factor" in result.stdout, result.stderr
 
 
-def test_scores_of_other_settings_are_kept_and_found_again(tmp_path, capsys):
+def test_scores_of_other_settings_are_kept_and_found_again(tmp_path, capsys, shown):
     def run(**settings):
         bake("demo", tmp_path / "out", Settings(questions=9, **settings), dry_run=True)
         return (tmp_path / "out.work" / "scores.safetensors").read_bytes()

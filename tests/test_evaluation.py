@@ -111,7 +111,7 @@ def test_nothing_is_kept_between_models(demo):
     assert all(a[0] != b[0] for a, b in zip(before, during, strict=True))
 
 
-def test_out_of_memory_halves_the_pass(demo, monkeypatch, capsys):
+def test_out_of_memory_halves_the_pass(demo, monkeypatch, capsys, shown):
     """The real scorer on the real model; only the allocator is made to refuse more than forty tokens."""
     scorer, pairs = Scorer(*demo), _random_pairs()
     expected, inner = scorer.score(pairs), scorer.logits_at
@@ -346,7 +346,7 @@ def test_hooks_and_baked_directory_give_the_same_figures(data, tmp_path, edit_re
     assert alone["tasks"]["probes"]["figures"]["SS"]["edit"] == edit_report["tasks"]["probes"]["figures"]["SS"]["edit"]
 
 
-def test_without_hub_and_files_the_recipe_s_tasks_are_left(capsys):
+def test_without_hub_and_files_the_recipe_s_tasks_are_left(capsys, shown):
     """The tests run with the Hub switched off: one task finds out, the others do not try."""
     report = evaluate("demo", limit=4)
     assert set(report["tasks"]) == {"probes", "knowledge", "knowledge_controls"} and report["edit"] is None

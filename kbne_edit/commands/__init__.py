@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 
@@ -9,6 +10,7 @@ import click
 
 from .. import __version__
 from ..errors import KbneError, one_line
+from ..progress import show_progress
 
 _COMMANDS = {
     "bake": "locate the neurons, fold the factors, prove the result",
@@ -32,30 +34,49 @@ _COMMANDS = {
 class _Lazy(click.Group):
     """Knows its commands by name; imports one only to run it or to show its own help."""
 
-    def list_commands(self, ctx):
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
-    def get_command(self, ctx, name):
-        return import_module(f".{name}", __name__).command if name in _COMMANDS else None
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f".{name}", __name__).command
+        if not isinstance(command, click.Group) and "quiet" not in {param.name for param in command.params}:
+            command.params.append(_quiet())
+        return command
 
-    def format_commands(self, ctx, formatter):
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
+def _quiet() -> click.Option:
+    """-q of every command: results only."""
+
+    def hush(context: click.Context, option: click.Parameter, value: bool) -> None:
+        if value:
+            show_progress(False)
+
+    return click.Option(
+        ["-q", "--quiet"], is_flag=True, expose_value=False, callback=hush, help="Results only: no progress on stderr."
+    )
+
+
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="kbne-edit")
+@click.version_option(__version__, "-V", "--version", prog_name="kbne-edit")
 def cli() -> None:
     """Fold know-bias neuron enhancement into a language model's checkpoint, and prove that it equals the hooks.
 
     \b
     First steps:  kbne-edit bake --in demo --out ./debiased
     """
+    show_progress()
 
 
 def main() -> None:
     """Run the command line; errors become one line and an exit status (0 done, 1 proof failed, 2 wrong input)."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tensors need not be text
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tensors need not be text
     try:
         status = cli.main(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
