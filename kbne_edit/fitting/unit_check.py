@@ -240,7 +240,7 @@ def _known_facts(sentences: list[set[str]], facts: Sequence[Fact]) -> tuple[str,
         for group, attribute in ((fact.a, fact.x), (fact.b, fact.y)):
             stems = _content(group) | _content(attribute)
             holding = [where.get(stem, set()) for stem in stems]
-            if _content(attribute) and set.intersection(*holding):
+            if _content(attribute) and holding[0].intersection(*holding[1:]):
                 result.append(f"{group}: {attribute}")
     return tuple(dict.fromkeys(result))
 

@@ -306,8 +306,10 @@ class _Writer:
 
     @property
     def a_first(self) -> bool:
-        """The order turns round each time that all templates of the format have been used."""
-        return self.number // len(self.pairs.wording.templates[self.template.format]) % 2 == 0
+        """The order turns round from unit to unit, and for each template from one use to the next."""
+        count = len(self.pairs.wording.templates[self.template.format])
+        turns = self.number if count % 2 else self.number + self.number // count
+        return turns % 2 == 0
 
     def sentence(self, group: str, attribute: str) -> Sentence:
         return self.answer(group, attribute, self.template.continuation)
@@ -327,7 +329,7 @@ class _Writer:
         question = ""
         if wrappers := self.template.wrappers:
             question = context
-            context = wrappers[self.number % len(wrappers)].replace("{question}", question)
+            context = wrappers[self.number // 2 % len(wrappers)].replace("{question}", question)
         space = "" if context[-1].isspace() else self.pairs.wording.space
         return Sentence(context, space + continuation, question)
 
