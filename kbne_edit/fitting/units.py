@@ -306,10 +306,11 @@ class _Writer:
 
     @property
     def a_first(self) -> bool:
-        """The order turns round from unit to unit, and for each template from one use to the next."""
-        count = len(self.pairs.wording.templates[self.template.format])
-        turns = self.number if count % 2 else self.number + self.number // count
-        return turns % 2 == 0
+        """Turns round from one context of both groups to the next, and for each template from one use to the next."""
+        both = [template.names_both for template in self.pairs.wording.templates[self.template.format]]
+        cycle, index = divmod(self.number, len(both))
+        turns = cycle * sum(both) + sum(both[:index])
+        return (turns if sum(both) % 2 else turns + cycle) % 2 == 0
 
     def sentence(self, group: str, attribute: str) -> Sentence:
         return self.answer(group, attribute, self.template.continuation)
