@@ -103,7 +103,8 @@ class Bench:
             (mark,) = benchmarks([name], arguments.data, limit, recipe, self.scorer, self.scorer.tokenizer)
             return mark
 
-        _, stories, self.texts = neutral.rows(self.scorer, recipe)
+        text = neutral.neutral_text(self.scorer.tokenizer, recipe)
+        stories, self.texts = text.texts, text.rows
         halved = halves([task("stereoset_intrasentence", 2 * arguments.items)], stories, self.texts, seed=0)
         self.pairs = {name: half.marks[0].pairs for name, half in zip(("dev", "test"), halved, strict=True)}
         self.arc = task("arc_easy", arguments.arc)

@@ -52,7 +52,7 @@ def main():
     tokenizer = load_tokenizer(arguments.model)
     scorer = Scorer(load_model(arguments.model, torch.float32), tokenizer)
     marks = benchmarks(TASKS, arguments.data, arguments.limit, recipe, scorer, tokenizer)
-    texts = neutral.rows(scorer, recipe)[2]
+    texts = neutral.neutral_text(scorer.tokenizer, recipe).rows
     runs, columns, logits, minutes = Runs(marks, texts), {}, {}, {}
     for name, (edit, _) in rows.items():
         start = time.perf_counter()

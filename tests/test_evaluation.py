@@ -417,7 +417,8 @@ def test_the_flattening_has_the_edit_s_kl(demo):
 
     model, tokenizer = demo
     scorer = Scorer(model, tokenizer)
-    origin, _, texts = neutral.rows(scorer, load_recipe("demo"))
+    text = neutral.neutral_text(tokenizer, load_recipe("demo"))
+    origin, texts = text.origin, text.rows
     assert origin == "control questions"  # the demo cannot read the package's sentences
 
     def logp(temperature=1.0):

@@ -65,7 +65,8 @@ def scorer():
 def split(scorer):
     """(dev, test) of the runs in this file, made again."""
     marks = benchmarks(ASKED["tasks"], None, None, load_recipe("demo"), scorer, scorer.tokenizer)
-    _, stories, texts = neutral.rows(scorer, load_recipe("demo"))
+    text = neutral.neutral_text(scorer.tokenizer, load_recipe("demo"))
+    stories, texts = text.texts, text.rows
     return halves(marks, stories, texts, 0)
 
 
@@ -834,7 +835,8 @@ def test_probes_that_are_to_be_avoided_steer_by_their_signed_margin(scores, scor
     recipe = avoiding(tmp_path)
     result = tune("demo", scores, tmp_path / "out", **ASKED, recipe=recipe)
     marks = benchmarks(["probes"], None, None, load_recipe(recipe), scorer, scorer.tokenizer)
-    _, stories, texts = neutral.rows(scorer, load_recipe(recipe))
+    text = neutral.neutral_text(scorer.tokenizer, load_recipe(recipe))
+    stories, texts = text.texts, text.rows
     (dev,), (test,) = (half.marks for half in halves(marks, stories, texts, 0))
     assert result["figure"] == "unwanted margin" and result["chosen_by"].startswith("the least of what is unwanted")
 

@@ -158,8 +158,8 @@ def evaluate(
 
         scorer = scorer_of(Path(baked) if baked else checkpoint.path)
         marks = benchmarks(tasks, data, limit, asked, scorer, tokenizer)
-        origin, _, texts = neutral.rows(scorer, asked)
-        runs = Runs(marks, texts)
+        text = neutral.neutral_text(tokenizer, asked)
+        runs = Runs(marks, text.rows)
         edited = runs.measure(scorer, "evaluate: edit", None if baked else edit) if edit else None
         if baked:  # measured first, so that one model is in memory at a time
             scorer = None
@@ -181,7 +181,7 @@ def evaluate(
         "controls": {name: control.num_neurons for name, control in others.items()},
         "temperature": heat,
     }
-    return report | runs.report(origin, margin)
+    return report | runs.report(text.origin, margin)
 
 
 def _edit_in(baked: Path, base: Path) -> Edit:

@@ -1,12 +1,17 @@
 """Neutral text: what an edit costs where no person or group is spoken of, and how much it merely flattens.
 
+The texts of each language lie in `neutral/LANGUAGE.txt`, one a line; lines that begin with # are comments.
+
 Legend: N predicted positions, V vocabulary. Sums over the vocabulary are taken in float64: a small edit's KL (1e-5) is
 the difference of terms near 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,26 +43,54 @@ PERPLEXITY = Figure("perplexity", lambda m: np.exp(m[..., 0] / m[..., 2]), None)
 KL = Figure("KL from the base", lambda m: m[..., 1] / m[..., 2], None)
 
 _HOTTEST = 2.0**10  # flatter than any use: the search for a temperature ends here
-_STEPS = 24
+_NEWTON, _CLOSE = 12, 1e-3  # steps at most; relative error of the KL at which the search ends
 _BLOCK = 32  # positions in float64 at once
+_UNREAD = 0.1  # share of unknown tokens from which on a tokenizer cannot read a text
 
 
-def rows(scorer, recipe: Recipe) -> tuple[str, list[str], list[list[int]]]:
-    """Where the texts come from, the texts, and token ids of each, the prefix token first.
+@dataclass(frozen=True)
+class NeutralText:
+    """Texts that speak of no group. origin: "package", or "control questions" of the recipe. rows: token ids of each,
+    the prefix token first."""
 
-    A tokenizer that cannot read the texts (the demo's knows its own small world only) gets the recipe's control
-    questions instead, and so does a recipe in another language.
+    origin: str
+    texts: tuple[str, ...]
+    rows: list[list[int]] = field(repr=False)
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are predicted."""
+        return sum(len(row) - 1 for row in self.rows)
+
+
+def packaged(language: str) -> tuple[str, ...]:
+    """The texts of a language, () if the package has none."""
+    path = Path(__file__).parent / "neutral" / f"{language}.txt"
+    if not path.is_file():
+        return TEXTS if language == "en" else ()
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+def neutral_text(tokenizer, recipe: Recipe) -> NeutralText:
+    """The texts for a model and a recipe.
+
+    A tokenizer that cannot read the package's texts (the demo's knows its own small world only) gets the recipe's
+    control questions instead, and so does a recipe in a language that the package has no texts of.
     """
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
-    def ids(texts: list[str]) -> list[list[int]]:
-        return [[*context, *text] for context, text in scorer.encode_pairs([("", text) for text in texts])]
+    def rows(texts: Iterable[str]) -> list[list[int]]:
+        found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return [[prefix, *ids] if prefix is not None and ids[:1] != [prefix] else list(ids) for ids in found]
 
-    found = ids(list(TEXTS))
-    unknown = sum(row.count(scorer.tokenizer.unk_token_id) for row in found) / sum(map(len, found))
-    if recipe.controls and (recipe.language != "en" or unknown > 0.1):
-        texts = [question.text for question in recipe.controls]
-        return "control questions", texts, ids(texts)
-    return "package", list(TEXTS), found
+    texts = packaged(recipe.language)
+    ids = rows(texts)
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in ids) / max(sum(map(len, ids)), 1)
+    if recipe.controls and (not texts or unknown > _UNREAD):
+        texts = tuple(question.text for question in recipe.controls)
+        return NeutralText("control questions", texts, rows(texts))
+    return NeutralText("package", texts, ids)
 
 
 def logits(scorer, texts: list[list[int]]) -> Tensor:
@@ -65,48 +98,75 @@ def logits(scorer, texts: list[list[int]]) -> Tensor:
     return scorer.logits_of([ids[:-1] for ids in texts])
 
 
-def columns(texts: list[list[int]], found: Tensor, base: Tensor) -> np.ndarray:
+def columns(texts: Sequence[Sequence[int]], found: Tensor, base: Tensor) -> np.ndarray:
     """[texts, 3] of a model with logits `found`; `base`: the logits of the base model."""
+    return columns_of(texts, _blocks(found), _blocks(base))
+
+
+def columns_of(texts: Sequence[Sequence[int]], found: Iterable[Tensor], base: Iterable[Tensor]) -> np.ndarray:
+    """`columns`, of blocks of logits [positions, V] that follow each other."""
     targets = torch.tensor([token for ids in texts for token in ids[1:]])
-    nll, kl = [], []
-    for p, q, target in zip(_blocks(base), _blocks(found), targets.split(_BLOCK), strict=True):
-        p, q = p.log_softmax(-1), q.log_softmax(-1)
-        nll.append(-q.gather(1, target[:, None])[:, 0])
-        kl.append((p.exp() * (p - q)).sum(-1))
+    nll, kl, start = [], [], 0
+    for p, q in zip(base, found, strict=True):
+        target = targets[start : start + len(p), None].to(q.device)
+        start += len(p)
+        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        nll.append(-q.gather(1, target)[:, 0].cpu())
+        kl.append((p.exp() * (p - q)).sum(-1).cpu())
     lengths = [len(ids) - 1 for ids in texts]
     parts = [torch.cat(values).split(lengths) for values in (nll, kl)]
     return np.array([[float(a.sum()), float(b.sum()), n] for a, b, n in zip(*parts, lengths, strict=True)])
 
 
 def _blocks(values: Tensor) -> Iterator[Tensor]:
-    return (block.double() for block in values.split(_BLOCK))
+    return iter(values.split(_BLOCK))
 
 
 def temperature(base: Tensor, kl: float) -> float | None:
-    """The temperature above 1 at which the base's mean KL from itself, so flattened, is `kl`; None if it never is.
+    """The temperature above 1 at which the base's mean KL from itself, so flattened, is `kl`; None if it never is."""
+    return temperature_of(lambda: _blocks(base), kl)
 
-    KL(p || p_t) = sum p log p - sum p l / t + logsumexp(l / t), which grows with t: found by bisection.
+
+def temperature_of(blocks: Callable[[], Iterable[Tensor]], kl: float) -> float | None:
+    """`temperature`, of a function that gives the base's logits block by block, as often as it is asked.
+
+    At the temperature 1 / (1 + d) the KL of a position is f(d) = log E[exp(d x)], with x = l - E[l], both means under
+    p: a cumulant generating function, convex, 0 at d = 0. Its slope is known, so Newton's method ends after a few
+    passes over the logits; it begins where f's first two terms reach the KL. E[exp(d x) - 1 - d x] is what is summed,
+    since E[d x] is 0 and would drown the rest in float32.
     """
-    entropy, mean = 0.0, 0.0
-    for block in _blocks(base):
-        p = block.log_softmax(-1)
-        entropy += float((p.exp() * p).sum()) / len(base)
-        mean += float((p.exp() * block).sum()) / len(base)
+    if kl <= 0:
+        return None
+    count, second, third, most = 0, 0.0, 0.0, 0.0
+    for block in blocks():
+        p, x = _centred(block)
+        square = p * x * x
+        count += len(x)
+        second += float(square.sum(-1).double().sum())
+        third += float((square * x).sum(-1).double().sum())
+        most += float((p * (p + 1e-30).log()).sum(-1).double().sum()) + len(x) * math.log(x.shape[-1])
+    if kl >= most / count:  # flatter than flat
+        return None
+    second, third = second / count, third / count
+    d = -math.sqrt(2 * kl / max(second, 1e-30))
+    d *= min(max(1 - d * third / (6 * max(second, 1e-30)), 0.5), 2.0)
+    for _ in range(_NEWTON):
+        d = min(max(d, 1 / _HOTTEST - 1), -1e-12)
+        value, slope = 0.0, 0.0
+        for block in blocks():
+            p, x = _centred(block)
+            above = (p * (torch.expm1(d * x) - d * x)).sum(-1).double()
+            value += float(above.log1p().sum()) / count
+            slope += float(((p * x * torch.expm1(d * x)).sum(-1).double() / (1 + above)).sum()) / count
+        if abs(value - kl) <= _CLOSE * kl:
+            break
+        d -= (value - kl) / min(slope, -1e-30)
+    d = min(max(d, 1 / _HOTTEST - 1), -1e-12)
+    return None if d <= 1 / _HOTTEST - 1 else 1 / (1 + d)
 
-    def reached(t: float) -> float:
-        norm = sum(float((block / t).logsumexp(-1).sum()) for block in _blocks(base)) / len(base)
-        return entropy - mean / t + norm
 
-    return _bisect(reached, kl) if kl > 0 else None
-
-
-def _bisect(rising: Callable[[float], float], goal: float) -> float | None:
-    low = high = 1.0
-    while rising(high) < goal:
-        low, high = high, 1 + 2 * max(high - 1, 0.01)
-        if high > _HOTTEST:
-            return None
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < goal else (low, middle)
-    return high
+def _centred(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(probabilities, logits less their mean under them), [positions, V]."""
+    values = logits.float()
+    p = values.softmax(-1)
+    return p, values - (p * values).sum(-1, keepdim=True)

@@ -112,8 +112,8 @@ def tune(
         asked = load_recipe(recipe or next(iter(files.values())).settings["recipe"])
         tokenizer = load_tokenizer(checkpoint.path)
         scorer = Scorer(load_model(checkpoint.path, getattr(torch, dtype), device), tokenizer)
-        origin, stories, texts = neutral.rows(scorer, asked)
-        dev, test = halves(benchmarks(tasks, data, limit, asked, scorer, tokenizer), stories, texts, seed)
+        text = neutral.neutral_text(tokenizer, asked)
+        dev, test = halves(benchmarks(tasks, data, limit, asked, scorer, tokenizer), text.texts, text.rows, seed)
         goal = goal_of((dev, test), figure, margin, max_kl)
         measured = _measured(checkpoint, asked, dev, test, dtype)
         choice = {
@@ -135,7 +135,7 @@ def tune(
             if chosen and not dev_only:
                 _use_test(out, choice, measured, chosen)
                 others = _controls(chosen, checkpoint, draws, sites[chosen.site])
-                result["test"] = _confirm(scorer, test, origin, chosen, others, goal)
+                result["test"] = _confirm(scorer, test, text.origin, chosen, others, goal)
                 result["verdict"] = goal.verdict(result["test"])
             _write(out, result, chosen)
     return load_tuning(out / RESULT)
