@@ -93,7 +93,7 @@ def _undo(path, edit, rng):
     header, blobs, position = {}, [], 0
     for layer, neurons in edit.factors.items():
         blobs.append(_bfloat16(rng, (HIDDEN, len(neurons))).tobytes())
-        header[f"model.layers.{layer}.mlp.down_proj.weight"] = {
+        header[f"kbne.weight.model.layers.{layer}.mlp.down_proj.weight"] = {
             "dtype": "BF16",
             "shape": [HIDDEN, len(neurons)],
             "data_offsets": [position, position + len(blobs[-1])],

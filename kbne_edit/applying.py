@@ -7,15 +7,14 @@ from pathlib import Path
 
 from .disk.checkpoint import Checkpoint
 from .disk.manifest import Origin
-from .disk.names import DELTA
 from .disk.publishing import staged
 from .errors import EditError, ProofError, shown
 from .files import forbid_overlap
+from .folding.columns import Columns, delta_path
 from .folding.delta import DeltaRecord, fold_hashes
 from .folding.fold import fold_into
 from .folding.plan import Plan
 from .folding.rewrite import Progress
-from .folding.undo import stored_columns
 from .proofs.behaviour import behaviour_proof
 from .proofs.files import file_proof
 from .proofs.outcome import Proofs
@@ -70,11 +69,11 @@ def apply(
     pushed as one of `bake`. What the delta says that its own run measured is not repeated: this run did not see it.
     Raises CheckpointError for a damaged delta, EditError for another base, ProofError, OutputError.
     """
-    path = Path(delta) / DELTA if Path(delta).is_dir() else Path(delta)
+    path = delta_path(delta)
     forbid_overlap(out_dir, base_dir, delta)
     checkpoint, record = Checkpoint.open(base_dir), DeltaRecord.read(path)
     plan = Plan.of(checkpoint, record.edit, shard_size)
-    with_columns = plan.with_columns(stored_columns(path, plan))
+    with_columns = plan.with_columns(Columns.open(path).arrays(plan))
     origin = source or Origin(checkpoint.path.resolve().name)
     with staged(out_dir, overwrite) as part:
         manifest = fold_into(with_columns, part, progress)

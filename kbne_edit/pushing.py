@@ -16,8 +16,9 @@ from pathlib import Path
 from .disk.checkpoint import Checkpoint, other_files
 from .disk.hashing import file_hash
 from .disk.manifest import Manifest
-from .disk.names import MANIFEST, UNDO, is_weights
+from .disk.names import MANIFEST, is_weights
 from .errors import CheckpointError, OutputError, ProofError
+from .folding.columns import undo_path
 from .hub.client import TIMEOUT, talking
 from .hub.licences import metadata_in, notices
 from .progress import say
@@ -142,7 +143,7 @@ def _checked(directory: Path, manifest: Manifest, progress: Progress | None) -> 
     """{file: SHA-256} of all that the manifest knows, each as it says. Raises CheckpointError."""
     weights, others = other_files(directory)
     known = {name: record.after for name, record in manifest.files.items()}
-    known |= {UNDO: manifest.undo} if manifest.is_checkpoint else {}
+    known |= {undo_path(directory).name: manifest.undo} if manifest.is_checkpoint else {}
     # The Hub adds .gitattributes to whatever it holds: it may lie there, and is not sent.
     if unknown := sorted({*weights, *others} - set(known) - {".gitattributes"}):
         raise CheckpointError(f"{directory}/{unknown[0]} is not in the manifest: take it out, or bake again")

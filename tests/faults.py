@@ -522,7 +522,7 @@ def tamper_case(seed, folder, plain):
         baked = case / "baked"
         shutil.copytree(folder / "baked", baked)
         if plain:
-            for name in ("kbne_edit.json", "kbne_undo.safetensors"):
+            for name in ("kbne_edit.json", "kbne_undo.kbne"):
                 (baked / name).unlink()
         undisturbed = contents(baked)
         way = tamper(rng, baked, plain)

@@ -316,7 +316,7 @@ def wrong_fold(base, out, factors):
     """None, or what is wrong with `out`, by safetensors' own reader and NumPy."""
     weights = {p.name for p in base.glob("*.safetensors")}
     for name, data in contents(out).items():
-        if name in ("kbne_edit.json", "kbne_undo.safetensors"):
+        if name in ("kbne_edit.json", "kbne_undo.kbne"):
             continue
         if name not in weights:
             if data != (base / name).read_bytes():
@@ -431,7 +431,7 @@ def _spoil_directory(kind, rng, folder, case, change):
         "config": ["config.json"],
         "baked header": shards,
         "manifest": ["kbne_edit.json"],
-        "undo": ["kbne_undo.safetensors"],
+        "undo": ["kbne_undo.kbne"],
     }
     if kind in ("header", "data", "index", "config"):
         how = {"header": spoil_header, "data": spoil_bytes}.get(kind, spoil_text)
@@ -528,7 +528,7 @@ def reseal(baked):
     """Make the manifest's own hash, and that of the undo file, right again."""
     try:
         manifest = read_manifest(baked)
-        undo = sha256(baked / "kbne_undo.safetensors") if manifest["undo"] else 0
+        undo = sha256(baked / "kbne_undo.kbne") if manifest["undo"] else 0
         write_manifest(baked, {**manifest, "undo": undo})
     except (ValueError, TypeError, KeyError, RecursionError):
         pass  # no longer a manifest

@@ -413,7 +413,7 @@ def test_no_command_writes_over_what_it_reads(args, base, edit, baked, tmp_path)
     torch.save(load_file(base / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
     (tmp_path / "bin" / "model.safetensors").unlink()
     (tmp_path / "delta").mkdir()
-    shutil.copyfile(base / "model.safetensors", tmp_path / "delta" / "kbne_delta.safetensors")
+    shutil.copyfile(base / "model.safetensors", tmp_path / "delta" / "kbne_delta.kbne")
     shutil.copyfile(base / "model.safetensors", tmp_path / "scores.safetensors")
     if args[0] == "revert":
         fold(DEMO, Edit.load(edit), base, overwrite=True)
@@ -490,7 +490,7 @@ def test_verify_finds_tampering(spoil, baked, tmp_path):
     elif spoil == "extra":
         (copy / "pytorch_model.bin").write_bytes(b"old weights")
     else:
-        name = {"other": "tokenizer.json", "undo": "kbne_undo.safetensors", "card": "README.md"}[spoil]
+        name = {"other": "tokenizer.json", "undo": "kbne_undo.kbne", "card": "README.md"}[spoil]
         data = bytearray((copy / name).read_bytes())
         data[-20] ^= 1
         (copy / name).write_bytes(bytes(data))

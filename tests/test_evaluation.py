@@ -341,7 +341,7 @@ def test_hooks_and_baked_directory_give_the_same_figures(data, tmp_path, edit_re
     expected = edit_report | {"edit": edit_report["edit"] | {"how": str(tmp_path / "baked")}}
     assert baked == expected  # to the bit: the factors are powers of two
     (tmp_path / "baked" / "kbne_edit.json").unlink()
-    (tmp_path / "baked" / "kbne_undo.safetensors").unlink()
+    (tmp_path / "baked" / "kbne_undo.kbne").unlink()
     alone = evaluate("demo", baked=tmp_path / "baked", draws=2, tasks=["probes"], limit=10)
     assert alone["tasks"]["probes"]["figures"]["SS"]["edit"] == edit_report["tasks"]["probes"]["figures"]["SS"]["edit"]
 

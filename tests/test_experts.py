@@ -74,7 +74,7 @@ def test_verify_with_and_without_manifest(name, tmp_path):
     fold(tmp_path / "base", _edit(model, 3.5), tmp_path / "baked")
     report = verify(tmp_path / "base", tmp_path / "baked")
     assert report.ok and not report.behaviour[0].bit_equal and report.behaviour[0].noise > 0
-    for extra in ("kbne_edit.json", "kbne_undo.safetensors"):
+    for extra in ("kbne_edit.json", "kbne_undo.kbne"):
         (tmp_path / "baked" / extra).unlink()
     found = verify(tmp_path / "base", tmp_path / "baked", behaviour=False)
     assert found.ok and found.edit.factors == _edit(model, 3.5).factors

@@ -196,7 +196,7 @@ def test_a_delta_gives_what_bake_writes(name, site, factor, tmp_path):
     assert (
         report.ok
         and report.proofs.behaviour
-        and report.proofs.files.edited == len(load_file(tmp_path / "delta" / "kbne_delta.safetensors"))
+        and report.proofs.files.edited == len(load_file(tmp_path / "delta" / "kbne_delta.kbne"))
     )
     weights = _bytes(tmp_path / "baked", "*.safetensors*")
     assert len(weights) > 2 and _bytes(tmp_path / "applied", "*.safetensors*") == weights
@@ -248,8 +248,8 @@ def test_the_columns_of_a_delta_are_the_edited_weights(base, tmp_path):
     bake(base, tmp_path / "baked", edit=_edit(3.5), behaviour=False)
     bake(base, tmp_path / "delta", edit=_edit(3.5), form="delta")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "baked").state_dict()
-    for name, columns in load_file(tmp_path / "delta" / "kbne_delta.safetensors").items():
-        assert torch.equal(columns, model[name][:, list(NEURONS[int(name.split(".")[2])])])
+    for name, columns in load_file(tmp_path / "delta" / "kbne_delta.kbne").items():
+        assert torch.equal(columns, model[name.removeprefix("kbne.weight.")][:, list(NEURONS[int(name.split(".")[4])])])
 
 
 def test_a_delta_is_refused_for_another_base(base, tmp_path):
@@ -262,7 +262,7 @@ def test_a_delta_is_refused_for_another_base(base, tmp_path):
 
 def _spoil(delta, change):
     """The delta with `change` applied to what it says of itself and to its columns."""
-    path = delta / "kbne_delta.safetensors"
+    path = delta / "kbne_delta.kbne"
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["kbne"])
     columns = load_file(path)
@@ -309,7 +309,7 @@ def test_damaged_deltas_and_adapters_never_pass(base, tmp_path):
     bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
     bake(base, tmp_path / "adapter", edit=_edit(2.0), form="peft")
     weights, refused = _bytes(tmp_path / "baked", "*.safetensors*"), 0
-    for name in ["delta/kbne_delta.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]:
+    for name in ["delta/kbne_delta.kbne", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]:
         sound = (tmp_path / name).read_bytes()
         for _ in range(40):
             data = bytearray(sound)
@@ -377,4 +377,4 @@ def test_the_demo_on_the_command_line(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(ROOT / "kbne_edit" / "demo").eval()
     merged = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
     assert torch.equal(_logits(merged), _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "baked").eval()))
-    assert (tmp_path / "delta" / "kbne_delta.safetensors").stat().st_size < 20_000
+    assert (tmp_path / "delta" / "kbne_delta.kbne").stat().st_size < 20_000

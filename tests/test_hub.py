@@ -374,7 +374,7 @@ def _manifest(out, change):
 SPOILT = {
     "weights": (2, "changed after baking", lambda out: _flip(max(out.glob("model-*.safetensors")))),
     "configuration": (2, "changed after baking", lambda out: _add(out / "config.json", b'{"a": 1}')),
-    "undo": (2, "kbne_undo.safetensors", lambda out: _flip(out / "kbne_undo.safetensors")),
+    "undo": (2, "kbne_undo.kbne", lambda out: _flip(out / "kbne_undo.kbne")),
     "missing": (2, "generation_config.json is missing", lambda out: (out / "generation_config.json").unlink()),
     "other weights": (2, "pytorch_model.bin is not in the manifest", lambda out: _add(out / "pytorch_model.bin")),
     "unknown": (2, "secrets.txt is not in the manifest", lambda out: _add(out / "secrets.txt")),
@@ -511,7 +511,7 @@ SPOILT_ALONE = {
 
 
 @pytest.mark.parametrize("case", SPOILT_ALONE)
-@pytest.mark.parametrize("form, file", [("peft", "adapter_model.safetensors"), ("delta", "kbne_delta.safetensors")])
+@pytest.mark.parametrize("form, file", [("peft", "adapter_model.safetensors"), ("delta", "kbne_delta.kbne")])
 def test_an_edit_alone_is_pushed_as_it_was_written(form, file, case, alone, hub, tmp_path):
     from kbne_edit import KbneError, push
 

@@ -344,7 +344,7 @@ WRONG = {
         lambda c: (c / "kbne_edit.json").write_text((c / "kbne_edit.json").read_text().replace(": 2.0", ": 4.0", 1)),
         "was changed after baking",
     ),
-    "changed undo": (lambda c: (c / "kbne_undo.safetensors").write_bytes(b"x"), "was changed after baking"),
+    "changed undo": (lambda c: (c / "kbne_undo.kbne").write_bytes(b"x"), "was changed after baking"),
     "figures of another form": (lambda c: resealed(c, summary={"effect": {"probes": "many"}}) and None, "another form"),
     "scores of another model": (_other_scores, "another model or site"),
     "no such scores": (lambda c: ["--scores", c.parent / "none.safetensors"], "none.safetensors"),

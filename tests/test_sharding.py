@@ -46,7 +46,7 @@ def _weights(folder):
 
 def _check_layout(folder, most):
     """Standard names, sizes, and an index that is right, by safetensors' own reader. Returns how many files."""
-    shards = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "kbne_undo.safetensors")
+    shards = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "kbne_undo.kbne")
     held = {}
     for name in shards:
         with safe_open(folder / name, "pt") as file:
@@ -134,7 +134,7 @@ def test_as_many_files_with_other_tensors(tmp_path):
     names = [sorted(p.name for p in (tmp_path / f).glob("model-*")) for f in ("base", "out")]
     assert names[0] == names[1] and "resharded" in read_manifest(tmp_path / "out")
     assert verify(tmp_path / "base", tmp_path / "out", behaviour=False).ok
-    for name in ("kbne_edit.json", "kbne_undo.safetensors"):
+    for name in ("kbne_edit.json", "kbne_undo.kbne"):
         (tmp_path / "out" / name).unlink()
     report = verify(tmp_path / "base", tmp_path / "out", behaviour=False)
     assert report.ok and report.edit.factors == EDIT.factors
@@ -142,7 +142,7 @@ def test_as_many_files_with_other_tensors(tmp_path):
 
 def test_verify_without_a_manifest(base, tmp_path):
     fold(base, EDIT, tmp_path / "out", shard_size="25KB")
-    for name in ("kbne_edit.json", "kbne_undo.safetensors"):
+    for name in ("kbne_edit.json", "kbne_undo.kbne"):
         (tmp_path / "out" / name).unlink()
     report = verify(base, tmp_path / "out", behaviour=False)
     assert report.ok and report.edit.factors == EDIT.factors and report.files.edit_from == "recovered from the weights"
@@ -233,7 +233,7 @@ TAMPERING = {
     "weight": lambda out: _flip(max(out.glob("model-*.safetensors"))),
     "metadata": lambda out: _metadata(max(out.glob("model-*.safetensors"))),
     "index": lambda out: (out / INDEX).write_text((out / INDEX).read_text() + " "),
-    "undo": lambda out: _flip(out / "kbne_undo.safetensors"),
+    "undo": lambda out: _flip(out / "kbne_undo.kbne"),
     "manifest": lambda out: (out / "kbne_edit.json").write_text((out / "kbne_edit.json").read_text() + "\n"),
 }
 
@@ -287,13 +287,13 @@ def test_hostile_manifests_and_heads(base, out, tmp_path):
             manifest["resharded"] = spoil_value(rng, manifest["resharded"])
             (out / "kbne_edit.json").write_text(json.dumps(manifest))
         else:
-            path = out / "kbne_undo.safetensors"
+            path = out / "kbne_undo.kbne"
             with safe_open(path, "np") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("model.layers")}
+                tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith("kbne.header.")}
             name = rng.choice(sorted(tensors))
             head = tensors[name].tobytes()
-            header = spoil_value(rng, json.loads(head[0 if name == INDEX else 8 :]))
-            _replace(path, name, head[: 0 if name == INDEX else 8] + json.dumps(header).encode())
+            header = spoil_value(rng, json.loads(head[0 if name.endswith(INDEX) else 8 :]))
+            _replace(path, name, head[: 0 if name.endswith(INDEX) else 8] + json.dumps(header).encode())
         reseal(out)
         try:
             revert(out, tmp_path / "again", overwrite=True)
@@ -333,7 +333,7 @@ def test_apply(base, tmp_path):
 
 def test_apply_still_compares_with_what_the_delta_promises(base, tmp_path):
     bake(str(base), tmp_path / "delta", edit=EDIT, form="delta")
-    path = tmp_path / "delta" / "kbne_delta.safetensors"
+    path = tmp_path / "delta" / "kbne_delta.kbne"
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["kbne"])
     promise = json.loads(json.dumps(about))

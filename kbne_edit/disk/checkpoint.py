@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import CheckpointError, shown
 from ..families import Site
 from ..files import open_input, read_json
-from .names import INDEX, INDEX_SUFFIX, MANIFEST, SINGLE, UNDO, is_weights
+from .names import INDEX, INDEX_SUFFIX, MANIFEST, OLD_UNDO, SINGLE, UNDO, is_weights
 from .refusals import no_weights, read_config
 from .slots import Slot, layer_sizes, slots
 from .tensors import Shard, TensorInfo
@@ -103,7 +103,7 @@ def other_files(path: Path, shards: Collection[str] = ()) -> tuple[list[str], li
         folders[:] = sorted(f for f in folders if f not in (".git", ".cache", "__pycache__"))
         for name in sorted(names + [f for f in folders if os.path.islink(os.path.join(root, f))]):
             relative = (Path(root) / name).relative_to(path).as_posix()
-            if relative in shards or relative in (MANIFEST, UNDO):
+            if relative in shards or relative in (MANIFEST, UNDO, OLD_UNDO):
                 continue
             if not os.path.isfile(os.path.join(root, name)):
                 raise CheckpointError(

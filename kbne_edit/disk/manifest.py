@@ -16,12 +16,12 @@ from .. import __version__
 from ..edit import Edit
 from ..errors import CheckpointError, EditError
 from ..files import json_text, read_json
-from .names import CARD, DELTA, INDEX, MANIFEST
+from .names import CARD, DELTA, INDEX, MANIFEST, OLD_DELTA
 
 VERSION = 1
 TOOL = f"kbne-edit {__version__}"
-# The edit in another form than a checkpoint: {the manifest's "form": the files that hold it}.
-FORMS = {"peft": {"adapter_config.json", "adapter_model.safetensors"}, "delta": {DELTA}}
+# The edit in another form than a checkpoint: {the manifest's "form": the files that hold it, now or earlier}.
+FORMS = {"peft": ({"adapter_config.json", "adapter_model.safetensors"},), "delta": ({DELTA}, {OLD_DELTA})}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Manifest:
             raise TypeError
         form = data.get("form", "checkpoint")
         files = {name: FileRecord.from_dict(entry) for name, entry in data["files"].items()}
-        if "form" in data and set(files) - {CARD} != FORMS[form]:
+        if "form" in data and set(files) - {CARD} not in FORMS[form]:
             raise TypeError
         whole = "form" not in data
         old = data.get("resharded", {})

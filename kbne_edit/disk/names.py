@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-MANIFEST, UNDO, DELTA = "kbne_edit.json", "kbne_undo.safetensors", "kbne_delta.safetensors"
+MANIFEST = "kbne_edit.json"
+# No file of an output but its shards ends like weights: loaders may take all that do (see folding/columns.py).
+UNDO, DELTA = "kbne_undo.kbne", "kbne_delta.kbne"
+OLD_UNDO, OLD_DELTA = "kbne_undo.safetensors", "kbne_delta.safetensors"  # what earlier versions called them
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = f"model{INDEX_SUFFIX}"

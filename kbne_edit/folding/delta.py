@@ -13,14 +13,14 @@ import numpy as np
 from ..disk.hashing import file_hash
 from ..disk.manifest import FileRecord, Manifest, Origin
 from ..disk.names import DELTA
-from ..disk.tensors import Shard, read_metadata, write_tensors
+from ..disk.tensors import Shard, read_metadata
 from ..edit import Edit
 from ..errors import CheckpointError, EditError, ProofError
 from ..files import parse_json
+from .columns import Columns, write_columns
 from .fold import Kept
 from .plan import Plan
 from .rewrite import Progress, rewrite
-from .undo import stored_columns
 
 VERSION = 1
 
@@ -72,7 +72,7 @@ def manifest_of(form: str, plan: Plan, part: Path, source: Origin) -> Manifest:
 
 
 def write_delta(plan: Plan, part: Path, source: Origin, progress: Progress) -> None:
-    """The edited columns alone, as a safetensors file in the folder `part`: {tensor name: [D, k], [k, D] or [k]}.
+    """The edited columns alone, as a file of columns in the folder `part`: {tensor name: [D, k], [k, D] or [k]}.
 
     Its metadata hold the edit, the base's fingerprint, and SHA-256 of the weights' files before and after, which are
     computed twice: from the products, and with the columns of the delta put in. Raises ProofError if they differ.
@@ -83,8 +83,8 @@ def write_delta(plan: Plan, part: Path, source: Origin, progress: Progress) -> N
         tensor = plan.checkpoint.tensors[name][1]
         columns[name] = (tensor.dtype, plan.targets[name].product(np.concatenate(parts), slice(None), tensor))
     record = DeltaRecord(plan.edit.made_for(plan.checkpoint.fingerprint()), files, source)
-    write_tensors(part / DELTA, columns, {"kbne": json.dumps(record.to_dict())})
-    again, _ = fold_hashes(plan.with_columns(stored_columns(part / DELTA, plan)), progress)
+    write_columns(part / DELTA, columns, metadata={"kbne": json.dumps(record.to_dict())})
+    again, _ = fold_hashes(plan.with_columns(Columns.open(part / DELTA).arrays(plan)), progress)
     if again != files:
         raise ProofError("the delta that was written does not give the folded weights: nothing was published")
 

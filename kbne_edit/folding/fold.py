@@ -13,9 +13,10 @@ from ..disk.manifest import FileRecord, Manifest, OldShard
 from ..disk.names import INDEX, UNDO
 from ..disk.publishing import staged, sync
 from ..disk.sharding import headers, index_text
-from ..disk.tensors import Shard, write_tensors
+from ..disk.tensors import Shard
 from ..edit import Edit
 from ..files import forbid_links_out, forbid_overlap
+from .columns import write_columns
 from .plan import Plan
 from .rewrite import Progress, assemble, rewrite
 
@@ -119,4 +120,4 @@ def _write_undo(plan: Plan, path: Path, kept: Kept, old: dict[str, bytes]) -> No
     """The edited columns (or rows) as they were: {tensor name: [D, k], [k, D] or [k]}; and how the files were cut."""
     tensors = plan.checkpoint.tensors
     columns = {name: (tensors[name][1].dtype, np.concatenate(parts)) for name, parts in kept.items()}
-    write_tensors(path, columns | {name: ("U8", np.frombuffer(head, np.uint8)) for name, head in old.items()})
+    write_columns(path, columns, old)

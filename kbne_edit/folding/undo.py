@@ -6,17 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from ..disk.checkpoint import Checkpoint
 from ..disk.hashing import file_hash
 from ..disk.manifest import Manifest
-from ..disk.names import INDEX, MANIFEST, UNDO
+from ..disk.names import INDEX, MANIFEST
 from ..disk.publishing import staged
 from ..disk.sharding import NewShard, old_shard
-from ..disk.tensors import Shard, read_array, read_raw
+from ..disk.tensors import Shard
 from ..errors import CheckpointError, shown
 from ..files import forbid_links_out, forbid_overlap
+from .columns import Columns, undo_path
 from .plan import Plan
 from .rewrite import Progress, assemble, rewrite
 
@@ -43,14 +42,15 @@ def revert(
     checkpoint = Checkpoint.open(baked_dir)
     manifest = _manifest(checkpoint)
     forbid_overlap(out_dir, checkpoint.path)
-    undo_path = checkpoint.path / UNDO
-    if not undo_path.is_file() or file_hash(undo_path) != manifest.undo:
-        raise CheckpointError(f"{undo_path} is missing or was changed: the base cannot be restored from it")
+    undo = undo_path(checkpoint.path)
+    if not undo.is_file() or file_hash(undo) != manifest.undo:
+        raise CheckpointError(f"{undo} is missing or was changed: the base cannot be restored from it")
     plan = Plan.of(checkpoint, replace(manifest.edit, base=None))
-    plan = plan.with_columns(stored_columns(undo_path, plan))
-    old = _stored_headers(undo_path)
+    columns = Columns.open(undo)
+    plan = plan.with_columns(columns.arrays(plan))
+    old = columns.header_bytes()
     if old.keys() != manifest.resharded.keys():
-        raise CheckpointError(f"{undo_path} does not hold how the files of the base were cut: it is damaged")
+        raise CheckpointError(f"{undo} does not hold how the files of the base were cut: it is damaged")
     restored = _to_restore(checkpoint, manifest)
     shards = {shard.path.name: shard for shard in checkpoint.shards}
     with staged(out_dir, overwrite) as part, ThreadPoolExecutor(2) as pool:
@@ -90,22 +90,3 @@ def _to_restore(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, str]:
     restored = {name: origin for name, origin in names.items() if origin is not None}
     forbid_links_out(checkpoint.path, restored)
     return restored
-
-
-def _stored_headers(path: Path) -> dict[str, bytes]:
-    """The headers of the base's files, if an undo file holds them."""
-    undo = Shard.open(path)
-    return {tensor.name: read_raw(undo, tensor) for tensor in undo.tensors if tensor.dtype == "U8"}
-
-
-def stored_columns(path: Path, plan: Plan) -> dict[str, np.ndarray]:
-    """What an undo file or a delta holds for each target: [D, k], [k, D] or [k]. Raises CheckpointError if not."""
-    saved = Shard.open(path)
-    columns = [tensor for tensor in saved.tensors if tensor.dtype != "U8"]  # those are headers, see `fold_into`
-    expected = {}
-    for name, target in plan.targets.items():
-        tensor = plan.checkpoint.tensors[name][1]
-        expected[name] = (tensor.dtype, target.kept_shape(tensor))
-    if {tensor.name: (tensor.dtype, tensor.shape) for tensor in columns} != expected:
-        raise CheckpointError(f"{path} does not hold what its edit changes in this checkpoint: it is damaged")
-    return {tensor.name: read_array(saved, tensor) for tensor in columns}

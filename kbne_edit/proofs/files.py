@@ -16,11 +16,12 @@ import numpy as np
 from ..disk.checkpoint import Checkpoint
 from ..disk.hashing import TwoDigests, file_hash
 from ..disk.manifest import FileRecord, Manifest
-from ..disk.names import CARD, INDEX, MANIFEST, UNDO, base_card
+from ..disk.names import CARD, INDEX, MANIFEST, OLD_UNDO, UNDO, base_card
 from ..disk.sharding import NewShard, header_of, headers, index_text, new_header, shared_metadata
-from ..disk.tensors import Shard, TensorInfo, read_raw
+from ..disk.tensors import Shard, TensorInfo
 from ..errors import one_line
 from ..files import open_input, read_json
+from ..folding.columns import Columns, undo_path
 from ..folding.plan import Plan, Target
 from ..folding.rewrite import Progress, chunks, pieces, scaled
 from .outcome import EditFrom, FileProof
@@ -273,19 +274,19 @@ def _compare_resharded(run: _Run, manifest: Manifest) -> None:
 
 def _compare_undo(run: _Run, manifest: Manifest) -> None:
     """The undo file holds the base's own columns, and nothing else."""
-    path = run.baked.path / UNDO
+    path = undo_path(run.baked.path)
     if not path.is_file() or file_hash(path) != manifest.undo:
-        run.fault(f"{UNDO} is missing or was changed")
+        run.fault(f"{path.name} is missing or was changed")
         return
+    if path.name == UNDO and (run.baked.path / OLD_UNDO).exists():
+        run.fault(f"file {OLD_UNDO} is new")
     if any(_other_base(shard.path.name) in run.faults for shard in run.base.shards):
         return
-    expected = {name: np.concatenate(parts).tobytes() for name, parts in run.kept.items()}
-    if manifest.resharded:
-        expected |= headers(run.base)
-    undo = Shard.open(path)
-    held = {tensor.name: read_raw(undo, tensor) for tensor in undo.tensors}
-    if held != expected:
-        run.fault(f"{UNDO} does not hold the weights as they are in the base")
+    undo = Columns.open(path)
+    weights = {name: np.concatenate(parts).tobytes() for name, parts in run.kept.items()}
+    old = headers(run.base) if manifest.resharded else {}
+    if undo.weight_bytes() != weights or undo.header_bytes() != old:
+        run.fault(f"{path.name} does not hold the weights as they are in the base")
 
 
 # -------------------------------------------------------------------------------------------- what was made elsewhere
@@ -306,8 +307,8 @@ def _compare_others(run: _Run, same_files: bool) -> None:
             run.fault(problem)
         elif problem:
             run.notes.append(problem)
-    if (run.baked.path / UNDO).exists():
-        run.fault(f"{UNDO} is there without {MANIFEST}: the manifest was removed")
+    if (path := undo_path(run.baked.path)).exists():
+        run.fault(f"{path.name} is there without {MANIFEST}: the manifest was removed")
 
 
 def _difference(old: Path, new: Path, name: str) -> str:

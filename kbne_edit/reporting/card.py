@@ -318,7 +318,7 @@ def _undo(manifest: dict) -> list[str]:
     return [
         "## How to undo it, and how to verify it",
         "",
-        "`kbne_undo.safetensors` holds the scaled weights as they were; `README.base.md` is the base's own card, if it "
+        "`kbne_undo.kbne` holds the scaled weights as they were; `README.base.md` is the base's own card, if it "
         "has one. With this repository in the directory `model`:",
         "",
         "```bash",

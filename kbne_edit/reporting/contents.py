@@ -21,10 +21,11 @@ from ..attribution.scores import Scores, load_scores
 from ..disk.checkpoint import Checkpoint
 from ..disk.hashing import file_hash
 from ..disk.manifest import Manifest
-from ..disk.names import MANIFEST, UNDO
+from ..disk.names import MANIFEST
 from ..edit import Edit
 from ..errors import CheckpointError, InputError, ScoresError
 from ..files import work_folder
+from ..folding.columns import undo_path
 from ..rule import Rule
 from ..tuning.search import in_words
 from ..tuning.tune import RESULT, load_tuning
@@ -89,8 +90,9 @@ def _manifest(path: Path) -> dict:
         raise CheckpointError(f"{path} has no {MANIFEST}: a report is made on a directory that kbne-edit baked")
     if not manifest.sealed:
         raise CheckpointError(f"{path / MANIFEST} was changed after baking: its figures are not those of the run")
-    if not (path / UNDO).is_file() or file_hash(path / UNDO) != manifest.undo:
-        raise CheckpointError(f"{path / UNDO} is missing or was changed after baking: the columns are not the base's")
+    undo = undo_path(path)
+    if not undo.is_file() or file_hash(undo) != manifest.undo:
+        raise CheckpointError(f"{undo} is missing or was changed after baking: the columns are not the base's")
     return manifest.to_dict()
 
 

@@ -13,14 +13,13 @@ import numpy as np
 
 from ..disk.checkpoint import Checkpoint
 from ..disk.dtypes import storage, to_float
-from ..disk.names import UNDO
 from ..disk.slots import Readout, readout
 from ..disk.tensors import read_array
 from ..edit import Edit
 from ..errors import CheckpointError, short
 from ..files import open_input
+from ..folding.columns import Columns, undo_path
 from ..folding.plan import Plan
-from ..folding.undo import stored_columns
 
 Neuron = tuple[int, int]  # layer, index in the layer
 
@@ -42,7 +41,7 @@ def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
                 found |= {(layer, n): row for n, row in zip(wanted, to_float(rows, tensor.dtype), strict=True)}
         return found
     plan = Plan.of(checkpoint, Edit(edit.site, edit.factors))
-    for name, rows in stored_columns(checkpoint.path / UNDO, plan).items():
+    for name, rows in Columns.open(undo_path(checkpoint.path)).arrays(plan).items():
         target = plan.targets[name]
         if target.by_column:
             rows = rows.T

@@ -452,7 +452,7 @@ def _provenance(report: dict) -> list[str]:
         ("recipe", recipe["name"]),
         ("SHA-256 of the recipe", recipe["sha256"]),
         ("SHA-256 of kbne_edit.json, computed for this page", found["manifest_sha256"]),
-        ("SHA-256 of kbne_undo.safetensors, computed for this page", found["undo_sha256"]),
+        ("SHA-256 of the undo file, computed for this page", found["undo_sha256"]),
         ("SHA-256 of scores.safetensors, computed for this page", found["scores_sha256"]),
         ("weights in other formats, left out", ", ".join(found["left_out"]) or "none"),
     ]
@@ -463,7 +463,7 @@ def _provenance(report: dict) -> list[str]:
         for f in found["resharded"]
     )
     hashes = {f["name"]: f["sha256"] for f in found["files"]}
-    hashes |= {"kbne_undo.safetensors": found["undo_sha256"], "kbne_edit.json": found["manifest_sha256"]}
+    hashes |= {"kbne_undo.kbne": found["undo_sha256"], "kbne_edit.json": found["manifest_sha256"]}
     sums = "\n".join(one_line(f"{digest}  {name}") for name, digest in hashes.items())
     return [
         _table("Where it comes from", ["what", "value"], cells),
