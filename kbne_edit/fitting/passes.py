@@ -1,0 +1,174 @@
+"""Gradients of log-probabilities with respect to the factors of all feed-forward neurons.
+
+A leaf [B, F] of factors multiplies the neurons of each layer, one row per sequence of a batch. The sequences of a batch
+do not see each other, so one backward pass of the summed objectives leaves each sequence's own gradient in its row.
+
+Legend: N sequences, B sequences of a batch, T positions, L layers, F neurons of a layer, P = sum of F over the layers,
+K scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..attribution.rows import head
+from ..errors import InputError
+from ..families import Site, end
+from ..models.hooks import Tap, tapped
+from ..models.places import Place, decoder_layers, places
+
+_BATCH_TOKENS, _HEAD_BLOCK = 1024, 64
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Token ids [T] and what each prediction counts, [T - 1]: the objective is sum_t weights[t] log p(ids[t + 1])."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(self.ids) - 1 or len(self.ids) < 2:
+            raise InputError(f"a sequence of {len(self.ids)} tokens has {len(self.weights)} weights of predictions")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Gradients of some sequences. index: which they are, [B]; values: their objectives, [B]; gradients: [B, P]."""
+
+    index: np.ndarray
+    values: np.ndarray
+    gradients: Tensor
+
+
+def layer_sizes(model: nn.Module, site: Site) -> list[int]:
+    """Neurons of each layer, [L]."""
+    return [end(layer) for layer in places(model, site)]
+
+
+def gradients(
+    model: nn.Module,
+    sequences: Sequence[Scored],
+    site: Site = "down",
+    at: Tensor | None = None,
+    draw: torch.Generator | None = None,
+    done: Callable[[int], None] | None = None,
+) -> Iterator[Batch]:
+    """Value and gradient of every sequence's objective, batch by batch, in order of length.
+
+    model: causal language model of transformers, in eval mode, no weight of which wants a gradient.
+    at: the factors at which the gradient is taken, [P] float32 (None: all 1). draw: if given, the
+    tokens whose log-probabilities are taken are drawn from the model instead of read from the sequence, as the Fisher
+    information wants them. done: called with sequences finished.
+    Gradients are float32 on the CPU.
+    """
+    layers = places(model, site)
+    sizes = [end(layer) for layer in layers]
+    start = torch.ones(sum(sizes)) if at is None else at
+    for index in batches([len(s.ids) for s in sequences]):
+        batch = [sequences[i] for i in index]
+        leaves = _leaves(start, sizes, len(batch), model)
+        values, found = _backward(model, (layers, site), batch, leaves, draw)
+        yield Batch(np.array(index), values, torch.cat([g.float().cpu() for g in found], 1))
+        if done:
+            done(len(index))
+
+
+def batches(lengths: Sequence[int], most: int = _BATCH_TOKENS) -> list[list[int]]:
+    """Which sequences go together: of about one length, `most` tokens with the padding (but one sequence at least)."""
+    result: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not result or (len(result[-1]) + 1) * lengths[i] > most:
+            result.append([])
+        result[-1].append(i)
+    return result
+
+
+def _leaves(start: Tensor, sizes: list[int], count: int, model: nn.Module) -> list[Tensor]:
+    weight = model.get_input_embeddings().weight
+    parts = start.to(weight.device, weight.dtype).split(sizes)
+    return [part.repeat(count, 1).requires_grad_() for part in parts]
+
+
+def _backward(
+    model: nn.Module,
+    where: tuple[list[list[Place]], Site],
+    batch: list[Scored],
+    leaves: list[Tensor],
+    draw: torch.Generator | None,
+) -> tuple[np.ndarray, tuple[Tensor, ...]]:
+    """Each sequence's objective [B] and the leaves' gradients of their sum.
+
+    The head goes block by block, forwards and back, before the layers go back: its logits never stand there together.
+    """
+    layers, site = where
+    device = model.get_input_embeddings().weight.device
+    width = max(len(s.ids) for s in batch)
+    # Padding stands at the end, where causal attention hides it from every token that counts.
+    ids = torch.tensor([[*s.ids, *[s.ids[-1]] * (width - len(s.ids))] for s in batch], device=device)
+    weights = torch.tensor([[*s.weights, *[0.0] * (width - len(s.ids))] for s in batch], device=device)
+    row, position = weights.nonzero(as_tuple=True)
+    weight, target = weights[row, position], ids[row, position + 1]
+    with ExitStack() as stack:
+        for layer, leaf in zip(layers, leaves, strict=True):
+            stack.enter_context(tapped(layer, site, _tap(leaf, width)))
+        hidden = last_hidden(model, ids)[row.to(device), position]
+    values, back = torch.zeros(len(batch), dtype=torch.float64), []
+    blocks = zip(*(x.split(_HEAD_BLOCK) for x in (hidden.detach(), weight, target, row)), strict=True)
+    for block, counts, wanted, owner in blocks:
+        block.requires_grad_()
+        logits = head(model, block[None])
+        wanted = wanted if draw is None else _drawn(logits.detach(), draw)
+        terms = counts * (logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
+        back.append(torch.autograd.grad(terms.sum(), block)[0])
+        values.index_add_(0, owner.cpu(), terms.detach().double().cpu())
+    return values.numpy(), torch.autograd.grad(hidden, leaves, torch.cat(back))
+
+
+class _Reached(Exception):
+    """Leaves the model's forward pass after the last layer."""
+
+
+def last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
+    """The last layer's output [B, T, D]. ids: [B, T]."""
+    found = []
+
+    def leave(module, args, output):
+        found.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
+
+    handle = decoder_layers(model)[-1].register_forward_hook(leave)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except _Reached:
+        return found[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"{type(model).__name__} did not call its last layer")
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token from each distribution, by its cumulative sum: multinomial takes no vocabulary of any size. [K]."""
+    mass = logits.softmax(-1).cumsum(-1)
+    level = torch.rand(len(mass), 1, generator=generator).to(mass.device) * mass[:, -1:]
+    return torch.searchsorted(mass, level)[:, 0].clamp(max=mass.shape[-1] - 1)
+
+
+def _tap(leaf: Tensor, width: int) -> Tap:
+    """width: T of the padded batch, by which tokens of an expert are told apart."""
+
+    def tap(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
+        own = leaf[:, offset : offset + h.shape[-1]]
+        if tokens is not None:
+            return h * own[tokens // width]
+        if h.dim() == 2:  # some families flatten batch and positions
+            return h * own.repeat_interleave(width, 0)
+        return h * own[:, None]
+
+    return tap

@@ -1,0 +1,119 @@
+"""Gradients of the factors against finite differences of the hooked model; metric and dual against dense algebra."""
+
+import numpy as np
+import pytest
+import torch
+
+from kbne_edit import Edit, hooked
+from kbne_edit.errors import InputError
+from kbne_edit.fitting.metric import Metric, Shrinkage
+from kbne_edit.fitting.passes import Scored, gradients, layer_sizes
+from kbne_edit.fitting.solve import solve
+from tiny import FAMILIES, MIXTURES, tiny_model
+
+SEQUENCES = [
+    Scored((5, 17, 40, 8, 22), (0.0, 1.0, 1.0, 0.5)),
+    Scored((3, 9, 60), (1.0, -1.0)),
+    Scored((31, 9, 60, 12, 4, 7), (0.0, 0.0, 0.0, 0.25, 2.0)),
+]
+DENSE = ["llama", "gpt2", "opt", "gemma2", "gemma3_text", "phi3", "gpt_neox", "falcon", "cohere", "granite"]
+
+
+def objective(model, sequence):
+    """By the model's own pass on this sequence alone."""
+    with torch.no_grad():
+        logits = model(torch.tensor([sequence.ids])).logits[0, :-1].log_softmax(-1)
+    picked = logits[range(len(sequence.ids) - 1), list(sequence.ids[1:])]
+    return float((picked * torch.tensor(sequence.weights)).sum())
+
+
+def collected(model, sequences, **options):
+    values, rows = np.zeros(len(sequences)), torch.zeros(len(sequences), sum(layer_sizes(model, "down")))
+    for batch in gradients(model, sequences, **options):
+        values[batch.index], rows[batch.index] = batch.values, batch.gradients
+    return values, rows
+
+
+@pytest.mark.parametrize("name", [name for name in DENSE if name in FAMILIES] + list(MIXTURES)[:4])
+def test_gradients_are_those_of_the_hooked_model(name):
+    """In a batch with padding, along a random direction, at factors that are not 1."""
+    model = tiny_model(name, torch.float64).requires_grad_(False)
+    sizes = layer_sizes(model, "down")
+    generator = torch.Generator().manual_seed(1)
+    at = 1 + 0.2 * torch.randn(sum(sizes), generator=generator)
+    direction = torch.randn(sum(sizes), generator=generator)
+    values, rows = collected(model, SEQUENCES, at=at)
+
+    def moved(step, sequence):
+        parts = (at + step * direction).split(sizes)
+        edit = Edit("down", {la: dict(enumerate(part.tolist())) for la, part in enumerate(parts)})
+        with hooked(model, edit):
+            return objective(model, sequence)
+
+    for i, sequence in enumerate(SEQUENCES):
+        assert values[i] == pytest.approx(moved(0, sequence), abs=1e-5)
+        slope = (moved(1e-3, sequence) - moved(-1e-3, sequence)) / 2e-3
+        assert float(rows[i] @ direction) == pytest.approx(slope, rel=2e-3, abs=2e-4)
+
+
+def test_drawn_tokens_follow_the_model():
+    """Over many draws the values are those of tokens drawn from the model: their mean is minus the entropy."""
+    model = tiny_model("llama", torch.float64).requires_grad_(False)
+    sequence = Scored((5, 17), (1.0,))
+    draw = torch.Generator().manual_seed(0)
+    values, rows = collected(model, [sequence] * 600, draw=draw)
+    with torch.no_grad():
+        p = model(torch.tensor([[5]])).logits[0, -1].double().softmax(-1)
+    entropy = float(-(p * p.log()).sum())
+    spread = float(((p * p.log() ** 2).sum() - entropy**2).sqrt())
+    assert abs(values.mean() + entropy) < 4 * spread / np.sqrt(600)
+    assert len(set(np.round(values, 9))) > 20
+    # The expected gradient of a log-probability under the model itself is 0.
+    assert rows.mean(0).abs().max() < 5 * rows.std(0).max() / np.sqrt(600)
+
+
+def test_a_sequence_has_one_weight_per_prediction():
+    with pytest.raises(InputError, match="weights"):
+        Scored((1, 2, 3), (1.0,))
+
+
+def dense(rows, tokens, share, floor):
+    s = rows.T @ rows / tokens
+    diagonal = torch.diag(s)
+    return share * s + (1 - share) * torch.diag(diagonal) + floor * diagonal.mean() * torch.eye(len(s))
+
+
+@pytest.mark.parametrize("share, floor", [(0.5, 0.2), (1.0, 0.05), (0.1, 1.0)])
+def test_metric_is_the_dense_one(share, floor):
+    generator = torch.Generator().manual_seed(2)
+    rows, vectors = torch.randn(7, 40, generator=generator), torch.randn(5, 40, generator=generator)
+    metric = Metric(rows, 90, Shrinkage(share, floor))
+    p = dense(rows.double(), 90, share, floor)
+    expected = torch.linalg.solve(p, vectors.double().T).T
+    assert torch.allclose(
+        metric.inverse(vectors).double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+    )
+    assert np.allclose(metric.kernel(vectors), (vectors.double() @ expected.T).numpy(), rtol=1e-3, atol=1e-2)
+    assert torch.allclose(metric.norms(vectors).double(), ((vectors.double() @ p) * vectors).sum(1), rtol=1e-4)
+    assert torch.allclose(metric.weights().double(), torch.diag(p), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kappa", [1e-3, 1e-1, 1e6])
+def test_dual_solves_the_primal(kappa):
+    """The dense normal equations at the multiplier that the bound implies; beyond it, the unbounded minimum."""
+    rng = np.random.default_rng(3)
+    a, residuals, weights = rng.normal(size=(6, 15)), rng.normal(size=6), rng.uniform(0.5, 2, 6)
+    root = rng.normal(size=(15, 15))
+    p = root @ root.T + np.eye(15)
+    inverse = np.linalg.inv(p)
+    d = -inverse @ a.T @ solve(a @ inverse @ a.T, residuals, weights, kappa)
+    cost = 0.5 * d @ p @ d
+    assert cost <= kappa * (1 + 1e-6)
+    slope = a.T @ (weights * (residuals + a @ d))
+    if kappa < 1:
+        assert cost == pytest.approx(kappa, rel=1e-6)
+        multiplier = -(slope @ d) / (d @ p @ d)
+        assert multiplier > 0
+        assert np.allclose(slope + multiplier * p @ d, 0, atol=1e-8 * np.abs(slope).max())
+    else:
+        assert np.allclose(residuals + a @ d, 0, atol=1e-5)
