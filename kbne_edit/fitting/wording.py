@@ -185,7 +185,9 @@ def _templates(data: dict, forms: tuple[str, ...], reader: Reader) -> dict[str, 
     return templates
 
 
-def _template(name: str, row: object, wrappers: tuple[str, ...], forms, reader: Reader, where: str) -> Template:
+def _template(
+    name: str, row: object, wrappers: tuple[str, ...], forms: tuple[str, ...], reader: Reader, where: str
+) -> Template:
     row = {"continuation": row} if name == "sentence" else reader.mapping(row, where)
     reader.keys(row, (*_PARTS[name], "unrelated"), where)
     parts = {key: reader.text(row.get(key), f"{where}.{key}") for key in _PARTS[name]}
