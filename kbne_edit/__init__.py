@@ -19,6 +19,8 @@ _PUBLIC = {
     "attribute": "attribution.gradients",
     "evaluate": "evaluation.evaluate",
     "hooked": "models.hooks",
+    "Scores": "attribution.scores",
+    "Settings": "locating",
     "load_recipe": "recipe",
     "load_scores": "attribution.scores",
     "locate": "locating",

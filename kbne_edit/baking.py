@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .attribution.answers import attribution_summary
+from .attribution.answers import AttributionSummary
 from .disk.checkpoint import Checkpoint
 from .disk.manifest import Manifest, Origin, RecipeRecord
 from .disk.publishing import check_out, staged
@@ -199,7 +199,7 @@ def _locate(
     edit = chosen.edit
     edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=source.label, commit=source.commit)
     edit.save(folder / "edit.json")
-    return edit, Located(chosen.summary().to_dict(), attribution_summary(scores), folder)
+    return edit, Located(chosen.summary().to_dict(), AttributionSummary.of(scores).to_dict(), folder)
 
 
 def _write(job: _Job, result: BakeResult) -> BakeResult:

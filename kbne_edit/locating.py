@@ -20,8 +20,10 @@ from .recipe import Question, Recipe, load_recipe
 from .rule import Rule
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .attribution.gradients import Attribution
-    from .attribution.scores import Scores
+    from .attribution.scores import Row, Scores
     from .models.prompts import Prompts
     from .selection.select import Selection
 
@@ -147,6 +149,7 @@ def _attribute(
         only=shares[processes.rank],
         other_ids=others if settings.objective == "log-odds" else None,
         positions=settings.positions,
+        arrived=_Watch(prompts, checkpoint.path) if processes.rank == 0 else None,
     )
     with progress("attribution", len(asked), "question", len(asked) - len(todo)) as update:
         for turn in zip_longest(*shares):
@@ -156,16 +159,41 @@ def _attribute(
                     update(1)
 
 
-def _row(question: Question, tokens: dict[str, dict[str, int]], result: Attribution) -> dict:
-    others = [list(ids.values()) for answer, ids in tokens.items() if answer != question.answer]
-    return {
-        "scores": result.scores.numpy(),
-        "p": result.p,
-        "p_zero": result.p_zero,
-        "residual": result.residual,
-        "nodes": result.nodes,
-        "p_best_wrong": max(float(result.next_token[ids].sum()) for ids in others),
-    }
+class _Watch:
+    """Says once, before the attribution has cost anything, that answers are hardly what the model says next."""
+
+    def __init__(self, prompts: Prompts, path: Path):
+        self._prompts, self._path, self._said = prompts, path, False
+        self._ids = sorted({index for ids in prompts.answers.values() for index in ids.values()})
+
+    def __call__(self, next_token: Tensor) -> None:
+        from .attribution.answers import Mass
+        from .models.prompts import why_small
+
+        mass = Mass.of(next_token[:, self._ids].sum(-1).numpy())
+        if mass.small and not self._said:
+            self._said = True
+            likeliest = int(next_token.mean(0).argmax())
+            say(
+                f"warning: all answers together have a probability of {mass.median:.1%} (median of "
+                f"{len(next_token)} questions) at the position that is attributed: "
+                + why_small(self._path, self._prompts, likeliest)
+            )
+
+
+def _row(question: Question, tokens: dict[str, dict[str, int]], result: Attribution) -> Row:
+    from .attribution.scores import Row
+
+    by_answer = {answer: float(result.next_token[list(ids.values())].sum()) for answer, ids in tokens.items()}
+    return Row(
+        result.scores.numpy(),
+        result.p,
+        max(p for answer, p in by_answer.items() if answer != question.answer),
+        sum(by_answer.values()),
+        result.p_zero,
+        result.residual,
+        result.nodes,
+    )
 
 
 def _supplier(checkpoint: Checkpoint, settings: Settings):

@@ -21,7 +21,7 @@ from manifests import read_manifest, sha256, write_manifest
 from safetensors.numpy import load_file, save_file
 
 from kbne_edit import Edit, fold, load_recipe, load_scores, locate, revert, select, verify
-from kbne_edit.attribution.scores import ScoresWriter
+from kbne_edit.attribution.scores import Row, ScoresWriter
 from kbne_edit.hub.source import resolved
 from kbne_edit.locating import Settings
 from kbne_edit.recipe import Question
@@ -92,17 +92,8 @@ def ground(folder):
     about = {"model": "demo", "commit": None, "base": "0" * 64, "recipe": "demo", "site": "down"}
     writer = ScoresWriter(folder / "scores.safetensors", questions, 2, 12, about)
     for q in range(6):
-        writer.write(
-            q,
-            {
-                "scores": rng.standard_normal((2, 12), np.float32),
-                "p": 0.5,
-                "p_best_wrong": 0.4,
-                "p_zero": np.zeros(2),
-                "residual": np.zeros(2),
-                "nodes": np.ones(2),
-            },
-        )
+        scores = rng.standard_normal((2, 12), np.float32)
+        writer.write(q, Row(scores, p=0.5, p_best_wrong=0.4, p_answers=0.9, p_zero=0, residual=0, nodes=1))
     writer.close()
     return folder
 

@@ -9,7 +9,7 @@ import pytest
 
 from kbne_edit import load_recipe, load_scores
 from kbne_edit import select as public_select
-from kbne_edit.attribution.scores import ScoresWriter
+from kbne_edit.attribution.scores import Row, ScoresWriter
 from kbne_edit.errors import EditError, InputError
 from kbne_edit.locating import Settings, choosing
 from kbne_edit.recipe import Question
@@ -164,10 +164,10 @@ def test_a_scores_file_knows_the_twins(tmp_path):
         + [Question(f"c{i}", "no", "c", "f", True) for i in (0, 1)]
     )
     about = {"model": "m", "commit": None, "base": "0" * 64, "recipe": "r", "site": "down"}
-    rest = {"p": 0.5, "p_best_wrong": 0.4, "p_zero": np.zeros(1), "residual": np.zeros(1), "nodes": np.ones(1)}
+    rest = {"p": 0.5, "p_best_wrong": 0.4, "p_answers": 0.9, "p_zero": 0.0, "residual": 0.0, "nodes": 1}
     writer = ScoresWriter(tmp_path / "s.safetensors", questions, 1, 5, about)
     for q, values in enumerate(_with_twins()):
-        writer.write(q, {"scores": values, **rest})
+        writer.write(q, Row(values, **rest))
     writer.close()
     scores = load_scores(tmp_path / "s.safetensors")
     assert scores.questions == questions and public_select(scores, "paired").factors == {0: {2: 2.0}}

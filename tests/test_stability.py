@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kbne_edit import select
-from kbne_edit.attribution.scores import Scores, ScoresWriter
+from kbne_edit.attribution.scores import Row, Scores, ScoresWriter
 from kbne_edit.commands.stability import command as stability_command
 from kbne_edit.errors import EditError, InputError
 from kbne_edit.recipe import Question
@@ -153,5 +153,5 @@ def _write(path, values):
     about = {"model": "m", "recipe": "social-bias", "base": "base", "site": "down"}
     writer = ScoresWriter(path, questions, *values.shape[1:], about)
     for q, row in enumerate(values):
-        writer.write(q, {"nodes": 4, "p": 1, "p_best_wrong": 0, "p_zero": 0, "residual": 0, "scores": row})
+        writer.write(q, Row(row, p=1, p_best_wrong=0, p_answers=1, p_zero=0, residual=0, nodes=4))
     writer.close()

@@ -1,46 +1,178 @@
-"""How a model answers the questions: what a scores file says of it."""
+"""How a model answers the questions, and how exact the attribution is: what a scores file says of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import CheckpointError
 from ..recipe import Question
-from ..statistics import wilson
+from ..statistics import Interval, wilson
 from .scores import Scores
 
+SMALL = 0.1  # probability of all answers together below which another token is due at that position
 
-def attribution_summary(scores: Scores) -> dict:
-    """Answers and quadrature: how many are right, by answer and by form; completeness, nodes.
 
-    balanced: mean share of right answers over the answers, [value, low, high] (95 %, Wilson); a model that says the
-    same to everything has 1 / number of answers. constant: True if the interval holds that value.
+class Tally(NamedTuple):
+    """How many answers are right, of how many. As JSON it is the list [right, total]."""
+
+    right: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """0 to 1."""
+        return self.right / max(self.total, 1)
+
+
+class Mass(NamedTuple):
+    """Probability of all answers together at the position where the answer is due, 0 to 1.
+
+    median: over the questions and controls. below: the share of them where it is below `SMALL`.
     """
-    questions, right = scores.questions, scores.correct
-    asked = [i for i, q in enumerate(questions) if not q.control]
-    controls = [i for i, q in enumerate(questions) if q.control]
 
-    def tally(key: Callable[[Question], str], among: list[int]) -> dict[str, list[int]]:
-        keys = [key(questions[i]) for i in among]
-        return {
-            k: [int(sum(right[i] for i, own in zip(among, keys, strict=True) if own == k)), keys.count(k)]
-            for k in sorted(set(keys))
+    median: float
+    below: float
+
+    @property
+    def small(self) -> bool:
+        """True where the answer is not what the model says next: what is attributed is hardly its answer."""
+        return self.median < SMALL
+
+    @classmethod
+    def of(cls, values: Sequence[float] | np.ndarray) -> Mass:
+        return cls(float(np.median(values)), float(np.mean(np.asarray(values) < SMALL)))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How a model answers. Shares and probabilities from 0 to 1.
+
+    questions, controls: all of them. by_answer, by_form: questions alone, by right answer and by form.
+    balanced: mean share of right answers over the answers, controls included, with its 95 % interval (Wilson).
+    constant: None where the model does better than the same answer to everything would, which has 1 / number of
+        answers; else the answer that it is right on most often.
+    mass: of all answers together; None where a scores file of an earlier version does not tell.
+    wrong: the questions that are answered wrongly.
+    """
+
+    questions: Tally
+    controls: Tally
+    by_answer: dict[str, Tally]
+    by_form: dict[str, Tally]
+    balanced: Interval
+    constant: str | None
+    mass: Mass | None
+    wrong: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        constant = f", constant {self.constant!r}" if self.constant else ""
+        return f"Answers({self.questions.right} of {self.questions.total} right{constant})"
+
+    @classmethod
+    def of(cls, scores: Scores) -> Answers:
+        questions, right = scores.questions, scores.correct
+        asked = [i for i, q in enumerate(questions) if not q.control]
+        controls = [i for i, q in enumerate(questions) if q.control]
+
+        def tally(among: Sequence[int]) -> Tally:
+            return Tally(int(right[list(among)].sum()), len(among))
+
+        def tallies(key: Callable[[Question], str], among: Sequence[int]) -> dict[str, Tally]:
+            keys = sorted({key(questions[i]) for i in among})
+            return {k: tally([i for i in among if key(questions[i]) == k]) for k in keys}
+
+        everywhere = tallies(lambda q: q.answer, asked + controls)
+        low, high = np.mean([wilson(t.right, t.total) for t in everywhere.values()], 0)
+        balanced = Interval(float(np.mean([t.share for t in everywhere.values()])), float(low), float(high))
+        return cls(
+            tally(asked),
+            tally(controls),
+            tallies(lambda q: q.answer, asked),
+            tallies(lambda q: q.form, asked),
+            balanced,
+            _constant(everywhere, balanced),
+            None if scores.p_answers is None else Mass.of(scores.p_answers),
+            tuple(questions[i].text for i in asked if not right[i]),
+        )
+
+    def to_dict(self) -> dict:
+        record = {
+            "questions": self.questions.total,
+            "right": self.questions.right,
+            "controls": self.controls.total,
+            "controls_right": self.controls.right,
+            "right_by_answer": {name: list(tally) for name, tally in self.by_answer.items()},
+            "right_by_form": {name: list(tally) for name, tally in self.by_form.items()},
+            "balanced": list(self.balanced),
+            "constant": self.constant,
+            "wrong": list(self.wrong),
+        }
+        return record if self.mass is None else record | {"mass": {**self.mass._asdict(), "threshold": SMALL}}
+
+    @classmethod
+    def from_dict(cls, record: dict, where: str = "answers") -> Answers:
+        """Inverse of `to_dict`; earlier versions wrote whether there is a constant answer, and no mass.
+
+        Raises CheckpointError.
+        """
+        try:
+            by_answer, by_form = (
+                {str(name): Tally(*map(int, pair)) for name, pair in record[key].items()}
+                for key in ("right_by_answer", "right_by_form")
+            )
+            constant, mass = record["constant"], record.get("mass")
+            if constant is True:
+                constant = max(by_answer, key=lambda name: by_answer[name].share)
+            return cls(
+                Tally(int(record["right"]), int(record["questions"])),
+                Tally(int(record["controls_right"]), int(record["controls"])),
+                by_answer,
+                by_form,
+                Interval.from_list(record["balanced"]),
+                str(constant) if constant else None,
+                mass and Mass(float(mass["median"]), float(mass["below"])),
+                tuple(map(str, record["wrong"])),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CheckpointError(f"{where} has figures of another form than kbne-edit writes") from None
+
+
+def _constant(by_answer: dict[str, Tally], balanced: Interval) -> str | None:
+    if not balanced.low <= 1 / len(by_answer) <= balanced.high:
+        return None
+    return max(by_answer, key=lambda name: by_answer[name].share)
+
+
+@dataclass(frozen=True)
+class AttributionSummary:
+    """What is told of an attribution. As JSON it is one object: the answers' and these.
+
+    largest_residual: of completeness, relative to its question's largest score. nodes_per_layer: mean.
+    """
+
+    answers: Answers
+    largest_residual: float
+    nodes_per_layer: float
+
+    @classmethod
+    def of(cls, scores: Scores) -> AttributionSummary:
+        return cls(Answers.of(scores), float(scores.residual.max()), float(scores.nodes.mean()))
+
+    def to_dict(self) -> dict:
+        return self.answers.to_dict() | {
+            "largest_residual": self.largest_residual,
+            "nodes_per_layer": self.nodes_per_layer,
         }
 
-    everywhere = tally(lambda q: q.answer, asked + controls)
-    bounds = np.mean([wilson(*counts) for counts in everywhere.values()], 0)
-    balanced = [float(np.mean([k / n for k, n in everywhere.values()])), *map(float, bounds)]
-    return {
-        "questions": len(asked),
-        "right": int(right[asked].sum()),
-        "controls": len(controls),
-        "controls_right": int(right[controls].sum()),
-        "right_by_answer": tally(lambda q: q.answer, asked),
-        "right_by_form": tally(lambda q: q.form, asked),
-        "balanced": balanced,
-        "constant": balanced[1] <= 1 / len(everywhere) <= balanced[2],
-        "wrong": [questions[i].text for i in asked if not right[i]],
-        "largest_residual": float(scores.residual.max()),
-        "nodes_per_layer": float(scores.nodes.mean()),
-    }
+    @classmethod
+    def from_dict(cls, record: dict, where: str = "attribution") -> AttributionSummary:
+        """Inverse of `to_dict`. Raises CheckpointError."""
+        answers = Answers.from_dict(record, where)
+        try:
+            return cls(answers, float(record["largest_residual"]), float(record["nodes_per_layer"]))
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{where} has figures of another form than kbne-edit writes") from None

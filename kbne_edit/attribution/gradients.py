@@ -14,7 +14,7 @@ prompts share is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -129,8 +129,11 @@ def attributions(
     only: Sequence[int] | None = None,
     other_ids: Sequence[Sequence[int]] | None = None,
     positions: int = 1,
+    arrived: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Attribution]:
     """`attribute`, question by question as they are finished.
+
+    arrived: called with the next-token distribution [n, V] of some prompts as soon as it is known, before any gradient.
 
     layers: a model in memory, or who supplies its layers. only: indices of the questions that are wanted, in this
     order. The others of their packs are computed with them, and all have their say in what counts as the common
@@ -162,7 +165,7 @@ def attributions(
                 for pack in group
             ]
             rules = [[rule() for _ in pack] for pack in group]
-            _settle(layers, fresh, asked, rules)
+            _settle(layers, fresh, asked, rules, arrived)
             for pack, questions, of_pack in zip(group, asked, rules, strict=True):
                 for slot, (q, done) in enumerate(zip(pack, of_pack, strict=True)):
                     if q in wanted:
@@ -210,8 +213,16 @@ def _shared(input_ids: Sequence[Sequence[int]], positions: int) -> int:
     return min(shared, *(len(ids) - positions for ids in input_ids)) if len(input_ids) > 1 else 0
 
 
-def _settle(layers: Layers, stem: Segment | None, asked: list[Pack], rules: list[list[Fixed | Adaptive]]) -> None:
+def _settle(
+    layers: Layers,
+    stem: Segment | None,
+    asked: list[Pack],
+    rules: list[list[Fixed | Adaptive]],
+    arrived: Callable[[Tensor], None] | None,
+) -> None:
     """Packs go up and down together until every quadrature is content. stem: if it has not climbed yet."""
+    for pack in asked:
+        pack.arrived = arrived
     climbing = [*([stem] if stem else []), *asked]
     while True:
         requests = [[rule.request() for rule in of_pack] for of_pack in rules]

@@ -18,7 +18,7 @@ layers, which a model larger than memory needs).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..families import Site
+from ..models.bounds import check_numbers, check_tokens
 from ..models.hooks import replaced, tapped
 from ..models.masks import attention_mask
 from ..models.places import decoder_layers, num_neurons, places
@@ -73,6 +74,7 @@ class Segment:
     """
 
     def __init__(self, model: nn.Module, tokens: Tokens, before: Segment | None = None):
+        check_tokens(model, tokens.ids.tolist(), tokens.depth.tolist())
         self.model, self.tokens = model, tokens
         earlier = before.context if before else NONE
         self.context = earlier.before(tokens)
@@ -136,6 +138,7 @@ class Pack(Segment):
         self._answers, self._others = _Answers(answer_ids), other_ids and _Answers(other_ids)
         self.base: list[Tensor]  # the last positions' input to each layer, [1, Q, D]
         self.gradient: Tensor | None = None
+        self.arrived: Callable[[Tensor], None] | None = None  # called with next_token
 
     def _run(self, index: int, layer: nn.Module, call: _Call) -> None:
         if index == 0:
@@ -155,8 +158,11 @@ class Pack(Segment):
         """The head, once the last layer is done."""
         with torch.no_grad():
             logits = torch.cat([head(self.model, part) for part in _parts(self.hidden[:, self.last[:, -1]])])
+        check_numbers(logits, self.model, "the base")
         self.value = self.objective(logits, np.arange(self.count)).tolist()
         self.next_token = logits.softmax(-1).cpu()
+        if self.arrived:
+            self.arrived(self.next_token)
         self.p = [float(row[ids].sum()) for row, ids in zip(self.next_token, self._answers.ids, strict=True)]
 
     def rows(self, owner: np.ndarray) -> Tokens:

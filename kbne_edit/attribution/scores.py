@@ -1,9 +1,10 @@
-"""scores.safetensors: what `locate` found, written question by question so that it can be resumed.
+"""scores.safetensors: what `locate` computes, written question by question so that it can be resumed.
 
 The file is laid out in full before the first question. A question's rows are written and synced before its `done`
 flag, so whatever moment a run is killed at, the next one starts at the first question without a flag and ends with
 the same bytes. Tensors: scores [Q, L, F] F32, p [Q], p_zero [Q, L], residual [Q, L], nodes [Q, L], p_best_wrong [Q],
-done [Q] U8. The metadata holds questions, settings and the base's fingerprint.
+p_answers [Q] (absent in files of earlier versions), done [Q] U8. The metadata holds questions, settings and the base's
+fingerprint.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..recipe import Question
 _PLAN = {
     "nodes": ("I32", "QL"),
     "p": ("F32", "Q"),
+    "p_answers": ("F32", "Q"),
     "p_best_wrong": ("F32", "Q"),
     "p_zero": ("F32", "QL"),
     "residual": ("F32", "QL"),
@@ -39,7 +41,12 @@ _DTYPE = {"F32": "<f4", "I32": "<i4", "U8": "u1"}
 
 @dataclass(frozen=True)
 class Scores:
-    """A finished scores file. values: [Q, L, F]; p: P(right answer), p_best_wrong: P(likeliest other answer), [Q]."""
+    """A finished scores file.
+
+    values: [Q, L, F] float32. p: P(right answer), [Q]; p_best_wrong: P(likeliest other answer), [Q]. residual, nodes:
+    of the quadrature, [Q, L]. settings: the file's metadata. p_answers: P of all answers together, [Q]; None in a file
+    of an earlier version with more than two answers.
+    """
 
     values: np.ndarray
     p: np.ndarray
@@ -50,6 +57,7 @@ class Scores:
     settings: dict
     site: str
     base: str
+    p_answers: np.ndarray | None = None
 
     @property
     def correct(self) -> np.ndarray:
@@ -62,8 +70,8 @@ def load_scores(path: str | Path) -> Scores:
     arrays, meta = _read(Path(path))
     if not arrays["done"].all():
         raise ScoresError(f"{path} is unfinished ({int(arrays['done'].sum())} questions done): run locate again")
-    for name in ("p", "p_best_wrong", "residual", "scores"):
-        if not all(np.isfinite(row).all() for row in arrays[name]):
+    for name in ("p", "p_answers", "p_best_wrong", "residual", "scores"):
+        if name in arrays and not all(np.isfinite(row).all() for row in arrays[name]):
             raise ScoresError(f"{path} holds {name} that are no numbers: it is damaged, run locate again")
     return Scores(
         arrays["scores"],
@@ -75,7 +83,15 @@ def load_scores(path: str | Path) -> Scores:
         meta,
         meta["site"],
         meta["base"],
+        _p_answers(arrays, meta),
     )
+
+
+def _p_answers(arrays: dict[str, np.ndarray], meta: dict) -> np.ndarray | None:
+    if "p_answers" in arrays:
+        return arrays["p_answers"]
+    two = len({q["answer"] for q in meta["questions"]}) == 2
+    return arrays["p"] + arrays["p_best_wrong"] if two else None
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
@@ -89,7 +105,11 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
             raise TypeError
         found = {tensor.name: tensor for tensor in shard.tensors}
         sizes = dict(zip("QLF", found["scores"].shape, strict=True))
-        if sizes["Q"] != len(meta["questions"]) or _layout(sizes) != {n: (t.dtype, t.shape) for n, t in found.items()}:
+        layout = {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}
+        expected = _layout(sizes)
+        if "p_answers" not in layout:
+            del expected["p_answers"]
+        if sizes["Q"] != len(meta["questions"]) or layout != expected:
             raise TypeError
         arrays = {t.name: np.memmap(path, _DTYPE[t.dtype], "r", t.start, t.shape) for t in shard.tensors}
     except CheckpointError as error:
@@ -101,6 +121,22 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def _layout(sizes: dict[str, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (dtype, tuple(sizes[axis] for axis in axes)) for name, (dtype, axes) in _PLAN.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question's entry. scores: [L, F]; p_zero, residual, nodes: [L], or one number for all layers.
+
+    p, p_best_wrong, p_answers: as of `Scores`.
+    """
+
+    scores: np.ndarray
+    p: float
+    p_best_wrong: float
+    p_answers: float
+    p_zero: np.ndarray | float
+    residual: np.ndarray | float
+    nodes: np.ndarray | float
 
 
 class ScoresWriter:
@@ -178,14 +214,15 @@ class ScoresWriter:
         os.close(self._handle)
         self._handle = handle
 
-    def write(self, q: int, values: dict[str, np.ndarray | float]) -> None:
-        """Store question q: every tensor of the plan except `done`. Raises ScoresError, OutputError."""
+    def write(self, q: int, row: Row) -> None:
+        """Store question q. Raises ScoresError, OutputError."""
+        values = {field.name: getattr(row, field.name) for field in fields(row) if field.name in self._tensors}
         if not all(np.isfinite(np.asarray(value)).all() for value in values.values()):
             raise ScoresError(
                 f"question {q + 1} has scores that are no numbers: the model overflows, try --dtype float32"
             )
         with write_errors(self.path):
-            for name, value in values.items():
+            for name, value in sorted(values.items()):
                 self._put(name, q, value)
             os.fsync(self._handle)
             self._put("done", q, 1)

@@ -57,11 +57,12 @@ def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as
 
 
 def _lines(summary: dict) -> list[str]:
+    from ..attribution.answers import AttributionSummary
     from ..selection.summary import SelectionSummary
 
     lines = [f"model: {summary['model']}" + (f" at {summary['commit']}" if summary["commit"] else "")]
-    if found := summary.get("attribution"):
-        lines += options.attribution_lines(found)
+    if record := summary.get("attribution"):
+        lines += options.attribution_lines(AttributionSummary.from_dict(record))
     factors = ", ".join(f"{f:g}" for f in summary["factors"])
     lines.append(
         f"edit: {summary['neurons']} neurons ({summary['share']:.3%}) in {len(summary['layers'])} layers, "

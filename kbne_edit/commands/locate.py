@@ -12,16 +12,16 @@ from . import options
 @options.JSON
 def command(source, out, as_json, **values) -> None:
     """Attribute a recipe's questions and controls to neurons; `select` turns the scores into an edit."""
-    from ..attribution.answers import attribution_summary
+    from ..attribution.answers import AttributionSummary
     from ..locating import locate
 
     scores = locate(source, out, options.settings(**values))
     if scores is None:  # one of several processes, and not the first
         return
-    found = attribution_summary(scores)
+    summary = AttributionSummary.of(scores)
     lines = [
-        *options.attribution_lines(found),
+        *options.attribution_lines(summary),
         f"written: {out}",
         "next: " + options.shell("kbne-edit", "select", out, "--out", "edit.json"),
     ]
-    options.show(found, as_json, lines)
+    options.show(summary.to_dict(), as_json, lines)

@@ -15,6 +15,7 @@ from ..errors import one_line
 from ..rule import COMBINE, RULES
 
 if TYPE_CHECKING:
+    from ..attribution.answers import AttributionSummary
     from ..selection.summary import SelectionSummary
 
 SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Directory, ORG/NAME[@REVISION], or demo.")
@@ -242,25 +243,31 @@ def selection_lines(summary: SelectionSummary) -> list[str]:
     return lines
 
 
-def attribution_lines(found: dict) -> list[str]:
-    """Answers, a warning where they are no better than a constant one, completeness."""
-    by_answer = ", ".join(f"{answer} {right} of {n}" for answer, (right, n) in found["right_by_answer"].items())
+def attribution_lines(summary: AttributionSummary) -> list[str]:
+    """Answers, warnings where they say little, completeness."""
+    answers = summary.answers
+    by_answer = ", ".join(f"{name} {tally.right} of {tally.total}" for name, tally in answers.by_answer.items())
     lines = [
-        f"answers: {found['right']} of {found['questions']} questions right, {found['controls_right']} of "
-        f"{found['controls']} controls; by answer: {by_answer}"
+        f"answers: {answers.questions.right} of {answers.questions.total} questions right, {answers.controls.right} of "
+        f"{answers.controls.total} controls; by answer: {by_answer}"
     ]
-    lines += [f"  wrong: {text}" for text in found["wrong"][:3]]
-    if len(found["wrong"]) > 3:
-        lines.append(f"  and {len(found['wrong']) - 3} more (--json lists them; --drop-wrong leaves them out)")
-    if found["constant"]:
-        value, low, high = found["balanced"]
+    lines += [f"  wrong: {text}" for text in answers.wrong[:3]]
+    if len(answers.wrong) > 3:
+        lines.append(f"  and {len(answers.wrong) - 3} more (--json lists them; --drop-wrong leaves them out)")
+    if answers.constant is not None:
+        value, low, high = answers.balanced
         lines.append(
             f"  warning: no better than the same answer to everything (balanced accuracy {value:.0%} [{low:.0%}, "
             f"{high:.0%}], controls included): these scores say little about what the model knows"
         )
+    if answers.mass and answers.mass.small:
+        lines.append(
+            f"  warning: at the position that is attributed, all answers together have a probability of "
+            f"{answers.mass.median:.1%} (median): what is attributed is hardly the model's answer"
+        )
     lines.append(
-        f"attribution: largest completeness residual {found['largest_residual']:.1%} of a question's largest score, "
-        f"{found['nodes_per_layer']:.1f} nodes per layer"
+        f"attribution: largest completeness residual {summary.largest_residual:.1%} of a question's largest score, "
+        f"{summary.nodes_per_layer:.1f} nodes per layer"
     )
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,29 @@ def ask(
             "tokenizer does not tell them apart (does it read the recipe's language?)"
         )
     return prompts
+
+
+def why_small(path: Path, prompts: Prompts, likeliest: int) -> str:
+    """The likely cause of answers that are improbable where they are due, and the way out.
+
+    likeliest: the token that is the most probable there instead.
+    """
+    from .confined import confined
+    from .loading import prepare, read_tokenizer
+
+    prepare()
+    text = confined(path, lambda: read_tokenizer(path).decode([likeliest]))
+    instead = f"the likeliest next token is {shown(text)}"
+    opened = re.search(r"<(think|thinking|reasoning|thought)>(?!.*</\1>)", prompts.ending, re.DOTALL)
+    if opened or re.search(r"think|reason|thought|channel|analysis", text):
+        where = f"the chat template opens <{opened[1]}>" if opened else "the model begins a chain of thought"
+        return f"{where}, and {instead}. Use --prompt plain, or a template that can switch thinking off"
+    if not text.strip():
+        return f"{instead}: the answer comes later. Use --prompt plain, or --answers with the tokens that begin it"
+    return (
+        f"{instead}. A base model may not know that an answer is due: try --prompt plain, --before with an example or "
+        "two, or --answers with the tokens that it uses"
+    )
 
 
 def _ending(tokenizer, ids: list[int], question: str) -> str:

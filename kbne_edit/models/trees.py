@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .bounds import check_numbers, check_tokens
 from .masks import attention_mask, longest
 
 _TOKENS_CPU, _TOKENS = 512, 4096  # of one pass: attention within a pass grows with the square
@@ -76,11 +77,12 @@ def tokens_of_a_pass(model: nn.Module) -> int:
 
 @torch.inference_mode()
 def logits_at(model: nn.Module, tree: Tree, keep: Sequence[int]) -> Tensor:
-    """Logits [K, V] float32 of the tree's tokens `keep`.
+    """Logits [K, V] float32 of the tree's tokens `keep`. Raises InputError for tokens that the model does not have.
 
     The head is given the kept positions only, by a hook on its input; what a model does to its logits after the head
     (scales, soft caps) works element by element, and so does not mind.
     """
+    check_tokens(model, tree.tokens, tree.depth)
     device = model.get_input_embeddings().weight.device
     index, depth = torch.tensor(keep), np.array(tree.depth)
     handle = model.get_output_embeddings().register_forward_pre_hook(
@@ -95,4 +97,5 @@ def logits_at(model: nn.Module, tree: Tree, keep: Sequence[int]) -> Tensor:
         ).logits[0]
     finally:
         handle.remove()
+    check_numbers(logits, model)
     return logits.float()

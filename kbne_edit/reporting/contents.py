@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import __version__
-from ..attribution.answers import attribution_summary
+from ..attribution.answers import AttributionSummary
 from ..attribution.scores import Scores, load_scores
 from ..disk.checkpoint import Checkpoint
 from ..disk.hashing import file_hash
@@ -74,7 +74,7 @@ def build(
         "neurons": _neurons(edit, measured, _tokens(checkpoint, edit)),
         "map": measured and measured.map,
         "overlap": measured and measured.overlap,
-        "answers": recorded["answers"] or (found and _answers(attribution_summary(found))),
+        "answers": recorded["answers"] or (found and _answers(AttributionSummary.of(found).to_dict())),
         **{key: recorded[key] for key in ("proofs", "effect")},
         "tuning": _tuning(Path(tuning) if tuning else work / RESULT, bool(tuning), edit, say),
         "controls_overlap": measured.controls_overlap if measured else recorded["controls_overlap"],

@@ -1,0 +1,162 @@
+"""How a model answers: right, by answer, constant, and whether an answer is what it says next at all."""
+
+import numpy as np
+import pytest
+import torch
+from chat import SURFACES, TEMPLATE, chat_model, save_chat
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kbne_edit import Settings, load_scores, locate
+from kbne_edit.attribution.answers import SMALL, Answers, AttributionSummary, Mass, Tally
+from kbne_edit.attribution.scores import Scores
+from kbne_edit.errors import CheckpointError, InputError
+from kbne_edit.recipe import Question
+from kbne_edit.statistics import wilson
+
+ASKED = Settings(recipe="social-bias", questions=24, quadrature="gauss-2")
+
+
+def _scores(right, answers, controls, **changes):
+    """right, answers, controls: of each question."""
+    n = len(right)
+    questions = tuple(
+        Question(f"q{i}", a, "d", f"f{i % 2}", c) for i, (a, c) in enumerate(zip(answers, controls, strict=True))
+    )
+    p = np.where(right, 0.6, 0.2).astype(np.float32)
+    given = {"p_answers": p + 0.3} | changes
+    return Scores(
+        np.zeros((n, 1, 2)),
+        p,
+        0 * p + 0.3,
+        np.full((n, 1), 0.25),
+        np.full((n, 1), 3),
+        questions,
+        {},
+        "down",
+        "b",
+        **given,
+    )
+
+
+RIGHT = [True, True, False, True, False, True, True, True]
+ANSWERS = ["yes", "yes", "yes", "no", "no", "yes", "no", "no"]
+CONTROLS = [False] * 5 + [True] * 3
+
+
+def test_counts_by_hand():
+    answers = Answers.of(_scores(RIGHT, ANSWERS, CONTROLS))
+    assert (answers.questions, answers.controls) == ((3, 5), (3, 3))
+    assert answers.by_answer == {"no": Tally(1, 2), "yes": Tally(2, 3)}
+    assert answers.by_form == {"f0": Tally(1, 3), "f1": Tally(2, 2)}
+    assert answers.wrong == ("q2", "q4")
+    assert answers.balanced.value == (3 / 4 + 3 / 4) / 2
+    assert answers.balanced[1:] == pytest.approx(wilson(3, 4))
+    assert answers.constant is not None and "3 of 5" in repr(answers)
+
+
+@pytest.mark.parametrize("share, constant", [(0.9, None), (0.5, "no")])
+def test_the_same_answer_to_everything(share, constant):
+    """40 of each answer: "no" is always right; of "yes" so many that the mean is `share`."""
+    yes = round(40 * (2 * share - 1))
+    right = [True] * 40 + [True] * yes + [False] * (40 - yes)
+    answers = Answers.of(_scores(right, ["no"] * 40 + ["yes"] * 40, [False] * 80))
+    assert answers.balanced.value == pytest.approx(share) and answers.constant == constant
+
+
+def test_worse_than_constant_is_not_constant():
+    answers = Answers.of(_scores([False] * 80, ["no", "yes"] * 40, [False] * 80))
+    assert answers.constant is None and answers.balanced.high < 0.5
+
+
+def test_mass_by_hand():
+    assert Mass.of([0.05, 0.2, 0.3, 0.09]) == (pytest.approx(0.145), 0.5) and not Mass.of([0.05, 0.2, 0.3]).small
+    assert Mass.of([0.05, 0.02, 0.3]).small and SMALL == 0.1
+
+
+@pytest.mark.parametrize("mass", [{}, {"p_answers": None}])
+def test_json_and_back(mass):
+    summary = AttributionSummary.of(_scores(RIGHT, ANSWERS, CONTROLS, **mass))
+    record = summary.to_dict()
+    assert AttributionSummary.from_dict(record) == summary and ("mass" in record) == (mass == {})
+    assert (record["largest_residual"], record["nodes_per_layer"]) == (0.25, 3.0)
+    old = {key: value for key, value in record.items() if key != "mass"} | {"constant": True}
+    assert AttributionSummary.from_dict(old).answers.constant == "yes"  # as far as an earlier version tells
+    for key in record:
+        if key != "mass":
+            with pytest.raises(CheckpointError, match="of another form"):
+                AttributionSummary.from_dict({k: v for k, v in record.items() if k != key})
+
+
+def test_probabilities_are_those_of_a_plain_softmax(chatty, tmp_path):
+    """Sums over all surfaces of an answer, from one forward pass of each prompt alone."""
+    scores = locate(str(chatty), tmp_path / "s.safetensors", ASKED)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chatty).eval(), AutoTokenizer.from_pretrained(chatty)
+    from kbne_edit import load_recipe
+
+    chat = load_recipe("social-bias").prompt["chat"]
+    ids = {answer: tokenizer.convert_tokens_to_ids(sorted(SURFACES[answer])) for answer in SURFACES}
+    for q, question in enumerate(scores.questions):
+        message = [{"role": "user", "content": chat.replace("{question}", question.text)}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        with torch.no_grad():
+            logits = model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, -1]
+        p = {answer: float(logits.double().softmax(-1)[ids[answer]].sum()) for answer in ids}
+        other = "no" if question.answer == "yes" else "yes"
+        assert scores.p[q] == pytest.approx(p[question.answer], rel=1e-4)
+        assert scores.p_best_wrong[q] == pytest.approx(p[other], rel=1e-4)
+        assert scores.p_answers[q] == pytest.approx(p["yes"] + p["no"], rel=1e-4)
+
+
+def test_a_small_mass_is_said_first(chatty, tmp_path, capsys):
+    locate(str(chatty), tmp_path / "s.safetensors", ASKED)
+    said = capsys.readouterr().err
+    assert "warning: all answers together have a probability of" in said and "--prompt plain" in said
+    assert said.index("warning: all answers") < said.index("attribution:") if "attribution:" in said else True
+    assert said.count("warning") == 1
+
+
+def test_a_template_that_leaves_its_thinking_open(tmp_path, capsys):
+    path = save_chat(
+        tmp_path / "m", TEMPLATE.replace("{% if enable_thinking is defined and not", "{% if false and not")
+    )
+    locate(str(path), tmp_path / "s.safetensors", ASKED)
+    assert "the chat template opens <think>" in capsys.readouterr().err
+
+
+def test_a_large_mass_is_nothing_to_warn_of(tmp_path, capsys):
+    locate("demo", tmp_path / "s.safetensors", Settings(recipe="demo", questions=9, quadrature="gauss-2"))
+    assert "warning" not in capsys.readouterr().err
+    assert load_scores(tmp_path / "s.safetensors").p_answers.min() > SMALL
+
+
+def test_tokens_beyond_the_embedding(tmp_path):
+    path = save_chat(tmp_path / "m", vocab_size=270)
+    with pytest.raises(InputError, match=r"gives token 2\d\d, but the model has embeddings for 270 tokens"):
+        locate(str(path), tmp_path / "s.safetensors", ASKED)
+
+
+@pytest.mark.parametrize("positions", [16, 64])
+def test_prompts_beyond_the_positions(positions, tmp_path):
+    path = save_chat(tmp_path / "m", max_position_embeddings=positions)
+    with pytest.raises(InputError, match=rf"a text has \d+ tokens, the model takes {positions}"):
+        locate(str(path), tmp_path / "s.safetensors", ASKED)
+
+
+def test_a_base_that_gives_no_numbers(tmp_path):
+    """In float16 it overflows, in float32 it does not: what is said is the dtype."""
+    path = save_chat(tmp_path / "m")
+    model = chat_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e7)
+    model.save_pretrained(path)
+    with pytest.raises(InputError, match="the base gives .* in place of logits, in float16: try --dtype float32"):
+        locate(str(path), tmp_path / "s.safetensors", Settings(recipe="social-bias", questions=24, dtype="float16"))
+
+
+def test_templates_decide_whether_scores_are_taken_up(tmp_path):
+    """The same weights with another template are asked something else: their scores are not reused."""
+    path, out = save_chat(tmp_path / "m"), tmp_path / "s.safetensors"
+    locate(str(path), out, ASKED)
+    (path / "chat_template.jinja").write_text(TEMPLATE.replace("Answer with yes or no.", "Be brief."))
+    with pytest.raises(InputError, match="begun with another model, recipe or setting"):
+        locate(str(path), out, ASKED)
