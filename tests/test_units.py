@@ -221,7 +221,7 @@ def test_every_sentence_of_ours_is_whole(language):
             text = sentence.text
             assert "{" not in text and "}" not in text and "  " not in text and text == text.strip()
             assert text[-1] in '.!?"»“”。！？」', text
-            assert language == "zh" or text[0].isupper() or text[0] in '"«„–¿¡', text
+            assert language == "zh" or text[0].isupper() or text[0] in '"«„—¿¡', text
         square = unit.square
         stereotyped, other = {square.ax.text, square.by.text}, {square.ay.text, square.bx.text}
         assert len(stereotyped | other) == 4
