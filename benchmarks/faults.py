@@ -23,6 +23,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # forked children would wait for ever for OpenMP's threads
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("", "tests")]
 
+import forgery  # noqa: E402
+
 import faults  # noqa: E402
 import mutants  # noqa: E402
 from kbne_edit import Edit, bake, locate  # noqa: E402
@@ -41,6 +43,7 @@ def main():
         ground = mutants.ground(folder / "ground")
         wrong += broken_inputs(arguments.seed, ground, arguments.mutants)
         wrong += tampering(arguments.seed, ground)
+        wrong += forgeries(arguments.seed, folder, arguments.mutants // 5)
         jobs = works(folder)  # imports torch: the children before need not carry it
         wrong += models(arguments.seed, arguments.mutants // 10)
         wrong += command_line(arguments.seed, ground, folder, arguments.mutants // 50)
@@ -96,6 +99,20 @@ def tampering(seed, ground):
         wrong, text = summary(faults.judged(faults.tamper_case(seed, ground, plain), range(500)))
         total += report(f"tampering, {name}", start, wrong, f"500: {text}")
     return total
+
+
+def forgeries(seed, folder, count):
+    """Manifests of three outputs, a field or a file forged, sealed again, against the true base."""
+    start, pairs = time.monotonic(), []
+    edit = Edit("down", {1: {5: 2.0, 9: 0.3}, 2: {7: 3.5}})
+    with contextlib.redirect_stderr(io.StringIO()):
+        for name, options in (("plain", {}), ("cut", {"shard_size": "200KB"})):
+            bake("demo", folder / f"forged-{name}", edit=edit, behaviour=False, **options)
+            pairs.append((DEMO, folder / f"forged-{name}"))
+        bake("demo", folder / "forged-whole", Settings(questions=9))
+        pairs.append((DEMO, folder / "forged-whole"))
+    wrong, text = summary(faults.judged(forgery.forgery_case(seed, pairs), range(count)))
+    return report("forged manifests, sealed again", start, wrong, f"{count}: {text}")
 
 
 def works(folder):

@@ -29,7 +29,7 @@ _PUBLIC = {
     "select": "selection.select",
     "show_progress": "progress",
     "tune": "tuning.tune",
-    "verify": "proofs.verify",
+    "verify": "verifying",
     "fold": "folding.fold",
     "apply": "applying",
     "ask": "asking",

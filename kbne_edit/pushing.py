@@ -13,16 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .disk.checkpoint import Checkpoint, other_files
+from .disk.checkpoint import Checkpoint
 from .disk.hashing import file_hash
 from .disk.manifest import Manifest
 from .disk.names import MANIFEST, is_weights
 from .errors import CheckpointError, OutputError, ProofError
-from .folding.columns import undo_path
+from .folding.adapter import adapter_fault
+from .folding.delta import delta_fault
+from .folding.plan import Plan
 from .hub.client import TIMEOUT, talking
 from .hub.licences import metadata_in, notices
 from .progress import say
-from .proofs.outcome import Proofs
+from .proofs.record import check_hashes, recorded_hashes, recorded_proofs
+from .reporting.card import card_fault
+from .verifying import verify
 
 VERSION = 1
 Progress = Callable[[int], None]  # called with the number of bytes checked since the last call
@@ -32,6 +36,7 @@ Progress = Callable[[int], None]  # called with the number of bytes checked sinc
 class PushResult:
     """What `push` sent, or of a dry run would send.
 
+    proven: it was proven against its base in this run; False: its proofs are those on record.
     repo: ORG/NAME; form: as of the manifest; files: {name: bytes}; notices: what to consider before publishing;
     commit, url: on the Hub, None for a dry run.
     """
@@ -42,6 +47,7 @@ class PushResult:
     create_pr: bool
     files: dict[str, int]
     notices: tuple[str, ...]
+    proven: bool = False
     commit: str | None = None
     url: str | None = None
 
@@ -67,6 +73,7 @@ class PushResult:
             "bytes": self.bytes,
             "notices": list(self.notices),
             "form": self.form,
+            "proofs": "computed" if self.proven else "on record",
         }
         return data | ({"dry_run": True} if self.dry_run else {"commit": self.commit, "url": self.url})
 
@@ -75,6 +82,7 @@ def push(
     directory: str | Path,
     name: str,
     *,
+    base: str | Path | None = None,
     private: bool = False,
     create_pr: bool = False,
     dry_run: bool = False,
@@ -84,6 +92,8 @@ def push(
 
     Refused unless every file is as the manifest says, nothing unknown lies beside them, and both proofs of a checkpoint
     held (an adapter or a delta was read back before it appeared).
+    base: the base's directory: then it is proven again, here and now, before anything is sent. Without it the proofs
+    are those on record, which whoever wrote the directory could have written as well.
     private: of a repository that is made. create_pr: propose to a repository that exists. dry_run: check, send nothing.
     Raises CheckpointError, ProofError, OutputError. Tokens are huggingface_hub's business.
     """
@@ -94,12 +104,15 @@ def push(
     if manifest.source and name == manifest.source.id and not create_pr:
         raise OutputError(f"{name} is the base itself: push to a name of your own, or propose with --create-pr")
     hashes = _checked(directory, manifest, progress)
+    if base is not None:
+        _prove_again(directory, manifest, base)
     result = PushResult(
         repo=name,
         form=manifest.form,
         private=private,
         create_pr=create_pr,
         files={file: (directory / file).stat().st_size for file in hashes},
+        proven=base is not None,
         notices=(*_of_the_base(manifest), *notices(metadata_in(directory), name)),
     )
     if dry_run:
@@ -131,30 +144,26 @@ def _manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def recorded_proofs(directory: Path, manifest: Manifest) -> Proofs | None:
-    """The proofs on record. Raises CheckpointError if they are of another form than kbne-edit writes."""
-    try:
-        return Proofs.from_dict(manifest.proofs, manifest.edit) if manifest.proofs else None
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{directory / MANIFEST} is damaged (proofs)") from None
-
-
 def _checked(directory: Path, manifest: Manifest, progress: Progress | None) -> dict[str, str]:
     """{file: SHA-256} of all that the manifest knows, each as it says. Raises CheckpointError."""
-    weights, others = other_files(directory)
-    known = {name: record.after for name, record in manifest.files.items()}
-    known |= {undo_path(directory).name: manifest.undo} if manifest.is_checkpoint else {}
-    # The Hub adds .gitattributes to whatever it holds: it may lie there, and is not sent.
-    if unknown := sorted({*weights, *others} - set(known) - {".gitattributes"}):
-        raise CheckpointError(f"{directory}/{unknown[0]} is not in the manifest: take it out, or bake again")
-    for name, digest in known.items():
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{directory}/{name} is missing: bake again")
-        if file_hash(directory / name) != digest:
-            raise CheckpointError(f"{directory}/{name} was changed after baking: bake again, and push the result")
-        if progress:
-            progress((directory / name).stat().st_size)
+    if faults := check_hashes(directory, manifest, progress):
+        raise CheckpointError(f"{directory}/{faults[0]}: take out what is not of the output, or bake again")
+    known = recorded_hashes(directory, manifest)
     return dict(sorted((known | {MANIFEST: file_hash(directory / MANIFEST)}).items()))
+
+
+def _prove_again(directory: Path, manifest: Manifest, base: str | Path) -> None:
+    """Both proofs of a checkpoint, or that an adapter or a delta is its edit. Raises ProofError."""
+    if manifest.is_checkpoint:
+        proofs = verify(base, directory)
+        if not proofs.ok:
+            raise ProofError(f"the {proofs.failed} proof failed, nothing was sent: {proofs.fault}", proofs)
+        return
+    plan = Plan.of(Checkpoint.open(base), manifest.edit)
+    fault = delta_fault(directory, plan) if manifest.form == "delta" else adapter_fault(directory, plan)
+    fault = fault or card_fault(directory, manifest, plan.checkpoint.path)
+    if fault:
+        raise ProofError(f"{directory} is not what it says of {base}, nothing was sent: {fault}")
 
 
 def _of_the_base(manifest: Manifest) -> list[str]:

@@ -23,6 +23,7 @@ fitting
 tuning
 reporting
 locating
+verifying
 baking applying pushing asking
 commands
 """

@@ -10,24 +10,35 @@ from . import options
 @click.command("push")
 @click.argument("baked", type=click.Path(path_type=Path))
 @click.argument("name", metavar="ORG/NAME")
+@click.option("--in", "base", metavar="MODEL", help="Its base: prove again, here and now, before it is sent.")
 @click.option("--private", is_flag=True, help="Make the repository a private one.")
 @click.option("--create-pr", is_flag=True, help="Propose the files to a repository that exists.")
 @click.option("--dry-run", is_flag=True, help="Check, list files and sizes, and send nothing.")
 @options.JSON
-def command(baked, name, private, create_pr, dry_run, as_json) -> None:
+def command(baked, name, base, private, create_pr, dry_run, as_json) -> None:
     """Publish on the Hub what `bake` or `apply` wrote, once its files and proofs are found in order."""
-    from ..progress import progress
+    from contextlib import nullcontext
+
+    from ..hub.source import resolved
+    from ..progress import progress, say
     from ..pushing import push
 
     if private and create_pr:
         raise click.UsageError("--create-pr proposes to a repository that exists: --private has no place there")
     total = sum(path.stat().st_size for path in baked.rglob("*") if path.is_file())
-    with progress("checking hashes", total, "B") as update:
-        result = push(baked, name, private=private, create_pr=create_pr, dry_run=dry_run, progress=update)
+    with resolved(base, say) if base else nullcontext() as source, progress("checking hashes", total, "B") as update:
+        result = push(
+            baked,
+            name,
+            base=source.path if source else None,
+            private=private,
+            create_pr=create_pr,
+            dry_run=dry_run,
+            progress=update,
+        )
     result = result.to_dict()
     lines = [f"  {file}: {size:,} bytes" for file, size in result["files"].items()]
-    sound = "both proofs held" if result["form"] == "checkpoint" else "read back when it was written"
-    lines.append(f"{len(result['files'])} files, {result['bytes']:,} bytes, all as the manifest says; {sound}")
+    lines.append(f"{len(result['files'])} files, {result['bytes']:,} bytes, all as the manifest says; {_sound(result)}")
     if dry_run:
         lines += [f"note: {notice}" for notice in result["notices"]]
         lines.append(f"dry run: nothing was sent to {name}")
@@ -35,3 +46,12 @@ def command(baked, name, private, create_pr, dry_run, as_json) -> None:
         done = "proposed" if create_pr else "pushed"
         lines.append(f"{done}: {result['url']} (commit {result['commit']}; the Hub holds every file as it was sent)")
     options.show(result, as_json, lines)
+
+
+def _sound(result: dict) -> str:
+    """Whether the output was proven in this run, or is said to have been."""
+    if result["proofs"] == "computed":
+        return "proven again against its base"
+    if result["form"] == "checkpoint":
+        return "both proofs are on record (--in MODEL proves again)"
+    return "on record: read back when it was written (--in MODEL proves again)"

@@ -24,7 +24,7 @@ def command(source, baked, edit_path, no_behaviour, as_json) -> int:
     from ..edit import Edit
     from ..hub.source import resolved
     from ..progress import progress, say
-    from ..proofs.verify import verify
+    from ..verifying import verify
 
     edit = Edit.load(edit_path) if edit_path else None
     with resolved(source, say) as found:

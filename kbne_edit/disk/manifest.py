@@ -7,6 +7,7 @@ proof, and who must rely on a directory compares it with its base (`verify`).
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,8 @@ class Origin:
     @classmethod
     def from_dict(cls, data: dict) -> Origin:
         """Raises TypeError, KeyError."""
+        if set(data) != {"id", "commit"}:
+            raise TypeError
         return cls(_text(data["id"]), None if data["commit"] is None else _text(data["commit"]))
 
 
@@ -63,6 +66,8 @@ class FileRecord:
         name = data.get("base")
         if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
             raise TypeError
+        if set(data) - {"in", "out", "base"}:
+            raise TypeError
         return cls(None if data["in"] is None else _text(data["in"]), _text(data["out"]), name)
 
 
@@ -79,6 +84,8 @@ class OldShard:
     @classmethod
     def from_dict(cls, data: dict) -> OldShard:
         """Raises TypeError, KeyError."""
+        if set(data) != {"in", "into"}:
+            raise TypeError
         return cls(_text(data["in"]), _texts(data["into"]))
 
 
@@ -187,10 +194,24 @@ class Manifest:
             summary=_object(data.get("summary")),
         )
 
+    def record_sha256(self) -> str:
+        """SHA-256 of all that is on record, the card left out: the card says it, so that the two belong together."""
+        data = self.to_dict()
+        data["files"] = {name: entry for name, entry in data["files"].items() if name != CARD}
+        return _seal(data)
+
     def write(self, directory: Path) -> None:
         """Write the manifest into a directory, with the SHA-256 of its own text."""
         data = self.to_dict()
         (directory / MANIFEST).write_text(json_text({**data, "sha256": _seal(data)}), encoding="utf-8")
+
+    def fold_sha256(self) -> str:
+        """SHA-256 of what was folded, by what, and what was left out: the undo file says it."""
+        return _seal({"tool": self.tool, "edit": self.edit.to_dict(), "left_out": list(self.left_out)})
+
+    def as_read(self) -> Manifest:
+        """The same as it is when it has been written and read: JSON has no tuples, and no numbers as keys."""
+        return Manifest.from_dict(json.loads(json_text(self.to_dict())))
 
     @classmethod
     def read(cls, directory: str | Path) -> Manifest | None:
@@ -250,4 +271,6 @@ def _object(value: object) -> dict | None:
 
 
 def _recipe(data: object) -> RecipeRecord | None:
+    if data is not None and set(data) != {"name", "sha256"}:
+        raise TypeError
     return None if data is None else RecipeRecord(_text(data["name"]), _text(data["sha256"]))

@@ -19,6 +19,7 @@ from ..edit import Edit
 from ..errors import EditError, FamilyError, ProofError, shown
 from ..families import SITES, Site, family_of, text_part
 from ..files import json_text, read_json
+from .plan import Plan
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -91,6 +92,13 @@ def write_adapter(checkpoint: Checkpoint, edit: Edit, part: Path, source: Origin
     again = read_adapter(part, checkpoint)
     if (again.site, again.factors) != (edit.site, _effective(edit.factors)):
         raise ProofError("the adapter that was written does not read back as the edit: nothing was published")
+
+
+def adapter_fault(folder: Path, plan: Plan) -> str:
+    """What is wrong with an adapter that should be the plan's edit; "" if nothing is. Raises EditError."""
+    found = read_adapter(folder, plan.checkpoint)
+    same = (found.site, found.factors) == (plan.edit.site, _effective(plan.edit.factors))
+    return "" if same else "the adapter is not the edit that its manifest records"
 
 
 def _effective(factors: dict[int, dict[int, float]]) -> dict[int, dict[int, float]]:

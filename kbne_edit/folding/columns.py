@@ -17,6 +17,7 @@ from ..disk.tensors import Shard, TensorInfo, read_array, read_raw, write_tensor
 from ..errors import CheckpointError
 from .plan import Plan
 
+FOLD_KEY = "kbne_fold"  # of the undo file's metadata: `Manifest.fold_sha256`
 _WEIGHT, _HEADER = "kbne.weight.", "kbne.header."
 
 

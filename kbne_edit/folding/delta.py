@@ -17,7 +17,7 @@ from ..disk.tensors import Shard, read_metadata
 from ..edit import Edit
 from ..errors import CheckpointError, EditError, ProofError
 from ..files import parse_json
-from .columns import Columns, write_columns
+from .columns import Columns, delta_path, write_columns
 from .fold import Kept
 from .plan import Plan
 from .rewrite import Progress, rewrite
@@ -87,6 +87,17 @@ def write_delta(plan: Plan, part: Path, source: Origin, progress: Progress) -> N
     again, _ = fold_hashes(plan.with_columns(Columns.open(part / DELTA).arrays(plan)), progress)
     if again != files:
         raise ProofError("the delta that was written does not give the folded weights: nothing was published")
+
+
+def delta_fault(directory: Path, plan: Plan) -> str:
+    """What is wrong with a delta that should be the plan's edit; "" if nothing is. Raises CheckpointError."""
+    path = delta_path(directory)
+    record = DeltaRecord.read(path)
+    files, _ = fold_hashes(plan, None)
+    if files != record.files or (record.edit.site, record.edit.factors) != (plan.edit.site, plan.edit.factors):
+        return "the hashes that the delta promises are not those of its edit"
+    again, _ = fold_hashes(plan.with_columns(Columns.open(path).arrays(plan)), None)
+    return "" if again == files else "the columns of the delta are not those of its edit"
 
 
 def fold_hashes(plan: Plan, progress: Progress | None) -> tuple[dict[str, FileRecord], Kept]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..disk.sharding import headers, index_text
 from ..disk.tensors import Shard
 from ..edit import Edit
 from ..files import forbid_links_out, forbid_overlap
-from .columns import write_columns
+from .columns import FOLD_KEY, write_columns
 from .plan import Plan
 from .rewrite import Progress, assemble, rewrite
 
@@ -61,15 +62,18 @@ def fold_into(plan: Plan, part: Path, progress: Progress | None = None) -> Manif
             files, resharded = _write_shards(plan, part, kept, pool, progress), {}
         for name in (name for name in carry if name not in old):
             files[name] = _copy(checkpoint.path / name, part / name, pool, progress)
-    _write_undo(plan, part / UNDO, kept, old)
-    return Manifest(
+    manifest = Manifest(
         edit=plan.edit.made_for(checkpoint.fingerprint()),
         files=dict(sorted(files.items())),
         tensors=tuple(sorted(plan.targets)),
-        undo=file_hash(part / UNDO),
         left_out=tuple(leave),
         resharded=resharded,
     )
+    # The edited columns (or rows) as they were: {tensor name: [D, k], [k, D] or [k]}; and how the files were cut.
+    dtypes = {name: checkpoint.tensors[name][1].dtype for name in kept}
+    columns = {name: (dtypes[name], np.concatenate(parts)) for name, parts in kept.items()}
+    write_columns(part / UNDO, columns, old, {FOLD_KEY: manifest.fold_sha256()})
+    return replace(manifest, undo=file_hash(part / UNDO))
 
 
 def _write_shards(
@@ -114,10 +118,3 @@ def _copy(source: Path, out: Path, pool: ThreadPoolExecutor, progress: Progress 
     with open(out, "wb") as file:
         digest, _ = rewrite(Shard(source, (), 0, 0), {}, file, {}, pool, progress)
     return FileRecord(digest, digest)
-
-
-def _write_undo(plan: Plan, path: Path, kept: Kept, old: dict[str, bytes]) -> None:
-    """The edited columns (or rows) as they were: {tensor name: [D, k], [k, D] or [k]}; and how the files were cut."""
-    tensors = plan.checkpoint.tensors
-    columns = {name: (tensors[name][1].dtype, np.concatenate(parts)) for name, parts in kept.items()}
-    write_columns(path, columns, old)

@@ -18,10 +18,10 @@ from ..disk.hashing import TwoDigests, file_hash
 from ..disk.manifest import FileRecord, Manifest
 from ..disk.names import CARD, INDEX, MANIFEST, OLD_UNDO, UNDO, base_card
 from ..disk.sharding import NewShard, header_of, headers, index_text, new_header, shared_metadata
-from ..disk.tensors import Shard, TensorInfo
+from ..disk.tensors import Shard, TensorInfo, read_metadata
 from ..errors import one_line
 from ..files import open_input, read_json
-from ..folding.columns import Columns, undo_path
+from ..folding.columns import FOLD_KEY, Columns, undo_path
 from ..folding.plan import Plan, Target
 from ..folding.rewrite import Progress, chunks, pieces, scaled
 from .outcome import EditFrom, FileProof
@@ -196,7 +196,8 @@ def _compare_with_manifest(run: _Run, manifest: Manifest) -> None:
     if (manifest.edit.site, manifest.edit.factors) != (edit.site, edit.factors):
         run.fault("the manifest records another edit")
     if set(manifest.left_out) != set(run.base.other_files()[1]):
-        run.notes.append("the base's directory holds weights in other formats than when it was baked")
+        # Of a model on the Hub only what is needed is downloaded: the same base can lie here with more, or with less.
+        run.notes.append("the base's directory holds other formats of the weights than the manifest says")
 
 
 def _expected_files(run: _Run, manifest: Manifest) -> dict[str, str | None]:
@@ -284,6 +285,8 @@ def _compare_undo(run: _Run, manifest: Manifest) -> None:
         return
     undo = Columns.open(path)
     weights = {name: np.concatenate(parts).tobytes() for name, parts in run.kept.items()}
+    if path.name == UNDO and read_metadata(path) != {FOLD_KEY: manifest.fold_sha256()}:
+        run.fault(f"{MANIFEST} says other things of the fold than {UNDO}")
     old = headers(run.base) if manifest.resharded else {}
     if undo.weight_bytes() != weights or undo.header_bytes() != old:
         run.fault(f"{path.name} does not hold the weights as they are in the base")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..disk.checkpoint import Checkpoint
@@ -12,7 +13,7 @@ from ..folding.plan import Plan
 from ..folding.rewrite import Progress
 from .behaviour import behaviour_proof
 from .files import file_proof
-from .outcome import Proofs
+from .outcome import EditFrom, Proofs
 from .recovery import recover
 
 
@@ -23,19 +24,24 @@ def verify(
     edit: Edit | None = None,
     behaviour: bool = True,
     progress: Progress | None = None,
+    also: Callable[[Plan, Manifest], Sequence[str]] | None = None,
 ) -> Proofs:
     """Both proofs that `baked_dir` is `base_dir` with an edit folded in; also for a directory made elsewhere.
 
     The edit is `edit`, or the manifest's, or else recovered from the weights themselves. behaviour: False skips the
-    second proof. Raises CheckpointError if a directory cannot be read; a failed proof is in the result.
+    second proof. also: further checks of an output with a manifest whose files are as they should be; what they return
+    are faults. Raises CheckpointError if a directory cannot be read; a failed proof is in the result.
     """
     base, baked = Checkpoint.open(base_dir), Checkpoint.open(baked_dir)
     manifest = Manifest.read(baked_dir)
     plan = Plan.of(base, edit or (manifest.edit if manifest else recover(base, baked)))
-    edit_from = "given" if edit else "manifest" if manifest else "recovered from the weights"
+    edit_from: EditFrom = "given" if edit else "manifest" if manifest else "recovered from the weights"
     files = file_proof(plan, baked, manifest, edit_from, progress)
     if manifest and not manifest.sealed:
         files = files.with_fault(f"{MANIFEST} was changed after baking (its own SHA-256 differs)")
+    if manifest and also and files.holds:
+        for fault in also(plan, manifest):
+            files = files.with_fault(fault)
     if not (behaviour and files.holds):
         return Proofs(files)
     return Proofs(files, behaviour_proof(plan, baked))

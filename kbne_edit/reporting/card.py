@@ -11,8 +11,9 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from ..disk.manifest import FileRecord, Manifest
-from ..disk.names import CARD, base_card
+from ..disk.manifest import TOOL, FileRecord, Manifest
+from ..disk.names import CARD, MANIFEST, OLD_DELTA, UNDO, base_card
+from ..errors import InputError
 from ..evaluation.effect import avoids, margin_changes, own_change
 from ..hub.licences import duty, licence_of, metadata_in
 from ..rule import Rule
@@ -33,9 +34,37 @@ def add_card(directory: Path, manifest: Manifest, metadata: dict | None = None) 
         kept = base_card(files)
         path.rename(directory / kept)
         files[kept] = replace(files.pop(CARD), base_name=CARD)
-    card = build(manifest.to_dict() | {"files": {n: r.to_dict() for n, r in files.items()}}, metadata).encode()
+    manifest = replace(manifest, files=dict(sorted(files.items())))
+    card = card_of(manifest, metadata).encode()
     path.write_bytes(card)
-    return replace(manifest, files=files).with_file(CARD, FileRecord(None, hashlib.sha256(card).hexdigest()))
+    return manifest.with_file(CARD, FileRecord(None, hashlib.sha256(card).hexdigest()))
+
+
+def card_of(manifest: Manifest, metadata: dict) -> str:
+    """The card that a manifest gives, and which record it was made from. metadata: of the base's card."""
+    manifest = replace(manifest, files={name: record for name, record in manifest.files.items() if name != CARD})
+    manifest = manifest.as_read()
+    return f"{build(manifest.to_dict(), metadata)}\n<!-- record: {manifest.record_sha256()} -->\n"
+
+
+def card_fault(directory: Path, manifest: Manifest, base: Path) -> str:
+    """What is wrong with the card of an output that `add_card` wrote; "" if nothing is. base: the base's directory.
+
+    A card of another version cannot be made again: there the record that it names must be the manifest's. Those of
+    outputs whose undo file has its earlier name say nothing of it, and are not compared.
+    """
+    if manifest.is_checkpoint and not (directory / UNDO).is_file() or OLD_DELTA in manifest.files:
+        return ""
+    text = (directory / CARD).read_bytes().decode("utf-8", errors="replace")
+    if f"<!-- record: {manifest.record_sha256()} -->" not in text:
+        return f"{CARD} was not made from what {MANIFEST} records"
+    if manifest.tool != TOOL:
+        return ""
+    try:
+        expected = card_of(manifest, metadata_in(base))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, InputError):
+        return f"{MANIFEST} has figures of another form than kbne-edit writes"
+    return "" if text == expected else f"{CARD} is not the card that {MANIFEST} gives"
 
 
 def build(manifest: dict, metadata: dict) -> str:

@@ -1,0 +1,58 @@
+"""What an output says of itself: its hashes, checked, and the proofs that its own run recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..disk.checkpoint import other_files
+from ..disk.hashing import file_hash
+from ..disk.manifest import Manifest
+from ..disk.names import MANIFEST
+from ..errors import CheckpointError, one_line
+from ..folding.columns import undo_path
+from .outcome import Proofs
+
+
+def check_hashes(directory: Path, manifest: Manifest, progress: Callable[[int], None] | None = None) -> tuple[str, ...]:
+    """Files of an output that are not as its manifest says: changed, missing, or unknown to it; () if all are.
+
+    It tells damage and carelessness, not forgery: whoever writes the manifest writes its hashes, too.
+    progress: called with the bytes hashed since the last call.
+    """
+    known = recorded_hashes(directory, manifest)
+    faults = []
+    for name, digest in known.items():
+        path = directory / name
+        if not path.is_file():
+            faults.append(f"{one_line(name)} is missing")
+            continue
+        if file_hash(path) != digest:
+            faults.append(f"{one_line(name)} was changed after baking")
+        if progress:
+            progress(path.stat().st_size)
+    faults += [f"{one_line(name)} is not in the manifest" for name in unknown_files(directory, manifest)]
+    return tuple(faults)
+
+
+def recorded_hashes(directory: Path, manifest: Manifest) -> dict[str, str]:
+    """{file: its SHA-256 by the manifest}, the manifest itself left out."""
+    known = {name: record.after for name, record in manifest.files.items()}
+    if manifest.is_checkpoint:
+        known[undo_path(directory).name] = manifest.undo
+    return known
+
+
+def unknown_files(directory: Path, manifest: Manifest) -> list[str]:
+    """Files that lie in an output and that its manifest does not know."""
+    carried, weights = other_files(directory)
+    # The Hub adds .gitattributes to whatever it holds: it may lie there.
+    return sorted({*carried, *weights} - set(recorded_hashes(directory, manifest)) - {".gitattributes"})
+
+
+def recorded_proofs(directory: Path, manifest: Manifest) -> Proofs | None:
+    """The proofs on record, None if there are none. Raises CheckpointError if they are of a form that is not ours."""
+    try:
+        return Proofs.from_dict(manifest.proofs, manifest.edit) if manifest.proofs is not None else None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{directory / MANIFEST} is damaged (proofs)") from None

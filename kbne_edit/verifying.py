@@ -1,0 +1,40 @@
+"""Verify: both proofs that a directory is its base with an edit, and that its card is what its manifest gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .disk.manifest import Manifest
+from .disk.names import CARD
+from .edit import Edit
+from .folding.plan import Plan
+from .folding.rewrite import Progress
+from .proofs.outcome import Proofs
+from .proofs.verify import verify as prove
+from .reporting.card import card_fault
+
+
+def verify(
+    base_dir: str | Path,
+    baked_dir: str | Path,
+    *,
+    edit: Edit | None = None,
+    behaviour: bool = True,
+    progress: Progress | None = None,
+) -> Proofs:
+    """Both proofs that `baked_dir` is `base_dir` with an edit folded in; also for a directory made elsewhere.
+
+    The edit is `edit`, or the manifest's, or else recovered from the weights themselves. Nothing is believed because
+    the output says so: all that it may hold is known by rule and compared with the base. Only what its own run measured
+    (effect, cost, figures of the second proof) is on record: it is compared with the card, and not measured again.
+    behaviour: False skips the second proof. Raises CheckpointError if a directory cannot be read, EditError if the
+    edit was made for another base; a failed proof is in the result.
+    """
+
+    def card(plan: Plan, manifest: Manifest) -> tuple[str, ...]:
+        if CARD not in manifest.files or manifest.files[CARD].before is not None:
+            return ()
+        fault = card_fault(Path(baked_dir), manifest, plan.checkpoint.path)
+        return (fault,) if fault else ()
+
+    return prove(base_dir, baked_dir, edit=edit, behaviour=behaviour, progress=progress, also=card)
