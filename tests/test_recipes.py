@@ -188,7 +188,7 @@ def test_what_is_to_be_avoided_is_measured_with_its_sign(tmp_path):
 def test_the_card_names_what_is_to_be_avoided(tmp_path):
     path = _demo_with(tmp_path, UNWANTED)
     summary = bake("demo", tmp_path / "out", Settings(recipe=path), edit=Edit("down", {1: {5: 2.0}}), behaviour=False)
-    card, found = (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), summary["effect"]
+    card, found = (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), summary.effect
     assert "how much more probable the unwanted one is" in card and "stereotype" not in card
     mean, low, high = found["change_signed"]
     assert f"| this edit | {mean:+.4f} | {low:+.4f} to {high:+.4f} |" in card
@@ -220,14 +220,15 @@ def test_an_effect_differs_from_the_base_and_from_random_neurons(own, versus, sa
     assert len(about) == (lacks is not None) and (not lacks or about[0].startswith(lacks))
 
 
-def test_too_few_probes_are_no_measurement(tmp_path, capsys):
+def test_too_few_probes_are_no_measurement(tmp_path, caplog):
     """Six pairs of one sign are the fewest that a two-sided test of 5 % can tell from chance."""
     from scipy.stats import binomtest
 
+    caplog.set_level("INFO", "kbne_edit")
     assert binomtest(6, 6).pvalue < 0.05 < binomtest(5, 5).pvalue
     edit, few = Edit("down", {1: {5: 2.0}}), UNWANTED.rpartition("\n    -")[0] + "\n"
     summary = bake("demo", tmp_path / "out", Settings(recipe=_demo_with(tmp_path, few)), edit=edit, behaviour=False)
-    assert "effect" not in summary and "5 probes cannot tell it from chance" in capsys.readouterr().err
+    assert summary.effect is None and "5 probes cannot tell it from chance" in caplog.text
     assert "it was not measured" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 

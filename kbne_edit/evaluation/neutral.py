@@ -20,24 +20,6 @@ from torch import Tensor
 from ..recipe import Recipe
 from .benchmark import Figure
 
-TEXTS = (
-    "The kettle whistled for a while before anyone remembered to switch it off.",
-    "Granite cools slowly under the ground, which is why its crystals grow large.",
-    "To open the window, lift the handle and push the frame gently outwards.",
-    "The train to the coast leaves from the second platform at a quarter past nine.",
-    "Bees find their way back to the hive by the position of the sun.",
-    "A square has four equal sides, and its diagonals cross at a right angle.",
-    "After the storm the river carried branches and mud down to the lake.",
-    "Stir the flour into the melted butter, then add the milk little by little.",
-    "The library closes early in winter because the heating is being repaired.",
-    "Copper turns green when it stays in the open air for many years.",
-    "The old bridge is made of oak and rests on three pillars of stone.",
-    "Water expands when it freezes, so a full bottle may burst in the cold.",
-    "The map shows a path along the ridge that avoids the marsh.",
-    "A clock with a long pendulum swings more slowly than one with a short one.",
-    "Most of the salt in the soup had settled at the bottom of the pot.",
-    "The spreadsheet adds up the columns and prints the total in the last row.",
-)
 # Columns of a text: its negative log-likelihood, its KL from the base, its predicted tokens.
 PERPLEXITY = Figure("perplexity", lambda m: np.exp(m[..., 0] / m[..., 2]), None)
 KL = Figure("KL from the base", lambda m: m[..., 1] / m[..., 2], None)
@@ -65,9 +47,10 @@ class NeutralText:
 
 def packaged(language: str) -> tuple[str, ...]:
     """The texts of a language, () if the package has none."""
+    # The name comes from a recipe: letters alone, or it would name a file elsewhere.
     path = Path(__file__).parent / "neutral" / f"{language}.txt"
-    if not path.is_file():
-        return TEXTS if language == "en" else ()
+    if not (language.isascii() and language.isalpha() and path.is_file()):
+        return ()
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     return tuple(line for line in lines if line and not line.startswith("#"))
 
