@@ -61,7 +61,10 @@ def _words(recipe, text):
 
 @pytest.mark.parametrize("name", sorted(set(recipe_names()) - OLDER))
 def test_neither_an_answer_nor_the_opening_words_give_a_question_away(name):
-    recipe = load_recipe(name)
+    _gives_nothing_away(load_recipe(name))
+
+
+def _gives_nothing_away(recipe):
     for count in (*recipe.subsets, len(recipe.questions)):
         asked = recipe.ask(count)
         for side in ([q for q in asked if not q.control], [q for q in asked if q.control]):
@@ -353,8 +356,10 @@ def test_the_default_is_the_largest_size_that_keeps_a_run_short(tmp_path):
 def test_the_skeleton_is_a_recipe_in_order(tmp_path):
     new_recipe("no", tmp_path / "r.yaml")  # a name that plain YAML takes for false
     recipe = load_recipe(tmp_path / "r.yaml")
-    assert recipe.name == "no" and len(recipe.questions) == len(recipe.controls) == 9 and len(recipe.twins) == 6
+    assert recipe.name == "no" and len(recipe.questions) == len(recipe.controls) == 12 and len(recipe.twins) == 6
     assert [(q.form, q.answer) for q in recipe.questions] == [(q.form, q.answer) for q in recipe.controls]
+    _gives_nothing_away(recipe)
+    assert all(twin.mirrored for twin in recipe.twins)
     text = (tmp_path / "r.yaml").read_text(encoding="utf-8")
     assert set(yaml.safe_load(text)) == KEYS  # every key of the format is shown
     assert "NAME" not in text and max(map(len, text.splitlines())) <= 120
