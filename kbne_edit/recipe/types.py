@@ -72,7 +72,10 @@ class Twin:
     @property
     def mirrored(self) -> bool:
         """True if the two probes exchange the same words, in opposite directions."""
-        return self.second is not None and self.first.exchanged == self.second.exchanged[::-1]
+        if self.second is None:
+            return False
+        # A template mirrors by construction, in languages without spaces between words too.
+        return bool(self.groups) or self.first.exchanged == self.second.exchanged[::-1]
 
 
 @dataclass(frozen=True)
