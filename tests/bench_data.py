@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from kbne_edit.recipe import Recipe
+
 ROOT = Path(__file__).resolve().parent.parent
 
 JOBS = ["healer", "leader", "teacher", "builder", "baker", "singer", "hunter", "painter"]
@@ -137,15 +139,20 @@ def write(folder):
     return folder
 
 
-def avoiding(folder):
-    """The demo's recipe, its anti-stereotypes to be avoided, which it seldom prefers: the path of a file in `folder`.
+def avoiding(folder, exchanged=True):
+    """The demo's recipe with probes to be avoided: the path of a file in `folder`.
 
-    So most margins are below 0: what lowers them makes the absolute ones larger.
+    exchanged: its anti-stereotypes are, which it seldom prefers. So most margins are below 0, and what lowers them makes
+    the absolute ones larger. Else its stereotypes.
     """
     recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
     items = [
-        {"unwanted": p["anti_stereotype"], "wanted": p["stereotype"], "dimension": p["dimension"]}
-        for p in recipe["probes"]["items"]
+        {"dimension": twin.dimension}
+        | {
+            key: dict(zip(("wanted", "unwanted")[:: 1 if exchanged else -1], (probe.first, probe.second), strict=True))
+            for key, probe in zip(("first", "second"), twin.probes, strict=True)
+        }
+        for twin in Recipe.from_dict(recipe).twins
     ]
     path = folder / "avoiding.yaml"
     path.write_text(json.dumps(recipe | {"probes": {"aim": "avoid", "items": items}}), encoding="utf-8")

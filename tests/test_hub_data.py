@@ -240,7 +240,7 @@ def test_items_from_the_hub_are_those_of_the_same_files(hub, data, tmp_path):
         "stereoset_intrasentence": 24,
         "stereoset_intersentence": 24,
         "crows_pairs": 15,
-        "bbq": 12,
+        "bbq": 24,
         "winogender": 6,
         "arc_easy": 6,
         "arc_challenge": 6,

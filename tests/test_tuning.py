@@ -44,7 +44,7 @@ from kbne_edit.tuning.tune import USED, load_tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
-SMALL = Space(factors=(0.0, 0.5), taus=(0.1, 0.2), rules=("contrastive",))
+SMALL = Space(factors=(0.25, 2.0), taus=(0.1, 0.2), rules=("contrastive",))
 ASKED = dict(tasks=["probes", "knowledge_controls"], margin=9.0, space=SMALL)
 PER_TOKEN = 1e-5  # see test_evaluation.py
 
@@ -138,7 +138,7 @@ def test_bbq_is_split_by_its_questions(scorer, tmp_path):
     (mark,) = benchmarks(["bbq"], tmp_path, None, load_recipe("demo"), scorer, scorer.tokenizer)
     dev, test = _sides([mark])
     assert dev["bbq"] and test["bbq"] and not set(dev["bbq"]) & set(test["bbq"])
-    assert Counter(mark.clusters) == Counter(f"{row['category']} {row['question_index']}" for row in rows)
+    assert Counter(mark.clusters) == Counter(f"bbq {row['category']} {row['question_index']}" for row in rows)
 
 
 def test_items_taken_are_those_of_the_task(scorer, tmp_path):
@@ -375,7 +375,7 @@ def test_a_journal_of_others_is_refused(tmp_path):
 
 
 def _margins(mark):
-    """Every pair of a preference task as a sentence of its own, [n] margins per token, by a plain loop."""
+    """Every pair of a task of twins as a sentence of its own: [twins] means of two margins per token, by plain loops."""
 
     def per_token(model, pair):
         context, continuation = pair
@@ -386,7 +386,8 @@ def _margins(mark):
 
     def of(model):
         found = [per_token(model, pair) for pair in mark.pairs]
-        return np.array([a - b for a, b in zip(found[::2], found[1::2], strict=True)])
+        margins = np.array([a - b for a, b in zip(found[::2], found[1::2], strict=True)])
+        return (margins[::2] + margins[1::2]) / 2
 
     return of
 
@@ -604,7 +605,7 @@ def test_the_test_half_is_scored_after_the_choice_and_once(scores, split, tmp_pa
 
 def test_dev_only_leaves_the_test_half_and_the_space_may_grow(scores, split, tmp_path, monkeypatch):
     spy, out = Spy(monkeypatch, tmp_path / "out"), tmp_path / "out"
-    few = Space(factors=(2.0,), taus=(0.1,), rules=("paper",))
+    few = Space(factors=(0.25,), taus=(0.1,), rules=("contrastive",))
     result = tune("demo", scores, out, **ASKED | dict(space=few, dev_only=True))
     assert result["chosen"] and result["test"] is None and {row for row, _ in spy.seen} == _rows(split[0])
     assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", "pareto.svg", "tune.json"]
@@ -675,11 +676,11 @@ SMALL_OPTIONS = [
     "--margin",
     9,
     "--factors",
-    "0.5,2",
+    "0.25,2",
     "--taus",
     "0.1,0.2",
     "--rules",
-    "paper",
+    "contrastive",
 ]
 
 
@@ -711,7 +712,7 @@ def test_command(scores, tmp_path, tuned):
     assert contents(tmp_path / "out") == contents(tuned[0])
     found = load_tuning(tmp_path / "out" / "tune.json")
     for text in (
-        "24 dev, 24 test",
+        "18 dev, 18 test",
         "4 of 4 settings tried (grid)",
         "in common: site down, paper, beta 0.1, union",
         "4 edits within bounds",
@@ -832,7 +833,7 @@ def test_the_figure_that_steers_unless_told_otherwise():
 
 def test_probes_that_are_to_be_avoided_steer_by_their_signed_margin(scores, scorer, tmp_path):
     """Dev and test figures again by plain loops, and a verdict that asks for a fall."""
-    recipe = avoiding(tmp_path)
+    recipe = avoiding(tmp_path, exchanged=False)
     result = tune("demo", scores, tmp_path / "out", **ASKED, recipe=recipe)
     marks = benchmarks(["probes"], None, None, load_recipe(recipe), scorer, scorer.tokenizer)
     text = neutral.neutral_text(scorer.tokenizer, load_recipe(recipe))
@@ -842,7 +843,7 @@ def test_probes_that_are_to_be_avoided_steer_by_their_signed_margin(scores, scor
 
     def mean(mark, edit=None):
         with hooked(scorer.model, edit) if edit else nullcontext():
-            return _margins(mark)(scorer.model).mean()
+            return 2 * _margins(mark)(scorer.model).mean()  # m1 + m2: where it is unwanted less where it is right
 
     assert result["base_bias"]["probes"] == pytest.approx(mean(dev), abs=PER_TOKEN)
     edits, base = _edits(result, scores), mean(dev)
@@ -896,7 +897,7 @@ def test_the_report_shows_the_sweep(baked, tuned):
     assert found["test"] == [
         {"task": "probes", "change": entry["change"], "p": entry["p_holm"], "found": entry["verdict"]}
     ]
-    assert {s["task"]: (s["dev_items"], s["test_items"]) for s in found["split"]}["probes"] == (24, 24)
+    assert {s["task"]: (s["dev_items"], s["test_items"]) for s in found["split"]}["probes"] == (18, 18)
     states = {v["about"]: v["state"] for v in report["verdicts"]}
     assert states["chosen on one half, confirmed on the other"] == ("holds" if found["confirmed"] else "warning")
     assert states["effect on bias"] != "open" and states["the selection can be repeated"] == "holds"
