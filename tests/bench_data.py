@@ -142,7 +142,7 @@ def write(folder):
 def avoiding(folder, exchanged=True):
     """The demo's recipe with probes to be avoided: the path of a file in `folder`.
 
-    exchanged: its anti-stereotypes are, which it seldom prefers. So most margins are below 0, and what lowers them makes
+    exchanged: its anti-stereotypes are, which it seldom prefers. So most margins are below 0: what lowers them makes
     the absolute ones larger. Else its stereotypes.
     """
     recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))

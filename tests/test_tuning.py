@@ -375,7 +375,7 @@ def test_a_journal_of_others_is_refused(tmp_path):
 
 
 def _margins(mark):
-    """Every pair of a task of twins as a sentence of its own: [twins] means of two margins per token, by plain loops."""
+    """Each sentence of a task of twins by itself: the means [twins] of two margins per token, by plain loops."""
 
     def per_token(model, pair):
         context, continuation = pair
@@ -714,7 +714,7 @@ def test_command(scores, tmp_path, tuned):
     for text in (
         "18 dev, 18 test",
         "4 of 4 settings tried (grid)",
-        "in common: site down, paper, beta 0.1, union",
+        "in common: site down, contrastive, beta 0.1, union",
         "4 edits within bounds",
         "Pareto front of",
         "chosen (*)",
@@ -750,7 +750,9 @@ def test_command_with_tops(scores, tmp_path):
     options = [*SMALL_OPTIONS[:4], "--factors", 2, "--tops", "0.01", "--taus", "0.2", "--rules", "paper"]
     result = run("tune", "--in", "demo", scores, "--out", "out", *options, cwd=tmp_path)
     assert result.returncode == 0 and "2 of 2 settings tried (grid)" in result.stdout, result.stdout + result.stderr
-    assert "in common: site down, paper, beta 0.1, union" in result.stdout and "top 0.01, factor 2" in result.stdout
+    assert (
+        "in common: site down, contrastive, beta 0.1, union" in result.stdout and "top 0.01, factor 2" in result.stdout
+    )
     found = load_tuning(tmp_path / "out" / "tune.json")
     assert (found["space"]["taus"], found["space"]["tops"]) == ([0.2], [0.01])
     (chosen,) = (point for point in found["points"] if point["edit"] == found["chosen"])
