@@ -295,6 +295,15 @@ def test_the_checker_finds_uneven_groups_and_duplicates(tmp_path):
     assert set(report.duplicates) == {s.text for s in units[0].sentences[:4]}
 
 
+def test_recipes_show_prints_every_sentence():
+    run = CliRunner().invoke(cli, ["recipes", "show", "pairs/en/gender", "--questions", "4"])
+    assert run.exit_code == 0
+    rows = [line.split("\t") for line in run.output.splitlines()]
+    units = load_units(["gender"])[:4]
+    assert [row[3].replace("\\n", "\n") for row in rows] == [s.text for unit in units for s in unit.sentences]
+    assert [row[2] for row in rows if row[1] == "question"] == "ax ay bx by unrelated unrelated unknown unknown".split()
+
+
 def test_recipes_check_reports_pairs(tmp_path):
     run = CliRunner().invoke(cli, ["recipes", "check", "pairs/en/gender", "--json"])
     assert run.exit_code == 0

@@ -1,7 +1,8 @@
-"""`kbne-edit recipes check pairs`: what the units of a fit are made of."""
+"""`kbne-edit recipes show` and `check` for pairs: what the units of a fit are made of."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ..fitting.unit_check import UnitsReport
+    from ..fitting.units import Unit
 
 
 def is_pairs(source: str) -> bool:
@@ -28,19 +30,34 @@ def is_pairs(source: str) -> bool:
     return isinstance(document, dict) and "kbne_pairs" in document
 
 
-def check(source: str, data: Path | None, as_json: bool) -> None:
-    """Check the units of every language, one language, one type or one file. Raises RecipeError with their faults."""
-    from ..errors import RecipeError
-    from ..fitting.unit_check import check_units
+def units_of(source: str) -> list[Unit]:
+    """The units of every language, one language, one type or one file."""
     from ..fitting.units import load_units, pair_languages
 
-    if source == "pairs" or source.startswith("pairs/"):
-        parts = source.split("/", 2)[1:]
-        types = parts[1:] or None
-        units = [u for language in parts[:1] or pair_languages() for u in load_units(types, language=language)]
-    else:
-        units = list(load_units([source]))
-    report = check_units(units, data)
+    if source != "pairs" and not source.startswith("pairs/"):
+        return list(load_units([source]))
+    parts = source.split("/", 2)[1:]
+    types = parts[1:] or None
+    return [unit for language in parts[:1] or pair_languages() for unit in load_units(types, language=language)]
+
+
+def show(source: str, count: int | None, as_json: bool) -> None:
+    """Every sentence of the first `count` units (None: of all)."""
+    units = units_of(source)[:count]
+    result = []
+    for unit in units:
+        names = ("ax", "ay", "bx", "by", *["unrelated"] * len(unit.unrelated), *["unknown"] * len(unit.unknown))
+        for name, sentence in zip(names, unit.sentences, strict=True):
+            result.append("\t".join((unit.type, unit.format, name, sentence.text.replace("\n", "\\n"))))
+    options.show({"name": source, "units": [asdict(unit) for unit in units]}, as_json, result)
+
+
+def check(source: str, data: Path | None, as_json: bool) -> None:
+    """Check units. Raises RecipeError with their faults."""
+    from ..errors import RecipeError
+    from ..fitting.unit_check import check_units
+
+    report = check_units(units_of(source), data)
     options.show(report.to_dict(), as_json, lines(report))
     if report.faults:
         raise RecipeError(source, report.faults)

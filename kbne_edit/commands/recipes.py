@@ -30,12 +30,15 @@ def list_(as_json) -> None:
 
 @command.command()
 @click.argument("recipe")
-@click.option("--questions", type=int, help="Only the first ones.")
+@click.option("--questions", type=int, help="Only the first ones; of pairs, the first units.")
 @options.JSON
 def show(recipe, questions, as_json) -> None:
-    """Every question of a recipe as it is asked, with its right answer."""
+    """Every question of a recipe as it is asked, with its right answer; of pairs (pairs/en/gender) every sentence."""
     from ..recipe import load_recipe
+    from . import pairs
 
+    if pairs.is_pairs(recipe):
+        return pairs.show(recipe, questions, as_json)
     found = load_recipe(recipe)
     asked = found.ask(questions if questions is not None else len(found.questions))
     lines = [f"{'control' if q.control else q.dimension}\t{q.form}\t{q.answer}\t{q.text}" for q in asked]
