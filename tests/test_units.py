@@ -277,9 +277,14 @@ def test_overlap_is_found_where_it_was_planted(tmp_path):
     assert overlap.sentences == 5
     assert overlap.verbatim == (own,)
     assert f"{fact.a}: {fact.x}" in overlap.facts
+    assert f"{units[6].fact.a}: {units[6].fact.x}" not in overlap.facts
+    assert overlap.near_facts >= len(overlap.facts) >= 2
     assert overlap.grams >= 1 and overlap.units >= 2
-    (none,) = check_units(units, planted(tmp_path, "nothing of this is ours at all")).overlaps
-    assert (none.verbatim, none.grams, none.units, none.facts) == ((), 0, 0, ())
+    near = planted(tmp_path, f"a {fact.a} {' '.join(fact.x.split()[-2:])}")  # bad at parking: bad is not there
+    (none,) = check_units(units, near).overlaps
+    assert (none.verbatim, none.grams, none.units, none.facts, none.near_facts) == ((), 0, 0, (), 0)
+    near = planted(tmp_path, "women remember nothing, but talk of a birthday")
+    assert check_units(units, near).overlaps[0].near_facts == 1
 
 
 def test_without_benchmarks_in_the_folder_it_says_so(tmp_path):

@@ -85,7 +85,8 @@ def lines(report: UnitsReport) -> list[str]:
     for overlap in report.overlaps:
         result.append(
             f"{overlap.benchmark}, {overlap.sentences} sentences: {len(overlap.verbatim)} verbatim; "
-            f"{overlap.grams} sequences of five words in {overlap.units} units; {len(overlap.facts)} facts"
+            f"{overlap.grams} sequences of five words in {overlap.units} units; "
+            f"{len(overlap.facts)} stereotypes, {overlap.near_facts} with the group and two words"
         )
         result += [f"  {fact}" for fact in overlap.facts]
     return result

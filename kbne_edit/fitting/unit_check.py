@@ -67,8 +67,9 @@ class Overlap:
     """What units share with one benchmark.
 
     sentences: of the benchmark. verbatim: our sentences that are also its. grams: distinct sequences of five words
-    that both have. units: those with such a sequence. facts: those of which one benchmark sentence holds a group and
-    every content word of its attribute, as texts.
+    that both have. units: those with such a sequence. facts: stereotypes of which one of its sentences holds the group
+    and every content word of the attribute, as texts. near_facts: how many there are with the group and two content
+    words (one, if there is but one), whatever the sentence says.
     """
 
     benchmark: str
@@ -77,6 +78,7 @@ class Overlap:
     grams: int
     units: int
     facts: tuple[str, ...]
+    near_facts: int
 
 
 @dataclass(frozen=True)
@@ -225,24 +227,32 @@ def _overlap(benchmark: str, sentences: list[str], units: Sequence[Unit], facts:
         own &= grams
         shared |= own
         sharing += bool(own)
-    known = _known_facts([{_stem(word) for word in words} for words in split], facts)
-    return Overlap(benchmark, len(sentences), tuple(dict.fromkeys(verbatim)), len(shared), sharing, known)
+    whole_facts, partly = _known_facts([{_stem(word) for word in words} for words in split], facts)
+    return Overlap(
+        benchmark, len(sentences), tuple(dict.fromkeys(verbatim)), len(shared), sharing, whole_facts, len(partly)
+    )
 
 
-def _known_facts(sentences: list[set[str]], facts: Sequence[Fact]) -> tuple[str, ...]:
-    """Facts of which one sentence holds a group and every content word of its attribute."""
+def _known_facts(sentences: list[set[str]], facts: Sequence[Fact]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Stereotypes of which one sentence holds the group and all content words of the attribute; the group and two."""
     where: dict[str, set[int]] = defaultdict(set)
     for index, stems in enumerate(sentences):
         for stem in stems:
             where[stem].add(index)
-    result = []
+    whole, partly = [], []
     for fact in facts:
         for group, attribute in ((fact.a, fact.x), (fact.b, fact.y)):
-            stems = _content(group) | _content(attribute)
-            holding = [where.get(stem, set()) for stem in stems]
-            if _content(attribute) and holding[0].intersection(*holding[1:]):
-                result.append(f"{group}: {attribute}")
-    return tuple(dict.fromkeys(result))
+            group_stems, stems = _content(group), _content(attribute) - _content(group)
+            if not group_stems or not stems:
+                continue
+            holding = [where.get(stem, set()) for stem in group_stems]
+            of_group = holding[0].intersection(*holding[1:])
+            most = max((len(stems & sentences[index]) for index in of_group), default=0)
+            if most == len(stems):
+                whole.append(f"{group}: {attribute}")
+            if most >= min(2, len(stems)):
+                partly.append(f"{group}: {attribute}")
+    return tuple(whole), tuple(partly)
 
 
 def _content(text: str) -> set[str]:
