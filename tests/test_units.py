@@ -319,3 +319,13 @@ def test_recipes_check_reports_pairs(tmp_path):
     run = CliRunner().invoke(cli, ["recipes", "check", str(path)])
     assert isinstance(run.exception, RecipeError)
     assert set(pair_names()) >= {"gender", "race", "religion"}
+
+
+def test_the_file_in_the_docs_is_in_order(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "pairs.md").read_text(encoding="utf-8")
+    block = re.search(r"(?:^    .*\n)*^    kbne_pairs: 1\n(?:^    .*\n)*", text, re.MULTILINE).group()
+    path = tmp_path / "pets.yaml"
+    path.write_text(re.sub(r"^    ", "", block, flags=re.MULTILINE), encoding="utf-8")
+    assert check_units(load_units([path])).faults == []
+    for fact in re.findall(r"^      - \[(be bad.*), (be bad.*), bb\]", text, re.MULTILINE):
+        assert any((f.x, f.y) == fact for f in load_pairs(["gender"])[0].facts)
