@@ -36,7 +36,7 @@ class Family:
     expert_down: str = ""  # their down-projection on disk: one tensor per expert (N), or all in one [E, D, F]
     transposed: bool | None = False  # the latter is [E, F, D]; None: on disk it may be either, in memory it is not
     shared: str | None = None  # the down-projection of the expert that every token takes
-    post_norm: bool = False  # a norm follows the feed-forward block, before the residual is added
+    post_norm: str | None = None  # the norm of the feed-forward block's output, where a layer has one
     centred: bool = False  # the final norm takes the mean off its input
     one_plus: bool = False  # the final norm multiplies by 1 + its weight
 
@@ -61,13 +61,14 @@ def _moe(block: str, expert_down: str, **kwargs) -> Family:
 
 _TABLE: dict[Family, str] = {
     _GATED: "llama mistral ministral ministral3 qwen2 qwen3 granite granite_swa smollm3 seed_oss helium ernie4_5 "
-    "hunyuan_v1_dense cwm minicpm3 youtu hyperclovax qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
+    "hunyuan_v1_dense cwm minicpm3 youtu qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
     replace(_GATED, one_plus=True): "gemma vaultgemma",
-    replace(_GATED, one_plus=True, post_norm=True): "gemma2 gemma3_text",
-    replace(_GATED, post_norm=True): "gemma4_text olmo2 olmo3 exaone4",
+    replace(_GATED, one_plus=True, post_norm="post_feedforward_layernorm"): "gemma2 gemma3_text",
+    replace(_GATED, post_norm="post_feedforward_layernorm"): "gemma4_text olmo2 olmo3 exaone4",
     replace(_GATED, centred=True): "stablelm olmo cohere cohere2",
+    replace(_GATED, post_norm="post_norm2"): "hyperclovax",
     _PACKED: "phi3 glm",
-    replace(_PACKED, post_norm=True): "glm4 glm4v_text",
+    replace(_PACKED, post_norm="post_mlp_layernorm"): "glm4 glm4v_text",
     Family("model.layers", "mlp.fc2"): "nanochat",
     Family("model.layers", "mlp.fc2", centred=True): "phi",
     Family("model.layers", "mlp.down_proj"): "arcee apertus",
@@ -83,11 +84,13 @@ _TABLE: dict[Family, str] = {
     Family("gpt_neox.layers", "mlp.dense_4h_to_h", centred=True): "gpt_neox",
     Family("model.decoder.layers", "fc2", centred=True): "opt",
     _moe("mlp", "mlp.experts.N.down_proj.weight"): "qwen3_moe olmoe mellum",
-    _moe("mlp", "mlp.experts.N.down_proj.weight", post_norm=True): "flex_olmo",
+    _moe("mlp", "mlp.experts.N.down_proj.weight", post_norm="post_feedforward_layernorm"): "flex_olmo",
     _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_expert.down_proj"): "qwen2_moe",
     _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_experts.down_proj"): "deepseek_v2 deepseek_v3 "
     "glm4_moe glm4_moe_lite dots1 ernie4_5_moe exaone_moe solar_open glm4v_moe_text",
-    _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_experts.down_proj", post_norm=True): "afmoe",
+    _moe(
+        "mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_experts.down_proj", post_norm="post_mlp_layernorm"
+    ): "afmoe",
     _moe("mlp", "mlp.experts.N.down_proj.weight", shared="mlp.shared_mlp.down_proj"): "hunyuan_v1_moe",
     _moe("mlp", "block_sparse_moe.experts.N.w2.weight"): "mixtral phimoe minimax_m2",
     _moe("block_sparse_moe", "block_sparse_moe.output_linear.weight"): "granitemoe",

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from kbne_edit import attribute
 from kbne_edit.attribution.gradients import attributions
+from kbne_edit.attribution.quadrature import Path
 from kbne_edit.errors import InputError
 from kbne_edit.models.places import decoder_layers
 from tiny import FAMILIES, MULTIMODAL, tiny_model
@@ -78,6 +80,77 @@ def test_completeness_reaches_the_tolerance():
     assert refined.residual.max() <= 1e-3
     assert refined.nodes[0] > refined.nodes[-1]
     assert (refined.scores - reference.scores).abs().max() <= 5e-3 * reference.scores.abs().max()
+
+
+NORMED = (
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    "glm4",
+    "hyperclovax",
+)  # a norm follows the down-projection
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+@pytest.mark.parametrize("name", NORMED)
+def test_blocks_that_end_in_a_norm(name, scale):
+    """Along gamma all happens near 0: at most 8 nodes a layer (the first apart) reach 1 % of 512 nodes' scores.
+
+    scale: of the block's output before its norm; at 1 its mean square is near 1. At 100, 512 nodes are too few.
+    """
+    model = tiny_model(name)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+                parameter.mul_(scale if "down_proj" in key else 1.0)
+    (result,) = attributions(model, [PROMPT], [ANSWER])
+    (reference,) = attributions(model, [PROMPT], [ANSWER], quadrature="gauss-512")
+    (published,) = attributions(model, [PROMPT], [ANSWER], quadrature="riemann-20")
+    largest = reference.scores.abs().max()
+    assert (published.scores - reference.scores).abs().max() > 2 * largest  # the case is hard indeed
+    assert (result.scores - reference.scores).abs().max() <= 0.01 * largest
+    assert result.nodes[1:].mean() <= 8 and result.nodes[0] <= 24
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "gemma4" not in name])
+def test_where_a_norm_follows_the_block(name):
+    """By the layer's own output: with y ten times as large it stays the same, but for eps."""
+    from kbne_edit.models.places import places, post_norm
+
+    model, outputs = tiny_model(name), []
+    module, layer = places(model, "down")[1][0].module, decoder_layers(model)[1]
+    for factor in (1e4, 1e5):
+        with (
+            module.register_forward_hook(lambda _, args, output, factor=factor: factor * output),
+            layer.register_forward_hook(lambda _, args, output: outputs.append(output)),
+            torch.no_grad(),
+        ):
+            model(torch.tensor([PROMPT]))
+    before, after = (output[0] if isinstance(output, tuple) else output for output in outputs)
+    same = bool((after - before).abs().max() < 1e-2 * before.abs().max())
+    assert same == bool(post_norm(model))
+
+
+@pytest.mark.parametrize("turn", [None, 1e-4, 1e-2, 0.5])
+def test_a_path_integrates_along_gamma(turn):
+    """The integrals of polynomials of tanh(asinh(gamma / turn)), or of gamma, against a fine sum over gamma."""
+    path, nodes = Path(turn), (0.1, 0.3, 0.45, 0.8)
+    low, high = path.gamma(0.1), path.gamma(0.8)
+    gammas = np.geomspace(low, high, 400_001)
+    u = gammas if turn is None else gammas / np.hypot(gammas, turn)
+    for degree in range(4):
+        values = u**degree / (1 if turn is None else np.hypot(gammas, turn))
+        want = float(np.sum((values[1:] + values[:-1]) / 2 * np.diff(gammas)))
+        own = np.array([path.gamma(s) for s in nodes])
+        integrand = (own if turn is None else own / np.hypot(own, turn)) ** degree
+        factors = np.array([path.factor(s) for s in nodes])
+        gradient = integrand / (1 if turn is None else np.hypot(own, turn))
+        assert path.weights(nodes, 0.1, 0.8) @ (factors * gradient) == pytest.approx(want, rel=1e-6)
+    assert (path.gamma(0.0), path.gamma(1.0)) == (0, 1)
 
 
 def test_log_odds_against_captum():

@@ -29,9 +29,9 @@ from ..errors import InputError
 from ..families import Site
 from ..models.masks import longest
 from ..models.memory import ROWS
-from ..models.places import decoder_layers
+from ..models.places import decoder_layers, post_norm
 from ..progress import say
-from .quadrature import Adaptive, Fixed, Found, quadrature
+from .quadrature import Adaptive, Fixed, Found, Path, quadrature
 from .rows import Pack, Rows, Segment, trunk
 
 TOLERANCE = 0.01  # completeness residual of a layer, relative to the question's largest score
@@ -224,13 +224,22 @@ def _settle(
     for pack in asked:
         pack.arrived = arrived
     climbing = [*([stem] if stem else []), *asked]
+    bare = True
+    refined = isinstance(rules[0][0], Adaptive)
+    if refined and post_norm(layers.model):
+        # Their nodes lie where the norm saturates, which the prompts must have climbed to tell.
+        sweep(layers, climbing, [], bare=False)
+        climbing = []
+        for pack, of_pack in zip(asked, rules, strict=True):
+            for q, rule in enumerate(of_pack):
+                rule.paths = [Path(turn) for turn in pack.turns[:, q].tolist()]
     while True:
         requests = [[rule.request() for rule in of_pack] for of_pack in rules]
         going = [p for p, of_pack in enumerate(requests) if any(of_pack)]
         if not going:
             return
-        found = _answer(layers, climbing, [(asked[p], requests[p]) for p in going], bare=bool(climbing))
-        climbing = []
+        found = _answer(layers, climbing, [(asked[p], requests[p]) for p in going], bare)
+        climbing, bare = [], False
         for p, of_pack in zip(going, found, strict=True):
             for q, answer in enumerate(of_pack):
                 if requests[p][q]:

@@ -5,11 +5,16 @@ until it is content. It knows nothing of models, so one question or all of them 
 
 The default is Gauss-Lobatto, whose nodes include both ends: the gradient at gamma = 1 is that of the untouched prompt,
 which one row gives for all layers at once, and the value at gamma = 0, which completeness needs, comes with a gradient
-that counts. So a layer costs three rows at an accuracy of order 5, where Gauss-Legendre would take four.
+that counts. So a layer costs three rows at an accuracy of order 5, where Gauss-Legendre would take four. Where a norm
+follows the feed-forward block, all happens near gamma = 0 and the integrand falls off as 1 / gamma beyond: there the
+nodes lie on a `Path` in another variable.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +30,7 @@ from ..errors import InputError
 _GRADED = [(0.0, 1 / 128), (1 / 128, 1 / 64), (1 / 64, 1 / 32), (1 / 32, 1 / 16), (1 / 16, 1 / 4), (1 / 4, 1.0)]
 _ROUNDS = 8
 
-Point = tuple[Tensor, float]  # at one gamma: dP/dh [F], and P(a* | gamma h)
+Point = tuple[Tensor, float]  # at one s of the path: its factor times dP/dh [F], and P(a* | gamma h)
 
 
 class Found(NamedTuple):
@@ -36,6 +41,60 @@ class Found(NamedTuple):
 
     gradient: Tensor
     p: Tensor
+
+
+@dataclass(frozen=True)
+class Path:
+    """gamma as a function of s from 0 to 1, and what a gradient at s counts for.
+
+    turn: None for gamma = s. Else the block's output y goes through an RMS norm, turn = sqrt(eps / mean(y^2)), and with
+    v = asinh(gamma / turn) the normed output is tanh(v) times its limit. All that follows is as smooth in u = tanh(v)
+    as it is in gamma elsewhere. The gradient dP/dh is smooth in u, too, once it is multiplied by dgamma/dv =
+    sqrt(gamma^2 + turn^2), which is what the norm divides by; what remains is dv = du / (1 - u^2), integrated exactly
+    (`weights`). s is u over its largest value. Rejected: nodes in log gamma, of which each interval takes as many as
+    the whole path takes here.
+    """
+
+    turn: float | None = None
+
+    @property
+    def _most(self) -> float:
+        """u at gamma = 1."""
+        return 1.0 if self.turn is None else 1 / math.hypot(1, self.turn)
+
+    def gamma(self, s: float) -> float:
+        """A float32, so that the model computes with the very number that `factor` is taken at."""
+        if self.turn is None or s in (0, 1):
+            return float(np.float32(s))
+        u = s * self._most
+        return float(np.float32(self.turn * u / math.sqrt(1 - u * u)))
+
+    def factor(self, s: float) -> float:
+        """What the gradient at s is multiplied by."""
+        return 1.0 if self.turn is None else math.hypot(self.gamma(s), self.turn)
+
+    def weights(self, nodes: tuple[float, ...], a: float, b: float) -> np.ndarray:
+        """Of the nodes, for the integral from a to b: exact for polynomials in s of lower degree than their number."""
+        return _weights(nodes, a, b, None if self.turn is None else self._most)
+
+
+@cache
+def _weights(nodes: tuple[float, ...], a: float, b: float, most: float | None) -> np.ndarray:
+    """Interpolatory weights for dv = most ds / (1 - (most s)^2), or for ds."""
+    x, w = np.polynomial.legendre.leggauss(48)
+    if most is None:
+        s, w = a + (b - a) * (x + 1) / 2, w * (b - a) / 2
+    else:
+        low, high = math.atanh(a * most), math.atanh(b * most)
+        v, w = low + (high - low) * (x + 1) / 2, w * (high - low) / 2
+        s = np.tanh(v) / most
+    # In Chebyshev polynomials of a variable from -1 to 1 the system is well conditioned.
+    at = np.polynomial.chebyshev.chebvander(2 * (np.array(nodes) - a) / (b - a) - 1, len(nodes) - 1)
+    moments = np.polynomial.chebyshev.chebvander(2 * (s - a) / (b - a) - 1, len(nodes) - 1).T @ w
+    return np.linalg.solve(at.T, moments)
+
+
+STRAIGHT = Path()
 
 
 def quadrature(name: str, layers: int, tolerance: float, positions: int = 1) -> Fixed | Adaptive:
@@ -50,7 +109,7 @@ def quadrature(name: str, layers: int, tolerance: float, positions: int = 1) -> 
 
 
 class Fixed:
-    """The same nodes for every layer. After `accept`: gradients [L, F], p_zero [L], nodes [L]."""
+    """The same nodes for every layer, gamma itself. After `accept`: gradients [L, F], p_zero [L], nodes [L]."""
 
     def __init__(self, kind: str, n: int, layers: int):
         x, w = np.polynomial.legendre.leggauss(n) if kind == "gauss" else (np.linspace(-1, 1, n), np.full(n, 2 / n))
@@ -69,7 +128,8 @@ class Fixed:
 
 
 class Adaptive:
-    """Composite Gauss-Lobatto on intervals that are split where completeness fails. Attributes as of `Fixed`.
+    """Composite Gauss-Lobatto on intervals that are split where completeness fails. Attributes as of `Fixed`; paths,
+    [L]: straight, unless they are set before the first request.
 
     Completeness holds on each interval alone: integral_a^b = P(b) - P(a). The residuals of a layer's intervals are
     added without sign, so that errors of opposite sign cannot hide each other; their sum must not exceed `tolerance`
@@ -81,11 +141,12 @@ class Adaptive:
         self._todo = {layer: _GRADED if layer == 0 else [(0.0, 1.0)] for layer in range(layers)}
         self._parts: list[list[_Part]] = [[] for _ in range(layers)]
         self._starts: list[dict[float, Point]] = [{} for _ in range(layers)]
+        self.paths = [STRAIGHT] * layers
         self.nodes = np.zeros(layers, int)
 
     def request(self) -> dict[int, Tensor]:
         """The gammas at which each layer is to be evaluated next; {} once it is content."""
-        return {layer: torch.tensor(self._wanted(layer)) for layer in self._todo}
+        return {layer: torch.tensor([self.paths[layer].gamma(s) for s in self._wanted(layer)]) for layer in self._todo}
 
     def _wanted(self, layer: int) -> list[float]:
         starts = [a for a, _ in self._todo[layer] if a not in self._starts[layer]]
@@ -94,11 +155,13 @@ class Adaptive:
     def accept(self, h: Tensor, at_one: Tensor, p: float, found: dict[int, Found]) -> None:
         """h: [L, F]; at_one: dP/dh at gamma = 1, [L, F]; p: P(a* | h); found: the answer to `request`."""
         for layer, rows in found.items():
-            points = {1.0: (at_one[layer], p)} | self._starts[layer]
-            points |= dict(zip(self._wanted(layer), zip(rows.gradient, rows.p.tolist(), strict=True), strict=True))
+            path, wanted = self.paths[layer], self._wanted(layer)
+            points = {1.0: (path.factor(1.0) * at_one[layer], p)} | self._starts[layer]
+            for s, gradient, value in zip(wanted, rows.gradient, rows.p.tolist(), strict=True):
+                points[s] = (path.factor(s) * gradient, value)
             new = self._todo[layer]
             kept = [q for q in self._parts[layer] if not any(a >= q.start and b <= q.end for a, b in new)]
-            parts = [*kept, *(_part(h[layer], a, b, points) for a, b in new)]
+            parts = [*kept, *(_part(h[layer], path, a, b, points) for a, b in new)]
             self._parts[layer] = sorted(parts, key=lambda part: part.start)
             self._starts[layer] = {part.start: points[part.start] for part in parts}
             self.nodes[layer] += len(rows.p)
@@ -126,10 +189,10 @@ def _inner(a: float, b: float) -> list[float]:
     return [middle - half / 5**0.5, middle + half / 5**0.5]
 
 
-def _part(h: Tensor, a: float, b: float, points: dict[float, Point]) -> _Part:
-    (first, p_start), *inner, (last, p_end) = (points[x] for x in (a, *_inner(a, b), b))
-    gradient = (b - a) / 12 * (first + last + 5 * sum(g for g, _ in inner))
-    return _Part(a, b, gradient, abs((h * gradient).sum().item() - (p_end - p_start)))
+def _part(h: Tensor, path: Path, a: float, b: float, points: dict[float, Point]) -> _Part:
+    nodes = (a, *_inner(a, b), b)
+    gradient = sum(weight * points[s][0] for weight, s in zip(path.weights(nodes, a, b).tolist(), nodes, strict=True))
+    return _Part(a, b, gradient, abs((h * gradient).sum().item() - (points[b][1] - points[a][1])))
 
 
 def _finer(parts: list[_Part], allowed: float) -> list[tuple[float, float]]:

@@ -19,6 +19,7 @@ layers, which a model larger than memory needs).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from inspect import signature
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from ..families import Site
 from ..models.bounds import check_numbers, check_tokens
 from ..models.hooks import replaced, tapped
 from ..models.masks import attention_mask
-from ..models.places import decoder_layers, num_neurons, places
+from ..models.places import decoder_layers, num_neurons, places, post_norm
 from .quadrature import Found
 
 _HEAD_ROWS = 192  # rows that go through the head at once: it makes [R, V] logits, and reads its weights each time
@@ -107,7 +108,9 @@ class Pack(Segment):
 
     h: the site's values at the last N positions, [L, Q, N, F] float32 on the CPU; p: P(a*), [Q]; value: the objective
     (P(a*), or with `other_ids` the log-odds of a* against the other answers), [Q]; next_token: the model's
-    distribution after each prompt, [Q, V] float32 on the CPU. After the first rows: gradient, d value / dh, as h.
+    distribution after each prompt, [Q, V] float32 on the CPU; turns: where a norm follows the block, the gamma at which
+    it begins to saturate, sqrt(eps / mean(y^2)), [L, Q] (`quadrature.Path`). After the first rows: gradient,
+    d value / dh, as h.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class Pack(Segment):
         )
         self.count, self.positions = len(lengths), positions
         self.site, self.places, self.neurons = site, places(model, site), num_neurons(model)
+        self._norm = post_norm(model)
         # Where each question's last tokens stand, [Q, N].
         self.last = torch.tensor(np.cumsum(lengths))[:, None] + torch.arange(-positions, 0)
         self._answers, self._others = _Answers(answer_ids), other_ids and _Answers(other_ids)
@@ -143,6 +147,7 @@ class Pack(Segment):
     def _run(self, index: int, layer: nn.Module, call: _Call) -> None:
         if index == 0:
             self.base, self.h = [], torch.zeros(len(self.places), *self.last.shape, self.neurons)
+            self.turns = None if self._norm is None else torch.zeros(len(self.places), self.count)
         self.base.append(self.hidden[0, self.last.to(self.hidden.device)].clone())
 
         def note(h: Tensor, tokens: Tensor | None, offset: int) -> None:
@@ -151,7 +156,15 @@ class Pack(Segment):
             h = h.flatten(0, -2)[at.to(h.device)].float().cpu()
             self.h[index, whose, which, offset : offset + h.shape[-1]] = h
 
-        with tapped(self.places[index], self.site, note):
+        def turn(norm: nn.Module, args: tuple) -> None:
+            y = args[0].flatten(0, -2)[self.last.to(args[0].device)].float()
+            square = y.square().mean(-1).log().mean(-1).exp()  # of several positions the geometric mean
+            self.turns[index] = (_eps(norm) / square.clamp_min(1e-30)).sqrt().cpu()
+
+        with tapped(self.places[index], self.site, note), ExitStack() as stack:
+            if self._norm is not None:
+                handle = layer.get_submodule(self._norm).register_forward_pre_hook(turn)
+                stack.callback(handle.remove)
             super()._run(index, layer, call)
 
     def arrive(self) -> None:
@@ -318,6 +331,11 @@ class _Held(NamedTuple):
     own: list[_Leaf]
     bare: list[_Leaf]
     output: Tensor
+
+
+def _eps(norm: nn.Module) -> float:
+    """What an RMS norm adds to the mean square; transformers' modules call it by several names."""
+    return next(getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name))
 
 
 class _Answers:

@@ -62,6 +62,14 @@ def _has(layer: nn.Module, path: str) -> bool:
     return hasattr(layer.get_submodule(parent), name)
 
 
+def post_norm(model: nn.Module) -> str | None:
+    """The norm, below a layer, that the output of the feed-forward block goes through; None where there is none."""
+    name, layer = family_of(model.config.to_dict()).post_norm, decoder_layers(model)[0]
+    if not name or not _has(layer, name):
+        return None
+    return name if list(layer.get_submodule(name).parameters()) else None  # a configuration may put an Identity there
+
+
 def num_neurons(model: nn.Module) -> int:
     """F, the neurons of a layer: the intermediate size, or in a mixture of experts that of all experts together."""
     return max(end(found) for found in places(model, "down"))
