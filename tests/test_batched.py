@@ -84,7 +84,7 @@ def test_more_edits_and_texts_than_a_pass_holds(monkeypatch):
     model, pairs = tiny_model("qwen2"), _pairs()
     edits = [Edit("down", {1: {neuron: 3.0}}) for neuron in range(7)]
     whole, done = score_edits(model, pairs, edits), []
-    for name, value in (("_TREE_TOKENS", 8), ("_BATCH_TOKENS", 20), ("_HEAD_ROWS", 3)):
+    for name, value in (("TREE_TOKENS", 8), ("_BATCH_TOKENS", 20), ("_HEAD_ROWS", 3)):
         monkeypatch.setattr(batched, name, value)
     parts = score_edits(model, pairs, edits, update=done.append)
     np.testing.assert_allclose(parts.logprobs, whole.logprobs, atol=9 * PER_TOKEN)

@@ -28,7 +28,7 @@ from ..models.places import decoder_layers, places
 from ..models.trees import Tree, cut
 from ..recipe import Probe
 
-_TREE_TOKENS = 512  # of one tree: attention within it grows with the square
+TREE_TOKENS = 512  # of one tree: attention within it grows with the square
 _BATCH_TOKENS = 4096  # of one pass, over all edits: bounds memory, and is enough to keep a matrix product busy
 _HEAD_ROWS = 256  # positions that go through the head at once: it makes [rows, V] logits
 
@@ -83,7 +83,7 @@ def score_edits(
     rows, lookups = unique_rows(pairs)
     shape = (len(edits), len(pairs))
     total, greedy = np.zeros(shape), np.ones(shape, bool)
-    for part in cut(rows, int(min(_TREE_TOKENS, longest(model)))):
+    for part in cut(rows, int(min(TREE_TOKENS, longest(model)))):
         tree = Tree(rows[part])
         kept, index, target, owner = {}, [], [], []
         for path, of_row in zip(tree.paths, lookups[part], strict=True):

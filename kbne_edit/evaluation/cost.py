@@ -1,0 +1,320 @@
+"""What an edit costs: on text that speaks of no group, on the recipe's questions, and in what the model goes on to say.
+
+Legend: N predicted positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from ..edit import Edit
+from ..errors import InputError
+from ..recipe import Recipe
+from ..statistics import Interval, interval, mcnemar, wilson
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .neutral import NeutralText
+
+# What an edit may cost. Of the edits that the project measured, one with a KL of 0.30 had changed every greedy
+# continuation, and one of 0.14 had raised the perplexity by 8 %; those of 0.03 hardly showed.
+MOST_KL = 0.1  # nats per token
+MOST_RISE = 1.05  # perplexity after / before
+_WORDS = 16  # tokens of a continuation
+_PROMPTS = 3  # of each kind
+_BLOCK = 32  # positions in float64 at once
+
+State = Literal["low", "high", "unclear"]
+
+
+class Answered(NamedTuple):
+    """How many of `total` questions the model answers rightly, before and after. p: exact McNemar test."""
+
+    total: int
+    before: int
+    after: int
+    p: float
+
+    @property
+    def lost(self) -> bool:
+        return self.after < self.before and self.p < 0.05
+
+    @classmethod
+    def of(cls, before: np.ndarray, after: np.ndarray) -> Answered:
+        """before, after: 0/1 columns, [n]."""
+        return cls(len(before), int(before.sum()), int(after.sum()), mcnemar(before, after))
+
+
+class Balanced(NamedTuple):
+    """The base's mean share of right answers over the possible answers, 0 to 1, with its 95 % interval (Wilson).
+
+    chance: what the same answer to everything has.
+    """
+
+    value: float
+    low: float
+    high: float
+    chance: float
+
+    @property
+    def constant(self) -> bool:
+        """True where the base does no better than the same answer to everything."""
+        return self.low <= self.chance
+
+    @classmethod
+    def of(cls, right: np.ndarray, answers: Sequence[str]) -> Balanced:
+        """right: 0/1, [n]; answers: the right answer of each, [n]."""
+        names, answers = sorted(set(answers)), np.asarray(answers)
+        tallies = [(float(right[answers == name].sum()), int((answers == name).sum())) for name in names]
+        low, high = np.mean([wilson(k, n) for k, n in tallies], 0)
+        return cls(float(np.mean([k / n for k, n in tallies])), float(low), float(high), 1 / len(names))
+
+
+class Continuation(NamedTuple):
+    """What base and edit say greedily after a prompt. about: "neutral" or "probe"."""
+
+    about: str
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an edit costs.
+
+    origin, texts: of the neutral text ("package" or "control questions") and how many there are. kl: from the base,
+    nats per token. before, after: perplexity. rise: perplexity after / before. Intervals are over texts.
+    questions, controls: of the recipe, balanced: the base's accuracy on both; None where the recipe's answers are no
+    tokens of this model. continuations: side by side.
+    """
+
+    origin: str
+    texts: int
+    kl: Interval
+    before: Interval
+    after: Interval
+    rise: Interval
+    questions: Answered | None = None
+    controls: Answered | None = None
+    balanced: Balanced | None = None
+    continuations: tuple[Continuation, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Cost(KL {self.kl.value:.2g}, perplexity {self.before.value:.4g} -> {self.after.value:.4g})"
+
+    @property
+    def lost(self) -> bool:
+        """True if questions or controls are answered worse, beyond chance."""
+        return any(part.lost for part in (self.questions, self.controls) if part)
+
+    @property
+    def state(self) -> State:
+        """ "low": within the limits even at the upper end of the intervals; "high": beyond one of them, or answers are
+        lost; else "unclear"."""
+        if not all(map(math.isfinite, (*self.kl, *self.rise))):
+            return "high"
+        if self.kl.low > MOST_KL or self.rise.low > MOST_RISE or self.lost:
+            return "high"
+        return "low" if self.kl.high <= MOST_KL and self.rise.high <= MOST_RISE else "unclear"
+
+    def to_dict(self) -> dict:
+        record = {
+            "source": self.origin,
+            "texts": self.texts,
+            "kl": list(self.kl),
+            "perplexity": [list(self.before), list(self.after)],
+            "perplexity_rise": list(self.rise),
+            "limits": {"kl": MOST_KL, "perplexity_rise": MOST_RISE},
+        }
+        for name in ("questions", "controls", "balanced"):
+            if part := getattr(self, name):
+                record[name] = part._asdict()
+        return record | {"continuations": [item._asdict() for item in self.continuations], "state": self.state}
+
+    @classmethod
+    def from_dict(cls, record: dict) -> Cost:
+        """Inverse of `to_dict`. Raises KeyError, TypeError or ValueError."""
+
+        def answered(name: str) -> Answered | None:
+            part = record.get(name)
+            if part is None:
+                return None
+            return Answered(int(part["total"]), int(part["before"]), int(part["after"]), float(part["p"]))
+
+        before, after = record["perplexity"]
+        items = [Continuation(*(str(item[key]) for key in Continuation._fields)) for item in record["continuations"]]
+        return cls(
+            str(record["source"]),
+            int(record["texts"]),
+            Interval.from_list(record["kl"]),
+            Interval.from_list(before),
+            Interval.from_list(after),
+            Interval.from_list(record["perplexity_rise"]),
+            answered("questions"),
+            answered("controls"),
+            record.get("balanced") and Balanced(*(float(record["balanced"][key]) for key in Balanced._fields)),
+            tuple(items),
+        )
+
+
+@dataclass(frozen=True)
+class NeutralRun:
+    """Base and edit on neutral text. before, after: the last layer's output at every predicting position, [N, D]."""
+
+    model: nn.Module
+    text: NeutralText
+    before: Tensor
+    after: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, text: NeutralText, edit: Edit) -> NeutralRun:
+        """Both in one pass."""
+        import torch
+
+        from ..models.masks import longest
+        from ..models.trees import Tree, cut
+        from .batched import TREE_TOKENS, last_states
+
+        rows = [tuple(row[:-1]) for row in text.rows]
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        ordered = [rows[i] for i in order]
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for part in cut(ordered, int(min(TREE_TOKENS, longest(model)))):
+            tree = Tree(ordered[part])
+            states = last_states(model, tree, [None, edit]).cpu()
+            for i, path in zip(order[part], tree.paths, strict=True):
+                found[i] = (states[0, path], states[1, path])
+        before, after = zip(*(found[i] for i in range(len(rows))), strict=True)
+        return cls(model, text, torch.cat(before), torch.cat(after))
+
+    def columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """Columns of the base and of the edit, [texts, 3], as of `neutral`."""
+        from .neutral import columns_of
+
+        rows = self.text.rows
+        base = columns_of(rows, self._blocks(self.before), self._blocks(self.before))
+        return base, columns_of(rows, self._blocks(self.after), self._blocks(self.before))
+
+    def temperature(self, kl: float) -> float | None:
+        """At which the base, so flattened, has this KL from itself."""
+        from .neutral import temperature_of
+
+        return temperature_of(lambda: self._blocks(self.before), kl)
+
+    def _blocks(self, states: Tensor) -> Iterator[Tensor]:
+        import torch
+
+        from .batched import logits_of
+
+        device = self.model.get_input_embeddings().weight.device
+        with torch.inference_mode():
+            for block in states.split(_BLOCK * 4):
+                yield from logits_of(self.model, block.to(device)).split(_BLOCK)
+
+
+def measure_cost(run: NeutralRun, tokenizer, recipe: Recipe, edit: Edit) -> Cost:
+    """The edit's cost. run: base and edit on the neutral text."""
+    base, edited = run.columns()
+    # Columns: the base's loss, the edit's loss, KL, tokens.
+    columns = np.stack([base[:, 0], edited[:, 0], edited[:, 1], edited[:, 2]], 1)
+    answered = _answered(run.model, tokenizer, recipe, edit)
+    return Cost(
+        origin=run.text.origin,
+        texts=len(run.text.texts),
+        kl=interval(columns, _ratio(2)),
+        before=interval(columns, _perplexity(0)),
+        after=interval(columns, _perplexity(1)),
+        rise=interval(columns, lambda m: np.exp((m[..., 1] - m[..., 0]) / m[..., 3])),
+        **answered,
+        continuations=tuple(continuations(run.model, tokenizer, recipe, run.text, edit)),
+    )
+
+
+def _ratio(index: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda means: means[..., index] / means[..., 3]
+
+
+def _perplexity(index: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda means: np.exp(means[..., index] / means[..., 3])
+
+
+def _answered(model: nn.Module, tokenizer, recipe: Recipe, edit: Edit) -> dict[str, Answered | Balanced | None]:
+    """`questions`, `controls` and `balanced` of a cost, as `locate` decides which answer is right."""
+    from ..models.prompts import answer_tokens, encode
+    from .batched import score_edits
+
+    try:
+        tokens = answer_tokens(tokenizer, recipe.answers)
+    except InputError:  # an answer is no token of this model
+        return {}
+    surfaces = [(answer, token) for answer, ids in tokens.items() for token in ids.values()]
+    questions = recipe.ask(None)
+    pairs = [(encode(tokenizer, recipe, question), [token]) for question in questions for _, token in surfaces]
+    said = np.exp(score_edits(model, pairs, [None, edit]).logprobs).reshape(2, len(questions), len(surfaces))
+    p = {answer: said[:, :, [a == answer for a, _ in surfaces]].sum(-1) for answer in recipe.answers}
+    right = np.zeros((2, len(questions)))
+    for i, question in enumerate(questions):
+        others = [p[answer][:, i] for answer in recipe.answers if answer != question.answer]
+        right[:, i] = p[question.answer][:, i] > np.max(others, 0)
+    control = np.array([question.control for question in questions])
+    return {
+        "questions": Answered.of(*right[:, ~control]),
+        "controls": Answered.of(*right[:, control]) if control.any() else None,
+        "balanced": Balanced.of(right[0], [question.answer for question in questions]),
+    }
+
+
+def continuations(
+    model: nn.Module, tokenizer, recipe: Recipe, text: NeutralText, edit: Edit
+) -> list[Continuation]:
+    """Greedy continuations of the beginnings of some neutral texts and probes, by base and edit."""
+    from ..models.hooks import hooked
+
+    places = np.unique(np.linspace(0, len(recipe.twins) - 1, _PROMPTS).astype(int)) if recipe.twins else []
+    prompts = [("neutral", whole) for whole in text.texts[:_PROMPTS]]
+    prompts += [("probe", recipe.twins[i].first.first) for i in places]
+    cut = [(about, _beginning(whole)) for about, whole in prompts]
+    written = [prompt for _, prompt in cut]
+    before = _continued(model, tokenizer, written)
+    with hooked(model, edit):
+        after = _continued(model, tokenizer, written)
+    return [Continuation(*about, b, a) for about, b, a in zip(cut, before, after, strict=True)]
+
+
+def _beginning(text: str) -> str:
+    """The first half of the words; of a text without spaces, of its characters."""
+    words = text.split()
+    return " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else text[: (len(text) + 1) // 2]
+
+
+def _continued(model: nn.Module, tokenizer, prompts: Sequence[str]) -> list[str]:
+    """Greedy, all prompts in one batch, padded on the left."""
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    end, width = model.generation_config.eos_token_id, max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    new = int(min(_WORDS, longest - width))
+    if new <= 0:
+        return [""] * len(rows)
+    with torch.inference_mode():
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=end,
+        )
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in found[:, width:].tolist()]
