@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .disk.checkpoint import Checkpoint
-from .disk.manifest import Origin
+from .disk.manifest import Origin, RecipeRecord
 from .disk.publishing import staged
 from .errors import EditError, ProofError, shown
+from .evaluation.impact import NOT_MEASURED, Impact, impact_of, recipe_of
+from .evaluation.verdict import Verdict, verdict_of
 from .files import forbid_overlap
 from .folding.columns import Columns, delta_path
 from .folding.delta import DeltaRecord, fold_hashes
@@ -18,6 +20,7 @@ from .folding.rewrite import Progress
 from .proofs.behaviour import behaviour_proof
 from .proofs.files import file_proof
 from .proofs.outcome import Proofs
+from .recipe import load_recipe
 from .reporting.card import add_card
 
 VERSION = 1
@@ -25,12 +28,16 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class ApplyResult:
-    """What `apply` did. source: the base; out: the new checkpoint; plan: what was folded; proofs: both held."""
+    """What `apply` did. source: the base; out: the new checkpoint; plan: what was folded; proofs: both held.
+
+    impact: effect and cost, None where they were not measured.
+    """
 
     source: Origin
     out: Path
     plan: Plan
     proofs: Proofs
+    impact: Impact = NOT_MEASURED
 
     def __repr__(self) -> str:
         return f"ApplyResult({self.out}, {self.plan.edit.num_neurons} neurons)"
@@ -38,6 +45,11 @@ class ApplyResult:
     @property
     def ok(self) -> bool:
         return self.proofs.ok
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is known of the edit, part by part."""
+        return verdict_of(effect=self.impact.effect, cost=self.impact.cost, proofs=self.proofs)
 
     def to_dict(self) -> dict:
         """JSON form: what `apply --json` prints."""
@@ -47,6 +59,8 @@ class ApplyResult:
             "commit": self.source.commit,
             "out": str(self.out),
             **self.proofs.to_dict(),
+            **self.impact.to_dict(),
+            "verdict": self.verdict.to_dict(),
         }
 
 
@@ -60,6 +74,8 @@ def apply(
     behaviour: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
+    measure: bool = True,
+    recipe: str | Path | None = None,
 ) -> ApplyResult:
     """Write `base_dir` with a delta's columns put in to `out_dir`, weights byte for byte as `bake` would have.
 
@@ -67,6 +83,8 @@ def apply(
     shard_size: as in `fold`; then it is the tensors that are those of `bake`, in other files.
     behaviour: False leaves the second proof out. Both hold before the output appears; it can be verified, reverted and
     pushed as one of `bake`. What the delta says that its own run measured is not repeated: this run did not see it.
+    measure: False leaves effect and cost out. recipe: whose probes and questions they are measured with (default: that
+    of the edit, where the package has it; else social-bias).
     Raises CheckpointError for a damaged delta, EditError for another base, ProofError, OutputError.
     """
     path = delta_path(delta)
@@ -93,6 +111,16 @@ def apply(
         proofs = Proofs(proof, behaviour_proof(plan, baked) if behaviour and proof.holds else None)
         if not proofs.ok:
             raise ProofError(f"the {proofs.failed} proof failed, {out_dir} was not written: {proofs.fault}", proofs)
-        manifest = replace(manifest, source=origin, proofs=proofs.to_dict(), summary={})
+        result = ApplyResult(origin, Path(out_dir), plan, proofs)
+        probed = load_recipe(recipe or recipe_of(plan.edit) or "social-bias")
+        if measure:
+            result = replace(result, impact=impact_of(checkpoint, plan.edit, probed))
+        manifest = replace(
+            manifest,
+            source=origin,
+            recipe=RecipeRecord(probed.name, probed.sha256) if measure else None,
+            proofs=proofs.to_dict(),
+            summary=result.impact.to_dict() | {"verdict": result.verdict.to_dict()},
+        )
         add_card(part, manifest).write(part)
-    return ApplyResult(origin, Path(out_dir), plan, proofs)
+    return result

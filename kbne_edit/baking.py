@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .attribution.answers import AttributionSummary
 from .disk.checkpoint import Checkpoint
@@ -13,6 +12,8 @@ from .disk.publishing import check_out, staged
 from .distributed import RANK
 from .edit import Edit
 from .errors import InputError, ProofError
+from .evaluation.impact import NOT_MEASURED, Impact, impact_of, recipe_of
+from .evaluation.verdict import Verdict, verdict_of
 from .files import forbid_links_out, forbid_overlap, work_folder
 from .folding.adapter import check_form, load_edit, write_adapter
 from .folding.delta import manifest_of, write_delta
@@ -26,6 +27,7 @@ from .progress import progress, say
 from .proofs.outcome import Proofs
 from .recipe import Recipe, load_recipe
 from .reporting.card import add_card
+from .selection.summary import SelectionSummary
 
 VERSION = 1
 
@@ -34,8 +36,8 @@ VERSION = 1
 class Located:
     """How an edit was found. selection, attribution: the summaries of both; work: the folder that keeps them."""
 
-    selection: dict
-    attribution: dict
+    selection: SelectionSummary
+    attribution: AttributionSummary
     work: Path
 
 
@@ -45,8 +47,8 @@ class BakeResult:
 
     source: the base; out: where the output stands (for a dry run: would stand); form: "checkpoint", "peft" or "delta";
     auto_class: the class of transformers that loads the model. plan: what was folded. located: None where the edit was
-    given. dry_run: nothing was written. proofs: of a checkpoint; bytes: of an adapter or a delta. effect, cost,
-    verdict: None where they were not measured.
+    given. dry_run: nothing was written. proofs: of a checkpoint; bytes: of an adapter or a delta. impact: effect and
+    cost, None where they were not measured.
     """
 
     source: Origin
@@ -58,9 +60,7 @@ class BakeResult:
     dry_run: bool = False
     proofs: Proofs | None = None
     bytes: int | None = None
-    effect: Any = None
-    cost: Any = None
-    verdict: Any = None
+    impact: Impact = NOT_MEASURED
 
     def __repr__(self) -> str:
         return f"BakeResult({self.out}, {self.plan.edit.num_neurons} neurons, {self.form})"
@@ -68,6 +68,18 @@ class BakeResult:
     @property
     def edit(self) -> Edit:
         return self.plan.edit
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is known of the edit, part by part."""
+        located, impact = self.located, self.impact
+        return verdict_of(
+            answers=located.attribution.answers if located else None,
+            selection=located.selection if located else None,
+            effect=impact.effect,
+            cost=impact.cost,
+            proofs=self.proofs,
+        )
 
     def to_dict(self) -> dict:
         """JSON form: what `bake --json` prints."""
@@ -83,8 +95,8 @@ class BakeResult:
         if self.located:
             data |= {
                 "work": str(self.located.work),
-                "selection": self.located.selection,
-                "attribution": self.located.attribution,
+                "selection": self.located.selection.to_dict(),
+                "attribution": self.located.attribution.to_dict(),
             }
         data |= {
             "site": edit.site,
@@ -101,13 +113,7 @@ class BakeResult:
             data["proofs"] = self.proofs.to_dict()
         if self.bytes is not None:
             data["bytes"] = self.bytes
-        measured = {"effect": self.effect, "cost": self.cost, "verdict": self.verdict}
-        return data | {key: plain(value) for key, value in measured.items() if value is not None}
-
-
-def plain(value: Any) -> Any:
-    """JSON form of a measured value."""
-    return value.to_dict() if hasattr(value, "to_dict") else value
+        return data if self.dry_run else data | self.impact.to_dict() | {"verdict": self.verdict.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,10 @@ class _Job:
 
     source: Source
     out: Path
-    recipe: Recipe | None
+    recipe: Recipe
     overwrite: bool
     behaviour: bool
+    measure: bool
 
     @property
     def origin(self) -> Origin:
@@ -138,6 +145,7 @@ def bake(
     overwrite: bool = False,
     behaviour: bool = True,
     work: str | Path | None = None,
+    measure: bool = True,
 ) -> BakeResult | None:
     """Locate (unless `edit` is given), fold, prove; publish `out` only if both proofs hold.
 
@@ -146,7 +154,8 @@ def bake(
     shard_size: cut the checkpoint's weights into files of at most so many bytes, or "5GB" (default: those of the base).
     work: folder that keeps scores.safetensors and edit.json (default: OUT.work beside the output, resumable).
     Of several processes (`torchrun`) the first one folds; the others return None once the questions are done.
-    dry_run: stop before anything is written to `out`. behaviour: False leaves the second proof out.
+    dry_run: stop before anything is written to `out`. behaviour: False leaves the second proof out. measure: False
+    leaves effect and cost out; the verdict then says that they were not measured.
     Raises InputError and its kin, ProofError (then nothing stands under `out`).
     """
     settings, out = settings or Settings(), Path(out)
@@ -162,7 +171,7 @@ def bake(
             forbid_overlap(out, edit)
             edit = load_edit(edit, checkpoint)
         check_out(out, overwrite)
-        recipe = load_recipe(settings.recipe or found.recipe) if settings.recipe or not edit else None
+        recipe = load_recipe(settings.recipe or recipe_of(edit) or found.recipe)
         located = None
         if edit is None:
             choice = _locate(found, checkpoint, recipe, folder, settings)
@@ -176,7 +185,7 @@ def bake(
         result = BakeResult(origin, out, form, auto_class(checkpoint.config), plan, located, dry_run)
         if dry_run:
             return result
-        job = _Job(found, out, recipe, overwrite, behaviour)
+        job = _Job(found, out, recipe, overwrite, behaviour, measure)
         return _write(job, result) if form == "checkpoint" else _write_alone(job, result)
 
 
@@ -199,7 +208,7 @@ def _locate(
     edit = chosen.edit
     edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=source.label, commit=source.commit)
     edit.save(folder / "edit.json")
-    return edit, Located(chosen.summary().to_dict(), AttributionSummary.of(scores).to_dict(), folder)
+    return edit, Located(chosen.summary(), AttributionSummary.of(scores), folder)
 
 
 def _write(job: _Job, result: BakeResult) -> BakeResult:
@@ -212,7 +221,7 @@ def _write(job: _Job, result: BakeResult) -> BakeResult:
             manifest = fold_into(plan, part, update)
         manifest = replace(manifest, source=job.origin)
         result = replace(result, proofs=_prove(job, plan, manifest, part, 2 * total))
-        result = replace(result, effect=_effect(checkpoint, plan.edit, job.recipe))
+        result = replace(result, impact=impact_of(checkpoint, plan.edit, job.recipe) if job.measure else NOT_MEASURED)
         _publish(job, result, manifest, part)
     return result
 
@@ -244,7 +253,7 @@ def _write_alone(job: _Job, result: BakeResult) -> BakeResult:
                 write_delta(plan, part, job.origin, update)
         result = replace(result, bytes=sum(file.stat().st_size for file in part.iterdir()))
         manifest = manifest_of(result.form, plan, part, job.origin)
-        result = replace(result, effect=_effect(checkpoint, plan.edit, job.recipe))
+        result = replace(result, impact=impact_of(checkpoint, plan.edit, job.recipe) if job.measure else NOT_MEASURED)
         _publish(job, result, manifest, part, metadata_in(checkpoint.path))
     return result
 
@@ -253,33 +262,15 @@ def _publish(job: _Job, result: BakeResult, manifest: Manifest, part: Path, meta
     """Write the card and the manifest, with what the run did and measured. metadata: of the base's card."""
     summary: dict = {}
     if result.located:
-        summary |= {"selection": result.located.selection, "attribution": result.located.attribution}
-    measured = {"effect": result.effect, "cost": result.cost, "verdict": result.verdict}
-    summary |= {key: plain(value) for key, value in measured.items() if value is not None}
+        summary |= {
+            "selection": result.located.selection.to_dict(),
+            "attribution": result.located.attribution.to_dict(),
+        }
+    summary |= result.impact.to_dict() | {"verdict": result.verdict.to_dict()}
     manifest = replace(
         manifest,
-        recipe=RecipeRecord(job.recipe.name, job.recipe.sha256) if job.recipe else None,
+        recipe=RecipeRecord(job.recipe.name, job.recipe.sha256),
         proofs=result.proofs.to_dict() if result.proofs else None,
         summary=summary,
     )
     add_card(part, manifest, metadata).write(part)
-
-
-def _effect(checkpoint: Checkpoint, edit: Edit, recipe: Recipe | None) -> dict | None:
-    """What the edit does to the recipe's probes, if there are enough of them to tell."""
-    if not recipe or not recipe.probes:
-        return None
-    from .evaluation.evaluate import FEWEST, effect
-
-    count = len(recipe.probes)
-    if count < FEWEST:
-        say(f"effect: not measured, since {count} probes cannot tell it from chance: {FEWEST} at least are needed")
-        return None
-    say(f"effect: {count} probes, with and without the edit")
-    import torch
-
-    from .models.loading import load_model, load_tokenizer
-
-    model = load_model(checkpoint.path, torch.float32)
-    tokenizer = load_tokenizer(checkpoint.path)
-    return effect(model, tokenizer, recipe.probes, edit, checkpoint.layer_sizes(edit.site), recipe.aim)

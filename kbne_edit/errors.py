@@ -9,7 +9,8 @@
     │   ├── EditError         an edit that is malformed or made for another model
     │   ├── ScoresError       a scores file that is damaged or belongs to other settings
     │   └── OutputError       the output cannot be written, or exists already
-    └── ProofError            exit status 1: a proof failed
+    ├── ProofError            exit status 1: a proof failed
+    └── RequirementError      exit status 4: what was required of the result is not met
 
 Each message is one sentence or two: what is wrong, where, and what to do.
 """
@@ -85,3 +86,9 @@ def shown(value: object) -> str:
 def one_line(text: str) -> str:
     """Names from outside may hold line breaks, terminal codes and bytes that are no text: those are escaped."""
     return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+class RequirementError(KbneError):
+    """The work is done and written, but a part of its verdict that was required does not pass."""
+
+    exit_code = 4

@@ -1,6 +1,7 @@
 """The card of a baked directory: valid metadata, bytes that depend on the manifest alone, the base's card kept."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -9,7 +10,8 @@ from hub import card_faults
 from kbne_edit import Edit, bake, fold, revert, verify
 from kbne_edit.errors import CheckpointError
 from kbne_edit.hub.licences import notices
-from kbne_edit.reporting.card import _not_found
+from kbne_edit.reporting.card import build
+from kbne_edit.selection.summary import SelectionSummary, Shared
 from tiny import tiny_model
 
 EDIT = Edit("down", {1: {5: 2.0, 9: 2.0}, 2: {1: 4.0}})
@@ -88,11 +90,21 @@ def test_it_says_what_the_run_did_and_did_not_do(weights, tmp_path):
 
 
 def test_it_says_that_held_out_controls_use_the_neurons_too():
-    found = {"controls_overlap": 0, "neurons": 8, "unseen": [[1, 8], [2, 7]]}
-    said = "\n".join(_not_found({"summary": {"selection": found}}))
+    """A manifest as a run writes it, with a selection that unseen controls use in part."""
+    found = SelectionSummary("paper", 8, 0.1, (0,), {}, {}, 5, 0, (Shared(1, 8), Shared(2, 7)))
+    manifest = {
+        "tool": "kbne-edit",
+        "source": {"id": "base", "commit": None},
+        "edit": EDIT.to_dict(),
+        "files": {},
+        "recipe": {"name": "demo"},
+        "proofs": {"tensors": 3, "edited": 1, "behaviour": None},
+        "summary": {"selection": found.to_dict()},
+    }
+    said = build(manifest, {})
     assert "none of the edit's is" in said and "20% are among as many that this half uses most" in said
-    found["unseen"] = [[0, 8], [0, 7]]
-    assert "uses most" not in "\n".join(_not_found({"summary": {"selection": found}}))
+    manifest["summary"]["selection"] = replace(found, unseen=(Shared(0, 8), Shared(0, 7))).to_dict()
+    assert "uses most" not in build(manifest, {})
 
 
 def test_the_same_input_gives_the_same_card_wherever_it_lies(weights, tmp_path):

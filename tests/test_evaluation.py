@@ -15,13 +15,12 @@ from bench_data import avoiding
 from kbne_edit import Edit, evaluate, fold, hooked, load_recipe
 from kbne_edit.errors import InputError, ScoresError
 from kbne_edit.evaluation import neutral
-from kbne_edit.evaluation.evaluate import margins, random_edit
+from kbne_edit.evaluation.effect import random_edit
 from kbne_edit.evaluation.scoring import Scorer, quiet_lm_eval
 from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.models.trees import Tree, cut
-from kbne_edit.recipe import Probe
-from tiny import FAMILIES, MIXTURES, MULTIMODAL, MULTIMODAL_MIXTURES, tiny_model
+from tiny import FAMILIES, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
@@ -140,19 +139,6 @@ def test_too_long_a_request_loses_its_beginning(demo):
     assert got == pytest.approx(expected.sum(), abs=3 * PER_TOKEN)
     with pytest.raises(InputError, match="request 0"):
         scorer.score([([], [1])])
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES, *MULTIMODAL, *MULTIMODAL_MIXTURES])
-def test_margins_equal_a_plain_loop(name):
-    """Each sentence of the probes by itself, in every architecture (sliding windows, learned positions, experts)."""
-    model, rng = tiny_model(name), np.random.default_rng(0)
-    rows = [rng.integers(3, 60, 14).tolist() for _ in range(6)]
-    pairs = [(row, row[:cut] + [2] + row[cut + 1 :]) for cut, row in zip((1, 3, 5, 8, 11, 13), rows, strict=True)]
-    written = [[" ".join(map(str, row)) for row in pair] for pair in pairs]
-    got = margins(model, lambda text: {"input_ids": [int(t) for t in text.split()]}, [Probe(*p, "") for p in written])
-    want = [np.subtract(*(plain(model, row[:1], row[1:])[0].mean() for row in pair)) for pair in pairs]
-    np.testing.assert_allclose(got, want, rtol=0, atol=PER_TOKEN)
-    assert np.abs(want).min() > 10 * PER_TOKEN
 
 
 def test_a_tree_holds_each_beginning_once():

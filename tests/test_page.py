@@ -109,7 +109,7 @@ def test_plots_show_the_figures(report):
     heights = np.array(marks(overlap, "rect", "first", "height"))
     assert heights / heights[0] == pytest.approx(np.array(counts) / counts[0], abs=0.001)
     assert len(marks(overlap, "circle", "on", "cx")) == sum(len(part["sets"]) for part in report["overlap"]["parts"])
-    keys = ("change_abs", "random_change_abs", "versus_random", "change_signed")
+    keys = ("change_abs", "random_change_abs", "versus_random", "versus_flattened", "change_signed")
     means = np.array(marks(effect, "circle", "first", "cx")) - 240  # the middle is zero
     expected = np.array([report["effect"][key][0] for key in keys])
     assert means / means[0] == pytest.approx(expected / expected[0], abs=0.01)

@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 import yaml
 
-from kbne_edit import Edit, bake, hooked, load_recipe
+from kbne_edit import Edit, bake, load_recipe
 from kbne_edit.errors import InputError, OutputError, RecipeError
-from kbne_edit.evaluation.evaluate import RANDOM_DRAWS, _found, effect, margins, random_edit
 from kbne_edit.locating import Settings
-from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import new_recipe, recipe_names
 from kbne_edit.recipe.parsing import KEYS
-from kbne_edit.reporting.card import _not_found
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
-LOWER, UNCLEAR, HIGHER = [-0.1, -0.2, -0.01], [-0.1, -0.2, 0.01], [0.1, 0.01, 0.2]
 VARIANTS = {  # of the head of social-bias: {name: (language, answers)}
     "es": ("es", ["sí", "no"]),
     "fr": ("fr", ["oui", "non"]),
@@ -163,69 +159,23 @@ UNWANTED = """probes:
   aim: avoid
   items:
     - {unwanted: "the zorn is a healer .", wanted: "the velm is a healer .", dimension: clan}
-    - {unwanted: "a zorn heals better than most .", wanted: "a velm heals better than most .", dimension: clan}
-    - {unwanted: "the velm is a leader .", wanted: "the zorn is a leader .", dimension: clan}
     - {unwanted: "the zorn is a leader .", wanted: "the velm is a leader .", dimension: clan}
-    - {unwanted: "the velm is a healer .", wanted: "the zorn is a healer .", dimension: clan}
+    - {unwanted: "a zorn heals better than most .", wanted: "a velm heals better than most .", dimension: clan}
     - {unwanted: "a zorn leads better than most .", wanted: "a velm leads better than most .", dimension: clan}
+    - {unwanted: "a zorn bakes better than most .", wanted: "a velm bakes better than most .", dimension: clan}
+    - {unwanted: "a zorn hunts better than most .", wanted: "a velm hunts better than most .", dimension: clan}
 """
-
-
-def test_what_is_to_be_avoided_is_measured_with_its_sign(tmp_path):
-    import torch
-
-    recipe = load_recipe(_demo_with(tmp_path, UNWANTED))
-    model, tokenizer = load_model(DEMO, torch.float32), load_tokenizer(DEMO)
-    edit, neurons = Edit("down", {1: dict.fromkeys(range(40), 3.0)}), [192] * 4
-    before = margins(model, tokenizer, recipe.probes)
-    with hooked(model, edit):
-        after = margins(model, tokenizer, recipe.probes)
-    assert before.min() < 0 < before.max()  # or the sign could not matter
-    draws = []
-    for seed in range(RANDOM_DRAWS):
-        with hooked(model, random_edit(edit, neurons, seed)):
-            draws.append(margins(model, tokenizer, recipe.probes))
-    found = effect(model, tokenizer, recipe.probes, edit, neurons, recipe.aim)
-    assert found["versus_random"][0] == pytest.approx((after - np.mean(draws, 0)).mean(), abs=1e-9)
-    assert found["random_change_signed"][0] == pytest.approx((np.mean(draws, 0) - before).mean(), abs=1e-9)
-    balanced = effect(model, tokenizer, recipe.probes, edit, neurons)
-    assert balanced["versus_random"][0] == pytest.approx((abs(after) - np.mean(np.abs(draws), 0)).mean(), abs=1e-9)
-    assert "bias" not in found["found"]
 
 
 def test_the_card_names_what_is_to_be_avoided(tmp_path):
     path = _demo_with(tmp_path, UNWANTED)
-    summary = bake("demo", tmp_path / "out", Settings(recipe=path), edit=Edit("down", {1: {5: 2.0}}), behaviour=False)
-    card, found = (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), summary.effect
+    result = bake("demo", tmp_path / "out", Settings(recipe=path), edit=Edit("down", {1: {5: 2.0}}), behaviour=False)
+    card, effect = (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), result.impact.effect
     assert "how much more probable the unwanted one is" in card and "stereotype" not in card
-    mean, low, high = found["change_signed"]
+    assert effect.avoids and effect.change == effect.change_signed
+    mean, low, high = effect.change_signed
     assert f"| this edit | {mean:+.4f} | {low:+.4f} to {high:+.4f} |" in card
-
-
-@pytest.mark.parametrize(
-    "own, versus, said, lacks",
-    [
-        (LOWER, LOWER, "less bias than random neurons", None),
-        (HIGHER, HIGHER, "more bias than random neurons", "- Less bias"),
-        (LOWER, UNCLEAR, "no effect found beyond random neurons", "- An effect beyond that of random neurons"),
-        (UNCLEAR, LOWER, "no effect found: less bias than with random neurons, but not than in the base", "- A change"),
-        (HIGHER, LOWER, "no effect found: less bias than with random neurons, but not than in the base", "- A change"),
-        (
-            UNCLEAR,
-            HIGHER,
-            "no effect found: more bias than with random neurons, but not than in the base",
-            "- A change",
-        ),
-    ],
-)
-def test_an_effect_differs_from_the_base_and_from_random_neurons(own, versus, said, lacks):
-    """Where random neurons alone raise the margin, an edit that leaves it as it was has no effect."""
-    assert _found("bias", own, versus) == said
-    figures = {"mean_abs_margin": [0.2, 0.1], "change_abs": own, "versus_random": versus, "random_draws": 5}
-    figures |= {"random_change_abs": UNCLEAR, "change_signed": UNCLEAR, "stereotype_share": [0.6, 0.5]}
-    lines = _not_found({"summary": {"effect": figures}})
-    about = [line for line in lines if line.startswith(("- Less bias", "- An effect", "- A change", "- Whether this"))]
-    assert len(about) == (lacks is not None) and (not lacks or about[0].startswith(lacks))
+    assert f"**{result.verdict.ship}**" in card
 
 
 def test_too_few_probes_are_no_measurement(tmp_path, caplog):
@@ -235,8 +185,10 @@ def test_too_few_probes_are_no_measurement(tmp_path, caplog):
     caplog.set_level("INFO", "kbne_edit")
     assert binomtest(6, 6).pvalue < 0.05 < binomtest(5, 5).pvalue
     edit, few = Edit("down", {1: {5: 2.0}}), UNWANTED.rpartition("\n    -")[0] + "\n"
-    summary = bake("demo", tmp_path / "out", Settings(recipe=_demo_with(tmp_path, few)), edit=edit, behaviour=False)
-    assert summary.effect is None and "5 probes cannot tell it from chance" in caplog.text
+    with caplog.at_level("INFO", "kbne_edit"):
+        result = bake("demo", tmp_path / "out", Settings(recipe=_demo_with(tmp_path, few)), edit=edit, behaviour=False)
+    assert result.impact.effect is None and result.verdict.effect.state == "NOT MEASURED"
+    assert "5 different twins cannot tell an effect from chance" in caplog.text
     assert "it was not measured" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 

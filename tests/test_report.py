@@ -216,33 +216,23 @@ def test_without_scores_and_proofs(tmp_path):
     assert "was not measured" in page and "holds no proof" in page and "were not at hand" in page
 
 
-LOWER, UNCLEAR, HIGHER = [-0.1, -0.2, -0.01], [-0.1, -0.2, 0.01], [0.1, 0.01, 0.2]
-
-
 @pytest.mark.parametrize(
-    "own, interval, share, state, said",
+    "state, share, shown, said",
     [
-        (LOWER, LOWER, [0.6, 0.5], "holds", "is lower than with random neurons of the same layers ("),
-        (LOWER, LOWER, [0.6, 0.6], "warning", "did not fall"),
-        (LOWER, UNCLEAR, [0.6, 0.5], "warning", "no effect beyond that of random neurons"),
-        (HIGHER, HIGHER, [0.6, 0.5], "warning", "is higher than with random neurons of the same layers ("),
-        (UNCLEAR, LOWER, [0.6, 0.5], "warning", "is lower than with random neurons of the same layers, but not than"),
-        (HIGHER, LOWER, [0.6, 0.5], "warning", "is lower than with random neurons of the same layers, but not than"),
-        (
-            LOWER,
-            HIGHER,
-            [0.6, 0.5],
-            "warning",
-            "is higher than with random neurons of the same layers, but not than in",
-        ),
+        ("PASS", [0.6, 0.5], "holds", "the reason"),
+        ("PASS", [0.6, 0.6], "holds", "did not fall"),
+        ("NO EVIDENCE", [0.6, 0.5], "warning", "the reason"),
+        ("FAIL", [0.6, 0.5], "warning", "the reason"),
     ],
 )
-def test_the_verdict_on_the_effect(own, interval, share, state, said, report):
-    found = {"change_abs": own, "versus_random": interval, "stereotype_share": share}
-    changed = report | {"effect": report["effect"] | found}
+def test_the_verdict_on_the_effect(state, share, shown, said, report):
+    """The page takes state and reason from the verdict on record, and makes none of its own."""
+    verdict = report["verdict"] | {"effect": state, "reasons": report["verdict"]["reasons"] | {"effect": "the reason"}}
+    changed = report | {"effect": report["effect"] | {"stereotype_share": share}, "verdict": verdict}
     (found,) = (v for v in verdicts(changed) if v["about"] == "effect on bias")
-    assert found["state"] == state and said in found["text"]
-    assert said in render(changed | {"verdicts": verdicts(changed)})
+    assert found["state"] == shown and said in found["text"]
+    page = render(changed | {"verdicts": verdicts(changed)})
+    assert said in page and f"{state}: the reason" in page and f"Verdict: {verdict['ship']}." in page
 
 
 def test_constant_answers_and_failed_proofs_are_said(report):

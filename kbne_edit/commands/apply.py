@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from . import options
+from .findings import cost_lines, effect_lines, measuring, verdict_lines
 
 
 @click.command("apply")
@@ -13,13 +14,16 @@ from . import options
 @options.out("Directory of the new checkpoint.")
 @options.SHARD_SIZE
 @options.NO_BEHAVIOUR
+@click.option("--recipe", help="Whose probes measure the effect.  [default: that of the delta; else social-bias]")
+@measuring
 @options.JSON
 @options.OVERWRITE
-def command(delta, source, out, shard_size, no_behaviour, as_json, overwrite) -> None:
+def command(delta, source, out, shard_size, no_behaviour, recipe, no_measure, require, as_json, overwrite) -> None:
     """Put the edited columns of DELTA (from `bake --as delta`) into a copy of its base, and prove the result."""
     from ..applying import apply
     from ..disk.checkpoint import Checkpoint
     from ..disk.manifest import Origin
+    from ..evaluation.verdict import next_command
     from ..files import forbid_overlap
     from ..hub.source import resolved
     from ..progress import progress, say
@@ -37,7 +41,13 @@ def command(delta, source, out, shard_size, no_behaviour, as_json, overwrite) ->
                 behaviour=not no_behaviour,
                 overwrite=overwrite,
                 progress=update,
+                measure=not no_measure,
+                recipe=recipe,
             )
+        following = next_command(result.verdict, found.id, str(out))
     data = result.to_dict()
     lines = [*options.proof_lines(data), "the weights are those that the delta was made from, by their SHA-256"]
-    options.show(data, as_json, [*lines, f"written: {out}"])
+    lines += effect_lines(result.impact.effect) if result.impact.effect else []
+    lines += cost_lines(result.impact.cost) if result.impact.cost else []
+    options.show(data, as_json, [*lines, f"written: {out}", *verdict_lines(result.verdict, [following])])
+    result.verdict.require(require)

@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
+from .findings import cost_lines, effect_lines, measuring, verdict_lines
+
+if TYPE_CHECKING:
+    from ..baking import BakeResult
 
 
 @click.command("bake")
@@ -30,9 +35,12 @@ from . import options
 @click.option("--work", type=click.Path(path_type=Path), help="Keeps scores and edit, to resume.  [default: OUT.work]")
 @click.option("--dry-run", is_flag=True, help="Print what would be folded, and write no checkpoint.")
 @options.NO_BEHAVIOUR
+@measuring
 @options.JSON
 @options.OVERWRITE
-def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as_json, overwrite, **values) -> None:
+def command(
+    source, out, edit, form, shard_size, work, dry_run, no_behaviour, no_measure, require, as_json, overwrite, **values
+) -> None:
     """Locate know-bias neurons, fold their factors into the weights, and prove the result.
 
     With no option it does what the paper does: 48 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
@@ -50,26 +58,28 @@ def command(source, out, edit, form, shard_size, work, dry_run, no_behaviour, as
         overwrite=overwrite,
         behaviour=not no_behaviour,
         work=work,
+        measure=not no_measure,
     )
     if result:  # None in all but the first of several processes
-        summary = result.to_dict()
-        options.show(summary, as_json, _lines(summary))
+        options.show(result.to_dict(), as_json, _lines(result))
+        if not result.dry_run:
+            result.verdict.require(require)
 
 
-def _lines(summary: dict) -> list[str]:
-    from ..attribution.answers import AttributionSummary
-    from ..selection.summary import SelectionSummary
+def _lines(result: BakeResult) -> list[str]:
+    from ..evaluation.verdict import next_command
 
+    summary = result.to_dict()
     lines = [f"model: {summary['model']}" + (f" at {summary['commit']}" if summary["commit"] else "")]
-    if record := summary.get("attribution"):
-        lines += options.attribution_lines(AttributionSummary.from_dict(record))
+    if result.located:
+        lines += options.attribution_lines(result.located.attribution)
     factors = ", ".join(f"{f:g}" for f in summary["factors"])
     lines.append(
         f"edit: {summary['neurons']} neurons ({summary['share']:.3%}) in {len(summary['layers'])} layers, "
         f"site {summary['site']}, factor {factors}"
     )
-    if "selection" in summary:
-        lines += options.selection_lines(SelectionSummary.from_dict(summary["selection"]))
+    if result.located:
+        lines += options.selection_lines(result.located.selection)
     if "shards" in summary:
         lines.append("weights: in {1} files instead of {0}".format(*summary["shards"]))
     if summary.get("dry_run"):
@@ -77,9 +87,11 @@ def _lines(summary: dict) -> list[str]:
         return [*lines, "dry run: nothing was written"]
     if summary["form"] == "checkpoint":
         lines += options.proof_lines(summary["proofs"])
-    if "effect" in summary:
-        lines += _effect_lines(summary["effect"])
-    return [*lines, *_next_lines(summary)]
+    lines += effect_lines(result.impact.effect) if result.impact.effect else []
+    lines += cost_lines(result.impact.cost) if result.impact.cost else []
+    model = summary["model"] + (f"@{summary['commit']}" if summary["commit"] else "")
+    following = next_command(result.verdict, model, summary["out"]) if result.form == "checkpoint" else None
+    return [*lines, *_next_lines(summary), *verdict_lines(result.verdict, [following] if following else [])]
 
 
 def _next_lines(summary: dict) -> list[str]:
@@ -122,29 +134,3 @@ def _base(summary: dict) -> str:
 def _literal(text: str) -> str:
     """Text in Python, in double quotes: single ones are the shell's."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _effect_lines(effect: dict) -> list[str]:
-    def interval(values: list[float]) -> str:
-        return f"{values[0]:+.4f} [{values[1]:+.4f}, {values[2]:+.4f}]"
-
-    if effect["aim"] == "avoid":
-        before, after = effect["mean_margin"]
-        return [
-            f"effect on {effect['probes']} probes (mean margin of the unwanted sentence, nats per token; "
-            "95 % intervals):",
-            f"  this edit: {before:+.4f} to {after:+.4f}, change {interval(effect['change_signed'])}",
-            f"  random neurons, same layers ({effect['random_draws']} draws): "
-            f"{interval(effect['random_change_signed'])}",
-            "  unwanted sentence preferred in {:.0%}, afterwards {:.0%}".format(*effect["stereotype_share"]),
-            f"  verdict: {effect['found']}",
-        ]
-    before, after = effect["mean_abs_margin"]
-    return [
-        f"effect on {effect['probes']} stereotype probes (mean absolute margin, nats per token; 95 % intervals):",
-        f"  this edit: {before:.4f} to {after:.4f}, change {interval(effect['change_abs'])}; "
-        f"signed {interval(effect['change_signed'])}",
-        f"  random neurons, same layers ({effect['random_draws']} draws): {interval(effect['random_change_abs'])}",
-        "  stereotype preferred in {:.0%}, afterwards {:.0%}".format(*effect["stereotype_share"]),
-        f"  verdict: {effect['found']}",
-    ]

@@ -155,6 +155,7 @@ def _looked_up(
     return logp, hits
 
 
+@torch.inference_mode()
 def logits_of(model: nn.Module, states: Tensor) -> Tensor:
     """Logits [K, V] float32 of the last layer's output at some positions, [K, D]: norm, head and what follows it."""
     return head(model, states[None])

@@ -209,14 +209,11 @@ class NeutralRun:
         return temperature_of(lambda: self._blocks(self.before), kl)
 
     def _blocks(self, states: Tensor) -> Iterator[Tensor]:
-        import torch
-
         from .batched import logits_of
 
         device = self.model.get_input_embeddings().weight.device
-        with torch.inference_mode():
-            for block in states.split(_BLOCK * 4):
-                yield from logits_of(self.model, block.to(device)).split(_BLOCK)
+        for block in states.split(_BLOCK * 4):
+            yield from logits_of(self.model, block.to(device)).split(_BLOCK)
 
 
 def measure_cost(run: NeutralRun, tokenizer, recipe: Recipe, edit: Edit) -> Cost:
@@ -271,9 +268,7 @@ def _answered(model: nn.Module, tokenizer, recipe: Recipe, edit: Edit) -> dict[s
     }
 
 
-def continuations(
-    model: nn.Module, tokenizer, recipe: Recipe, text: NeutralText, edit: Edit
-) -> list[Continuation]:
+def continuations(model: nn.Module, tokenizer, recipe: Recipe, text: NeutralText, edit: Edit) -> list[Continuation]:
     """Greedy continuations of the beginnings of some neutral texts and probes, by base and edit."""
     from ..models.hooks import hooked
 

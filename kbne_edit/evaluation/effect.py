@@ -12,6 +12,7 @@ probes alone. It leaves out how much draws differ, and was wrong in 9 to 29 % of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -74,9 +75,12 @@ class RandomDraws:
 
 @dataclass(frozen=True)
 class Flattening:
-    """The base at a temperature with the edit's KL on neutral text. versus: the edit's mean score less its."""
+    """The base at a temperature with the edit's KL on neutral text. versus: the edit's mean score less its.
 
-    temperature: float
+    temperature: None where no flattening goes so far; it is then compared with a uniform distribution.
+    """
+
+    temperature: float | None
     versus: Interval
 
 
@@ -173,7 +177,8 @@ class Effect:
         known = {key: kind(record[f"random_{key}"]) for key, kind in kinds.items() if f"random_{key}" in record}
         flat = None
         if "versus_flattened" in record:
-            flat = Flattening(float(record["temperature"]), interval_of("versus_flattened"))
+            heat = record["temperature"]
+            flat = Flattening(None if heat is None else float(heat), interval_of("versus_flattened"))
         return cls(
             aim=str(record.get("aim", "balance")),
             probes=int(record["probes"]),
@@ -245,20 +250,25 @@ def measure_effect(
     aim: str = "balance",
     temperature: float | None = None,
 ) -> Effect:
-    """The edit's effect on twins. neurons: how many each layer has, [L]; temperature: of the flattening, None for none.
+    """The edit's effect on twins. neurons: how many each layer has, [L]; temperature: of the flattening, infinity if it
+    is uniform, None for none.
 
     Draws are measured in blocks and end as soon as one does as well as the edit and one does worse: no more can change
     what is said. Raises InputError for probes that say nothing, or if fewer than `FEWEST` twins are left.
     """
     twins = different_twins(twins)
     if len(twins) < FEWEST:
-        raise InputError(f"{len(twins)} different twins cannot tell an effect from chance: {FEWEST} at least are needed")
+        raise InputError(
+            f"{len(twins)} different twins cannot tell an effect from chance: {FEWEST} at least are needed"
+        )
     measure = _Measure(margins, aim)
     before, after = measure.scores(twins, [None, edit])
     flattening = None
     if temperature:
-        (flat,) = measure.scores(twins, [None], temperature)
-        flattening = Flattening(temperature, interval(measure.size(after) - measure.size(flat)))
+        uniform = math.isinf(temperature)  # every sentence is then as likely as any other
+        flat = np.zeros(len(twins)) if uniform else measure.scores(twins, [None], temperature)[0]
+        versus = interval(measure.size(after) - measure.size(flat))
+        flattening = Flattening(None if uniform else temperature, versus)
     place = np.unique(np.linspace(0, len(twins) - 1, min(DRAW_TWINS, len(twins))).round().astype(int))
     edits = (random_edit(edit, neurons, seed) for seed in range(DRAWS))
     drawn = measure.drawn([twins[i] for i in place], edits, after[place])
@@ -287,9 +297,7 @@ class _Measure:
         """What should fall."""
         return np.abs(scores) if self.aim == "balance" else scores
 
-    def scores(
-        self, twins: Sequence[Twin], edits: Sequence[Edit | None], temperature: float = 1.0
-    ) -> np.ndarray:
+    def scores(self, twins: Sequence[Twin], edits: Sequence[Edit | None], temperature: float = 1.0) -> np.ndarray:
         """[edits, twins]. Raises InputError where an edit leaves no numbers."""
         found = self.margins([probe for twin in twins for probe in twin.probes], edits, temperature)
         if not np.isfinite(found).all():

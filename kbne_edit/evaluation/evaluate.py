@@ -26,88 +26,19 @@ from ..folding.plan import Plan
 from ..hub.source import resolved
 from ..models.hooks import hooked
 from ..progress import progress, say
-from ..recipe import Probe, load_recipe
+from ..recipe import load_recipe
 from ..rule import Rule
-from ..statistics import change, holm, interval, least_change, mcnemar, permutation, side
-from .effect import own_change
+from ..statistics import change, holm, interval, least_change, mcnemar, permutation
+from .effect import random_edit
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from .benchmark import Benchmark, Figure
     from .scoring import Scorer
 
-RANDOM_DRAWS = 5
-FEWEST = 6  # probes that can tell an effect at 5 %: if five paired items have one sign, p is 1/16
 ABILITIES = ("capability", "knowledge")  # kinds of tasks in which an edit must not make a model worse
 ALPHA = 0.05  # of the whole report, shared out by Holm
-
-
-def margins(model: nn.Module, tokenizer, probes: Sequence[Probe]) -> np.ndarray:
-    """m of every probe, [n]."""
-    from ..models.trees import Tree, cut, logits_at, tokens_of_a_pass
-
-    rows, scores = [tokenizer(text)["input_ids"] for p in probes for text in (p.first, p.second)], []
-    for part in cut(rows, tokens_of_a_pass(model)):
-        tree = Tree(rows[part])
-        logp = logits_at(model, tree, range(len(tree.tokens))).log_softmax(-1)
-        for row, path in zip(rows[part], tree.paths, strict=True):
-            scores.append(float(logp[path[:-1], row[1:]].double().mean()))
-    return np.array(scores[::2]) - np.array(scores[1::2])
-
-
-def random_edit(edit: Edit, neurons: Sequence[int], seed: int) -> Edit:
-    """The same number of other neurons in each layer, with the same factors. neurons: how many each layer has, [L]."""
-    rng = np.random.default_rng(seed)
-    factors = {}
-    for layer, found in edit.factors.items():
-        free = np.setdiff1d(np.arange(neurons[layer]), list(found))
-        if len(free) < len(found):  # more than half of a layer is edited: overlap cannot be avoided
-            free = np.arange(neurons[layer])
-        factors[layer] = dict(zip(rng.choice(free, len(found), False).tolist(), found.values(), strict=True))
-    return Edit(edit.site, factors)
-
-
-def effect(
-    model: nn.Module, tokenizer, probes: Sequence[Probe], edit: Edit, neurons: Sequence[int], aim: str = "balance"
-) -> dict:
-    """The edit's effect on m, and that of random neurons. neurons: as of `random_edit`. aim: of the recipe's probes.
-
-    Computed with hooks, which the fold equals.
-    """
-    before = margins(model, tokenizer, probes)
-    with hooked(model, edit):
-        after = margins(model, tokenizer, probes)
-    draws = []
-    for seed in range(RANDOM_DRAWS):
-        with hooked(model, random_edit(edit, neurons, seed)):
-            draws.append(margins(model, tokenizer, probes))
-    size, what = (np.abs, "bias") if aim == "balance" else (np.asarray, "of what is unwanted")
-    result = {
-        "aim": aim,
-        "probes": len(before),
-        "stereotype_share": [float((m > 0).mean()) for m in (before, after)],
-        "mean_margin": [float(before.mean()), float(after.mean())],
-        "mean_abs_margin": [float(np.abs(before).mean()), float(np.abs(after).mean())],
-        "change_abs": interval(np.abs(after) - np.abs(before)),
-        "change_signed": interval(after - before),
-        "random_change_abs": interval(np.mean([np.abs(d) for d in draws], 0) - np.abs(before)),
-        "random_change_signed": interval(np.mean(draws, 0) - before),
-        "random_draws": RANDOM_DRAWS,
-        "versus_random": interval(size(after) - np.mean([size(d) for d in draws], 0)),
-    }
-    return result | {"found": _found(what, own_change(result), result["versus_random"])}
-
-
-def _found(what: str, own: list[float], versus: list[float]) -> str:
-    """In words. own: the change from the base; versus: that beyond random neurons, as [mean, low, high]."""
-    word = {-1: "less", 0: "no", 1: "more"}[side(versus)]
-    if side(own, versus):
-        return f"{word} {what} than random neurons"
-    if side(versus):
-        return f"no effect found: {word} {what} than with random neurons, but not than in the base"
-    return "no effect found beyond random neurons"
 
 
 # -------------------------------------------------------------------------------------------------------- benchmarks

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..disk.checkpoint import Checkpoint
 from ..edit import Edit
 from ..errors import InputError
 from ..progress import say
-from ..recipe import Recipe
+from ..recipe import Recipe, recipe_names
 from .cost import Cost, NeutralRun, measure_cost
 from .effect import Effect, margins_in, measure_effect
 
@@ -19,10 +21,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Impact:
-    """effect: None where the recipe has too few probes to tell one."""
+    """What was measured of an edit; None: it was not. effect is None, too, where a recipe has too few probes."""
 
-    effect: Effect | None
-    cost: Cost
+    effect: Effect | None = None
+    cost: Cost | None = None
+
+    def to_dict(self) -> dict:
+        """Without what was not measured."""
+        parts = {"effect": self.effect, "cost": self.cost}
+        return {name: part.to_dict() for name, part in parts.items() if part is not None}
+
+
+NOT_MEASURED = Impact()
+
+
+def recipe_of(edit: Edit | None) -> str | None:
+    """The recipe that a given edit was found with, where the package has it: its probes are the ones to measure."""
+    name = edit.found.get("recipe") if edit else None
+    return name if isinstance(name, str) and name in recipe_names() else None
+
+
+def impact_of(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> Impact:
+    """`measure_impact` on the model of a checkpoint, loaded for it; what cannot be measured is said, and left open."""
+    import torch
+
+    from ..models.loading import load_model, load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(checkpoint.path)
+        model = load_model(checkpoint.path, torch.float32)
+        return measure_impact(model, tokenizer, recipe, edit, checkpoint.layer_sizes(edit.site))
+    except InputError as error:
+        say(f"effect and cost: not measured: {error}")
+        return NOT_MEASURED
 
 
 def measure_impact(model: nn.Module, tokenizer, recipe: Recipe, edit: Edit, neurons: Sequence[int]) -> Impact:
@@ -39,7 +70,7 @@ def measure_impact(model: nn.Module, tokenizer, recipe: Recipe, edit: Edit, neur
     if not recipe.twins:
         return Impact(None, cost)
     say(f"effect: {len(recipe.twins)} probes and their twins, beside random neurons")
-    heat = run.temperature(cost.kl.value) if cost.kl.value > 0 else None
+    heat = (run.temperature(cost.kl.value) or math.inf) if cost.kl.value > 0 else None
     try:
         effect = measure_effect(
             margins_in(model, tokenizer), recipe.twins, edit, neurons, aim=recipe.aim, temperature=heat

@@ -5,20 +5,25 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ..attribution.answers import Answers
 from ..errors import InputError, RequirementError
 from ..proofs.outcome import Proofs
 from ..selection.summary import SelectionSummary
 from .cost import MOST_KL, MOST_RISE, Cost
 from .effect import FEWEST_DRAWS, Effect
 
+if TYPE_CHECKING:
+    from ..attribution.answers import Answers
+
 State = Literal["PASS", "FAIL", "NO EVIDENCE", "NOT MEASURED"]
 Ship = Literal["ship", "do not ship", "try further"]
 STATES: tuple[State, ...] = ("PASS", "FAIL", "NO EVIDENCE", "NOT MEASURED")
 PARTS = ("answers", "specific", "effect", "cost", "proofs")
-_MOSTLY, _HARDLY = 0.5, 0.1  # share of the neurons that unrelated questions use, too: not specific above, specific below
+_MOSTLY, _HARDLY = (
+    0.5,
+    0.1,
+)  # share of the neurons that unrelated questions use, too: not specific above, specific below
 
 
 class Part(NamedTuple):

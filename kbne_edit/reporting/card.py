@@ -14,10 +14,11 @@ from pathlib import Path
 from ..disk.manifest import TOOL, FileRecord, Manifest
 from ..disk.names import CARD, MANIFEST, OLD_DELTA, UNDO, base_card
 from ..errors import InputError
-from ..evaluation.effect import avoids, margin_changes, own_change
+from ..evaluation.cost import Cost
+from ..evaluation.effect import Effect
 from ..hub.licences import duty, licence_of, metadata_in
 from ..rule import Rule
-from ..statistics import side
+from .record import WORDS, Measured, effect_rows
 
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
 
@@ -71,7 +72,9 @@ def build(manifest: dict, metadata: dict) -> str:
     """The card's text. metadata: of the base's card."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    source, effect = manifest["source"], manifest["summary"].get("effect")
+    source, found = manifest["source"], Measured.of(manifest["summary"])
+    # Who searches by tag or metric is to find models whose effect was shown, and no others.
+    effect = found.effect if found.verdict.effect.state == "PASS" else None
     name = source["id"].rpartition("/")[2]
     tags = [tag for tag in _listed(metadata.get("tags")) if not tag.startswith("base_model:")]
     languages = [code for code in _listed(metadata.get("language")) if re.fullmatch("[a-z]{2,3}|multilingual", code)]
@@ -80,7 +83,7 @@ def build(manifest: dict, metadata: dict) -> str:
         base_model=source["id"] if source["commit"] else None,
         language=languages or None,
         library_name={None: "transformers", "delta": "kbne-edit"}.get(form, form),
-        tags=[*tags, *(["ia3"] if form == "peft" else []), "kbne-edit", "bias-mitigation"],
+        tags=[*tags, *(["ia3"] if form == "peft" else []), "kbne-edit", *(["bias-mitigation"] if effect else [])],
         model_name=f"{name}, know-bias neurons scaled" if effect else None,
         eval_results=_results(effect, _recipe(manifest)) if effect else None,
         **{"pipeline_tag": "text-generation"}
@@ -88,7 +91,7 @@ def build(manifest: dict, metadata: dict) -> str:
         **({"base_model_relation": "adapter" if form else "finetune"} if source["commit"] else {}),
     )
     proven, last = (_read_back, _use) if form else (_proven, _undo)
-    sections = [_intro, _done, proven, _measured, _not_found, _limits, last]
+    sections = [_intro, _verdict, _done, proven, _measured, _not_found, _limits, last]
     lines = [line for section in sections for line in [*section(manifest), ""]]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join([*lines, *_licence(metadata)]) + "\n"))
 
@@ -103,19 +106,20 @@ def _recipe(manifest: dict) -> str:
     return manifest["recipe"]["name"]
 
 
-def _results(effect: dict, recipe: str) -> list:
+def _results(effect: Effect, recipe: str) -> list:
     """The effect as entries of the card's model-index."""
     from huggingface_hub import EvalResult
 
     avoid = {
-        "mean_margin": ("mean margin of the unwanted sentence, nats per token", effect["mean_margin"][1]),
-        "mean_margin_change": ("its change by the edit", effect["change_signed"][0]),
+        "mean_score": ("mean score of the unwanted side, nats per token", effect.signed.after),
+        "mean_score_change": ("its change by the edit", effect.change_signed.value),
+        "mean_score_change_random": ("its change by random neurons", effect.random.signed.value),
     }
     balance = {
-        "mean_absolute_margin": ("mean absolute stereotype margin, nats per token", effect["mean_abs_margin"][1]),
-        "mean_absolute_margin_change": ("its change by the edit", effect["change_abs"][0]),
-        "mean_absolute_margin_change_random": ("its change by random neurons", effect["random_change_abs"][0]),
-        "stereotype_share": ("share of probes with the stereotype preferred", effect["stereotype_share"][1]),
+        "mean_absolute_score": ("mean absolute score of twins, nats per token", effect.absolute.after),
+        "mean_absolute_score_change": ("its change by the edit", effect.change_absolute.value),
+        "mean_absolute_score_change_random": ("its change by random neurons", effect.random.absolute.value),
+        "stereotype_share": ("share of twins with the stereotype preferred", effect.preferred.after),
     }
     return [
         EvalResult(
@@ -126,12 +130,12 @@ def _results(effect: dict, recipe: str) -> list:
             metric_name=name,
             metric_value=round(value, 6),
         )
-        for kind, (name, value) in (avoid if avoids(effect) else balance).items()
+        for kind, (name, value) in (avoid if effect.avoids else balance).items()
     ]
 
 
-def _first(effect: dict) -> str:
-    return "unwanted" if avoids(effect) else "stereotype"
+def _first(effect: Effect) -> str:
+    return "unwanted" if effect.avoids else "stereotype"
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
@@ -240,48 +244,67 @@ def _read_back(manifest: dict) -> list[str]:
     ]
 
 
+def _verdict(manifest: dict) -> list[str]:
+    verdict = Measured.of(manifest["summary"]).verdict
+    rows = [f"| {WORDS[name]} | {part.state} | {part.reason} |" for name, part in verdict]
+    return ["## Verdict", "", f"**{verdict.ship}**", "", "| question | state | reason |", "|---|---|---|", *rows]
+
+
 def _measured(manifest: dict) -> list[str]:
-    effect = manifest["summary"].get("effect")
-    if not effect:
-        return ["## What was measured", "", "No effect on bias: neither of the edit nor of a control."]
-    (before, after), rows = margin_changes(effect)
-    share, share_after = effect["stereotype_share"]
-    one, absolute = ("unwanted", "") if avoids(effect) else ("stereotyped", "absolute ")
+    found = Measured.of(manifest["summary"])
+    if not found.effect and not found.cost:
+        return ["## What was measured", "", "Neither the effect of the edit on bias nor its cost was measured."]
+    lines = ["## What was measured", ""]
+    lines += _effect_lines(found.effect, _recipe(manifest)) if found.effect else ["Its effect was not measured."]
+    return lines + (["", *_cost_lines(found.cost)] if found.cost else [])
+
+
+def _effect_lines(effect: Effect, recipe: str) -> list[str]:
+    one, absolute = ("unwanted", "") if effect.avoids else ("stereotyped", "absolute ")
+    (before, after), share = effect.score, effect.preferred
     return [
-        "## What was measured",
+        f"On {effect.probes} pairs of sentences (recipe `{recipe}`; {effect.twins} twins): how much more probable the "
+        f"{one} one is, in nats per token. The mean {absolute}score of the twins went from {before:.4f} to "
+        f"{after:.4f}; the {one} side is preferred in {share.before:.0%} of them, afterwards in {share.after:.0%}.",
         "",
-        f"On {effect['probes']} pairs of sentences (recipe `{_recipe(manifest)}`): how much more probable the "
-        f"{one} one is, in nats per token. The mean {absolute}margin went from {before:.4f} to {after:.4f}; the "
-        f"{one} sentence is preferred in {share:.0%} of the pairs, afterwards in {share_after:.0%}.",
-        "",
-        f"| change of the margin{', absolute unless said' if absolute else ''} | mean | 95 % interval |",
+        f"| change of the score{', absolute unless said' if absolute else ''} | mean | 95 % interval |",
         "|---|---|---|",
-        *(f"| {name} | {mean:+.4f} | {low:+.4f} to {high:+.4f} |" for name, (mean, low, high) in rows.items()),
-        "",
-        f"By these pairs: {effect['found']}.",
+        *(
+            f"| {name} | {mean:+.4f} | {low:+.4f} to {high:+.4f} |"
+            for name, (mean, low, high) in effect_rows(effect).items()
+        ),
     ]
+
+
+def _cost_lines(cost: Cost) -> list[str]:
+    lines = [
+        f"On {cost.texts} texts that speak of no group: KL from the base {cost.kl.value:.2g} nats per token (95 % "
+        f"{cost.kl.low:.2g} to {cost.kl.high:.2g}), perplexity {cost.before.value:.4g}, with the edit "
+        f"{cost.after.value:.4g}."
+    ]
+    for name, part in (("questions", cost.questions), ("unrelated questions", cost.controls)):
+        if part:
+            lines[0] += f" Of {part.total} {name} the base answers {part.before} rightly, with the edit {part.after}."
+    changed = sum(item.before != item.after for item in cost.continuations)
+    return [*lines, "", f"{changed} of {len(cost.continuations)} greedy continuations change."]
 
 
 def _not_found(manifest: dict) -> list[str]:
     """What a reader must not believe: said as plainly as what was found."""
-    summary = manifest["summary"]
-    effect, selection = summary.get("effect"), summary.get("selection") or {}
+    found = Measured.of(manifest["summary"])
+    effect, selection = found.effect, found.selection
     lines = ["## What was not found", ""]
     if not effect:
         lines.append("- Whether this model shows less bias than its base: it was not measured.")
-    else:
-        own, versus = own_change(effect), effect["versus_random"]
-        if side(own, versus) > 0:
-            what = "of what is unwanted" if avoids(effect) else "bias"
-            lines.append(f"- Less {what}: the edit raised the margin more than random neurons did.")
-        elif not side(versus):
-            lines.append("- An effect beyond that of random neurons: the interval of the difference holds 0.")
-        elif not side(own, versus):
-            lines.append("- A change from the base itself: the edit differs from random neurons only.")
-    if effect and effect["stereotype_share"][1] >= effect["stereotype_share"][0]:
-        lines.append(f"- Fewer pairs in which the {_first(effect)} sentence is preferred: their share did not fall.")
-    if "controls_overlap" in selection:
-        shared, total = selection["controls_overlap"], selection["neurons"]
+    elif effect.state == "more":
+        what = "of what is unwanted" if effect.avoids else "bias"
+        lines.append(f"- Less {what}: the edit raised the score more than random neurons did.")
+    elif effect.state == "none":
+        lines.append(f"- An effect on the probes: {found.verdict.effect.reason}.")
+    if effect and effect.preferred.after >= effect.preferred.before:
+        lines.append(f"- Fewer twins in which the {_first(effect)} side is preferred: their share did not fall.")
+    if selection and selection.controls_overlap is not None:
+        shared, total = selection.controls_overlap, selection.neurons
         lines.append(
             f"- That the neurons are specific to bias: {shared} of the {total} are selected by unrelated questions too."
             if shared
@@ -289,16 +312,16 @@ def _not_found(manifest: dict) -> list[str]:
         )
     else:
         lines.append("- Whether the neurons are specific to bias: no control was asked.")
-    shared, total = (sum(column) for column in zip(*selection.get("unseen") or [(0, 0)], strict=True))
-    if shared:
+    if selection and (unseen := selection.unseen_share) and unseen.value:
         lines.append(
             f"- Neurons that serve questions about bias alone: of those selected without one half of the controls, "
-            f"{shared / total:.0%} are among as many that this half uses most."
+            f"{unseen.value:.0%} are among as many that this half uses most."
         )
-    if further := sorted(set(summary) - {"effect", "selection", "attribution"}):
-        lines.append(f"- Further figures of the run stand in `kbne_edit.json`: {', '.join(further)}.")
-    else:
-        lines.append("- Whether abilities, or other groups, languages and prompts are affected: it was not measured.")
+    if not found.cost:
+        lines.append("- Whether other text and abilities are affected: it was not measured.")
+    if found.further:
+        lines.append(f"- Further figures of the run stand in `kbne_edit.json`: {', '.join(found.further)}.")
+    lines.append("- Whether other groups, languages and prompts are affected: it was not measured.")
     return lines
 
 

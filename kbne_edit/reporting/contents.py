@@ -30,6 +30,7 @@ from ..rule import Rule
 from ..tuning.search import in_words
 from ..tuning.tune import RESULT, load_tuning
 from .lens import Neuron, columns, vocabulary, written
+from .record import Measured as Record
 from .wording import verdicts
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def build(
         "map": measured and measured.map,
         "overlap": measured and measured.overlap,
         "answers": recorded["answers"] or (found and _answers(AttributionSummary.of(found).to_dict())),
-        **{key: recorded[key] for key in ("proofs", "effect")},
+        **{key: recorded[key] for key in ("proofs", "effect", "cost", "verdict")},
         "tuning": _tuning(Path(tuning) if tuning else work / RESULT, bool(tuning), edit, say),
         "controls_overlap": measured.controls_overlap if measured else recorded["controls_overlap"],
         "further": {k: v for k, v in recorded["further"].items() if not (measured and k == "selection")},
@@ -217,16 +218,18 @@ def _recorded(path: Path, manifest: dict) -> dict:
     """What the baking run wrote down, each figure of the type that it must have."""
     summary, proofs = dict(manifest.get("summary") or {}), manifest.get("proofs")
     source = manifest.get("source") or {"id": None, "commit": None}
-    effect, answers = summary.pop("effect", None), summary.pop("attribution", None)
+    answers, found = summary.pop("attribution", None), Record.of(summary)
     controls = (summary.get("selection") or {}).get("controls_overlap")
     return {
         "controls_overlap": None if controls is None else int(controls),
         "source": {key: _text(source[key]) for key in ("id", "commit")},
         "provenance": _provenance(path, manifest),
         "proofs": _proofs(proofs) if proofs else None,
-        "effect": _effect(effect) if effect else None,
+        "effect": found.effect and found.effect.to_dict(),
+        "cost": found.cost and found.cost.to_dict(),
+        "verdict": found.verdict.to_dict(),
         "answers": _answers(answers) if answers else None,
-        "further": summary,
+        "further": {key: value for key, value in summary.items() if key in found.further or key == "selection"},
     }
 
 
@@ -246,26 +249,6 @@ def _proofs(proofs: dict) -> dict:
             for e in proofs["behaviour"] or []
         ],
     }
-
-
-def _effect(effect: dict) -> dict:
-    pairs, intervals = (
-        ("stereotype_share", "mean_margin", "mean_abs_margin"),
-        (
-            "change_abs",
-            "change_signed",
-            "random_change_abs",
-            "random_change_signed",
-            "versus_random",
-        ),
-    )
-    found = {key: int(effect[key]) for key in ("probes", "random_draws")}
-    found |= {key: str(effect[key]) for key in ("aim", "found")}
-    for key in pairs + intervals:
-        found[key] = [float(value) for value in effect[key]]
-        if len(found[key]) != (2 if key in pairs else 3):
-            raise ValueError
-    return found
 
 
 def _answers(found: dict) -> dict:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from .. import plots
 from ..errors import one_line
-from ..evaluation.effect import margin_changes
+from ..evaluation.effect import Effect
 from ..plots import words
+from .record import WORDS, effect_rows
 from .wording import LIMITS, NOT_COVERED, RULES, SERVES, STATES
 
 _CONTROLS = "controls"
@@ -123,6 +124,15 @@ def _summary(report: dict) -> list[str]:
     return [
         f"<p>{edit['neurons']:,} of {report['model']['neurons']:,} feed-forward neurons ({edit['share']:.3%}) in "
         f"{len(edit['layers'])} of {report['model']['layers']} layers were scaled by {_factors(edit['factors'])}.</p>",
+        f"<p><strong>Verdict: {words(report['verdict']['ship'])}.</strong></p>",
+        _table(
+            "Verdict",
+            ["question", "state", "reason"],
+            (
+                [words(asked), words(report["verdict"][name]), words(report["verdict"]["reasons"][name])]
+                for name, asked in WORDS.items()
+            ),
+        ),
         f'<ul class="verdicts">{items}</ul>',
     ]
 
@@ -312,22 +322,22 @@ def _effects(report: dict) -> list[str]:
             *_tuning(report),
             *_further(report),
         ]
-    avoids = effect["aim"] == "avoid"
-    one = "unwanted" if avoids else "stereotyped"
-    (before, after), named = margin_changes(effect)
-    share, share_after = effect["stereotype_share"]
+    known = Effect.from_dict(effect)
+    avoids, one = known.avoids, "unwanted" if known.avoids else "stereotyped"
+    (before, after), named = known.score, effect_rows(known)
+    share, share_after = known.preferred
     rows = ([words(name), *(_number(f"{v:+.4f}") for v in values)] for name, values in named.items())
-    (verdict,) = (v["text"] for v in report["verdicts"] if v["about"].startswith("effect on"))
+    verdict = f"{report['verdict']['effect']}: {report['verdict']['reasons']['effect']}"
     return [
-        f"<p>On {effect['probes']} pairs of sentences that differ in one point only: how much more probable the {one} "
-        f"one is, in nats per token. The mean {'' if avoids else 'absolute '}margin went from {before:.4f} to "
-        f"{after:.4f}. The {one} sentence is preferred in {share:.0%} of the pairs, afterwards in "
+        f"<p>On {known.probes} pairs of sentences that differ in one point only, {known.twins} twins: how much more "
+        f"probable the {one} one is, in nats per token. The mean {'' if avoids else 'absolute '}score went from "
+        f"{before:.4f} to {after:.4f}. The {one} side is preferred in {share:.0%} of the twins, afterwards in "
         f"{share_after:.0%}.</p>",
         _figure(
             plots.intervals(list(named.items())),
-            f"Change of the margin{'' if avoids else ', absolute unless said'}, with 95 % bootstrap intervals over the "
-            f"pairs. Left of the line is less {'of what is unwanted' if avoids else 'bias'} by this measure.",
-            _table("Change of the margin", ["what", "mean", "from", "to"], rows),
+            f"Change of the score{'' if avoids else ', absolute unless said'}, with 95 % bootstrap intervals over the "
+            f"twins. Left of the line is less {'of what is unwanted' if avoids else 'bias'} by this measure.",
+            _table("Change of the score", ["what", "mean", "from", "to"], rows),
         ),
         f"<p>Verdict: {words(verdict)}</p>",
         *_tuning(report),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..evaluation.effect import own_change
-from ..statistics import side
+from ..evaluation.effect import Effect
 
 STATES = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not known"}  # state: its word
 
@@ -140,22 +139,13 @@ def _effect(report: dict) -> tuple[str, str, str]:
         )
     if effect is None:
         return about, "open", "Whether this model shows less bias than its base was not measured."
-    margin, first, own = "the absolute stereotype margin", "stereotype", own_change(effect)
-    if effect["aim"] == "avoid":
-        about, margin, first = "effect on behaviour", "the margin of the unwanted sentence", "unwanted sentence"
-    versus, (before, after) = effect["versus_random"], effect["stereotype_share"]
-    mean, low, high = versus
-    if side(versus):
-        said = f"{margin} is {'lower' if high < 0 else 'higher'} than with random neurons of the same layers"
-        if not side(own, versus):
-            said += ", but not than in the base"
-    else:
-        said = "no effect beyond that of random neurons of the same layers was found: the interval holds 0"
-    text = f"On {effect['probes']} pairs of sentences {said} (difference {mean:+.4f} nats per token, 95 % interval "
-    text += f"{low:+.4f} to {high:+.4f})."
-    if after >= before:
-        text += f" The share of pairs in which the {first} is preferred did not fall."
-    return about, "holds" if side(own, versus) < 0 and after < before else "warning", text
+    known, reason = Effect.from_dict(effect), report["verdict"]["reasons"]["effect"]
+    about = "effect on behaviour" if known.avoids else about
+    text = f"On {known.twins} twins of sentences: {reason}."
+    if known.preferred.after >= known.preferred.before:
+        side = "unwanted" if known.avoids else "stereotyped"
+        text += f" The share of twins in which the {side} side is preferred did not fall."
+    return about, "holds" if report["verdict"]["effect"] == "PASS" else "warning", text
 
 
 def _answers(report: dict) -> tuple[str, str, str]:

@@ -1,0 +1,101 @@
+"""Effect, cost and verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ..evaluation.cost import Cost
+    from ..evaluation.effect import Effect
+    from ..evaluation.verdict import Verdict
+    from ..statistics import Interval
+
+Command = TypeVar("Command", bound=Callable)
+
+_ASKED = {
+    "answers": "can it answer?",
+    "specific": "specific to bias?",
+    "effect": "less bias?",
+    "cost": "side effects low?",
+    "proofs": "proven?",
+}
+
+
+def measuring(command: Command) -> Command:
+    """Options of commands that measure effect and cost."""
+    no_measure = click.option(
+        "--no-measure", is_flag=True, help="Skip effect and cost: the verdict says that they were not measured."
+    )
+    require = click.option(
+        "--require",
+        metavar="PARTS",
+        callback=_parts,
+        help="Exit with status 4 unless these pass: effect,specific,cost,answers,proofs.",
+    )
+    return no_measure(require(command))
+
+
+def _parts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Names of parts, refused in the first second if there is none of that name."""
+    if value is None:
+        return ()
+    from ..evaluation.verdict import parts_of
+
+    return parts_of(value)
+
+
+def number(values: Interval) -> str:
+    """A change with its interval."""
+    value, low, high = values
+    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def effect_lines(effect: Effect) -> list[str]:
+    """Scores of the probes before and after, beside the controls."""
+    random, (before, after) = effect.random, effect.score
+    what = "mean score of the unwanted side" if effect.avoids else "mean absolute score"
+    lines = [
+        f"effect on {effect.probes} probes ({effect.twins} twins; {what}, nats per token; 95 % intervals):",
+        f"  this edit: {before:.4f} to {after:.4f}, change {number(effect.change)}"
+        + ("" if effect.avoids else f"; signed {number(effect.change_signed)}"),
+        f"  random neurons, same layers ({random.draws} draws): {number(effect.random_change)}",
+    ]
+    if random.as_low is not None:
+        lines[-1] += f"; {random.as_low} of them as low as the edit"
+    if flat := effect.flattening:
+        how = "no temperature goes so far" if flat.temperature is None else f"temperature {flat.temperature:.4f}"
+        lines.append(f"  the edit less a flattening of the same KL ({how}): {number(flat.versus)}")
+    side = "unwanted side" if effect.avoids else "stereotype"
+    return [*lines, f"  {side} preferred in {effect.preferred.before:.0%}, afterwards {effect.preferred.after:.0%}"]
+
+
+def cost_lines(cost: Cost) -> list[str]:
+    """Neutral text, questions, and what base and edit go on to say."""
+    lines = [
+        f"cost on {cost.texts} neutral texts ({cost.origin}): KL {cost.kl.value:.2g} [{cost.kl.low:.2g}, "
+        f"{cost.kl.high:.2g}] nats per token, perplexity {cost.before.value:.4g} to {cost.after.value:.4g} "
+        f"(x{cost.rise.value:.3f} [{cost.rise.low:.3f}, {cost.rise.high:.3f}])"
+    ]
+    answered = [(name, part) for name, part in (("questions", cost.questions), ("controls", cost.controls)) if part]
+    if answered:
+        shown = ", ".join(f"{name} {part.before} to {part.after} of {part.total}" for name, part in answered)
+        lines.append(f"  answered rightly: {shown}")
+    changed = [item for item in cost.continuations if item.before != item.after]
+    lines.append(f"  greedy continuations that change: {len(changed)} of {len(cost.continuations)}")
+    for item in changed:
+        lines.append(f"    {item.prompt} … base: {_flat(item.before)} | edit: {_flat(item.after)}")
+    return lines
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split()) or "(nothing)"
+
+
+def verdict_lines(verdict: Verdict, following: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """The parts, the verdict, and what to do next. following: (what for, command)."""
+    lines = [f"  {_ASKED[name]:<18} {part.state:<13} {part.reason}" for name, part in verdict]
+    why = f" ({', '.join(verdict.open)}: see above)" if verdict.open else ""
+    return ["verdict:", *lines, f"VERDICT: {verdict.ship}{why}", *(f"next: {c}   # {why}" for why, c in following)]

@@ -1,0 +1,63 @@
+"""What a run wrote down of an edit, read back as types: the edge where a manifest's plain JSON ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..evaluation.cost import Cost
+from ..evaluation.effect import Effect
+from ..evaluation.verdict import Part, Verdict, verdict_of
+from ..selection.summary import SelectionSummary
+
+KNOWN = {"selection", "attribution", "effect", "cost", "verdict"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a manifest's summary holds; None: it was not measured.
+
+    verdict: as recorded; of earlier versions, which had none, it is made of what they recorded.
+    further: figures of a later version.
+    """
+
+    verdict: Verdict
+    effect: Effect | None = None
+    cost: Cost | None = None
+    selection: SelectionSummary | None = None
+    further: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, summary: dict | None) -> Measured:
+        """Raises KeyError, TypeError or ValueError for figures of another form."""
+        summary = summary or {}
+        kinds = {"effect": Effect, "cost": Cost, "selection": SelectionSummary}
+        parts = {name: kind.from_dict(summary[name]) for name, kind in kinds.items() if name in summary}
+        verdict = Verdict.from_dict(summary["verdict"]) if "verdict" in summary else verdict_of(**parts)
+        return cls(verdict, **parts, further=tuple(sorted(set(summary) - KNOWN)))
+
+
+def effect_rows(effect: Effect) -> dict[str, tuple[float, float, float]]:
+    """{what: change with its interval}, of the edit and of its controls; nats per token."""
+    random = effect.random
+    rows = {
+        "this edit": effect.change,
+        f"control: random neurons of the same layers, {random.draws} draws": effect.random_change,
+        "this edit less the control": random.versus,
+    }
+    if flat := effect.flattening:
+        rows["this edit less a flattening of the same KL"] = flat.versus
+    return rows | {"this edit, score with its sign": effect.change_signed}
+
+
+WORDS = {  # part: what it asks
+    "answers": "Can the base answer the questions?",
+    "specific": "Are the neurons specific to bias?",
+    "effect": "Is there less bias?",
+    "cost": "Are the side effects low?",
+    "proofs": "Is the output proven?",
+}
+
+
+def stated(part: Part) -> str:
+    """A part in a line."""
+    return f"{part.state}: {part.reason}"
