@@ -2,10 +2,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..recipe import RecipeCheck
 
 
 @click.group("recipes")
@@ -50,16 +54,39 @@ def show(recipe, questions, as_json) -> None:
 @click.option("--data", type=click.Path(path_type=Path), help="For pairs: folder of benchmarks, to count the overlap.")
 @options.JSON
 def check(recipe, data, as_json) -> None:
-    """Report every fault of a recipe at once, or of pairs: pairs, pairs/en, pairs/en/gender, or a file of them."""
-    from ..recipe import load_recipe
+    """Report every fault of a recipe at once, and what could be had of it without understanding.
+
+    That is: how often a constant answer or the opening words are right, whether questions and controls are equally
+    long, whether groups and subsets are balanced, and the twins of each dimension. Or checks pairs: pairs, pairs/en,
+    pairs/en/gender, or a file of them.
+    """
+    from ..recipe import check_recipe, load_recipe
     from . import pairs
 
     if pairs.is_pairs(recipe):
         return pairs.check(recipe, data, as_json)
     found = load_recipe(recipe)
-    counts = {"questions": len(found.questions), "controls": len(found.controls)}
-    line = f"{recipe}: in order ({counts['questions']} questions, {counts['controls']} controls)"
-    options.show({"name": found.name, **counts}, as_json, [line])
+    checked = check_recipe(found)
+    options.show(checked.to_dict(), as_json, _check_lines(recipe, checked))
+
+
+def _check_lines(source: str, checked: RecipeCheck) -> list[str]:
+    """The result of a check, as lines: a recipe in order, its shortcuts beside chance, its lengths, its notes."""
+    questions, controls = checked.questions, checked.controls
+    twins = sum(checked.twins.values())
+    lines = [f"{source}: in order ({questions.count} questions, {controls.count} controls, {twins} twins)"]
+    rows = [(f'always "{answer}"', share, controls.always[answer]) for answer, share in questions.always.items()]
+    rows.append(("by the opening words", questions.opening, controls.opening))
+    lines.append(f"right without understanding   questions  controls   ({checked.chance:.0%} wanted)")
+    lines += [f"  {name:<28}{one:>9.1%}{other:>10.1%}" for name, one, other in rows]
+    lines.append("mean length                   questions  controls     ratio")
+    for length in checked.lengths:
+        row = f"  {length.form or '(no form)':<28}{length.questions:>9.1f}"
+        lines.append(row + ("" if length.controls is None else f"{length.controls:>10.1f}{length.ratio:>10.2f}"))
+    if checked.twins:
+        lines.append("twins: " + ", ".join(f"{dimension} {count}" for dimension, count in checked.twins.items()))
+    lines += [f"note: {note}" for note in checked.notes] or ["nothing to note"]
+    return lines
 
 
 @command.command()

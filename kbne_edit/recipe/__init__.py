@@ -1,5 +1,6 @@
 """Recipes: what a model is asked. `recipes/social-bias.yaml` is the annotated example of the format."""
 
+from .checking import RecipeCheck, check_recipe
 from .loading import load_recipe, new_recipe, recipe_names
 from .types import AIMS, Pairing, Probe, Question, Recipe, Twin
 
@@ -9,7 +10,9 @@ __all__ = [
     "Probe",
     "Question",
     "Recipe",
+    "RecipeCheck",
     "Twin",
+    "check_recipe",
     "load_recipe",
     "new_recipe",
     "recipe_names",

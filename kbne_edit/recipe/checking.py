@@ -1,0 +1,184 @@
+"""What could be had of a recipe without understanding it: how often a constant answer or the opening words are right,
+how far questions and controls differ in length, how groups and answers are balanced.
+
+A recipe in which "Is it unfair" is always answered by yes cannot tell a model that knows from one that matches words.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
+
+from .types import Question, Recipe
+
+LONGEST_OPENING = 3  # words (characters where words are not spaced) that count as the opening
+TOLERANCE = 0.05  # above the share of chance from which on an answer or an opening gives too much away
+LENGTHS = (0.85, 1.15)  # mean length of controls divided by that of the questions of their form
+FEWEST_TWINS = 6  # the fewest of one sign that a two-sided test of 5 % can tell from chance
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Share of the right answers that are had without reading on. always: by a constant answer; opening: by the most
+    frequent answer to the same first words, the most telling length of 1 to `LONGEST_OPENING` of them. An opening that
+    occurs once counts as a guess."""
+
+    count: int
+    always: dict[str, float]
+    opening: float
+
+
+@dataclass(frozen=True)
+class FormLength:
+    """Mean number of words (characters where words are not spaced) of a form's questions and controls.
+
+    controls: None if the form has none."""
+
+    form: str
+    questions: float
+    controls: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.controls is None else self.controls / self.questions
+
+
+@dataclass(frozen=True)
+class GroupUse:
+    """How often a group stands as {a} and as {b} in one dimension."""
+
+    dimension: str
+    group: str
+    first: int
+    second: int
+
+
+@dataclass(frozen=True)
+class RecipeCheck:
+    """The result of `check_recipe`. questions, controls: of all; subsets: those of the questions in which an answer, an
+    opening or a dimension weighs more than in all of them. groups: those that stand more often as {a} or as {b}.
+    twins: how many of each dimension. notes: what should be looked at, one sentence each."""
+
+    name: str
+    chance: float
+    questions: Shortcuts
+    controls: Shortcuts
+    lengths: tuple[FormLength, ...]
+    uneven_subsets: tuple[int, ...]
+    uneven_groups: tuple[GroupUse, ...]
+    twins: dict[str, int]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text; its characters where words are not spaced."""
+    return text.split() if " " in text.strip() else list(text.strip())
+
+
+def shortcuts(questions: Sequence[Question], answers: Sequence[str]) -> Shortcuts:
+    """Shares of right answers by a constant answer and by the opening; all 0 of no questions."""
+    count = len(questions)
+    if not count:
+        return Shortcuts(0, dict.fromkeys(answers, 0.0), 0.0)
+    given = Counter(question.answer for question in questions)
+    by_length = []
+    for length in range(1, LONGEST_OPENING + 1):
+        answers_of = defaultdict(Counter)
+        for question in questions:
+            answers_of[tuple(words(question.text)[:length])][question.answer] += 1
+        # Of an opening that occurs once, its own answer would always be "the most frequent": that is no prediction.
+        right = [max(found.values()) if found.total() > 1 else 1 / len(answers) for found in answers_of.values()]
+        by_length.append(sum(right) / count)
+    return Shortcuts(count, {answer: given[answer] / count for answer in answers}, max(by_length))
+
+
+def check_recipe(recipe: Recipe) -> RecipeCheck:
+    """Measure what a recipe gives away. The recipe itself is valid: `Recipe.from_dict` has refused any other."""
+    chance = 1 / len(recipe.answers)
+    sides = [shortcuts(side, recipe.answers) for side in (recipe.questions, recipe.controls)]
+    lengths = _lengths(recipe)
+    uneven = tuple(size for size in sorted({*recipe.subsets, len(recipe.questions)}) if _uneven(recipe, size, chance))
+    groups = _uneven_groups(recipe)
+    twins = Counter(twin.dimension for twin in recipe.twins)
+    notes = [*_shortcut_notes(sides, chance), *_form_notes(recipe, lengths)]
+    notes += [f"subset {size} is not balanced: an answer or a dimension weighs more than others" for size in uneven]
+    notes += [f"{use.group} ({use.dimension}) stands {use.first} times as a, {use.second} as b" for use in groups]
+    notes += _twin_notes(recipe, twins)
+    return RecipeCheck(recipe.name, chance, sides[0], sides[1], lengths, uneven, groups, dict(twins), tuple(notes))
+
+
+def _lengths(recipe: Recipe) -> tuple[FormLength, ...]:
+    forms = dict.fromkeys(question.form for question in recipe.questions)
+
+    def of(side: Iterable[Question], form: str) -> float | None:
+        found = [len(words(question.text)) for question in side if question.form == form]
+        return mean(found) if found else None
+
+    return tuple(FormLength(form, of(recipe.questions, form) or 0.0, of(recipe.controls, form)) for form in forms)
+
+
+def _uneven(recipe: Recipe, size: int, chance: float) -> bool:
+    """Whether the first `size` questions lean to an answer, an opening or a dimension."""
+    questions = recipe.questions[:size]
+    found = shortcuts(questions, recipe.answers)
+    dimensions = Counter(question.dimension for question in questions)
+    return max(*found.always.values(), found.opening) > chance + TOLERANCE or len(set(dimensions.values())) > 1
+
+
+def _uneven_groups(recipe: Recipe) -> tuple[GroupUse, ...]:
+    """Groups that stand more often as {a} or as {b}. Where {a} and {b} are no groups (a question and its twin, or what
+    is harmless and what is harmful), they are not meant to change places."""
+    if recipe.aim != "balance" or any(question.twin for question in recipe.questions):
+        return ()
+    uses = defaultdict(lambda: [0, 0])
+    for pairing in recipe.pairings:
+        uses[pairing.dimension, pairing.a][0] += 1
+        uses[pairing.dimension, pairing.b][1] += 1
+    return tuple(GroupUse(*key, first, second) for key, (first, second) in uses.items() if first != second)
+
+
+def _shortcut_notes(sides: Sequence[Shortcuts], chance: float) -> list[str]:
+    notes = []
+    for name, found in zip(("questions", "controls"), sides, strict=True):
+        for answer, share in found.always.items():
+            if share > chance + TOLERANCE:
+                notes.append(f'always "{answer}" is right in {share:.1%} of the {name}: balance the answers')
+        if found.opening > chance + TOLERANCE:
+            notes.append(
+                f"the opening words give {found.opening:.1%} of the {name}: write forms in couples that open alike and "
+                "have different answers"
+            )
+    return notes
+
+
+def _form_notes(recipe: Recipe, lengths: Sequence[FormLength]) -> list[str]:
+    if not recipe.controls:
+        return ["there are no controls: what is selected cannot be told from what any question uses"]
+    notes = []
+    for length in lengths:
+        if length.ratio is None:
+            notes.append(f"form {length.form or '(none)'} has no controls")
+        elif not LENGTHS[0] <= length.ratio <= LENGTHS[1]:
+            notes.append(f"controls of form {length.form} are {length.ratio:.2f} times as long as its questions")
+    kinds = {(question.form, question.answer) for question in recipe.questions}
+    for form, answer in sorted({(control.form, control.answer) for control in recipe.controls} - kinds):
+        notes.append(f'controls of form {form or "(none)"} with the answer "{answer}" match no question')
+    return notes
+
+
+def _twin_notes(recipe: Recipe, twins: Counter[str]) -> list[str]:
+    if len(recipe.twins) < FEWEST_TWINS:
+        few = f"{len(recipe.twins)} twins are too few to measure an effect"
+        return [f"{few}: {FEWEST_TWINS} are the fewest that can tell, have some dozens"]
+    notes = []
+    dimensions = {question.dimension for question in recipe.questions}
+    notes += [f"dimension {name} has no twins" for name in sorted(dimensions - set(twins))]
+    notes += [f"twins of {name}, which is no dimension of the questions" for name in sorted(set(twins) - dimensions)]
+    if alone := sum(not twin.mirrored for twin in recipe.twins):
+        notes.append(f"{alone} twins do not mirror each other: the frequency of words stays in their score")
+    return notes
