@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .attribution.answers import AttributionSummary
-from .disk.checkpoint import Checkpoint
+from .disk.checkpoint import Checkpoint, private_files
 from .disk.manifest import Manifest, Origin, RecipeRecord
 from .disk.publishing import check_out, staged
 from .distributed import RANK
@@ -163,6 +163,10 @@ def bake(
         return None
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
+        for note in checkpoint.notes:
+            say(f"note: {note}")
+        if left := private_files(checkpoint.path):
+            say(f"note: not carried over, since it is no part of the model: {', '.join(left[:8])}")
         _check_form(form, checkpoint, shard_size)
         folder = Path(work) if work else work_folder(out)
         forbid_overlap(out, found.origin)

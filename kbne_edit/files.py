@@ -15,6 +15,7 @@ from .errors import CheckpointError, InputError, OutputError, short, shown
 
 MOST_JSON = 24 << 20  # bytes: the objects can take thirty times as much, and memory is to stay below 1 GB
 _DEEPEST = 50
+LFS_POINTER = b"version https://git-lfs"
 
 
 class _Input(io.FileIO):
@@ -61,20 +62,29 @@ def read_json(path: str | Path, kind: type[InputError] = CheckpointError, cure: 
 def parse_json(raw: bytes, where: str, kind: type[InputError] = CheckpointError, cure: str = "") -> object:
     """JSON that is UTF-8, of bearable size and depth, and gives no key twice. Raises `kind` that names `where`."""
     try:
+        if raw.startswith(LFS_POINTER):
+            raise ValueError("a Git LFS pointer, not the file itself: run `git lfs pull`")
         if len(raw) > MOST_JSON:
             raise ValueError(f"more than {MOST_JSON >> 20} MB")
         data = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
         if _depth(data) > _DEEPEST:
             raise ValueError(f"nested deeper than {_DEEPEST} levels")
+    except _Twice as error:
+        raise kind(f"{where}: a key stands twice, {shown(error.args[0])}: remove the one that is not meant") from None
     except (ValueError, RecursionError) as error:
         raise kind(f"{where} is not JSON that can be read ({short(error)}): {cure}") from None
     return data
 
 
+class _Twice(ValueError):
+    """A key that an object has twice: readers differ on which of them counts."""
+
+
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in keys if keys.count(key) > 1))
     return result
 
 

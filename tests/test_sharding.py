@@ -180,7 +180,7 @@ def test_dtypes_of_several_widths_stay_aligned(tmp_path):
 
 
 def test_a_header_that_no_writer_of_ours_makes(tmp_path):
-    """Spaces, another order of keys, a length that eight does not divide, an index that is not used: all come back."""
+    """Spaces, another order of keys, a length that eight does not divide: all come back."""
     tiny_model("llama").save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"
     data = path.read_bytes()
@@ -189,7 +189,6 @@ def test_a_header_that_no_writer_of_ours_makes(tmp_path):
     text = json.dumps(header, indent=3).encode()
     text += b" " * (3 - len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    (tmp_path / "base" / INDEX).write_text('{"weight_map": {}}')  # of a download in two forms
     fold(tmp_path / "base", EDIT, tmp_path / "out", shard_size="60KB")
     assert _check_layout(tmp_path / "out", 60_000) > 1
     assert verify(tmp_path / "base", tmp_path / "out", behaviour=False).ok

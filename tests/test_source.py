@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 )
 def test_an_index_of_bin_weights_is_read_strictly(index, message, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"not reached")
+    (tmp_path / "pytorch_model-1.bin").write_bytes(b"not reached")
     (tmp_path / "pytorch_model.bin.index.json").write_bytes(index if isinstance(index, bytes) else index.encode())
     with pytest.raises(SourceError, match=message) as error, resolved(str(tmp_path)):
         pass

@@ -9,11 +9,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, shown
 from ..families import Site
 from ..files import open_input, read_json
-from .names import INDEX, INDEX_SUFFIX, MANIFEST, OLD_UNDO, SINGLE, UNDO, is_weights
+from .names import INDEX, INDEX_SUFFIX, MANIFEST, OLD_UNDO, SINGLE, UNDO, is_hidden, is_private, is_weights
 from .refusals import no_weights, read_config
 from .slots import Slot, layer_sizes, slots
 from .tensors import Shard, TensorInfo
@@ -24,21 +25,29 @@ class Checkpoint:
     """A local checkpoint directory: config.json and its safetensors shards (or one file)."""
 
     path: Path
-    config: dict
+    config: dict[str, Any]
     shards: tuple[Shard, ...]
+    indexed: bool = False  # the shards are those of an index
+    notes: tuple[str, ...] = ()  # what is unusual about the directory, and was read as transformers does
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
         """Read config, index and every header. Raises CheckpointError that says what to do."""
         path = Path(directory)
         config = read_config(path)
-        single, indexes = path / SINGLE, sorted(path.glob(f"*{INDEX_SUFFIX}"))
-        if single.is_file():
-            return cls(path, config, (Shard.open(single),))
-        index = path / INDEX
-        if index not in indexes:
+        if (path / SINGLE).is_file():
+            stale = sorted(file.name for file in path.glob(f"*{INDEX_SUFFIX}"))
+            notes = [f"{path / name} is not read: {SINGLE} holds the whole model" for name in stale]
+            return cls(path, config, (Shard.open(path / SINGLE),), notes=tuple(notes))
+        if not (path / INDEX).is_file():
             raise CheckpointError(no_weights(path))
-        return cls(path, config, _sharded(path, index))
+        shards, notes = _sharded(path, path / INDEX)
+        return cls(path, config, shards, True, tuple(notes))
+
+    @property
+    def index(self) -> Path | None:
+        """The index that says which files are the shards; None where there is one file."""
+        return self.path / INDEX if self.indexed else None
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Shard, TensorInfo]]:
@@ -74,68 +83,104 @@ class Checkpoint:
         milliseconds. It says "made for this model", not "undamaged": the manifest's full hashes say that.
         """
         digest = hashlib.sha256()
-        files = {shard.path: open_input(shard.path) for shard in self.shards}
+        opened, file = None, None
         try:
             for name, (shard, tensor) in sorted(self.tensors.items()):
+                if opened is not shard or file is None:  # one file at a time: there may be more than may be open
+                    if file is not None:
+                        file.close()
+                    opened, file = shard, open_input(shard.path)
                 middle = (tensor.start + tensor.end) // 2
-                files[shard.path].seek(max(tensor.start, middle - 2048))
+                file.seek(max(tensor.start, middle - 2048))
                 digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-                digest.update(files[shard.path].read(min(4096, tensor.end - tensor.start)))
+                digest.update(file.read(min(4096, tensor.end - tensor.start)))
         finally:
-            for file in files.values():
+            if file is not None:
                 file.close()
         return digest.hexdigest()
 
     def other_files(self) -> tuple[list[str], list[str]]:
         """`other_files` of the directory, besides the shards."""
-        return other_files(self.path, {shard.path.name for shard in self.shards})
+        return other_files(self.path, {shard.path.name for shard in self.shards}, self.indexed)
 
 
-def other_files(path: Path, shards: Collection[str] = ()) -> tuple[list[str], list[str]]:
+def other_files(
+    path: Path, shards: Collection[str] = (), indexed: bool = False, private: bool = False
+) -> tuple[list[str], list[str]]:
     """(files to carry over, weight files to leave out), as sorted paths relative to the directory.
 
-    Left out: the same weights in other formats. A loader could prefer them, and they are not edited. Links to files
-    are followed (see `files.forbid_links_out`). Raises CheckpointError for what cannot be carried over: links to
-    folders, pipes, devices.
+    Left out: the same weights in other formats, and indexes of other files than the `shards`. A loader could prefer
+    them, and they are not edited. Neither: what is no part of a model, such as keys and a trainer's checkpoints (see
+    `names.is_private`); with `private` they are carried like the others. Links to files are followed (see
+    `files.forbid_links_out`). indexed: the index is the shards'.
+    Raises CheckpointError for what cannot be carried over: links to folders, pipes, devices.
     """
-    carry, leave = [], []
+    carry: list[str] = []
+    leave: list[str] = []
     for root, folders, names in os.walk(path, onerror=_cannot_list):
-        folders[:] = sorted(f for f in folders if f not in (".git", ".cache", "__pycache__"))
+        inside = Path(root).relative_to(path)
+        skipped = is_hidden if private else is_private
+        folders[:] = sorted(f for f in folders if not skipped((inside / f).as_posix()))
         for name in sorted(names + [f for f in folders if os.path.islink(os.path.join(root, f))]):
-            relative = (Path(root) / name).relative_to(path).as_posix()
-            if relative in shards or relative in (MANIFEST, UNDO, OLD_UNDO):
+            relative = (inside / name).as_posix()
+            if relative in shards or relative in (MANIFEST, UNDO, OLD_UNDO) or skipped(relative):
                 continue
             if not os.path.isfile(os.path.join(root, name)):
                 raise CheckpointError(
                     f"{path} holds {shown(relative)}, which is no file (a pipe, a device, a link to a folder or to "
                     "nothing): remove it, or put a copy of what is meant in its place"
                 )
-            (leave if is_weights(relative) else carry).append(relative)
+            stale = name.endswith(INDEX_SUFFIX) and not (indexed and relative == INDEX)
+            (leave if stale or is_weights(relative) else carry).append(relative)
     return carry, leave
+
+
+def private_files(path: Path) -> list[str]:
+    """What lies in a model's folder and is not carried over, because it is no part of the model; sorted."""
+    return sorted(name for name in os.listdir(path) if is_private(name) and not is_hidden(name))
 
 
 def _cannot_list(error: OSError) -> None:
     raise CheckpointError(f"cannot read {error.filename}: {error.strerror}")
 
 
-def _sharded(path: Path, index: Path) -> tuple[Shard, ...]:
-    try:
-        weight_map = read_json(index)["weight_map"]
-        names = list(dict.fromkeys(weight_map.values()))
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index} has no weight_map {{tensor: file}}: download it again") from None
+def _sharded(path: Path, index: Path) -> tuple[tuple[Shard, ...], list[str]]:
+    """The shards that an index names, and notes. As transformers does, all tensors of these files are taken."""
+    text = read_json(index)
+    weight_map = text.get("weight_map") if isinstance(text, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map {{tensor: file}}: download it again")
     present = set(os.listdir(path))
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+    for name in dict.fromkeys(map(_text, weight_map.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {shown(name)}, which is not a safetensors file beside it")
         if name not in present:
             raise CheckpointError(f"{index} names {shown(name)}, which is missing: download it again")
-    shards = tuple(Shard.open(path / name) for name in sorted(names))
-    held = {tensor.name: shard.path.name for shard in shards for tensor in shard.tensors}
-    total = sum(len(shard.tensors) for shard in shards)
-    if len(held) != total:
-        raise CheckpointError(f"{path}: a tensor stands in two shards: download it again")
-    if held != weight_map:
-        wrong = sorted(set(held.items()) ^ set(weight_map.items()))[0][0]
-        raise CheckpointError(f"{index} and the shards disagree about {shown(wrong)}: download them again")
-    return shards
+    if not isinstance(text.get("metadata"), dict):
+        raise CheckpointError(f'{index} has no metadata that transformers can read: write "metadata": {{}} into it')
+    shards = tuple(Shard.open(path / name) for name in sorted(set(weight_map.values())))
+    held: dict[str, str] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.name in held:
+                raise CheckpointError(
+                    f"{path}: {shown(tensor.name)} stands in two files, {held[tensor.name]} and {shard.path.name} "
+                    "(transformers takes the latter): load the model with transformers and save it again"
+                )
+            held[tensor.name] = shard.path.name
+    notes = []
+    for name in sorted(weight_map.keys() - held.keys())[:3]:
+        notes.append(f"{index} names {shown(name)}, which no file holds: left aside, as transformers does")
+    for name in sorted(held.keys() - weight_map.keys())[:3]:
+        notes.append(f"{index} does not name {shown(name)} of {held[name]}: taken, as transformers does")
+    for name in sorted(n for n in held.keys() & weight_map.keys() if held[n] != weight_map[n])[:3]:
+        notes.append(
+            f"{index} has {shown(name)} in {weight_map[name]}; it stands in {held[name]}, and is taken from there"
+        )
+    return shards, notes
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise CheckpointError(f"an index names {shown(value)} as a file")
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 
 MANIFEST = "kbne_edit.json"
 # No file of an output but its shards ends like weights: loaders may take all that do (see folding/columns.py).
@@ -13,12 +14,45 @@ INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = f"model{INDEX_SUFFIX}"
 CARD = "README.md"
 
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+# What may lie in a model's folder and is no part of it: keys, a clone's own folder, what a trainer left.
+_PRIVATE_FOLDERS = (
+    ".*",
+    "__pycache__",
+    "checkpoint-*",
+    "global_step*",
+    "runs",
+    "wandb",
+    "logs",
+    "tensorboard",
+    "mlruns",
+)
+_PRIVATE_FILES = (
+    *(".*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", "id_ecdsa*", "*.kdbx", "*.env", "env.json"),
+    *("credentials*", "secrets*", "token", "token.txt", "*.token", "service_account*.json", "*.pyc", "*.swp", "*~"),
+    *("optimizer*", "scheduler.pt", "rng_state*", "scaler.pt", "trainer_state.json", "training_args*", "events.out.*"),
+    *("nohup.out", "*.log", "zero_to_fp32.py", "latest", "Thumbs.db", "desktop.ini"),
+)
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".npy")
 
 
 def is_weights(name: str) -> bool:
     """True if a file of this name holds weights, or says which files do, in some format."""
     return name.endswith(_WEIGHTS) or name.endswith((".bin.index.json", f"consolidated{INDEX_SUFFIX}"))
+
+
+def is_hidden(path: str) -> bool:
+    """True for what programs keep beside the files of any folder: a clone's .git, the Hub's .cache, Python's."""
+    return path.split("/")[0] in (".git", ".cache", ".huggingface", "__pycache__")
+
+
+def is_private(path: str) -> bool:
+    """True if a file or folder, by its path below a model's folder, is no part of the model and is not passed on."""
+    *folders, name = path.split("/")
+    if name == ".gitattributes" and not folders:
+        return False
+    inside = any(fnmatchcase(folder, pattern) for folder in folders for pattern in _PRIVATE_FOLDERS)
+    patterns = (*_PRIVATE_FOLDERS, *_PRIVATE_FILES)
+    return inside or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def base_card(carried: Collection[str]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, shown
-from ..files import read_json
+from ..files import LFS_POINTER, open_input, read_json
 from .names import INDEX
 
 
-def read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict[str, Any]:
     """config.json of a checkpoint that can be edited. Raises CheckpointError for everything else, with the way out."""
     try:
         if not os.listdir(path):
@@ -23,6 +24,11 @@ def read_config(path: Path) -> dict:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} holds an adapter: merge it into its base model first (PEFT: merge_and_unload)")
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds a PEFT adapter beside the weights, and transformers loads both: merge it first "
+            "(merge_and_unload), or move adapter_config.json away"
+        )
     if not (path / "config.json").is_file():
         if list(path.glob("*.gguf")):
             raise CheckpointError(f"{path} holds GGUF weights: use the unquantised transformers checkpoint instead")
@@ -35,6 +41,12 @@ def read_config(path: Path) -> dict:
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / 'config.json'} is not a JSON object")
+    if other := config.get("transformers_weights"):
+        raise CheckpointError(
+            f"{path / 'config.json'} names other weights (transformers_weights: {shown(other)}), which transformers "
+            "loads in place of the model's: remove that line"
+        )
+    _forbid_pointers(path)
     if quantised := config.get("quantization_config"):
         method = shown(quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown")
         raise CheckpointError(
@@ -42,6 +54,16 @@ def read_config(path: Path) -> dict:
             "Edit the unquantised model and quantise the result"
         )
     return config
+
+
+def _forbid_pointers(path: Path) -> None:
+    """Raise CheckpointError if a small file of the directory is a Git LFS pointer: it would be carried over as one."""
+    for file in sorted(path.iterdir()):
+        if not file.is_file() or not 100 < file.stat().st_size < 300 or file.suffix == ".safetensors":
+            continue
+        with open_input(file) as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull`")
 
 
 def no_weights(path: Path) -> str:

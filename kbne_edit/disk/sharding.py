@@ -97,8 +97,8 @@ def header_of(shard: Shard) -> bytes:
 def headers(checkpoint: Checkpoint) -> dict[str, bytes]:
     """What it takes to cut the files again as they are: their heads, and the index if there is one."""
     found = {shard.path.name: header_of(shard) for shard in checkpoint.shards}
-    if (index := checkpoint.path / INDEX).is_file():
-        with open_input(index) as file:
+    if checkpoint.index:
+        with open_input(checkpoint.index) as file:
             found[INDEX] = file.read()
     return found
 

@@ -99,8 +99,8 @@ def _write_new_shards(
     files = {}
     with in_background() as submit, in_background() as hashing:
         old = {shard.path.name: hashing(file_hash, shard.path) for shard in checkpoint.shards}
-        if (index := checkpoint.path / INDEX).is_file():
-            old[INDEX] = hashing(file_hash, index)
+        if checkpoint.index:
+            old[INDEX] = hashing(file_hash, checkpoint.index)
         for file in plan.files:
             with open(part / file.name, "wb") as out:
                 files[file.name] = FileRecord(None, assemble(file, plan, out, kept, pool, progress))

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,13 +13,14 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
+from ..disk.bins import BinTensor, read_bin
 from ..disk.checkpoint import other_files
 from ..disk.dtypes import DTYPES
-from ..disk.names import is_weights
+from ..disk.names import INDEX, SINGLE, is_weights
 from ..disk.refusals import read_config
 from ..disk.tensors import header_bytes
-from ..errors import OutputError, SourceError, short, shown
-from ..files import forbid_links_out, open_input, read_json
+from ..errors import OutputError, SourceError, shown
+from ..files import forbid_links_out, read_json
 from .client import TIMEOUT, passing, talking
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -77,8 +77,7 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
         if not path.exists() and _hub_like(source):
             found = stack.enter_context(_view(_download(source, say)))
         read_config(found.path)
-        bins = sorted(found.path.glob("pytorch_model*.bin"))
-        if bins and not any(found.path.glob("model*.safetensors*")):
+        if bins := _bins(found.path):
             say(f"{source} holds .bin weights: reading them without running any code, and going on in safetensors")
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kbne-"))
             found = replace(found, path=_converted(found.path, bins, Path(folder)))
@@ -198,23 +197,42 @@ def _instead(name: str, revision: str, files: Collection[str], say: Callable[[st
     raise SourceError(f"{name} has no transformers weights: neither model.safetensors nor pytorch_model.bin is there")
 
 
+def _bins(path: Path) -> list[Path]:
+    """The .bin files that transformers would load of a directory, in its order; [] where it takes safetensors.
+
+    Copies under other names (EMA, fp16, shards of an earlier save) belong to no model that anybody loads.
+    Raises SourceError.
+    """
+    index = path / "pytorch_model.bin.index.json"
+    if any((path / name).is_file() for name in (SINGLE, INDEX)):
+        return []
+    if (path / "pytorch_model.bin").is_file():
+        return [path / "pytorch_model.bin"]
+    if not index.is_file():
+        return []
+    names = _shards(index)
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise SourceError(f"{index} names {shown(name)}, which is missing: download it again")
+    return [path / name for name in names]
+
+
 def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
     """The checkpoint at `path` with its .bin weights as safetensors, in `folder`."""
-    index = path / "pytorch_model.bin.index.json"
-    if missing := sorted(set(_shards(index) if index.is_file() else []) - {file.name for file in bins}):
-        raise SourceError(f"{index} names {shown(missing[0])}, which is missing: download it again")
+    tables = [read_bin(file) for file in bins]
+    last = {name: number for number, table in enumerate(tables) for name in table}  # as transformers: the last one wins
     weight_map = {}
-    for number, file in enumerate(bins):
-        state = _plain_weights(file)
-        name = "model.safetensors" if len(bins) == 1 else f"model-{number + 1:05}-of-{len(bins):05}.safetensors"
+    for number, (file, table) in enumerate(zip(bins, tables, strict=True)):
+        name = SINGLE if len(bins) == 1 else f"model-{number + 1:05}-of-{len(bins):05}.safetensors"
+        kept = {tensor: place for tensor, place in table.items() if last[tensor] == number}
         try:
-            _write(state, folder / name)
+            _write(file, kept, folder / name)
         except OSError as error:
             raise OutputError(f"cannot write {folder / name}: {error.strerror}") from None
-        weight_map |= dict.fromkeys(state, name)
+        weight_map |= dict.fromkeys(kept, name)
     if len(bins) > 1:
-        index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        text = json.dumps({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+        (folder / INDEX).write_text(text)
     carry, _ = other_files(path)
     forbid_links_out(path, carry)
     for name in carry:
@@ -227,48 +245,15 @@ def _copy(file: Path, out: Path) -> None:
     shutil.copyfile(file, out)
 
 
-def _plain_weights(file: Path) -> dict:
-    """The tensors of a .bin file, {name: tensor}. Raises SourceError; runs nothing of it.
-
-    They lie in the file and not in memory, but for those of a file that torch before 1.6 wrote.
-    """
-    import torch
-
-    try:
-        open_input(file).close()  # torch would wait for a pipe
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        most = file.stat().st_size  # a view can claim more elements than there are
-        if not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.nbytes <= most for k, v in state.items()):
-            raise ValueError("not a table of tensors")
-        for name, tensor in state.items():
-            if tensor.layout != torch.strided or tensor.device.type != "cpu" or _stored(tensor) is None:
-                raise ValueError(f"{shown(name)} is {tensor.dtype}, {tensor.layout}, {tensor.device}")
-            state[name] = tensor.detach()
-        return state
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged archives make the unpickler raise nearly anything
-        raise SourceError(f"{file} cannot be read as plain weights ({short(error)}): nothing of it was run") from None
-
-
-def _stored(tensor) -> str | None:
-    """safetensors' name of a tensor's dtype; None if it has none."""
-    name = str(tensor.dtype).removeprefix("torch.")
-    return next((dtype.name for dtype in DTYPES.values() if dtype.torch == name), None)
-
-
-def _write(state: dict, out: Path) -> None:
-    """A safetensors file of {name: tensor}, the bytes that safetensors' `save_file` gives; one tensor in memory.
+def _write(file: Path, tensors: dict[str, BinTensor], out: Path) -> None:
+    """A safetensors file of a .bin file's tensors, the bytes that safetensors' `save_file` gives; one tensor in memory.
 
     Tensors that share storage stay under each of their names. Raises OSError.
     """
-    import torch
-
     order = list(DTYPES)
-    ordered = sorted(state.items(), key=lambda item: (order.index(_stored(item[1])), item[0]))
-    entries = ((name, _stored(t), t.shape, t.nbytes) for name, t in ordered)
-    with open(out, "wb") as file:
-        file.write(header_bytes(entries, {"format": "pt"}))
+    ordered = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
+    entries = ((name, tensor.dtype, tensor.shape, tensor.nbytes) for name, tensor in ordered)
+    with open(out, "wb") as target:
+        target.write(header_bytes(entries, {"format": "pt"}))
         for _, tensor in ordered:
-            plain = tensor.resolve_conj().resolve_neg().contiguous()
-            file.write(plain.reshape(-1).view(torch.uint8).numpy())
+            target.write(tensor.read(file))

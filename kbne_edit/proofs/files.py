@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..disk.checkpoint import Checkpoint
+from ..disk.checkpoint import Checkpoint, other_files
 from ..disk.hashing import TwoDigests, file_hash
 from ..disk.manifest import FileRecord, Manifest
-from ..disk.names import CARD, INDEX, MANIFEST, OLD_UNDO, UNDO, base_card
+from ..disk.names import CARD, INDEX, MANIFEST, OLD_UNDO, UNDO, base_card, is_private, is_weights
 from ..disk.sharding import NewShard, header_of, headers, index_text, new_header, shared_metadata
 from ..disk.tensors import Shard, TensorInfo, read_metadata
 from ..errors import one_line
@@ -27,7 +27,7 @@ from ..folding.rewrite import Progress, chunks, pieces, scaled
 from .outcome import EditFrom, FileProof
 
 # Of a directory made elsewhere: the files beside the weights that transformers reads. Others cannot change the model.
-_READ = (".json", ".model", ".txt", ".tiktoken", ".spm", ".jinja", ".py")
+_READ = (".json", ".model", "vocab.txt", "merges.txt", ".tiktoken", ".spm", ".jinja", ".py")
 # What a configuration says of the program that wrote it.
 _WRITER = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
@@ -86,7 +86,7 @@ def file_proof(
         _compare_with_manifest(run, manifest)
     else:
         _compare_others(run, same_files)
-    if stray := baked.other_files()[1]:
+    if stray := [name for name in _others(baked)[1] if not is_private(name)]:
         run.fault(f"unedited weights lie beside the edited ones: {', '.join(stray[:3])}")
     return FileProof(
         edit=plan.edit,
@@ -176,7 +176,7 @@ def _same_tensor(
 def _compare_with_manifest(run: _Run, manifest: Manifest) -> None:
     """Files beside the weights, the undo file, and each field of the manifest that speaks of them."""
     expected = _expected_files(run, manifest)
-    present = {*run.baked.other_files()[0], *(shard.path.name for shard in run.baked.shards)}
+    present = {*_others(run.baked)[0], *(shard.path.name for shard in run.baked.shards)}
     if ".gitattributes" not in expected:  # the Hub adds it to whatever it holds
         present.discard(".gitattributes")
     for name in sorted(present ^ expected.keys()):
@@ -200,6 +200,11 @@ def _compare_with_manifest(run: _Run, manifest: Manifest) -> None:
         run.notes.append("the base's directory holds other formats of the weights than the manifest says")
 
 
+def _others(baked: Checkpoint) -> tuple[list[str], list[str]]:
+    """Files beside the weights, whatever they are, and stray weights."""
+    return other_files(baked.path, {shard.path.name for shard in baked.shards}, baked.indexed, private=True)
+
+
 def _expected_files(run: _Run, manifest: Manifest) -> dict[str, str | None]:
     """{file of the output: its name in the base, None for what is made while baking}, by rule."""
     carried = run.base.other_files()[0]
@@ -215,6 +220,11 @@ def _expected_files(run: _Run, manifest: Manifest) -> dict[str, str | None]:
         expected[kept] = expected.pop(CARD)
     if CARD not in expected and (run.baked.path / CARD).is_file():
         expected[CARD] = None
+    if undo_path(run.baked.path).name == OLD_UNDO:  # earlier versions carried over what they found, keys and all
+        for name in manifest.files.keys() - expected.keys():
+            if not is_weights(name) and (run.base.path / name).is_file() and (run.baked.path / name).is_file():
+                expected[name] = name
+                run.notes.append(f"an earlier version carried over {one_line(name)}, which is no part of the model")
     return expected
 
 
@@ -250,7 +260,7 @@ def _compare_resharded(run: _Run, manifest: Manifest) -> None:
     base, baked = run.base, run.baked
     places = {t.name: shard.path.name for shard in baked.shards for t in shard.tensors}
     into = {s.path.name: tuple(sorted({places.get(t.name, "") for t in s.tensors})) for s in base.shards}
-    if (base.path / INDEX).is_file():
+    if base.index:
         into[INDEX] = (INDEX,) if len(baked.shards) > 1 else ()
     for name in sorted(into.keys() ^ manifest.resharded.keys()):
         run.fault(f"{one_line(name)} is {'not in' if name in into else 'only in'} the manifest")
@@ -297,7 +307,8 @@ def _compare_undo(run: _Run, manifest: Manifest) -> None:
 
 def _compare_others(run: _Run, same_files: bool) -> None:
     """Files beside the weights of a directory without a manifest: those that transformers reads must be equal."""
-    old, new = set(run.base.other_files()[0]), set(run.baked.other_files()[0])
+    old = set(run.base.other_files()[0])
+    new = {name for name in _others(run.baked)[0] if not is_private(name)}
     if not same_files:  # each index is that of its own files
         old, new = old - {INDEX}, new - {INDEX}
     for name in sorted(old | new):
@@ -306,6 +317,8 @@ def _compare_others(run: _Run, same_files: bool) -> None:
         else:
             run.files += 1
             problem = _difference(run.base.path / name, run.baked.path / name, name)
+            if not problem and file_hash(run.base.path / name) != file_hash(run.baked.path / name):
+                run.notes.append(f"file {one_line(name)} says the same in other words")
         if problem and name.endswith(_READ):
             run.fault(problem)
         elif problem:

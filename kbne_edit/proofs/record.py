@@ -45,7 +45,7 @@ def recorded_hashes(directory: Path, manifest: Manifest) -> dict[str, str]:
 
 def unknown_files(directory: Path, manifest: Manifest) -> list[str]:
     """Files that lie in an output and that its manifest does not know."""
-    carried, weights = other_files(directory)
+    carried, weights = other_files(directory, private=True)
     # The Hub adds .gitattributes to whatever it holds: it may lie there.
     return sorted({*carried, *weights} - set(recorded_hashes(directory, manifest)) - {".gitattributes"})
 
