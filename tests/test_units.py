@@ -1,5 +1,6 @@
 """Units of our own: facts, wording, the square, and the checker of what they hold."""
 
+import csv
 import json
 import re
 from collections import Counter
@@ -285,6 +286,60 @@ def test_overlap_is_found_where_it_was_planted(tmp_path):
     assert (none.verbatim, none.grams, none.units, none.facts, none.near_facts) == ((), 0, 0, (), 0)
     near = planted(tmp_path, "women remember nothing, but talk of a birthday")
     assert check_units(units, near).overlaps[0].near_facts == 1
+
+
+def test_a_sentence_is_found_in_each_benchmark(tmp_path):
+    """In the published layouts: StereoSet's context and its continuation, CrowS-Pairs' columns, BBQ's question."""
+    unit, *_ = load_units(["gender"], formats=["continuation"])
+    sentence = unit.square.bx
+    rows = [
+        {"sentence": sentence.continuation.strip(), "gold_label": "stereotype"},
+        {"sentence": "no.", "gold_label": "anti-stereotype"},
+        {"sentence": "none.", "gold_label": "unrelated"},
+    ]
+    item = {"id": "1", "bias_type": "gender", "context": sentence.context, "sentences": rows}
+    published = {"data": {"intersentence": [item], "intrasentence": [item]}}
+    question = {
+        "question_polarity": "neg",
+        "context_condition": "ambig",
+        "category": "Gender_identity",
+        "answer_info": {"ans0": ["They", "F"], "ans1": ["He", "M"], "ans2": ["Unknown", "unknown"]},
+        "additional_metadata": {"stereotyped_groups": ["F"]},
+        "context": sentence.context,
+        "question": "Who?",
+        "ans0": "They.",
+        "ans1": sentence.continuation.strip(),
+        "ans2": "Unknown",
+        "label": 0,
+    }
+    folders = {name: tmp_path / name for name in ("StereoSet intersentence", "CrowS-Pairs", "BBQ")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["StereoSet intersentence"] / "stereoset.json").write_text(json.dumps(published))
+    with open(folders["CrowS-Pairs"] / "crows_pairs.csv", "w", newline="") as file:
+        rows = [["", "sent_more", "sent_less", "bias_type"], ["0", "no", sentence.text, "gender"]]
+        csv.writer(file).writerows(rows)
+    (folders["BBQ"] / "bbq.jsonl").write_text(json.dumps(question))
+    for name, folder in folders.items():
+        overlaps = {overlap.benchmark: overlap for overlap in check_units([unit], folder).overlaps}
+        assert overlaps[name].grams > 0
+        assert overlaps[name].verbatim == (() if name == "BBQ" else (sentence.text,))
+    assert {overlap.sentences for overlap in check_units([unit], folders["BBQ"]).overlaps} == {3}
+
+
+def test_the_checker_counts_what_it_is_given(tmp_path):
+    data = document()
+    data["facts"]["Rote / Blaue"].append(["a", "viel zu viel von allem", "gb"])
+    report = check_units(load_units([written(tmp_path, data)], per_fact=4))
+    (row,) = report.types
+    assert (report.facts, row.units, row.formats) == (13, 52, dict.fromkeys(FORMATS, 13))
+    assert report.same_tone == 10 and row.tones["bad neutral"] == 1
+    assert report.long_pairs == ("a / viel zu viel von allem",)
+    assert report.first_a + report.first_b == 13
+    facts = load_pairs([written(tmp_path, data)])[0].facts
+    assert report.length_x == pytest.approx(sum(len(fact.x) for fact in facts) / 13)
+    assert [(g.group, g.as_a, g.as_b) for g in report.groups] == [("Blaue", 10, 3), ("Rote", 3, 10)]
+    assert report.to_dict()["faults"] == report.faults != []
 
 
 def test_without_benchmarks_in_the_folder_it_says_so(tmp_path):
