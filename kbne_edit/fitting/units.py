@@ -117,7 +117,9 @@ def pair_languages() -> list[str]:
 
 
 def pair_names(language: str = "en") -> list[str]:
-    """Types of the facts that come with the package in a language."""
+    """Types of the facts that come with the package in a language; none in an unknown one."""
+    if language not in pair_languages():
+        return []
     return sorted(path.stem for path in (_folder() / language).glob("*.yaml"))
 
 
@@ -154,17 +156,16 @@ def load_pairs(sources: Sequence[str | Path] | None = None, language: str = "en"
         sources = pair_names(language)
     if not sources:
         raise InputError(f"no pairs in the language {shown(language)}; there are: {', '.join(pair_languages())}")
-    return tuple(_load(str(_path(source, language))) for source in sources)
+    return tuple(_by_name_or_path(source, language) for source in sources)
 
 
-def _path(source: str | Path, language: str) -> Path:
-    path = Path(source)
-    if path.suffix in (".yaml", ".yml", ".json"):
-        return path
+def _by_name_or_path(source: str | Path, language: str) -> Pairs:
+    if Path(source).suffix in (".yaml", ".yml", ".json"):
+        return _load(str(source))
     if source not in pair_names(language):
         known = ", ".join(pair_names(language)) or "none"
         raise RecipeError(f"pairs {source}", [f"no such type in the language {language} ({known}), and no path"])
-    return _folder() / language / f"{source}.yaml"
+    return _packaged(_folder() / language / f"{source}.yaml")
 
 
 def _folder() -> Path:
@@ -172,6 +173,12 @@ def _folder() -> Path:
     package = Path(__file__).parent.parent
     inside = package / "recipes" / "pairs"
     return inside if inside.is_dir() else package.parent / "recipes" / "pairs"
+
+
+@lru_cache(maxsize=128)
+def _packaged(path: Path) -> Pairs:
+    """Kept, since its file does not change and YAML is slow to read."""
+    return _load(str(path))
 
 
 def _load(path: str) -> Pairs:
