@@ -750,9 +750,7 @@ def test_command_with_tops(scores, tmp_path):
     options = [*SMALL_OPTIONS[:4], "--factors", 2, "--tops", "0.01", "--taus", "0.2", "--rules", "paper"]
     result = run("tune", "--in", "demo", scores, "--out", "out", *options, cwd=tmp_path)
     assert result.returncode == 0 and "2 of 2 settings tried (grid)" in result.stdout, result.stdout + result.stderr
-    assert (
-        "in common: site down, paper, beta 0.1, union" in result.stdout and "top 0.01, factor 2" in result.stdout
-    )
+    assert "in common: site down, paper, beta 0.1, union" in result.stdout and "top 0.01, factor 2" in result.stdout
     found = load_tuning(tmp_path / "out" / "tune.json")
     assert (found["space"]["taus"], found["space"]["tops"]) == ([0.2], [0.01])
     (chosen,) = (point for point in found["points"] if point["edit"] == found["chosen"])

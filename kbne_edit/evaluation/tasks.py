@@ -16,11 +16,15 @@ from ..recipe import Recipe
 from .benchmark import Benchmark, Figure
 from .datafiles import NoDataError
 from .figures import AVOIDED, KNOWLEDGE, TWINS
+from .measures import MEASURES, measure
 from .own import knowledge_benchmark, probes_benchmark
 from .public import PUBLIC, public_benchmark
 
 _OWN = ("probes", "knowledge", "knowledge_controls")
-TASKS = (*PUBLIC, *_OWN)
+DEFAULT = (*PUBLIC, *_OWN)  # what is run if nobody names tasks
+ENGLISH_MEASURES = ("decisions", "decisions_names", "associations", "questions", "help_parity")
+GROUPS = {"measures": ENGLISH_MEASURES}  # names that stand for several tasks
+TASKS = (*DEFAULT, *MEASURES)
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,26 @@ class TaskNote:
 def explain(names: Sequence[str] | None = None) -> tuple[TaskNote, ...]:
     """Every figure of the tasks with its definition and source. Raises InputError for an unknown task."""
     check(names, None)
+    wanted = expanded(names) or TASKS
     notes = {name: TaskNote(name, task.kind, task.clusters, task.figures) for name, task in PUBLIC.items()}
     notes["probes"] = TaskNote("probes", "bias", "twin", (*TWINS, *AVOIDED))
     for name in ("knowledge", "knowledge_controls"):
         notes[name] = TaskNote(name, "knowledge", "question", KNOWLEDGE)
-    return tuple(notes[name] for name in names or TASKS)
+    for name in set(wanted) & set(MEASURES):
+        notes[name] = TaskNote(name, "bias", MEASURES[name].clusters, MEASURES[name].figures())
+    return tuple(notes[name] for name in wanted)
+
+
+def expanded(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Task names, with each group's members in its place; () for None."""
+    return tuple(task for name in names or () for task in GROUPS.get(name, (name,)))
 
 
 def check(names: Sequence[str] | None, data: Path | None) -> None:
     """Raise InputError for an unknown task or folder: before a model is loaded."""
-    if unknown := sorted(set(names or ()) - set(TASKS)):
-        raise InputError(f"--tasks: there is no task {', '.join(unknown)}; known: {', '.join(TASKS)}")
+    if unknown := sorted(set(expanded(names)) - set(TASKS)):
+        known = ", ".join((*TASKS, *GROUPS))
+        raise InputError(f"--tasks: there is no task {', '.join(unknown)}; known: {known}")
     if data and not data.is_dir():
         raise InputError(f"--data {data} is not a directory")
 
@@ -69,17 +82,21 @@ def check(names: Sequence[str] | None, data: Path | None) -> None:
 def benchmarks(
     names: Sequence[str] | None, data: Path | None, limit: int | None, recipe: Recipe, scorer, tokenizer
 ) -> list[Benchmark]:
-    """The tasks by name (None: all that there are data for), `limit` items of each at most, drawn with a fixed seed.
+    """The tasks by name, `limit` items of each at most, drawn with a fixed seed.
+
+    None: the public tasks and the recipe's own, those that there are data for; "measures": the package's, in English.
 
     Raises InputError for a task asked for by name whose data are missing.
     """
     result, offline = [], False
-    for name in names or TASKS:
+    for name in expanded(names) or DEFAULT:
         try:
             if name == "probes":
                 result.append(probes_benchmark(recipe, scorer, limit))
             elif name in _OWN:
                 result.append(knowledge_benchmark(name, recipe, tokenizer, limit))
+            elif name in MEASURES:
+                result.append(measure(name, scorer, tokenizer, limit))
             elif offline:  # each further task would try for half a minute
                 raise NoDataError(f"{name}: the Hub cannot be reached; give files with --data DIR")
             else:

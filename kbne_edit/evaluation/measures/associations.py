@@ -1,0 +1,26 @@
+"""Twin association: s = 1/2 [(log p(A, X) - log p(B, X)) - (log p(A, Y) - log p(B, Y))] per token, of twins.
+
+A and B are two groups, X what people expect of A, Y what they expect of B. How frequent the words for A and B are, and
+how likely X and Y are by themselves, cancels. The twins are those of the package's social-bias recipes, whatever recipe
+an edit was made with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...recipe import load_recipe, recipe_names
+from ..benchmark import Benchmark
+from ..datafiles import NoDataError
+from ..own import probes_benchmark
+from .content import require_readable
+
+
+def associations_benchmark(language: str, scorer, tokenizer, limit: int | None) -> Benchmark:
+    """The twins of a language. Raises NoDataError."""
+    name = "social-bias" if language == "en" else f"social-bias-{language}"
+    if name not in recipe_names():
+        raise NoDataError(f"associations: there are none in the language {language}")
+    recipe = load_recipe(name)
+    require_readable("associations", tokenizer, [probe.first for probe in recipe.probes])
+    return replace(probes_benchmark(recipe, scorer, limit), name="associations")
