@@ -77,7 +77,7 @@ def test_the_languages_ask_the_same():
 
 
 def test_decisions_equal_a_plain_loop(scorer):
-    """l of each group of two scenarios by its own prompts, turned and averaged; gaps and flips from their definition."""
+    """l of each group of two scenarios by its own prompts, turned and averaged; gaps and flips by definition."""
     content, tokenizer = Decisions.from_dict(read_content("decisions", "en")), scorer.tokenizer
     mark = measure("decisions", scorer, tokenizer, 2)
     tokens = [list(ids.values()) for ids in answer_tokens(tokenizer, content.answers).values()]
