@@ -205,6 +205,7 @@ def test_what_was_asked_for_must_exist():
     for arguments in (
         {"sources": ["colour"]},
         {"language": "tlh"},
+        {"language": "../pairs/en"},
         {"formats": ["poem"]},
         {"per_fact": 5},
         {"formats": []},
