@@ -146,6 +146,7 @@ def bake(
     behaviour: bool = True,
     work: str | Path | None = None,
     measure: bool = True,
+    skip_inexact: bool = False,
 ) -> BakeResult | None:
     """Locate (unless `edit` is given), fold, prove; publish `out` only if both proofs hold.
 
@@ -155,7 +156,8 @@ def bake(
     work: folder that keeps scores.safetensors and edit.json (default: OUT.work beside the output, resumable).
     Of several processes (`torchrun`) the first one folds; the others return None once the questions are done.
     dry_run: stop before anything is written to `out`. behaviour: False leaves the second proof out. measure: False
-    leaves effect and cost out; the verdict then says that they were not measured.
+    leaves effect and cost out; the verdict then says that they were not measured. skip_inexact: leave out the neurons
+    of a quantised checkpoint that cannot take their factor without a loss, where there are any.
     Raises InputError and its kin, ProofError (then nothing stands under `out`).
     """
     settings, out = settings or Settings(), Path(out)
@@ -184,7 +186,9 @@ def bake(
             edit, located = choice
         elif settings.factor is not None:
             edit = edit.with_factor(settings.factor)
-        plan = Plan.of(checkpoint, edit, shard_size)
+        plan = Plan.of(checkpoint, edit, shard_size, "skip" if skip_inexact else "refuse")
+        if skipped := edit.num_neurons - plan.edit.num_neurons:
+            say(f"left out: {skipped} neurons of {edit.num_neurons} cannot take their factor in this format exactly")
         origin = Origin(found.id, found.commit)
         result = BakeResult(origin, out, form, auto_class(checkpoint.config), plan, located, dry_run)
         if dry_run:

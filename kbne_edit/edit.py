@@ -72,6 +72,14 @@ class Edit:
         """The same neurons, all at one factor."""
         return replace(self, factors={layer: dict.fromkeys(found, factor) for layer, found in self.factors.items()})
 
+    def without(self, neurons: dict[int, set[int]]) -> Edit:
+        """The same without some neurons, {layer: neurons}."""
+        kept = {
+            layer: {n: factor for n, factor in factors.items() if n not in neurons.get(layer, ())}
+            for layer, factors in self.factors.items()
+        }
+        return replace(self, factors=kept)
+
     def made_for(self, base: str) -> Edit:
         """The same, for the checkpoint of this fingerprint."""
         return replace(self, base=base)

@@ -211,6 +211,11 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
         say(f"loading {checkpoint.path} in {settings.dtype}")
         device = f"cuda:{LOCAL_RANK}" if settings.device == "cuda" and LOCAL_SIZE > 1 else settings.device
         return Resident(load_model(checkpoint.path, dtype, device))
+    if checkpoint.gguf is not None:
+        raise InputError(
+            f"{checkpoint.path} takes {need / 1e9:.1f} GB dequantised, {budget / 1e9:.1f} GB are free, and GGUF files "
+            "are not read layer by layer: pass a larger --memory, or locate on the safetensors checkpoint"
+        )
     if settings.dtype != "float32":
         raise InputError(f"--dtype {settings.dtype} needs the model in memory ({need / 1e9:.1f} GB): use float32")
     say(f"{checkpoint.path} takes {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used: going layer by layer")

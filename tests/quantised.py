@@ -41,6 +41,7 @@ EXPERTS = dict(
     qk_rope_head_dim=16,
     qk_nope_head_dim=16,
     v_head_dim=32,
+    head_dim=16,
 )
 
 
@@ -82,6 +83,27 @@ def compressed_tensors(scheme: str, out: Path, kind: str = "llama", group: int =
     compressor.compress_model(model)
     model.save_pretrained(out)
     compressor.update_config(str(out))
+    if any(".experts." in name for name, _ in model.named_parameters()):
+        _compress_experts(out, chosen)
+
+
+def _compress_experts(out: Path, scheme) -> None:
+    """transformers keeps experts in stacks, which the library does not see: each is compressed as it was saved."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import initialize_module_for_quantization
+
+    tensors = load_file(out / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name and name.endswith("_proj.weight")]:
+        weight = tensors.pop(name)
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+        module.weight.data = weight
+        initialize_module_for_quantization(module, scheme)
+        _set_scales(module)
+        compressor = BaseCompressor.get_value_from_registry(infer_module_format(nn.Linear, scheme).value)
+        parts = compressor.compress({key: value.data for key, value in module.named_parameters()}, scheme)
+        tensors |= {name.removesuffix("weight") + part: value.contiguous() for part, value in parts.items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
 
 def _set_scales(module: nn.Linear) -> None:
@@ -291,9 +313,9 @@ WRITERS = {
 }
 
 
-def write(kind: str, out: Path, **options) -> dict | None:
-    """kind: "format/name", as the writers say. Returns the matrices' values, where the writer packs them itself."""
-    family, _, name = kind.partition("/")
+def write(what: str, out: Path, **options) -> dict | None:
+    """what: "format/name", as the writers say. Returns the matrices' values, where the writer packs them itself."""
+    family, _, name = what.partition("/")
     return WRITERS[family](name, out, **options)
 
 

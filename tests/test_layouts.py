@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 import quantised
-from kbne_edit.disk.checkpoint import Shard, read_raw
 from kbne_edit.disk.layouts.base import Part
 from kbne_edit.disk.layouts.codecs import CODECS
 from kbne_edit.disk.layouts.ggml import TYPES
 from kbne_edit.disk.layouts.gguf import config_of, neuron_rows, read_header
 from kbne_edit.disk.layouts.layout import layout_of
+from kbne_edit.disk.tensors import Shard, read_raw
 from kbne_edit.errors import CheckpointError, FamilyError
 from kbne_edit.files import read_json
 

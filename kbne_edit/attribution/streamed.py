@@ -28,6 +28,7 @@ from ..disk.checkpoint import Checkpoint
 from ..disk.dtypes import DTYPES
 from ..errors import CheckpointError, InputError
 from ..families import family_of, hidden_size
+from ..models.dequantised import plain_config
 from ..models.loading import foreign, load_config, model_class, quiet
 from ..models.memory import in_memory, streamed
 from ..models.places import decoder_layers, num_neurons
@@ -61,7 +62,7 @@ class Streamed:
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         found: dict[int | None, list[str]] = {}
-        for name in self._checkpoint.tensors:
+        for name in self._checkpoint.plain_shapes:
             target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
             if target in known:
                 layer = int(target.removeprefix(path).split(".")[0]) if target.startswith(path) else None
@@ -84,6 +85,9 @@ class Streamed:
             raise CheckpointError(f"{self._checkpoint.path} has no tensor for {name}: it cannot be read layer by layer")
 
     def _read(self, name: str) -> Tensor:
+        if self._checkpoint.layout is not None:
+            self.bytes_read += sum(self._size(part) for part in self._checkpoint.layout.names(name))
+            return torch.from_numpy(self._checkpoint.read_plain(name))
         shard, tensor = self._checkpoint.tensors[name]
         kind = DTYPES[tensor.dtype]
         if not kind.editable:
@@ -91,6 +95,10 @@ class Streamed:
         raw = np.fromfile(shard.path, np.uint8, tensor.end - tensor.start, offset=tensor.start)
         self.bytes_read += len(raw)
         return torch.from_numpy(raw).view(getattr(torch, kind.torch)).view(tensor.shape)
+
+    def _size(self, name: str) -> int:
+        _, tensor = self._checkpoint.tensors[name]
+        return tensor.end - tensor.start
 
     def up(self) -> Iterator[tuple[int, nn.Module]]:
         return self._supply(range(len(self._layers)), "up")
@@ -112,7 +120,7 @@ class Streamed:
     def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int], bare: int) -> int:
         """How many of the packs fit the budget together. packs: their questions' tokens; rows, bare: as of `Layers`."""
         layer = max(
-            sum(4 * math.prod(self._checkpoint.shapes[name]) for name in names)
+            sum(4 * math.prod(self._checkpoint.plain_shapes[name]) for name in names)
             for layer, names in self._names.items()
             if layer is not None
         )
@@ -145,7 +153,7 @@ class _Unallocated(TorchFunctionMode):
 
 def _skeleton(checkpoint: Checkpoint) -> nn.Module:
     with foreign(checkpoint.path), _Unallocated():
-        config = load_config(checkpoint.path)
+        config = plain_config(load_config(checkpoint.path))
         model = model_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
         _empty(model)  # norms start with ones, which would hide that their weight is missing
     return model.eval().requires_grad_(False)

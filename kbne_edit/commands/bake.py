@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     help="What OUT holds: the model; an IA3 adapter for PEFT; the edited columns alone.",
 )
 @options.SHARD_SIZE
+@click.option(
+    "--skip-inexact",
+    is_flag=True,
+    help="Of a quantised model, leave out neurons that cannot take their factor exactly.  [default: refuse]",
+)
 @click.option("--work", type=click.Path(path_type=Path), help="Keeps scores and edit, to resume.  [default: OUT.work]")
 @click.option("--dry-run", is_flag=True, help="Print what would be folded, and write no checkpoint.")
 @options.NO_BEHAVIOUR
@@ -39,7 +44,20 @@ if TYPE_CHECKING:
 @options.JSON
 @options.OVERWRITE
 def command(
-    source, out, edit, form, shard_size, work, dry_run, no_behaviour, no_measure, require, as_json, overwrite, **values
+    source,
+    out,
+    edit,
+    form,
+    shard_size,
+    skip_inexact,
+    work,
+    dry_run,
+    no_behaviour,
+    no_measure,
+    require,
+    as_json,
+    overwrite,
+    **values,
 ) -> None:
     """Locate know-bias neurons, fold their factors into the weights, and prove the result.
 
@@ -59,6 +77,7 @@ def command(
         behaviour=not no_behaviour,
         work=work,
         measure=not no_measure,
+        skip_inexact=skip_inexact,
     )
     if result:  # None in all but the first of several processes
         options.show(result.to_dict(), as_json, _lines(result))

@@ -11,29 +11,55 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import CheckpointError, shown
 from ..families import Site
 from ..files import open_input, read_json
+from .dtypes import DTYPES, to_float
+from .layouts.base import Part
+from .layouts.carriers import carriers, gguf_carriers, stored
+from .layouts.gguf import Header, config_of, read_header
+from .layouts.layout import Layout, layout_of
 from .names import INDEX, INDEX_SUFFIX, MANIFEST, OLD_UNDO, SINGLE, UNDO, is_hidden, is_private, is_weights
-from .refusals import no_weights, read_config
+from .refusals import gguf_file, no_weights, read_config
 from .slots import Slot, layer_sizes, slots
-from .tensors import Shard, TensorInfo
+from .tensors import Shard, TensorInfo, read_raw
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local checkpoint directory: config.json and its safetensors shards (or one file)."""
+    """A local checkpoint directory: config.json and its safetensors shards (or one file); or a GGUF file.
+
+    path: the directory, or the GGUF file where that was given. gguf: the header of a GGUF file.
+    """
 
     path: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
     indexed: bool = False  # the shards are those of an index
     notes: tuple[str, ...] = ()  # what is unusual about the directory, and was read as transformers does
+    gguf: Header | None = None
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
         """Read config, index and every header. Raises CheckpointError that says what to do."""
         path = Path(directory)
+        if (file := gguf_file(path)) is not None:
+            return cls._open_gguf(path, file)
+        checkpoint = cls._open(path)
+        _ = checkpoint.layout  # raises for a format that is not known
+        return checkpoint
+
+    @classmethod
+    def _open_gguf(cls, path: Path, file: Path) -> Checkpoint:
+        header = read_header(file)
+        tensors = tuple(sorted((stored(entry) for entry in header.entries), key=lambda tensor: tensor.start))
+        shard = Shard(file, tensors, header.data_start, header.size)
+        return cls(path, config_of(header, file), (shard,), gguf=header)
+
+    @classmethod
+    def _open(cls, path: Path) -> Checkpoint:
         config = read_config(path)
         if (path / SINGLE).is_file():
             stale = sorted(file.name for file in path.glob(f"*{INDEX_SUFFIX}"))
@@ -57,11 +83,56 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, (_, tensor) in self.tensors.items()}
 
+    @cached_property
+    def layout(self) -> Layout | None:
+        """How its matrices are quantised; None if they are not, and for GGUF. Raises CheckpointError."""
+        if self.gguf is not None:
+            return None
+        parts = {name: Part(tensor.dtype, tensor.shape) for name, (_, tensor) in self.tensors.items()}
+        return layout_of(self.config, parts, self.read_stored)
+
+    @property
+    def quantised(self) -> bool:
+        """True if weights are codes and scales, so that only transformers' or our own reader makes numbers of them."""
+        return self.gguf is not None or self.layout is not None
+
+    @property
+    def formats(self) -> list[str]:
+        """The formats of its matrices, in words."""
+        if self.gguf is not None:
+            return sorted({f"GGUF {entry.kind.name}" for entry in self.gguf.entries})
+        return [] if self.layout is None else self.layout.formats
+
+    @property
+    def plain_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the checkpoint that a quantised one stands for (of GGUF under its own names)."""
+        if self.gguf is not None:
+            return {entry.name: entry.shape for entry in self.gguf.entries}
+        return self.shapes if self.layout is None else self.layout.shapes
+
+    def read_stored(self, name: str) -> np.ndarray:
+        """A whole tensor as it is stored: BF16 as uint16, 8-bit floats as uint8."""
+        shard, tensor = self.tensors[name]
+        return np.frombuffer(read_raw(shard, tensor), DTYPES[tensor.dtype].numpy or "u1").reshape(tensor.shape)
+
+    def read_plain(self, name: str) -> np.ndarray:
+        """A tensor of `plain_shapes` as numbers, dequantised: float32 (F64: float64). Not for GGUF."""
+        if self.layout is not None:
+            return self.layout.read(name)
+        return to_float(self.read_stored(name), self.tensors[name][1].dtype)
+
     def slots(self, site: Site) -> dict[int, list[Slot]]:
         """Where each layer's factors go, {layer: [Slot, …]}; found once. Raises FamilyError."""
         if site not in self._slots:
-            self._slots[site] = slots(self.shapes, self.config, site)
+            self._slots[site] = self._find_slots(site)
         return self._slots[site]
+
+    def _find_slots(self, site: Site) -> dict[int, list[Slot]]:
+        if self.gguf is not None:
+            return gguf_carriers({entry.name: entry for entry in self.gguf.entries}, self.config, site)
+        if self.layout is not None:
+            return carriers(self.layout, self.config, site, self.read_stored)
+        return slots(self.shapes, self.config, site)
 
     def layer_sizes(self, site: Site) -> list[int]:
         """How many neurons each layer has, [L]. Raises FamilyError."""
@@ -100,7 +171,9 @@ class Checkpoint:
         return digest.hexdigest()
 
     def other_files(self) -> tuple[list[str], list[str]]:
-        """`other_files` of the directory, besides the shards."""
+        """`other_files` of the directory, besides the shards; of a GGUF file that was given alone there are none."""
+        if self.path == self.shards[0].path:
+            return [], []
         return other_files(self.path, {shard.path.name for shard in self.shards}, self.indexed)
 
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError
-from .names import DELTA, OLD_DELTA
+from .names import DELTA, OLD_DELTA, UNDO
 
-_OUTPUTS = ("config.json", "adapter_config.json", DELTA, OLD_DELTA)  # one of them stands in whatever this tool writes
+_OUTPUTS = ("config.json", "adapter_config.json", DELTA, OLD_DELTA, UNDO)  # one of them is in whatever this tool writes
 
 
 @contextmanager

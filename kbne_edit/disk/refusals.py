@@ -11,6 +11,16 @@ from ..files import LFS_POINTER, open_input, read_json
 from .names import INDEX
 
 
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path is, or that a directory holds as its only weights; None if there is none."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a checkpoint that can be edited. Raises CheckpointError for everything else, with the way out."""
     try:
@@ -30,8 +40,8 @@ def read_config(path: Path) -> dict[str, Any]:
             "(merge_and_unload), or move adapter_config.json away"
         )
     if not (path / "config.json").is_file():
-        if list(path.glob("*.gguf")):
-            raise CheckpointError(f"{path} holds GGUF weights: use the unquantised transformers checkpoint instead")
+        if files := sorted(path.glob("*.gguf")):
+            raise CheckpointError(f"{path} holds {len(files)} GGUF files: give one of them, e.g. --in {files[0]}")
         if list(path.glob("*.pth")):
             raise CheckpointError(
                 f"{path} holds Meta's own .pth files: convert them with transformers' convert_llama_weights_to_hf.py, "
@@ -47,12 +57,6 @@ def read_config(path: Path) -> dict[str, Any]:
             "loads in place of the model's: remove that line"
         )
     _forbid_pointers(path)
-    if quantised := config.get("quantization_config"):
-        method = shown(quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown")
-        raise CheckpointError(
-            f"{path / 'config.json'} has quantization_config ({method}): kbne-edit needs full-precision weights. "
-            "Edit the unquantised model and quantise the result"
-        )
     return config
 
 

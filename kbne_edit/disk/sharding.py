@@ -37,6 +37,8 @@ def reshard(checkpoint: Checkpoint, size: int | str | None) -> tuple[NewShard, .
     if size is None:
         return ()
     most = int(parse_size(size, "shard size")) if isinstance(size, str) else size
+    if checkpoint.gguf is not None:
+        raise InputError("a GGUF file is one file, and is not cut anew: leave out the shard size")
     if most < 1:
         raise InputError(f"shard size {size!r} holds nothing: give a size such as 5GB")
     metadata = shared_metadata(checkpoint)

@@ -11,6 +11,8 @@ import numpy as np
 
 from ..errors import FamilyError, shown
 from ..families import Family, Site, end, family_of, hidden_size, num_layers, unknown_family_hint
+from .layouts.codecs import Codec, codec_of
+from .tensors import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Slot:
     Whatever the format, what carries a neuron is a column or a row of one tensor whose dtype can be multiplied (of a
     quantised matrix: of its scales). The rest of the tool knows slots and no formats.
     experts: None, or the size of axis 0 where the tensor stacks all experts.
+    start: where along the axis the first of the neurons stands. Of a quantised matrix's carrier also: codec, how its
+    numbers are multiplied (a key of `CODECS`; None: as its dtype says); view: the shape that it is read in, where that
+    is not its own; block: where rows share a scale, the tensor that holds it and how many rows do.
     """
 
     tensor: str
@@ -28,6 +33,18 @@ class Slot:
     offset: int
     neurons: int
     experts: int | None = None
+    start: int = 0
+    codec: str | None = None
+    view: tuple[int, ...] | None = None
+    block: tuple[str, int] | None = None
+
+    def numbers(self, tensor: TensorInfo) -> Codec:
+        """How the tensor's numbers are read and multiplied. Raises CheckpointError where they cannot be."""
+        return codec_of(self.codec or tensor.dtype, tensor.name)
+
+    def shape(self, tensor: TensorInfo) -> tuple[int, ...]:
+        """The shape that the tensor is read in."""
+        return self.view or tensor.shape
 
 
 def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[int, list[Slot]]:
@@ -164,5 +181,5 @@ def by_neuron(array: np.ndarray, slot: Slot) -> np.ndarray:
     if slot.experts:
         moved = np.moveaxis(array, slot.axis, 1)
         return moved.reshape(slot.experts * slot.neurons, -1)
-    moved = np.moveaxis(array, slot.axis, 0)
-    return moved.reshape(len(moved), -1)[: slot.neurons]
+    moved = np.moveaxis(array, slot.axis, 0)[slot.start : slot.start + slot.neurons]
+    return moved.reshape(len(moved), -1)

@@ -128,7 +128,7 @@ def _edit_in(baked: Path, base: Path) -> Edit:
 
 def controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: str | Path | None) -> dict[str, Edit]:
     """Edits that an edit about bias must outdo. Raises EditError if the edit does not fit the model."""
-    Plan.of(checkpoint, edit)
+    Plan.of(checkpoint, edit, inexact="ignore")
     neurons = checkpoint.layer_sizes(edit.site)
     found = {f"random {seed + 1}": random_edit(edit, neurons, seed) for seed in range(draws)}
     if scores:

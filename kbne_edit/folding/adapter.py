@@ -58,7 +58,7 @@ def _vectors(checkpoint: Checkpoint) -> list[_Vector]:
     found = []
     for site in SITES if family.gate else SITES[:1]:
         for layer, (slot, *_) in checkpoint.slots(site).items():
-            size = checkpoint.shapes[slot.tensor][slot.axis]
+            size = slot.neurons if checkpoint.quantised else checkpoint.shapes[slot.tensor][slot.axis]
             shape = (1, size) if site == "down" else (size, 1)
             found.append(_Vector(f"{family.layers}.{layer}.{family.module(site)}", site, layer, slot.neurons, shape))
     return found

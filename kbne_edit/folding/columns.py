@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..disk.dtypes import DTYPES
 from ..disk.names import DELTA, OLD_DELTA, OLD_UNDO, UNDO
-from ..disk.tensors import Shard, TensorInfo, read_array, read_raw, write_tensors
+from ..disk.tensors import Shard, TensorInfo, read_raw, write_tensors
 from ..errors import CheckpointError
 from .plan import Plan
 
@@ -54,13 +55,24 @@ class Columns:
 
     def arrays(self, plan: Plan) -> dict[str, np.ndarray]:
         """The columns of each target of the plan: [D, k], [k, D] or [k]. Raises CheckpointError if they do not fit."""
-        tensors = plan.checkpoint.tensors
-        expected = {name: (tensors[name][1].dtype, t.kept_shape(tensors[name][1])) for name, t in plan.targets.items()}
+        expected, storage = {}, {}
+        for name, target in plan.targets.items():
+            tensor = plan.checkpoint.tensors[name][1]
+            expected[name] = (kept_dtype(tensor), target.kept_shape(tensor))
+            storage[name] = target.slot.numbers(tensor).storage
         if {name: (tensor.dtype, tensor.shape) for name, tensor in self.weights.items()} != expected:
             raise CheckpointError(
                 f"{self.shard.path} does not hold what its edit changes in this checkpoint: it is damaged"
             )
-        return {name: read_array(self.shard, tensor) for name, tensor in self.weights.items()}
+        return {
+            name: np.frombuffer(read_raw(self.shard, tensor), storage[name]).reshape(tensor.shape)
+            for name, tensor in self.weights.items()
+        }
+
+
+def kept_dtype(tensor: TensorInfo) -> str:
+    """What a file of columns calls a tensor's dtype: rows of a GGUF file are bytes there."""
+    return tensor.dtype if tensor.dtype in DTYPES else "U8"
 
 
 def write_columns(

@@ -17,7 +17,7 @@ from ..disk.tensors import Shard, read_metadata
 from ..edit import Edit
 from ..errors import CheckpointError, EditError, ProofError
 from ..files import parse_json
-from .columns import Columns, delta_path, write_columns
+from .columns import Columns, delta_path, kept_dtype, write_columns
 from .fold import Kept
 from .plan import Plan
 from .rewrite import Progress, rewrite
@@ -81,7 +81,7 @@ def write_delta(plan: Plan, part: Path, source: Origin, progress: Progress) -> N
     columns = {}
     for name, parts in kept.items():
         tensor = plan.checkpoint.tensors[name][1]
-        columns[name] = (tensor.dtype, plan.targets[name].product(np.concatenate(parts), slice(None), tensor))
+        columns[name] = (kept_dtype(tensor), plan.targets[name].product(np.concatenate(parts), slice(None), tensor))
     record = DeltaRecord(plan.edit.made_for(plan.checkpoint.fingerprint()), files, source)
     write_columns(part / DELTA, columns, metadata={"kbne": json.dumps(record.to_dict())})
     again, _ = fold_hashes(plan.with_columns(Columns.open(part / DELTA).arrays(plan)), progress)

@@ -17,7 +17,7 @@ from ..disk.sharding import headers, index_text
 from ..disk.tensors import Shard
 from ..edit import Edit
 from ..files import forbid_links_out, forbid_overlap
-from .columns import FOLD_KEY, write_columns
+from .columns import FOLD_KEY, kept_dtype, write_columns
 from .plan import Plan
 from .rewrite import Progress, assemble, rewrite
 
@@ -70,7 +70,7 @@ def fold_into(plan: Plan, part: Path, progress: Progress | None = None) -> Manif
         resharded=resharded,
     )
     # The edited columns (or rows) as they were: {tensor name: [D, k], [k, D] or [k]}; and how the files were cut.
-    dtypes = {name: checkpoint.tensors[name][1].dtype for name in kept}
+    dtypes = {name: kept_dtype(checkpoint.tensors[name][1]) for name in kept}
     columns = {name: (dtypes[name], np.concatenate(parts)) for name, parts in kept.items()}
     write_columns(part / UNDO, columns, old, {FOLD_KEY: manifest.fold_sha256()})
     return replace(manifest, undo=file_hash(part / UNDO))

@@ -7,66 +7,19 @@ rounded once to its own dtype (arXiv:2601.21864 scales h at run time; here the w
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from ..disk.checkpoint import Checkpoint
-from ..disk.dtypes import from_float, storage, to_float
 from ..disk.sharding import NewShard, reshard
-from ..disk.slots import Slot
-from ..disk.tensors import TensorInfo
 from ..edit import Edit
 from ..errors import EditError
 from ..families import end
+from .exact import quantised_targets
+from .target import Target
 
-
-@dataclass(frozen=True)
-class Target:
-    """What happens to one tensor. index: neurons along the slot's axis, [k]; factors: float32 [k].
-
-    expert: which expert each belongs to, [k], where the tensor stacks all experts. values: what is put in place of the
-    products, in the layout of the undo file (a delta brings its own).
-    """
-
-    slot: Slot
-    index: np.ndarray
-    factors: np.ndarray
-    expert: np.ndarray | None = None
-    values: np.ndarray | None = None
-
-    @property
-    def neurons(self) -> np.ndarray:
-        """Which of the slot's neurons change, [k]."""
-        return self.index if self.expert is None else self.expert * self.slot.neurons + self.index
-
-    @property
-    def by_column(self) -> bool:
-        """True if a neuron is a column of a matrix, so that every row of it changes."""
-        return self.expert is None and self.slot.axis == 1
-
-    def kept_shape(self, tensor: TensorInfo) -> tuple[int, ...]:
-        """Shape of what the undo file keeps of this tensor: [D, k], [k, D] or [k]."""
-        shape = list(tensor.shape)
-        if self.expert is None:
-            shape[self.slot.axis] = len(self.index)
-            return tuple(shape)
-        return (len(self.index), *(size for axis, size in enumerate(shape) if axis not in (0, self.slot.axis)))
-
-    def product(self, old: np.ndarray, kept: slice | np.ndarray, tensor: TensorInfo) -> np.ndarray:
-        """The float32 product of stored values with their factors, rounded once. Raises EditError where it overflows.
-
-        old: a part of what the undo file keeps, [D, k] or [k, …]; kept: which of its rows those are.
-        """
-        if self.by_column:
-            factors = self.factors[None, :]
-        else:
-            factors = self.factors[kept].reshape(-1, *[1] * (old.ndim - 1))
-        wide = to_float(old, tensor.dtype)
-        with np.errstate(over="ignore"):
-            new = from_float(wide * factors.astype(wide.dtype), tensor.dtype)
-        if not np.isfinite(to_float(new, tensor.dtype)[np.isfinite(wide)]).all():
-            raise EditError(f"a factor makes weights of {tensor.name} overflow {tensor.dtype}: pass a smaller --factor")
-        return new
+Inexact = dict[int, set[int]]  # of each layer the neurons that cannot take their factors
 
 
 @dataclass(frozen=True)
@@ -102,13 +55,33 @@ class Plan:
     files: tuple[NewShard, ...] = ()
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, edit: Edit, shard_size: int | str | None = None) -> Plan:
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        edit: Edit,
+        shard_size: int | str | None = None,
+        inexact: Literal["refuse", "skip", "ignore"] = "refuse",
+    ) -> Plan:
         """Work it out. shard_size: bytes a file, or text such as "5GB".
 
+        inexact: what becomes of neurons of a quantised checkpoint that cannot take their factors without a loss; they
+        can be skipped, and are ignored where the values are not to be products (of an undo file).
         Raises EditError if the edit does not fit, FamilyError, CheckpointError, InputError.
         """
         edit.check(checkpoint.layer_sizes(edit.site), checkpoint.fingerprint())
-        return cls(checkpoint, edit, _targets(checkpoint, edit), reshard(checkpoint, shard_size))
+        targets, bad = _targets(checkpoint, edit)
+        if bad and inexact == "skip":
+            edit = edit.without(bad)
+            edit.check(checkpoint.layer_sizes(edit.site))
+            targets, bad = _targets(checkpoint, edit)
+        if bad and inexact != "ignore":
+            raise _refused(bad, checkpoint)
+        return cls(checkpoint, edit, targets, reshard(checkpoint, shard_size))
+
+    @property
+    def exact(self) -> bool:
+        """True if hooks and fold agree bit for bit: every factor is a power of two, and no product is rounded."""
+        return self.edit.exact and not any(target.unit for target in self.targets.values())
 
     def __repr__(self) -> str:
         return f"Plan({self.edit.num_neurons} neurons in {len(self.targets)} tensors of {self.checkpoint.path})"
@@ -138,16 +111,34 @@ class Plan:
         return {"steps": [step.to_dict() for step in self.steps], "files": [file.name for file in self.files]}
 
 
-def _targets(checkpoint: Checkpoint, edit: Edit) -> dict[str, Target]:
+def _targets(checkpoint: Checkpoint, edit: Edit) -> tuple[dict[str, Target], Inexact]:
+    """The targets, and the neurons of a quantised checkpoint that cannot take their factors."""
     slots = checkpoint.slots(edit.site)
-    targets = {}
+    targets: dict[str, Target] = {}
+    inexact: Inexact = {}
     for layer, factors in edit.factors.items():
         neurons = np.fromiter(factors, np.int64)
         values = np.fromiter(factors.values(), np.float32)
         for slot in slots[layer]:
             inside = (neurons >= slot.offset) & (neurons < end([slot]))
             if inside.any():
-                storage(checkpoint.tensors[slot.tensor][1].dtype, slot.tensor)
+                slot.numbers(checkpoint.tensors[slot.tensor][1])
                 expert, index = np.divmod(neurons[inside] - slot.offset, slot.neurons)
-                targets[slot.tensor] = Target(slot, index, values[inside], expert if slot.experts else None)
-    return targets
+                target = Target(slot, index + slot.start, values[inside], expert if slot.experts else None)
+                if checkpoint.quantised:
+                    made, bad = quantised_targets(checkpoint, target)
+                    targets |= {each.slot.tensor: each for each in made}
+                    inexact.setdefault(layer, set()).update(neurons[inside][bad].tolist())
+                else:
+                    targets[slot.tensor] = target
+    return targets, {layer: bad for layer, bad in inexact.items() if bad}
+
+
+def _refused(inexact: Inexact, checkpoint: Checkpoint) -> EditError:
+    listed = [f"{layer}.{neuron}" for layer, neurons in sorted(inexact.items()) for neuron in sorted(neurons)]
+    more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+    return EditError(
+        f"{checkpoint.path} is quantised ({', '.join(checkpoint.formats)}), and {len(listed)} neurons cannot take "
+        f"their factor there without a loss (layer.neuron): {', '.join(listed[:20])}{more}. Pass --skip-inexact to "
+        "leave them out, or a factor that is a power of two"
+    )

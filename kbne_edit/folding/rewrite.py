@@ -10,30 +10,32 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..disk.dtypes import storage
 from ..disk.hashing import CHUNK, TwoDigests
 from ..disk.sharding import NewShard
 from ..disk.tensors import Shard, TensorInfo
 from ..errors import CheckpointError
 from ..files import open_input
-from .plan import Plan, Target
+from .plan import Plan
+from .target import Target
 
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
 
 
-def chunks(path: Path, tensors: tuple[TensorInfo, ...], edited: dict) -> Iterator[tuple[TensorInfo | None, int, int]]:
+def chunks(
+    path: Path, tensors: tuple[TensorInfo, ...], edited: dict[str, Target]
+) -> Iterator[tuple[TensorInfo | None, int, int]]:
     """(tensor or None, start, end) in file order; chunks of an edited tensor hold whole rows."""
     position, size = 0, os.path.getsize(path)
     for tensor in (t for t in tensors if t.name in edited):
         yield from ((None, a, min(a + CHUNK, tensor.start)) for a in range(position, tensor.start, CHUNK))
-        yield from ((tensor, a, b) for a, b in pieces(tensor, True))
+        yield from ((tensor, a, b) for a, b in pieces(tensor, edited[tensor.name]))
         position = tensor.end
     yield from ((None, a, min(a + CHUNK, size)) for a in range(position, size, CHUNK))
 
 
-def pieces(tensor: TensorInfo, edited: bool) -> Iterator[tuple[int, int]]:
+def pieces(tensor: TensorInfo, target: Target | None) -> Iterator[tuple[int, int]]:
     """(start, end) of a tensor's chunks in its file, in turn; those of an edited one hold whole rows."""
-    row = max((tensor.end - tensor.start) // max(tensor.shape[0], 1), 1) if edited else 1
+    row = max((tensor.end - tensor.start) // max(target.slot.shape(tensor)[0], 1), 1) if target else 1
     step = max(CHUNK // row, 1) * row
     return ((a, min(a + step, tensor.end)) for a in range(tensor.start, tensor.end, step))
 
@@ -80,7 +82,7 @@ def assemble(
         shard, tensor = plan.checkpoint.tensors[name]
         with open_input(shard.path) as file:
             file.seek(tensor.start)
-            for start, end in pieces(tensor, name in plan.targets):
+            for start, end in pieces(tensor, plan.targets.get(name)):
                 data = file.read(end - start)
                 if len(data) != end - start:
                     raise CheckpointError(f"{shard.path} became shorter while it was read: start again")
@@ -98,9 +100,9 @@ def _place(raw: bytes, tensor: TensorInfo, start: int, target: Target) -> tuple[
 
     rows: a copy that can be written; where: the target's neurons in it; kept: which rows of the undo tensor those are.
     """
-    kind = storage(tensor.dtype, tensor.name)
-    rows = np.frombuffer(raw, kind).reshape(-1, *tensor.shape[1:]).copy()
-    first = (start - tensor.start) // (kind.itemsize * max(int(np.prod(tensor.shape[1:])), 1))
+    kind, shape = target.slot.numbers(tensor).storage, target.slot.shape(tensor)
+    rows = np.frombuffer(raw, kind).reshape(-1, *shape[1:]).copy()
+    first = (start - tensor.start) // (kind.itemsize * max(int(np.prod(shape[1:])), 1))
     index = target.index
     if target.by_column:
         return rows, (slice(None), index), slice(first, first + len(rows))

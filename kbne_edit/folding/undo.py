@@ -45,7 +45,7 @@ def revert(
     undo = undo_path(checkpoint.path)
     if not undo.is_file() or file_hash(undo) != manifest.undo:
         raise CheckpointError(f"{undo} is missing or was changed: the base cannot be restored from it")
-    plan = Plan.of(checkpoint, replace(manifest.edit, base=None))
+    plan = Plan.of(checkpoint, replace(manifest.edit, base=None), inexact="ignore")
     columns = Columns.open(undo)
     plan = plan.with_columns(columns.arrays(plan))
     old = columns.header_bytes()

@@ -17,7 +17,7 @@ from ..disk.bins import BinTensor, read_bin
 from ..disk.checkpoint import other_files
 from ..disk.dtypes import DTYPES
 from ..disk.names import INDEX, SINGLE, is_weights
-from ..disk.refusals import read_config
+from ..disk.refusals import gguf_file, read_config
 from ..disk.tensors import header_bytes
 from ..errors import OutputError, SourceError, shown
 from ..files import forbid_links_out, read_json
@@ -76,6 +76,9 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
     with ExitStack() as stack:
         if not path.exists() and _hub_like(source):
             found = stack.enter_context(_view(_download(source, say)))
+        if gguf_file(found.path) is not None:
+            yield found
+            return
         read_config(found.path)
         if bins := _bins(found.path):
             say(f"{source} holds .bin weights: reading them without running any code, and going on in safetensors")

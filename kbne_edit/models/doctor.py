@@ -97,11 +97,11 @@ def _fitting(room: float, part: float, rows: float) -> float:
 
 def _model(checkpoint: Checkpoint, free: float) -> dict:
     """What `bake` would do with a checkpoint, and what that takes."""
-    stem = family_of(checkpoint.config).layers.rsplit(".", 1)[-1]
+    stem = "blk" if checkpoint.gguf else family_of(checkpoint.config).layers.rsplit(".", 1)[-1]
     sizes = []
     for layer, (slot, *_) in checkpoint.slots("down").items():
         begin = slot.tensor.partition(f"{stem}.{layer}.")[0] + f"{stem}.{layer}."
-        sizes.append(sum(math.prod(shape) for name, shape in checkpoint.shapes.items() if name.startswith(begin)))
+        sizes.append(sum(math.prod(shape) for name, shape in checkpoint.plain_shapes.items() if name.startswith(begin)))
     outside = memory.in_memory(checkpoint, 1) - sum(sizes)
     whole = memory.needed(checkpoint)
     streamed = memory.streamed(4 * outside, 4 * max(sizes), memory.ROWS, hidden_size(checkpoint.config))

@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..disk.checkpoint import Checkpoint
+from ..disk.refusals import gguf_file
 from ..errors import CheckpointError, InputError, KbneError, one_line, short, shown
 from ..families import TEXT_ALONE, text_part
 from ..files import open_input, read_json
@@ -56,25 +58,43 @@ def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
     """
     spread = {"device_map": "auto"} if device == "auto" else {}
     with foreign(path):
-        config = load_config(path)
         with _conversions():
-            # experts: the hooks run them one by one, as "eager" does; other kernels add in another order.
-            # ignore_mismatched_sizes: the error that it suppresses does not say which tensor; ours does.
-            model, report = model_class(config).from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                experts_implementation="eager",
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **spread,
-            )
-        if faults := _faults(report):
-            raise CheckpointError(f"{path} does not hold this model's weights: {faults}")
-        model = model.eval().requires_grad_(False)
+            model, report = _load(path, dtype, spread)
+        model = complete(model, report, path)
         return model if spread else model.to(device)
+
+
+def complete(model, report: dict, path: Path):
+    """The model, ready for use. report: transformers' of the load. Raises CheckpointError if weights are missing."""
+    if faults := _faults(report):
+        raise CheckpointError(f"{path} does not hold this model's weights: {faults}")
+    return model.eval().requires_grad_(False)
+
+
+def _load(path: Path, dtype: torch.dtype, spread: dict) -> tuple:
+    """The model, and transformers' report. A quantised checkpoint is loaded as the plain model it stands for."""
+    from .dequantised import load_dequantised
+    from .gguf import load_gguf
+
+    if (file := gguf_file(path)) is not None:
+        return load_gguf(file, dtype)
+    config = load_config(path)
+    checkpoint = Checkpoint.open(path)
+    if checkpoint.layout is not None:
+        return load_dequantised(checkpoint, config, dtype)
+    # experts: the hooks run them one by one, as "eager" does; other kernels add in another order.
+    # ignore_mismatched_sizes: the error that it suppresses does not say which tensor; ours does.
+    return model_class(config).from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        experts_implementation="eager",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **spread,
+    )
 
 
 @contextmanager
@@ -202,6 +222,10 @@ def read_tokenizer(path: Path):
     """The tokenizer of a directory, without a limit: see `load_tokenizer`."""
     from transformers import AutoTokenizer
 
+    from .gguf import gguf_tokenizer
+
+    if (file := gguf_file(path)) is not None and not (path / "tokenizer.json").is_file():
+        return gguf_tokenizer(file)
     for name in _TOKENIZER_FILES:
         if (path / name).is_file():
             with open_input(path / name) as file:
@@ -233,7 +257,7 @@ def _try(path: Path) -> None:
 def _files(path: Path) -> tuple:
     """What tells one tokenizer's files from another's: name, size and time of every small file."""
     found = []
-    for file in sorted(path.iterdir()):
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file() and not file.name.endswith((".safetensors", ".bin")):
             status = file.stat()
             found.append((file.name, status.st_size, status.st_mtime_ns, status.st_ino))

@@ -51,7 +51,7 @@ def kilobytes(path: str, key: str) -> float:
 
 def in_memory(checkpoint: Checkpoint, itemsize: int = 4) -> int:
     """What the checkpoint's tensors take at `itemsize` bytes per value."""
-    return itemsize * sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    return itemsize * sum(math.prod(shape) for shape in checkpoint.plain_shapes.values())
 
 
 def activations(rows: float, size: float, itemsize: int = 4) -> float:

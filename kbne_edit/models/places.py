@@ -51,10 +51,14 @@ def _places(layer: nn.Module, family: Family, path: str) -> list[Place]:
         found.append(Place(experts, 0, a if family.transposed else b, count))
         if family.shared and _has(layer, family.shared):
             shared = layer.get_submodule(family.shared)
-            found.append(Place(shared, found[0].neurons * count, shared.weight.shape[1]))
+            found.append(Place(shared, found[0].neurons * count, _inputs(shared)))
         return found
-    down = layer.get_submodule(family.down).weight
-    return [Place(layer.get_submodule(path), 0, down.shape[0 if family.conv1d else 1])]
+    return [Place(layer.get_submodule(path), 0, _inputs(layer.get_submodule(family.down)))]
+
+
+def _inputs(module: nn.Module) -> int:
+    """How many inputs a projection has: nn.Linear, and what libraries of quantised formats put in its place, say so."""
+    return getattr(module, "in_features", None) or module.weight.shape[0]  # Conv1D keeps its weight as [in, out]
 
 
 def _has(layer: nn.Module, path: str) -> bool:

@@ -6,16 +6,21 @@ a power of two; otherwise within the rounding noise, which is computed (see `noi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..disk.checkpoint import Checkpoint
 from ..disk.dtypes import DTYPES, to_float
 from ..disk.slots import by_neuron
-from ..disk.tensors import read_array
+from ..disk.tensors import read_array, read_raw
 from ..errors import CheckpointError
+from ..folding.exact import moved
 from ..folding.plan import Plan
+from ..folding.target import Target
+from ..models.dequantised import own_dtype
+from ..models.libraries import library, load_by_library
 from ..models.loading import foreign, load_model, load_tokenizer
 from ..models.memory import SHARE, available, in_memory
 from .outcome import BehaviourProof
@@ -40,9 +45,12 @@ def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]
     Raises CheckpointError if a directory cannot be loaded.
     """
     if in_memory(plan.checkpoint) > SHARE * available():
-        return (_site_by_site(plan, baked),)
+        return (_rows_by_rows(plan, baked) if plan.checkpoint.quantised else _site_by_site(plan, baked),)
     import torch
 
+    if plan.checkpoint.quantised:
+        own = getattr(torch, own_dtype(plan.checkpoint))
+        return tuple(_whole_quantised(plan, baked, dtype) for dtype in dict.fromkeys((torch.float32, own)))
     first = next(iter(plan.targets))
     own = getattr(torch, DTYPES[plan.checkpoint.tensors[first][1].dtype].torch)
     return tuple(_whole_model(plan, baked, dtype, own) for dtype in dict.fromkeys((torch.float32, own)))
@@ -98,14 +106,11 @@ def _run(model, probes: list[list[int]], tokens: int = 0) -> _Outcome:
 
 
 def _whole_model(plan: Plan, baked: Checkpoint, dtype: torch.dtype, own: torch.dtype) -> BehaviourProof:
-    import torch
-
     from ..models.hooks import hooked
     from .noise import rounding_noise
 
     base, edit = plan.checkpoint, plan.edit
-    probes = _probes(base)
-    tokens = _TOKENS if dtype == torch.float32 else 0
+    probes, tokens = _probes(base), _tokens(dtype)
     model = load_model(base.path, dtype)
     with hooked(model, edit):
         reference = _run(model, probes, tokens)
@@ -115,19 +120,68 @@ def _whole_model(plan: Plan, baked: Checkpoint, dtype: torch.dtype, own: torch.d
                 noise = max(noise, _difference(_run(model, probes), reference))
     del model
     got = _run(load_model(baked.path, dtype), probes, tokens)
+    return _compared("whole model", dtype, reference, got, None if edit.exact else noise)
+
+
+def _whole_quantised(plan: Plan, baked: Checkpoint, dtype: torch.dtype) -> BehaviourProof:
+    """The whole model, by the format's own library where it is installed, else by our reader.
+
+    Where products are rounded, h_i errs by the unit of what is rounded: draws with the factors moved by so much give
+    the noise. Activations are quantised only where all is exact: a single code of theirs that turns moves the logits by
+    more than any bound.
+    """
+    base, reader = plan.checkpoint, library(plan.checkpoint)
+    if reader is None or reader == "gguf":
+        return _read_by(reader or "kbne-edit", plan, baked, dtype, _load_own)
+    try:
+        with foreign(base.path):
+            return _read_by(reader, plan, baked, dtype, load_by_library)
+    except CheckpointError:  # not every library computes in every dtype on a CPU
+        return _read_by("kbne-edit", plan, baked, dtype, _load_own)
+
+
+def _load_own(checkpoint: Checkpoint, dtype: torch.dtype, native: bool) -> Any:
+    return load_model(checkpoint.path, dtype)
+
+
+def _read_by(
+    reader: str, plan: Plan, baked: Checkpoint, dtype: torch.dtype, load: Callable[..., Any]
+) -> BehaviourProof:
+    from ..models.hooks import hooked
+
+    probes, tokens = _probes(plan.checkpoint), _tokens(dtype)
+    model = load(plan.checkpoint, dtype, plan.exact)
+    with hooked(model, plan.edit):
+        reference = _run(model, probes, tokens)
+    noise = None if plan.exact else last_rounding(reference.logits, dtype)
+    for seed in range(0 if plan.exact else _NOISE_DRAWS):
+        with hooked(model, moved(plan.edit, plan.targets.values(), seed)):
+            noise = max(noise or 0.0, _difference(_run(model, probes), reference))
+    del model
+    got = _run(load(baked, dtype, plan.exact), probes, tokens)
+    return _compared(f"whole model, read by {reader}", dtype, reference, got, noise)
+
+
+def _tokens(dtype: torch.dtype) -> int:
+    return _TOKENS if str(dtype) == "torch.float32" else 0
+
+
+def _compared(how: str, dtype: torch.dtype, reference: _Outcome, got: _Outcome, noise: float | None) -> BehaviourProof:
+    """noise: None where the two must be equal bit for bit."""
     difference, equal = _difference(got, reference), np.array_equal(got.logits, reference.logits)
     same = got.logits.argmax(1) == reference.logits.argmax(1)
+    texts = [a == b for a, b in zip(reference.texts, got.texts, strict=True)]
     return BehaviourProof(
         dtype=str(dtype).removeprefix("torch."),
-        how="whole model",
-        holds=bool(equal) if edit.exact else difference <= NOISE_FACTOR * noise,
+        how=how,
+        holds=bool(equal) if noise is None else difference <= NOISE_FACTOR * noise,
         bit_equal=bool(equal),
         difference=difference,
-        noise=noise,
+        noise=noise or 0.0,
         positions=len(same),
         kl=_kl(reference.logits, got.logits),
         top1=float(same.mean()),
-        greedy=float(np.mean([a == b for a, b in zip(reference.texts, got.texts, strict=True)])) if tokens else None,
+        greedy=float(np.mean(texts)) if _tokens(dtype) else None,
         rerouted=1 - float(_same_route(got, reference).mean()) if reference.routes[0].size else None,
     )
 
@@ -204,3 +258,53 @@ def _site_by_site(plan: Plan, baked: Checkpoint) -> BehaviourProof:
         noise=noise,
         positions=rows,
     )
+
+
+def _rows_by_rows(plan: Plan, baked: Checkpoint) -> BehaviourProof:
+    """Each edited matrix of a quantised checkpoint on seeded inputs: factor (W x) from the base against W' x.
+
+    By our reader (of GGUF: by the gguf package), a matrix in memory at a time.
+    """
+    worst, noise, equal, rows = 0.0, 0.0, True, 0
+    for target in plan.targets.values():
+        pair = [_plain_rows(checkpoint, target) for checkpoint in (plan.checkpoint, baked)]
+        if pair[0] is None or pair[1] is None:
+            continue
+        old, new = pair
+        scale = np.ones(len(old), np.float32)
+        for neuron, factor in plan.edit.factors[target.slot.layer].items():
+            if 0 <= neuron - target.slot.offset < len(old):
+                scale[neuron - target.slot.offset] = factor
+        x = np.random.default_rng(0).standard_normal((8, old.shape[1]), np.float32)
+        reference, got = (x @ old.T) * scale, x @ new.T
+        spread = float(reference.std()) or 1e-30
+        worst = max(worst, float(np.abs(got - reference).max()) / spread)
+        noise = max(noise, max(target.unit, 2.0**-24) * float(np.abs(reference).max()) / spread)
+        equal &= np.array_equal(got, reference)
+        rows += len(x)
+    return BehaviourProof(
+        dtype="float32",
+        how="site by site",
+        holds=bool(equal) if plan.exact else worst <= NOISE_FACTOR * noise,
+        bit_equal=bool(equal),
+        difference=worst,
+        noise=noise,
+        positions=rows,
+    )
+
+
+def _plain_rows(checkpoint: Checkpoint, target: Target) -> np.ndarray | None:
+    """The rows of a target's neurons, dequantised, [neurons, D]; None for a bias, and for the scales of a block."""
+    slot, tensor = target.slot, checkpoint.tensors[target.slot.tensor][1]
+    if checkpoint.gguf is not None:
+        if len(tensor.shape) < 2:
+            return None
+        from gguf import GGMLQuantizationType, dequantize
+
+        raw = read_raw(*checkpoint.tensors[slot.tensor])
+        stored = by_neuron(np.frombuffer(raw, np.uint8).reshape(tensor.shape), slot)
+        return dequantize(stored, GGMLQuantizationType[tensor.dtype])
+    name = checkpoint.layout.matrix_of(slot.tensor) if checkpoint.layout else None
+    if slot.codec is None or name is None:
+        return None
+    return checkpoint.read_plain(name)[slot.start : slot.start + slot.neurons]

@@ -22,8 +22,9 @@ from ..disk.tensors import Shard, TensorInfo, read_metadata
 from ..errors import one_line
 from ..files import open_input, read_json
 from ..folding.columns import FOLD_KEY, Columns, undo_path
-from ..folding.plan import Plan, Target
+from ..folding.plan import Plan
 from ..folding.rewrite import Progress, chunks, pieces, scaled
+from ..folding.target import Target
 from .outcome import EditFrom, FileProof
 
 # Of a directory made elsewhere: the files beside the weights that transformers reads. Others cannot change the model.
@@ -163,7 +164,7 @@ def _same_tensor(
     with open_input(shard.path) as a, open_input(other.path) as b:
         a.seek(tensor.start)
         b.seek(place.start)
-        for start, end in pieces(tensor, target is not None):
+        for start, end in pieces(tensor, target):
             before, after = a.read(end - start), b.read(end - start)
             same &= (scaled(before, tensor, start, target, run.kept) if target else before) == after
             run.done(2 * len(before))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..disk.checkpoint import Checkpoint
-from ..disk.dtypes import DTYPES, from_float, storage, to_float
+from ..disk.layouts.codecs import CODECS, Codec
 from ..disk.names import MANIFEST
 from ..disk.slots import Slot, by_neuron
-from ..disk.tensors import read_array
+from ..disk.tensors import read_raw
 from ..edit import Edit
 from ..errors import CheckpointError, FamilyError, shown
 from ..families import SITES, Site
@@ -34,7 +34,12 @@ def _factors(base: Checkpoint, baked: Checkpoint, slots: list[Slot]) -> dict[int
     factors: dict[int, dict[int, float]] = {}
     for slot in slots:
         shape = base.shapes[slot.tensor]
-        if len(shape) > 1 and baked.shapes.get(slot.tensor) == shape and _same_dtype(base, baked, slot.tensor):
+        if (
+            (len(shape) > 1 or slot.codec)
+            and slot.block is None
+            and baked.shapes.get(slot.tensor) == shape
+            and _same_dtype(base, baked, slot.tensor)
+        ):
             found = recover_slot(base, baked, slot)
             factors.setdefault(slot.layer, {}).update({slot.offset + n: factor for n, factor in found.items()})
     return {layer: found for layer, found in factors.items() if found}
@@ -61,14 +66,18 @@ def _why_none(base: Checkpoint, baked: Checkpoint) -> str:
 
 def recover_slot(base: Checkpoint, baked: Checkpoint, slot: Slot) -> dict[int, float]:
     """{neuron of the slot: its factor} of the neurons that are scaled."""
-    dtype = base.tensors[slot.tensor][1].dtype
-    storage(dtype, slot.tensor)
-    before, after = (by_neuron(read_array(*c.tensors[slot.tensor]), slot) for c in (base, baked))
+    numbers = slot.numbers(base.tensors[slot.tensor][1])
+    before, after = (by_neuron(_read(checkpoint, slot, numbers), slot) for checkpoint in (base, baked))
     found = {}
     for i in np.flatnonzero((before != after).any(1)).tolist():
-        if (factor := recover_factor(before[i], after[i], dtype)) is not None:
+        if (factor := recover_factor(before[i], after[i], numbers.name)) is not None:
             found[i] = factor
     return found
+
+
+def _read(checkpoint: Checkpoint, slot: Slot, numbers: Codec) -> np.ndarray:
+    shard, tensor = checkpoint.tensors[slot.tensor]
+    return np.frombuffer(read_raw(shard, tensor), numbers.storage).reshape(slot.shape(tensor))
 
 
 def recover_factor(x: np.ndarray, y: np.ndarray, dtype: str) -> float | None:
@@ -77,18 +86,16 @@ def recover_factor(x: np.ndarray, y: np.ndarray, dtype: str) -> float | None:
     Each weight confines the factor to the numbers that round to its y; the middle of what all of them allow is the
     factor to within a rounding step, and its decimals are tried from the shortest on. None: y is no multiple of x.
     """
-    kind = DTYPES[dtype]
-    wide, after = (to_float(v, dtype).astype(np.float64) for v in (x, y))
-    use = np.isfinite(wide) & np.isfinite(after) & (np.abs(after) > kind.smallest) & (wide != 0)
+    numbers = CODECS[dtype]
+    wide, after = (numbers.values(v).astype(np.float64) for v in (x, y))
+    use = np.isfinite(wide) & np.isfinite(after) & (np.abs(after) > numbers.smallest) & (wide != 0)
     middle = 0.0
     if use.any():
         ratio = after[use] / wide[use]
-        slack = np.ldexp(1.0, np.frexp(after[use])[1] - kind.precision - 1) / np.abs(wide[use])
+        slack = np.ldexp(numbers.unit, np.frexp(after[use])[1] - 1) / np.abs(wide[use])
         middle = float((np.max(ratio - slack) + np.min(ratio + slack)) / 2)
     for digits in range(1, 10):  # nine tell every float32 from its neighbours
         factor = float(f"{middle:.{digits}g}")
-        with np.errstate(over="ignore"):
-            scaled = from_float(to_float(x, dtype) * np.float32(factor), dtype)
-        if scaled.tobytes() == y.tobytes():
+        if numbers.times(x, np.float32(factor)).tobytes() == y.tobytes():
             return factor
     return None

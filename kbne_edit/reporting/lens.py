@@ -13,7 +13,7 @@ import numpy as np
 
 from ..disk.checkpoint import Checkpoint
 from ..disk.dtypes import storage, to_float
-from ..disk.slots import Readout, readout
+from ..disk.slots import Readout, readout, slots
 from ..disk.tensors import read_array
 from ..edit import Edit
 from ..errors import CheckpointError, short
@@ -32,7 +32,17 @@ def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
     checkpoint: a baked directory. At the down site the columns are what its undo file keeps (a factor of 0 leaves
     nothing of them in the weights); at the gate site the down-projection is unchanged. Raises CheckpointError.
     """
-    found = {}
+    found: dict[Neuron, np.ndarray] = {}
+    if checkpoint.layout is not None:  # the down-projection is unchanged at either site
+        for layer, places in slots(checkpoint.plain_shapes, checkpoint.config, "down").items():
+            for place in places:
+                inside = [n for n in edit.factors.get(layer, ()) if 0 <= n - place.offset < place.neurons]
+                if inside:
+                    matrix = checkpoint.read_plain(place.tensor)
+                    found |= {(layer, n): matrix[:, n - place.offset] for n in inside}
+        return found
+    if checkpoint.gguf is not None:
+        return found
     if edit.site == "gate":
         for layer, places in checkpoint.slots("down").items():
             if wanted := list(edit.factors.get(layer, ())):
@@ -81,8 +91,10 @@ def written(
     found: of `columns`. known: ids that the tokenizer has (the unembedding may be padded); None: all. most: how many
     tokens at either end. None where the model has no unembedding that the columns fit.
     """
-    end = readout(checkpoint.shapes, checkpoint.config)
-    if end is None or checkpoint.shapes[end.unembedding][1:] != next(iter(found.values())).shape:
+    if checkpoint.gguf is not None:
+        return None
+    end = readout(checkpoint.plain_shapes, checkpoint.config)
+    if end is None or checkpoint.plain_shapes[end.unembedding][1:] != next(iter(found.values())).shape:
         return None
     directions = np.stack([_folded(column, checkpoint, end) for column in found.values()], 1)  # [D, k]
     total, squares, count = np.zeros(len(found)), np.zeros(len(found)), 0
@@ -106,12 +118,14 @@ def _folded(column: np.ndarray, checkpoint: Checkpoint, end: Readout) -> np.ndar
     column = column - column.mean() if end.centred else column
     if end.norm is None:
         return column
-    shard, tensor = checkpoint.tensors[end.norm]
-    return column * (to_float(read_array(shard, tensor), tensor.dtype) + np.float32(end.offset))
+    return column * (checkpoint.read_plain(end.norm) + np.float32(end.offset))
 
 
 def _rows(checkpoint: Checkpoint, name: str):
-    """(number of the first row, rows as float32 [r, D]) of a matrix, piece by piece."""
+    """(number of the first row, rows as float32 [r, D]) of a matrix, piece by piece; a quantised one at once."""
+    if name not in checkpoint.tensors or (checkpoint.layout and checkpoint.layout.matrix_of(name)):
+        yield 0, checkpoint.read_plain(name)
+        return
     shard, tensor = checkpoint.tensors[name]
     kind, (count, width) = storage(tensor.dtype, name), tensor.shape
     step = max(_STEP // (width * kind.itemsize), 1)

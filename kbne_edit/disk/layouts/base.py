@@ -25,6 +25,10 @@ class Part:
     shape: Shape
 
 
+Parts = Mapping[str, Part]
+Arrays = Mapping[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Carrier:
     """What holds the multipliers of a matrix's rows.
@@ -51,19 +55,19 @@ class Format:
     needs: tuple[str, ...] = ()
     may: tuple[str, ...] = ()
 
-    def fits(self, parts: Mapping[str, Part]) -> bool:
+    def fits(self, parts: Parts) -> bool:
         """Whether a matrix with these parts is of this format."""
         return all(part in parts for part in self.needs)
 
-    def shape(self, parts: Mapping[str, Part], read: Read) -> Shape:
+    def shape(self, parts: Parts, read: Read) -> Shape:
         """[O, I] of the matrix. read: gives a part as it is stored, for those few that hold a shape."""
         raise NotImplementedError
 
-    def carrier(self, parts: Mapping[str, Part], read: Read) -> Carrier | str:
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         """What carries the multipliers of rows, or why nothing does."""
         raise NotImplementedError
 
-    def dequantise(self, parts: Mapping[str, np.ndarray], about: Mapping[str, Part]) -> np.ndarray:
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         """The matrix, [O, I] float32. parts: each tensor as it is stored (BF16 as uint16, FP8 as uint8)."""
         raise NotImplementedError
 

@@ -7,10 +7,11 @@ With double quantisation the scales are themselves codes that share a scale with
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 
-from .base import Carrier, Format, numbers
+from .base import Arrays, Carrier, Format, Parts, Read, Shape, numbers
 
 
 class Int8(Format):
@@ -20,13 +21,13 @@ class Int8(Format):
     needs = ("weight", "SCB")
     may = ("weight_format",)
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         return parts["weight"].shape
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         return Carrier("SCB", 0, parts["SCB"].dtype)
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         scale = numbers(parts["SCB"], about["SCB"].dtype).reshape(-1, 1) * np.float32(1 / 127)
         return parts["weight"].astype(np.float32) * scale
 
@@ -34,21 +35,21 @@ class Int8(Format):
 class FourBits(Format):
     """weight u8 [O I / 2, 1], weight.absmax f32 [O I / 64], weight.quant_map f32 [16], weight.quant_state: JSON."""
 
-    needs = ("weight", "weight.absmax", "weight.quant_map")
+    needs: tuple[str, ...] = ("weight", "weight.absmax", "weight.quant_map")
     may = ("weight.nested_absmax", "weight.nested_quant_map")
 
     def __init__(self, kind: str):
         self.name, self._state = f"bitsandbytes {kind}", f"weight.quant_state.bitsandbytes__{kind}"
         self.needs = (*FourBits.needs, self._state)
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         rows, columns = self._about(read)["shape"]
         return rows, columns
 
-    def _about(self, read) -> dict:
+    def _about(self, read: Read) -> dict[str, Any]:
         return json.loads(bytes(read(self._state)))
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         if "weight.nested_absmax" in parts:
             return "double quantisation: the scales of 256 blocks share one, so no neuron has a multiplier of its own"
         about = self._about(read)
@@ -57,7 +58,7 @@ class FourBits(Format):
             return f"blocks of {about['blocksize']} weights run over the ends of rows of {columns}"
         return Carrier("weight.absmax", 0, "F32", view=(rows, columns // about["blocksize"]))
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         state = json.loads(bytes(parts[self._state]))
         absmax = numbers(parts["weight.absmax"], about["weight.absmax"].dtype)
         if "weight.nested_absmax" in parts:

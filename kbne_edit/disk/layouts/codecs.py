@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...errors import CheckpointError
+from ..dtypes import DTYPES, from_float, to_float
+
 
 def _e4m3() -> np.ndarray:
     """All 256 numbers of float8_e4m3fn, [256] float32: sign, 4 bits of exponent (bias 7), 3 of significand."""
@@ -36,6 +39,7 @@ class Codec:
 
     storage: what numpy reads the bytes as. unit: the largest relative error of a rounding. exact_only: a product that
     would be rounded is refused. positive: where it is stored, no sign may be (kernels of the format need that).
+    smallest: the least number of full precision.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Codec:
     unit: float
     exact_only: bool = False
     positive: bool = False
+    smallest: float = 0.0
 
     def values(self, stored: np.ndarray) -> np.ndarray:
         """The numbers that are multiplied, as float32 (F64: float64)."""
@@ -59,36 +64,25 @@ class Codec:
         return exact & (after >= 0) if self.positive else exact
 
 
-class _Brain(Codec):
-    def values(self, stored):
-        return (stored.astype(np.uint32) << 16).view(np.float32)
+class _Plain(Codec):
+    """A dtype of plain weights."""
 
-    def times(self, stored, factors):
-        product = np.ascontiguousarray(self.values(stored) * factors)
-        bits = product.view(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        return np.where(np.isnan(product), (bits >> 16).astype(np.uint16) | 0x40, rounded)
+    def values(self, stored: np.ndarray) -> np.ndarray:
+        return to_float(stored, self.name)
 
-
-class _Native(Codec):
-    """A dtype that numpy has."""
-
-    def values(self, stored):
-        return stored if stored.dtype.itemsize == 8 else stored.astype(np.float32)
-
-    def times(self, stored, factors):
+    def times(self, stored: np.ndarray, factors: np.ndarray) -> np.ndarray:
         wide = self.values(stored)
         with np.errstate(over="ignore"):
-            return (wide * factors.astype(wide.dtype)).astype(stored.dtype)
+            return from_float(wide * factors.astype(wide.dtype), self.name)
 
 
 class _Eighths(Codec):
     """float8_e4m3fn. What is too large saturates, as every caster of the formats does; `exact` tells."""
 
-    def values(self, stored):
+    def values(self, stored: np.ndarray) -> np.ndarray:
         return E4M3[stored]
 
-    def times(self, stored, factors):
+    def times(self, stored: np.ndarray, factors: np.ndarray) -> np.ndarray:
         product = np.clip(E4M3[stored] * factors, -448, 448)
         magnitude = np.abs(product)
         above = np.clip(np.searchsorted(E4M3[:127], magnitude), 0, 126)  # codes 0 to 126 ascend
@@ -102,29 +96,35 @@ class _Eighths(Codec):
 class _Exponent(Codec):
     """E8M0: the factor's exponent is added. A factor that is no power of two gives 255, not a number."""
 
-    def values(self, stored):
+    def values(self, stored: np.ndarray) -> np.ndarray:
         return power_of_two(stored)
 
-    def times(self, stored, factors):
+    def times(self, stored: np.ndarray, factors: np.ndarray) -> np.ndarray:
         significand, exponent = np.frexp(factors)
         moved = stored.astype(np.int32) + exponent - 1
         good = (significand == 0.5) & (stored != 255) & (moved >= 0) & (moved <= 254)
         return np.where(good, moved, 255).astype(np.uint8)
 
 
-def _dtype(text: str) -> np.dtype:
-    return np.dtype(text)
-
-
+_BYTE = np.dtype("u1")
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
-        _Brain("BF16", _dtype("<u2"), 2.0**-8),
-        _Native("F16", _dtype("<f2"), 2.0**-11),
-        _Native("F32", _dtype("<f4"), 2.0**-24),
-        _Native("F64", _dtype("<f8"), 2.0**-53),
-        _Eighths("F8_E4M3", _dtype("u1"), 2.0**-4, exact_only=True),
-        _Eighths("F8_E4M3 scale", _dtype("u1"), 2.0**-4, exact_only=True, positive=True),
-        _Exponent("F8_E8M0", _dtype("u1"), 1.0, exact_only=True, positive=True),
+        *(
+            _Plain(kind.name, np.dtype(kind.numpy), kind.unit, smallest=kind.smallest)
+            for kind in DTYPES.values()
+            if kind.editable
+        ),
+        _Eighths("F8_E4M3", _BYTE, 2.0**-4, exact_only=True),
+        _Eighths("F8_E4M3 scale", _BYTE, 2.0**-4, exact_only=True, positive=True),
+        _Eighths("F8_E4M3 rescued", _BYTE, 2.0**-4),  # what is rounded there is in the lowest range alone
+        _Exponent("F8_E8M0", _BYTE, 1.0, exact_only=True, positive=True),
     )
 }
+
+
+def codec_of(name: str, where: str) -> Codec:
+    """The codec of a carrier's numbers. Raises CheckpointError where they cannot be multiplied. where: the tensor."""
+    if name not in CODECS:
+        raise CheckpointError(f"{where} is stored as {name}: kbne-edit edits BF16, F16, F32 and F64 weights")
+    return CODECS[name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import Carrier, Format, bit_stream, numbers, spread, spread_blocks
+from .base import Arrays, Carrier, Format, Parts, Read, Shape, bit_stream, numbers, spread, spread_blocks
 from .codecs import FP4, power_of_two
 
 _ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
@@ -23,17 +23,17 @@ class PackQuantized(Format):
     def __init__(self, bits: int):
         self.bits, self.name = bits, f"compressed-tensors pack-quantized W{bits}"
 
-    def fits(self, parts):
+    def fits(self, parts: Parts) -> bool:
         return super().fits(parts) and parts["weight_packed"].dtype == "I32"
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         rows, columns = (int(n) for n in read("weight_shape"))
         return rows, columns
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         return Carrier("weight_scale", 0, parts["weight_scale"].dtype)
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         rows, columns = (int(n) for n in parts["weight_shape"])
         middle = 1 << (self.bits - 1)
         scale = numbers(parts["weight_scale"], about["weight_scale"].dtype)
@@ -56,18 +56,15 @@ class Naive(Format):
 
     def __init__(self, block: tuple[int, int] | None = None):
         self.block = block
+        self.name = "compressed-tensors 8 bits" + (f" in blocks of {block[0]}x{block[1]}" if block else "")
 
-    @property
-    def name(self) -> str:
-        return "compressed-tensors 8 bits" + (f" in blocks of {self.block[0]}x{self.block[1]}" if self.block else "")
-
-    def fits(self, parts):
+    def fits(self, parts: Parts) -> bool:
         return super().fits(parts) and parts["weight"].dtype in ("I8", "F8_E4M3")
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         return parts["weight"].shape
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         weight, scale = parts["weight"], parts["weight_scale"]
         if self.block:
             return Carrier("weight", 0, weight.dtype, block=("weight_scale", self.block[0]))
@@ -77,7 +74,7 @@ class Naive(Format):
             return "one scale for the whole matrix of integers: no row has a multiplier of its own"
         return Carrier("weight", 0, weight.dtype)
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         codes = numbers(parts["weight"], about["weight"].dtype)
         scale = numbers(parts["weight_scale"], about["weight_scale"].dtype)
         if "weight_zero_point" in parts:
@@ -85,7 +82,7 @@ class Naive(Format):
             codes = codes - self._wide(zero, codes.shape)
         return codes * self._wide(scale, codes.shape)
 
-    def _wide(self, scale, shape):
+    def _wide(self, scale: np.ndarray, shape: Shape) -> np.ndarray:
         if self.block:
             return spread_blocks(scale, shape, self.block)
         if scale.ndim == 2 and scale.shape[1] > 1:
@@ -105,18 +102,18 @@ class MXFP4(Format):
     needs = ("weight_packed", "weight_scale")
     may = _ACTIVATIONS
 
-    def fits(self, parts):
+    def fits(self, parts: Parts) -> bool:
         kinds = {part: about.dtype for part, about in parts.items()}
         return super().fits(parts) and kinds["weight_packed"] == "U8" and kinds["weight_scale"] in ("U8", "F8_E8M0")
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         rows, half = parts["weight_packed"].shape
         return rows, 2 * half
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         return Carrier("weight_scale", 0, "F8_E8M0")
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         codes = fp4(parts["weight_packed"])
         return codes * spread(power_of_two(parts["weight_scale"]), codes.shape[1])
 
@@ -131,17 +128,17 @@ class NVFP4(Format):
     needs = ("weight_packed", "weight_scale", "weight_global_scale")
     may = _ACTIVATIONS
 
-    def fits(self, parts):
+    def fits(self, parts: Parts) -> bool:
         return super().fits(parts) and parts["weight_scale"].dtype == "F8_E4M3"
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         rows, half = parts["weight_packed"].shape
         return rows, 2 * half
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         return Carrier("weight_scale", 0, "F8_E4M3 scale")
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         codes = fp4(parts["weight_packed"])
         whole = numbers(parts["weight_global_scale"], about["weight_global_scale"].dtype)
         return codes * spread(numbers(parts["weight_scale"], "F8_E4M3") / whole, codes.shape[1])

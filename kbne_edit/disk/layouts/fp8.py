@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Carrier, Format, numbers, spread_blocks
+import numpy as np
+
+from .base import Arrays, Carrier, Format, Parts, Read, Shape, numbers, spread_blocks
 
 _ACTIVATIONS = ("activation_scale", "input_scale")
 
@@ -17,18 +19,18 @@ class FP8(Format):
         self.block = block
         self.name = f"FP8 in blocks of {block[0]}x{block[1]}" if block else "FP8, one scale a matrix"
 
-    def fits(self, parts):
+    def fits(self, parts: Parts) -> bool:
         return super().fits(parts) and parts["weight"].dtype == "F8_E4M3"
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         return parts["weight"].shape
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         if self.block:
             return Carrier("weight", 0, "F8_E4M3", block=("weight_scale_inv", self.block[0]))
         return Carrier("weight", 0, "F8_E4M3")
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         codes = numbers(parts["weight"], "F8_E4M3")
         scale = numbers(parts["weight_scale_inv"], about["weight_scale_inv"].dtype)
         return codes * (spread_blocks(scale, codes.shape, self.block) if self.block else scale.reshape(-1))

@@ -65,12 +65,12 @@ class BlockCodec(Codec):
 
     kind: BlockType = TYPES[8]
 
-    def values(self, stored):
+    def values(self, stored: np.ndarray) -> np.ndarray:
         blocks = stored.reshape(*stored.shape[:-1], -1, self.kind.size)
         found = [self._number.values(self._get(blocks, field)) for field in self.kind.fields]
         return np.concatenate(found, -1)
 
-    def times(self, stored, factors):
+    def times(self, stored: np.ndarray, factors: np.ndarray) -> np.ndarray:
         blocks = stored.reshape(*stored.shape[:-1], -1, self.kind.size).copy()
         for field in self.kind.fields:
             self._put(blocks, field, self._number.times(self._get(blocks, field), factors))
@@ -86,7 +86,10 @@ class BlockCodec(Codec):
             return blocks[..., field]
         if self.kind.name == "IQ1_M":
             words = np.ascontiguousarray(blocks[..., field : field + 8]).view("<u2")
-            return sum(((words[..., k] >> 12) << (4 * k)).astype(np.uint16) for k in range(4)).view("<f2")
+            bits = np.zeros(words.shape[:-1], np.uint16)
+            for k in range(4):
+                bits |= (words[..., k] >> 12) << (4 * k)
+            return bits.view("<f2")
         return np.ascontiguousarray(blocks[..., field : field + 2]).view("<f2")[..., 0]
 
     def _put(self, blocks: np.ndarray, field: int, numbers: np.ndarray) -> None:
@@ -105,7 +108,8 @@ class BlockCodec(Codec):
 
 def _codec(kind: BlockType) -> BlockCodec:
     number = CODECS["F8_E8M0" if kind.name == "MXFP4" else "F16"]
-    return BlockCodec(f"GGUF {kind.name}", np.dtype("u1"), number.unit, number.exact_only, number.positive, kind)
+    about = (number.unit, number.exact_only, number.positive, number.smallest)
+    return BlockCodec(f"GGUF {kind.name}", np.dtype("u1"), *about, kind)
 
 
 CODECS.update({codec.name: codec for kind in TYPES.values() if kind.fields for codec in [_codec(kind)]})

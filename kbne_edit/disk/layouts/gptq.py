@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import Carrier, Format, bit_stream, nibbles, numbers
+from .base import Arrays, Carrier, Format, Parts, Read, Shape, bit_stream, nibbles, numbers
 
 
 class GPTQ(Format):
@@ -24,14 +24,14 @@ class GPTQ(Format):
         self.bits, self.group, self.offset = bits, group, offset
         self.name = f"GPTQ, {bits} bits"
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         words, rows = parts["qweight"].shape
         return rows, words * 32 // self.bits
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         return Carrier("scales", 1, parts["scales"].dtype)
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         columns = parts["qweight"].shape[0] * 32 // self.bits
         rows = parts["qweight"].shape[1]
         codes = bit_stream(parts["qweight"].T, self.bits, columns)  # [O, I]
@@ -53,19 +53,19 @@ class AWQ(Format):
     needs = ("qweight", "qzeros", "scales")
     _ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # of the nibbles, to have the rows in turn
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         columns, words = parts["qweight"].shape
         return words * 8, columns
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         return Carrier("scales", 1, parts["scales"].dtype)
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         codes, zeros = self._rows(parts["qweight"]), self._rows(parts["qzeros"])
         columns = len(codes)
         groups = np.arange(columns) // -(-columns // len(zeros))
         scales = numbers(parts["scales"], about["scales"].dtype)
         return ((codes - zeros[groups]).astype(np.float32) * scales[groups]).T
 
-    def _rows(self, words):
+    def _rows(self, words: np.ndarray) -> np.ndarray:
         return nibbles(words, 1)[..., self._ORDER].reshape(len(words), -1).astype(np.int32)

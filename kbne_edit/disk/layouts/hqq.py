@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import Carrier, Format, numbers
+from .base import Arrays, Carrier, Format, Parts, Read, Shape, numbers
 
 
 class HQQ(Format):
@@ -36,14 +36,14 @@ class HQQ(Format):
         self.bits, self.group, self.axis = bits, group, axis
         self.name = f"HQQ, {bits} bits, axis {axis}"
 
-    def fits(self, parts):
+    def fits(self, parts: Parts) -> bool:
         return super().fits(parts) and parts["W_q"].dtype == "U8" and self.bits in (1, 2, 4, 8)
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         rows, columns = (int(n) for n in read("shape"))
         return rows, columns
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         if self.axis != 1:
             return "groups along axis 0 mix the weights of many neurons: quantise with axis=1"
         rows, columns = self.shape(parts, read)
@@ -52,7 +52,7 @@ class HQQ(Format):
             return f"groups of {group} weights run over the ends of rows of {columns}"
         return Carrier("scale", 0, parts["scale"].dtype, view=(rows, columns // group))
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         rows, columns = (int(n) for n in parts["shape"])
         packed = parts["W_q"]
         # Each byte holds rows that lie a part of the height apart, the first in its highest bits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +70,13 @@ class Layout:
         matrix = self.matrices.get(name.removesuffix(".weight"))
         return list(matrix.parts.values()) if matrix else [name]
 
+    def matrix_of(self, part: str) -> str | None:
+        """The plain tensor that a stored one is a part of."""
+        for name, matrix in self.matrices.items():
+            if part in matrix.parts.values():
+                return f"{name}.weight"
+        return None
+
     def read(self, name: str) -> np.ndarray:
         """A plain tensor, float32. Raises CheckpointError if its parts do not fit together."""
         matrix = self.matrices.get(name.removesuffix(".weight"))
@@ -85,7 +93,7 @@ class Layout:
         return values
 
 
-def layout_of(config: dict, tensors: Mapping[str, Part], read: ReadTensor) -> Layout | None:
+def layout_of(config: dict[str, Any], tensors: Mapping[str, Part], read: ReadTensor) -> Layout | None:
     """The layout of a checkpoint with this config.json and these tensors; None if it is not quantised.
 
     Raises CheckpointError for a format that is not known, for tensors that no format explains, and for FP8 weights
@@ -118,7 +126,7 @@ def layout_of(config: dict, tensors: Mapping[str, Part], read: ReadTensor) -> La
 _PLAIN = ("BF16", "F16", "F32", "F64")
 
 
-def quantisation(config: dict) -> dict | None:
+def quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a config.json, wherever it stands, with its quant_method. Raises CheckpointError."""
     part = config.get("text_config")
     places = (config, part) if isinstance(part, dict) else (config,)
@@ -136,7 +144,7 @@ def quantisation(config: dict) -> dict | None:
     return None
 
 
-def _formats(method: object, settings: dict) -> list[Format]:
+def _formats(method: object, settings: dict[str, Any]) -> list[Format]:
     """The formats that matrices of such a checkpoint can have."""
     if method == "compressed-tensors":
         groups = [group.get("weights") or {} for group in settings["config_groups"].values()]

@@ -5,7 +5,9 @@ What a tensor is, its class and its blocks, is said in the header's metadata; he
 
 from __future__ import annotations
 
-from .base import Carrier, Format, numbers, spread
+import numpy as np
+
+from .base import Arrays, Carrier, Format, Parts, Read, Shape, numbers, spread
 
 
 class PerRow(Format):
@@ -15,19 +17,19 @@ class PerRow(Format):
     needs = ("_weight_qdata", "_weight_scale")
     may = ("_weight_zero_point",)
 
-    def fits(self, parts):
+    def fits(self, parts: Parts) -> bool:
         return super().fits(parts) and parts["_weight_qdata"].dtype in ("I8", "F8_E4M3")
 
-    def shape(self, parts, read):
+    def shape(self, parts: Parts, read: Read) -> Shape:
         return parts["_weight_qdata"].shape
 
-    def carrier(self, parts, read):
+    def carrier(self, parts: Parts, read: Read) -> Carrier | str:
         scale = parts["_weight_scale"]
         if not scale.shape or scale.shape[0] != parts["_weight_qdata"].shape[0]:
             return "one scale for several rows: no neuron has a multiplier of its own"
         return Carrier("_weight_scale", 0, scale.dtype)
 
-    def dequantise(self, parts, about):
+    def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         codes = numbers(parts["_weight_qdata"], about["_weight_qdata"].dtype)
         columns = codes.shape[1]
         if "_weight_zero_point" in parts:

@@ -1,0 +1,132 @@
+"""From the neurons of a quantised checkpoint to what carries their multipliers.
+
+h_i = act(gate_i) * up_i is linear in up_i: factor * h_i is factor * up_i. So where the down-projection is quantised,
+row i of the up-projection takes the factor, in the scales of that row, and entry i of its bias. For a power of two that
+is exact. Where h is not linear in up (a clamp, a block without a gate), there is no such carrier.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import FamilyError, shown
+from ...families import Site, family_of, num_layers, text_part
+from ..slots import Slot, slots
+from ..tensors import TensorInfo
+from .gguf import Entry, neuron_rows
+from .layout import Layout, ReadTensor
+
+
+def carriers(layout: Layout, config: dict[str, Any], site: Site, read: ReadTensor) -> dict[int, list[Slot]]:
+    """Where each layer's factors go in a quantised checkpoint, {layer: [Slot, …]}.
+
+    Raises FamilyError where a neuron has no multiplier of its own, with the reason.
+    """
+    result: dict[int, list[Slot]] = {}
+    for layer, places in slots(layout.shapes, config, site).items():
+        result[layer] = []
+        for place in places:
+            result[layer] += _rows(place, layout, config, site, read)
+    return result
+
+
+def _rows(place: Slot, layout: Layout, config: dict[str, Any], site: Site, read: ReadTensor) -> list[Slot]:
+    """place: a slot of the plain checkpoint. Returned as it is if its tensor is not quantised."""
+    name = place.tensor.removesuffix(".weight")
+    if name not in layout.matrices:
+        return [place]
+    start = 0
+    if site == "down":
+        check_linear(config)
+        name, packed = _up_of(name, place, layout)
+        start = place.neurons if packed else 0
+    found = [_carrier(name, place, start, layout, read)]
+    if site == "down" and f"{name}.bias" in layout.shapes:  # at the gate site the bias is a place of its own
+        found.append(Slot(f"{name}.bias", place.layer, 0, place.offset, place.neurons, start=start))
+    return found
+
+
+def check_linear(config: dict[str, Any]) -> None:
+    """Raise FamilyError unless h is linear in up."""
+    family = family_of(config)
+    kind = shown(config["model_type"])
+    if family.gate is None and family.experts is None:
+        raise FamilyError(
+            f"{kind} has no gate projection: act(W x + b) is not linear in W x, so a quantised W cannot take the "
+            "factor. Edit the unquantised model and quantise the result"
+        )
+    for part in (config, text_part(config)):
+        limits = [key for key, value in part.items() if key.startswith("swiglu_limit") and value]
+        if limits or part.get("model_type") == "gpt_oss":
+            raise FamilyError(
+                f"{kind} clamps its up-projection ({', '.join(limits) or 'swiglu_limit'}): h is not linear in it, so "
+                "its quantised rows cannot take the factor. Edit the unquantised model and quantise the result"
+            )
+
+
+_SIBLINGS = {"down_proj": ("up_proj", "gate_up_proj"), "w2": ("w3",)}
+
+
+def _up_of(down: str, place: Slot, layout: Layout) -> tuple[str, bool]:
+    """(name of the up-projection beside this down-projection, whether the gate's rows come before its own)."""
+    parent, _, last = down.rpartition(".")
+    for sibling in _SIBLINGS.get(last, ()):
+        name = f"{parent}.{sibling}"
+        if f"{name}.weight" in layout.shapes:
+            rows = layout.shapes[f"{name}.weight"][0]
+            packed = sibling == "gate_up_proj"
+            if rows == place.neurons * (2 if packed else 1):
+                return name, packed
+            raise FamilyError(f"{name} has {rows} rows, and {down} takes {place.neurons} neurons")
+    raise FamilyError(f"{down} is quantised, and no up-projection stands beside it that could take the factor")
+
+
+def _carrier(name: str, place: Slot, start: int, layout: Layout, read: ReadTensor) -> Slot:
+    matrix = layout.matrices.get(name)
+    if matrix is None:
+        return Slot(f"{name}.weight", place.layer, 0, place.offset, place.neurons, start=start)
+    found = matrix.carrier(read)
+    if isinstance(found, str):
+        raise FamilyError(f"{name} is stored as {matrix.format.name}: {found}")
+    return Slot(
+        tensor=matrix.parts[found.part],
+        layer=place.layer,
+        axis=found.axis,
+        offset=place.offset,
+        neurons=place.neurons,
+        start=start,
+        codec=found.codec,
+        view=found.view,
+        block=(matrix.parts[found.block[0]], found.block[1]) if found.block else None,
+    )
+
+
+def gguf_carriers(entries: dict[str, Entry], config: dict[str, Any], site: Site) -> dict[int, list[Slot]]:
+    """Where each layer's factors go in a GGUF file. Raises FamilyError."""
+    check_linear(config)
+    result = {}
+    for layer in range(num_layers(config)):
+        result[layer] = [
+            Slot(
+                tensor=rows.tensor,
+                layer=layer,
+                axis=0 if rows.experts is None else 1,
+                offset=rows.offset,
+                neurons=rows.neurons,
+                experts=rows.experts,
+                start=rows.start,
+                codec=_codec(entries[rows.tensor]),
+            )
+            for rows in neuron_rows(entries, layer, site)
+        ]
+    return result
+
+
+def _codec(entry: Entry) -> str | None:
+    return f"GGUF {entry.kind.name}" if entry.kind.fields else None
+
+
+def stored(entry: Entry) -> TensorInfo:
+    """A tensor of a GGUF file as the fold sees it: rows of bytes, or of plain numbers."""
+    shape = (*entry.shape[:-1], entry.row) if entry.kind.fields else entry.shape
+    return TensorInfo(entry.name, entry.kind.name, shape, entry.start, entry.start + entry.size)
