@@ -292,6 +292,21 @@ def test_every_figure_is_explained():
         explain(["nothing"])
 
 
+def test_explain_needs_no_model():
+    from click.testing import CliRunner
+
+    from kbne_edit.commands import cli
+
+    result = CliRunner().invoke(cli, ["evaluate", "--explain", "bbq,measures"])
+    assert result.exit_code == 0 and result.output.count("source: ") == sum(
+        len(n.figures) for n in explain(["bbq", "measures"])
+    )
+    assert "bbq (bias; resampled by question)" in result.output and "arXiv:2110.08193" in result.output
+    assert CliRunner().invoke(cli, ["evaluate", "--explain", "all"]).exit_code == 0
+    wrong = CliRunner().invoke(cli, ["evaluate", "--explain", "nothing"])
+    assert wrong.exit_code != 0
+
+
 # ------------------------------------------------------------------------------------------------- the published files
 
 

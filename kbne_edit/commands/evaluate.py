@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from . import options
+from .explain import EXPLAIN
 
 
 @click.command("evaluate")
@@ -12,6 +13,7 @@ from . import options
 @click.option("--edit", "edit_path", type=click.Path(path_type=Path), help="Evaluate this edit.json, by hooks.")
 @click.option("--baked", type=click.Path(path_type=Path), help="Evaluate this baked directory.")
 @options.evaluating
+@EXPLAIN
 @click.option("--recipe", help="Whose questions are asked.  [default: social-bias; the demo has its own]")
 @click.option("--scores", type=click.Path(path_type=Path), help="Scores file: adds the neurons of its controls.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the result as JSON to this file.")
@@ -23,6 +25,8 @@ def command(source, edit_path, tasks, out, as_json, **values) -> None:
     Bias:        stereoset_intrasentence, stereoset_intersentence, crows_pairs, bbq, winogender, probes
     Knowledge:   knowledge, knowledge_controls (the recipe's questions)
     Capability:  arc_easy, arc_challenge, openbookqa, copa
+    Measures of the package, by name alone (`measures`: all in English):
+                 decisions, decisions_names, associations (also with _de, _fr, _es, _zh), questions, help_parity
 
     Without --edit and --baked the base alone is measured. Needs lm-eval: pip install 'kbne-edit[eval]'.
     """
