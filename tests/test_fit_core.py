@@ -6,8 +6,8 @@ import torch
 
 from kbne_edit import Edit, hooked
 from kbne_edit.errors import InputError
-from kbne_edit.fitting.metric import Metric, Shrinkage
-from kbne_edit.fitting.passes import Scored, gradients, layer_sizes
+from kbne_edit.fitting.gram import Shrinkage, diagonal, direction, gram, scale
+from kbne_edit.fitting.passes import Neutral, Scored, gradients, layer_sizes, objectives
 from kbne_edit.fitting.solve import solve
 from tiny import FAMILIES, MIXTURES, tiny_model
 
@@ -72,30 +72,47 @@ def test_drawn_tokens_follow_the_model():
     assert rows.mean(0).abs().max() < 5 * rows.std(0).max() / np.sqrt(600)
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", list(MIXTURES)[0]])
+def test_gradients_by_position_are_those_of_one_position(name):
+    """By autograd on the model's own pass, one sequence, one layer's neurons scaled at one position."""
+    model = tiny_model(name, torch.float64).requires_grad_(False)
+    sizes = layer_sizes(model, "down")
+    direction = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(4))
+    _, rows = collected(model, SEQUENCES)
+    for batch in gradients(model, SEQUENCES, by_position=True):
+        for i, found in zip(batch.index, batch.gradients, strict=True):
+            assert torch.allclose(found.sum(0) @ direction, rows[i] @ direction, rtol=1e-4, atol=1e-4)
+            # What stands after a position cannot depend on the factors there, and the last one predicts nothing.
+            assert not found[len(SEQUENCES[i].ids) - 1 :].any()
+            assert found[0].any() and found[len(SEQUENCES[i].ids) - 2].any()
+
+
 def test_a_sequence_has_one_weight_per_prediction():
     with pytest.raises(InputError, match="weights"):
         Scored((1, 2, 3), (1.0,))
 
 
-def dense(rows, tokens, share, floor):
-    s = rows.T @ rows / tokens
-    diagonal = torch.diag(s)
-    return share * s + (1 - share) * torch.diag(diagonal) + floor * diagonal.mean() * torch.eye(len(s))
-
-
-@pytest.mark.parametrize("share, floor", [(0.5, 0.2), (1.0, 0.05), (0.1, 1.0)])
-def test_metric_is_the_dense_one(share, floor):
+def test_gram_solves_the_dense_metric():
+    """(D + X' W X)^-1 y, with X of Fisher rows and others, and its effect on every row, against dense algebra."""
     generator = torch.Generator().manual_seed(2)
-    rows, vectors = torch.randn(7, 40, generator=generator), torch.randn(5, 40, generator=generator)
-    metric = Metric(rows, 90, Shrinkage(share, floor))
-    p = dense(rows.double(), 90, share, floor)
-    expected = torch.linalg.solve(p, vectors.double().T).T
-    assert torch.allclose(
-        metric.inverse(vectors).double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+    fisher, units = torch.randn(7, 40, generator=generator), torch.randn(5, 40, generator=generator)
+    weights = np.linspace(0.01, 0.02, 7)
+    s = diagonal(fisher, weights)
+    assert torch.allclose(s.double(), (torch.from_numpy(weights)[:, None] * fisher.double() ** 2).sum(0), rtol=1e-5)
+    d = scale(s, Shrinkage(0.7, 0.2))
+    assert torch.allclose(d, 0.3 * s + 0.2 * s.mean())
+    among, w = np.array([0, 1, 2, 3, 4, 5, 6, 8, 9]), np.array([*(0.7 * weights), 3.0, 0.5])
+    target = np.zeros(12)
+    target[7:] = [0.2, -0.1, 0.4, 0, 1]
+    found = gram([fisher, units], d)
+    c = found.solve(target, among, w)
+    rows = torch.cat([fisher, units]).double()
+    dense = torch.diag(d.double()) + rows[among].T @ torch.diag(torch.from_numpy(w)) @ rows[among]
+    expected = torch.linalg.solve(dense, rows.T @ torch.from_numpy(target))
+    assert np.allclose(
+        direction([fisher, units], d, c).double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
     )
-    assert np.allclose(metric.kernel(vectors), (vectors.double() @ expected.T).numpy(), rtol=1e-3, atol=1e-2)
-    assert torch.allclose(metric.norms(vectors).double(), ((vectors.double() @ p) * vectors).sum(1), rtol=1e-4)
-    assert torch.allclose(metric.weights().double(), torch.diag(p), rtol=1e-4)
+    assert np.allclose(found.changes(c), rows @ expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kappa", [1e-3, 1e-1, 1e6])
@@ -117,3 +134,26 @@ def test_dual_solves_the_primal(kappa):
         assert np.allclose(slope + multiplier * p @ d, 0, atol=1e-8 * np.abs(slope).max())
     else:
         assert np.allclose(residuals + a @ d, 0, atol=1e-5)
+
+
+def test_real_cost_and_values_are_those_of_the_hooked_model():
+    model = tiny_model("gemma2", torch.float64).requires_grad_(False)
+    sizes = layer_sizes(model, "down")
+    at = 1 + 0.5 * torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1))
+    edit = Edit("down", {la: dict(enumerate(part.tolist())) for la, part in enumerate(at.split(sizes))})
+    texts = [[5, 17, 40, 8], [3, 9, 60, 11, 7, 2]]
+
+    def logits():
+        with torch.no_grad():
+            return torch.cat([model(torch.tensor([ids])).logits[0, :-1] for ids in texts])
+
+    base = logits().log_softmax(-1)
+    with hooked(model, edit):
+        expected = [objective(model, sequence) for sequence in SEQUENCES]
+        edited = (logits() / 1.5).log_softmax(-1)
+    targets = torch.tensor([token for ids in texts for token in ids[1:]])
+    found = Neutral(model, texts).measure(at, temperature=1.5)
+    assert found.kl == pytest.approx(float((base.exp() * (base - edited)).sum(-1).mean()), rel=1e-5)
+    assert found.perplexity == pytest.approx(float((-edited.gather(1, targets[:, None]).mean()).exp()), rel=1e-5)
+    assert Neutral(model, texts).measure().kl == pytest.approx(0, abs=1e-12)
+    assert objectives(model, SEQUENCES, at=at) == pytest.approx(expected, abs=1e-5)

@@ -40,7 +40,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Batch:
-    """Gradients of some sequences. index: which they are, [B]; values: their objectives, [B]; gradients: [B, P]."""
+    """Gradients of some sequences.
+
+    index: which they are, [B]; values: their objectives, [B]; gradients: [B, P], or [B, T, P] by position.
+    """
 
     index: np.ndarray
     values: np.ndarray
@@ -58,6 +61,7 @@ def gradients(
     site: Site = "down",
     at: Tensor | None = None,
     draw: torch.Generator | None = None,
+    by_position: bool = False,
     done: Callable[[int], None] | None = None,
 ) -> Iterator[Batch]:
     """Value and gradient of every sequence's objective, batch by batch, in order of length.
@@ -65,17 +69,21 @@ def gradients(
     model: causal language model of transformers, in eval mode, no weight of which wants a gradient.
     at: the factors at which the gradient is taken, [P] float32 (None: all 1). draw: if given, the
     tokens whose log-probabilities are taken are drawn from the model instead of read from the sequence, as the Fisher
-    information wants them. done: called with sequences finished.
+    information wants them. by_position: one gradient for the
+    factors at each position; they sum to the sequence's. done: called with sequences finished.
     Gradients are float32 on the CPU.
     """
     layers = places(model, site)
     sizes = [end(layer) for layer in layers]
     start = torch.ones(sum(sizes)) if at is None else at
-    for index in batches([len(s.ids) for s in sequences]):
+    most = _BATCH_TOKENS // 4 if by_position else _BATCH_TOKENS
+    for index in batches([len(s.ids) for s in sequences], most):
         batch = [sequences[i] for i in index]
-        leaves = _leaves(start, sizes, len(batch), model)
+        width = max(len(s.ids) for s in batch) if by_position else 1
+        leaves = _leaves(start, sizes, len(batch) * width, model)
         values, found = _backward(model, (layers, site), batch, leaves, draw)
-        yield Batch(np.array(index), values, torch.cat([g.float().cpu() for g in found], 1))
+        rows = torch.cat([g.float().cpu() for g in found], 1)
+        yield Batch(np.array(index), values, rows.view(len(batch), width, -1) if by_position else rows)
         if done:
             done(len(index))
 
@@ -96,6 +104,30 @@ def _leaves(start: Tensor, sizes: list[int], count: int, model: nn.Module) -> li
     return [part.repeat(count, 1).requires_grad_() for part in parts]
 
 
+class _Padded:
+    """A batch as tensors. ids: [B, T]; row, position, weight, target: [K], of every scored prediction."""
+
+    def __init__(self, batch: Sequence[Scored], device: torch.device):
+        self.width = max(len(s.ids) for s in batch)
+        # Padding stands at the end, where causal attention hides it from every token that counts.
+        ids = [[*s.ids, *[s.ids[-1]] * (self.width - len(s.ids))] for s in batch]
+        weights = [[*s.weights, *[0.0] * (self.width - len(s.ids))] for s in batch]
+        self.ids, table = torch.tensor(ids, device=device), torch.tensor(weights, device=device)
+        self.row, self.position = table.nonzero(as_tuple=True)
+        self.weight, self.target = table[self.row, self.position], self.ids[self.row, self.position + 1]
+
+
+def _hidden(
+    model: nn.Module, where: tuple[list[list[Place]], Site], padded: _Padded, count: int, leaves: list[Tensor]
+) -> Tensor:
+    """The last layer's output at the scored positions, [K, D]. leaves: [B, F] or [B T, F] of each layer."""
+    layers, site = where
+    with ExitStack() as stack:
+        for layer, leaf in zip(layers, leaves, strict=True):
+            stack.enter_context(tapped(layer, site, _tap(leaf, count, padded.width)))
+        return last_hidden(model, padded.ids)[padded.row, padded.position]
+
+
 def _backward(
     model: nn.Module,
     where: tuple[list[list[Place]], Site],
@@ -107,21 +139,11 @@ def _backward(
 
     The head goes block by block, forwards and back, before the layers go back: its logits never stand there together.
     """
-    layers, site = where
-    device = model.get_input_embeddings().weight.device
-    width = max(len(s.ids) for s in batch)
-    # Padding stands at the end, where causal attention hides it from every token that counts.
-    ids = torch.tensor([[*s.ids, *[s.ids[-1]] * (width - len(s.ids))] for s in batch], device=device)
-    weights = torch.tensor([[*s.weights, *[0.0] * (width - len(s.ids))] for s in batch], device=device)
-    row, position = weights.nonzero(as_tuple=True)
-    weight, target = weights[row, position], ids[row, position + 1]
-    with ExitStack() as stack:
-        for layer, leaf in zip(layers, leaves, strict=True):
-            stack.enter_context(tapped(layer, site, _tap(leaf, width)))
-        hidden = last_hidden(model, ids)[row.to(device), position]
+    padded = _Padded(batch, leaves[0].device)
+    hidden = _hidden(model, where, padded, len(batch), leaves)
     values, back = torch.zeros(len(batch), dtype=torch.float64), []
-    blocks = zip(*(x.split(_HEAD_BLOCK) for x in (hidden.detach(), weight, target, row)), strict=True)
-    for block, counts, wanted, owner in blocks:
+    parts = (hidden.detach(), padded.weight, padded.target, padded.row)
+    for block, counts, wanted, owner in zip(*(x.split(_HEAD_BLOCK) for x in parts), strict=True):
         block.requires_grad_()
         logits = head(model, block[None])
         wanted = wanted if draw is None else _drawn(logits.detach(), draw)
@@ -129,6 +151,73 @@ def _backward(
         back.append(torch.autograd.grad(terms.sum(), block)[0])
         values.index_add_(0, owner.cpu(), terms.detach().double().cpu())
     return values.numpy(), torch.autograd.grad(hidden, leaves, torch.cat(back))
+
+
+@torch.no_grad()
+def objectives(
+    model: nn.Module,
+    sequences: Sequence[Scored],
+    site: Site = "down",
+    at: Tensor | None = None,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Every sequence's objective, [N], without gradients. at: factors [P]; temperature: divides the logits."""
+    layers = places(model, site)
+    sizes = [end(layer) for layer in layers]
+    start = torch.ones(sum(sizes)) if at is None else at
+    result = np.zeros(len(sequences))
+    for index in batches([len(s.ids) for s in sequences]):
+        batch = [sequences[i] for i in index]
+        leaves = [leaf.detach() for leaf in _leaves(start, sizes, len(batch), model)]
+        padded = _Padded(batch, leaves[0].device)
+        hidden = _hidden(model, (layers, site), padded, len(batch), leaves)
+        parts = (hidden, padded.weight, padded.target, padded.row)
+        for block, counts, wanted, owner in zip(*(x.split(_HEAD_BLOCK) for x in parts), strict=True):
+            logits = head(model, block[None]) / temperature
+            terms = counts * (logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
+            np.add.at(result, np.array(index)[owner.cpu().numpy()], terms.double().cpu().numpy())
+    return result
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """kl: mean KL(base || edited) per token, in nats; perplexity: of the texts' own tokens."""
+
+    kl: float
+    perplexity: float
+
+
+class Neutral:
+    """Texts on which the real cost of factors is measured. Of the base only the last layer's output is kept."""
+
+    def __init__(self, model: nn.Module, texts: Sequence[Sequence[int]], site: Site = "down"):
+        self._model, self._site = model, site
+        self._texts = [Scored(tuple(ids), (1.0,) * (len(ids) - 1)) for ids in texts]
+        self._base = [hidden for hidden, _ in self._passes(None)]
+
+    @torch.no_grad()
+    def _passes(self, at: Tensor | None):
+        layers = places(self._model, self._site)
+        sizes = [end(layer) for layer in layers]
+        start = torch.ones(sum(sizes)) if at is None else at
+        for index in batches([len(s.ids) for s in self._texts]):
+            batch = [self._texts[i] for i in index]
+            leaves = [leaf.detach() for leaf in _leaves(start, sizes, len(batch), self._model)]
+            padded = _Padded(batch, leaves[0].device)
+            yield _hidden(self._model, (layers, self._site), padded, len(batch), leaves), padded.target
+
+    @torch.no_grad()
+    def measure(self, at: Tensor | None = None, temperature: float = 1.0) -> Divergence:
+        """at: factors [P] (None: the base). temperature: divides the edited logits."""
+        kl, loss, count = 0.0, 0.0, 0
+        for base, (hidden, target) in zip(self._base, self._passes(at), strict=True):
+            for p, q, wanted in zip(*(x.split(_HEAD_BLOCK) for x in (base, hidden, target)), strict=True):
+                p = head(self._model, p[None]).double().log_softmax(-1)
+                q = (head(self._model, q[None]).double() / temperature).log_softmax(-1)
+                kl += float((p.exp() * (p - q)).sum())
+                loss -= float(q.gather(1, wanted[:, None]).sum())
+                count += len(wanted)
+        return Divergence(kl / count, float(np.exp(loss / count)))
 
 
 class _Reached(Exception):
@@ -160,15 +249,16 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(mass, level)[:, 0].clamp(max=mass.shape[-1] - 1)
 
 
-def _tap(leaf: Tensor, width: int) -> Tap:
-    """width: T of the padded batch, by which tokens of an expert are told apart."""
+def _tap(leaf: Tensor, count: int, width: int) -> Tap:
+    """leaf: [B, F] or [B T, F]. count, width: B and T of the padded batch, which tell an expert's tokens apart."""
+    each = leaf.shape[0] // count  # positions that have factors of their own
 
     def tap(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
         own = leaf[:, offset : offset + h.shape[-1]]
         if tokens is not None:
-            return h * own[tokens // width]
+            return h * own[tokens if each > 1 else tokens // width]
         if h.dim() == 2:  # some families flatten batch and positions
-            return h * own.repeat_interleave(width, 0)
-        return h * own[:, None]
+            return h * (own if each > 1 else own.repeat_interleave(width, 0))
+        return h * own.view(count, each, -1)
 
     return tap
