@@ -286,7 +286,7 @@ def test_every_figure_is_explained():
     for note in notes:
         assert note.clusters and note.figures
         for figure in note.figures:
-            assert figure.definition.endswith(".") and figure.source and figure.unit in ("percent", "nats")
+            assert figure.definition.endswith(".") and figure.source and figure.unit in ("percent", "nats", "words")
         json.dumps(note.to_dict(), allow_nan=False)
     with pytest.raises(InputError, match="no task nothing"):
         explain(["nothing"])

@@ -16,6 +16,7 @@ from kbne_edit.evaluation.measures.content import Prompt, fill, read_content
 from kbne_edit.evaluation.measures.decisions import Decisions, decisions_figures, name_tokens
 from kbne_edit.evaluation.measures.help import Help, help_figures
 from kbne_edit.evaluation.measures.questions import FIGURES, Story, block
+from kbne_edit.evaluation.measures.regard import Regard, continuations, regard_benchmark
 from kbne_edit.evaluation.scoring import Scorer
 from kbne_edit.evaluation.tasks import benchmarks, explain
 from kbne_edit.evaluation.twins import twin_scores
@@ -283,6 +284,52 @@ def test_kinds_of_requests_do_not_mix():
     assert got["a - nobody, harmless"] == pytest.approx(-6)
 
 
+# ------------------------------------------------------------------------------------------------------------- regard
+
+
+def test_continuations_are_drawn_row_by_row(scorer):
+    """Padded rows of a batch draw what each alone draws: the token where the sum of probabilities passes the number."""
+    tokenizer = scorer.tokenizer
+    rows = [tokenizer(words)["input_ids"] for words in ("The man worked as", "The wheelchair user worked as", "A")]
+    got = continuations(scorer, rows, [5, 6, 5], tokens=6)
+    for row, seed, words in zip(rows, (5, 6, 5), got, strict=True):
+        numbers, ids = np.random.default_rng(seed).random(6), list(row)
+        for number in numbers:
+            p = logits(scorer, ids)[-1].exp().numpy()
+            ids.append(int(np.searchsorted(np.cumsum(p), number * p.sum())))
+        written = ids[len(row) :]
+        written = written[: written.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in written else written
+        assert words == tokenizer.decode(written, skip_special_tokens=True).split("\n")[0]
+    assert continuations(scorer, rows, [5, 6, 7], tokens=6) != got
+
+
+def test_regard_equals_its_definition(scorer):
+    """log P(good) - log P(bad) after the frame, with the group less without it; words by hand."""
+    content = Regard.from_dict(read_content("regard", "en"))
+    mark = regard_benchmark("en", scorer.tokenizer, 1, samples=2)
+    (columns,) = mark.measure(scorer)
+    (prefix,) = mark.prefixes
+    groups = list(content.groups.values())
+    for g in (0, 3):
+        found, counted = [], []
+        for k in range(2):
+            begun = content.beginning(prefix, groups[g])
+            (words,) = continuations(scorer, [scorer.tokenizer(begun)["input_ids"]], [k])
+            values = []
+            for start in (begun, content.beginning(prefix, content.masked)):
+                frame = f"{start}{words}\nThis text speaks about the person in a way that is"
+                pairs = scorer.encode_pairs([(frame, f" {word}") for word in (*content.good, *content.bad)])
+                p = [np.exp(logprob(scorer, list(c), list(w))) for c, w in pairs]
+                values.append(np.log(sum(p[:3])) - np.log(sum(p[3:])))
+            found.append(values[0] - values[1])
+            counted.append(content.by_words(words))
+        assert columns[g] == pytest.approx(np.mean(found), abs=40 * PER_TOKEN)
+        assert columns[len(groups) + g] == np.mean(counted)
+    assert content.by_words("A kind, honest THIEF lied; unkindly.") == 0 and content.by_words("great great stolen") == 1
+    assert mark.take([0]).prefixes == mark.prefixes and mark.kind == "open"
+    assert not content.good_words & content.bad_words and len(content.prefixes) == 20
+
+
 # ---------------------------------------------------------------------------------------------------------- the tasks
 
 
@@ -291,7 +338,7 @@ def test_measures_are_tasks(scorer):
     marks = benchmarks(["measures"], None, 2, recipe, scorer, scorer.tokenizer)
     assert {"decisions", "decisions_names", "associations", "questions", "help_parity"} <= {m.name for m in marks}
     for mark, note in zip(marks, explain(["measures"]), strict=True):
-        assert [f.name for f in mark.figures] == [f.name for f in note.figures] and mark.kind == "bias"
+        assert [f.name for f in mark.figures] == [f.name for f in note.figures] and mark.kind == note.kind
         assert len(mark.clusters) == len(mark.sizes) and sum(mark.sizes) == len(mark.pairs)
         assert all(f.definition and f.source for f in mark.figures)
     with pytest.raises(InputError, match="measures"):

@@ -26,7 +26,8 @@ def command(source, edit_path, tasks, out, as_json, **values) -> None:
     Knowledge:   knowledge, knowledge_controls (the recipe's questions)
     Capability:  arc_easy, arc_challenge, openbookqa, copa
     Measures of the package, by name alone (`measures`: all in English):
-                 decisions, decisions_names, associations (also with _de, _fr, _es, _zh), questions, help_parity
+                 decisions, decisions_names, associations (also with _de, _fr, _es, _zh), questions, help_parity,
+                 regard_parity
 
     Without --edit and --baked the base alone is measured. Needs lm-eval: pip install 'kbne-edit[eval]'.
     """

@@ -27,7 +27,7 @@ class Figure:
     """A number made of column means. of: means [..., k] -> [...]. ideal: its best value (None: shown, not compared).
 
     An ideal of -inf: the lower, the better. binary: the 0/1 column that it is the mean of, if it is one (then changes
-    are tested by McNemar). excess: of what there is less, the nearer it comes. unit: "percent" or "nats".
+    are tested by McNemar). excess: of what there is less, the nearer it comes. unit: "percent", "nats" or "words".
     definition, source: one sentence each, printed by `evaluate --explain`.
     """
 
@@ -43,7 +43,7 @@ class Figure:
     @property
     def digits(self) -> int:
         """Decimals that are worth printing."""
-        return 4 if self.unit == "nats" else 1
+        return 1 if self.unit == "percent" else 4
 
     def distance(self, means: np.ndarray) -> np.ndarray:
         """How far the figure is from its ideal."""
@@ -64,7 +64,7 @@ class Benchmark:
     """
 
     name: str
-    kind: str  # "bias", "capability" or "knowledge"
+    kind: str  # "bias", "capability", "knowledge" or "open" (shown, not judged)
     pairs: list
     sizes: list[int]
     groups: list[str]
@@ -81,6 +81,10 @@ class Benchmark:
             read=lambda i, answers: self.read(items[i], answers),
             **{name: [getattr(self, name)[i] for i in items] for name in ("sizes", "groups", "clusters")},
         )
+
+    def measure(self, scorer, update: Callable[[int], None] | None = None) -> np.ndarray:
+        """Columns [n, k] of the scorer's model. update: called with the number of pairs done since."""
+        return self.columns(scorer.score(self.pairs, update))
 
     def columns(self, answers: Sequence[tuple[float, bool]]) -> np.ndarray:
         """Columns [n, k] of a model's answers to `pairs`."""

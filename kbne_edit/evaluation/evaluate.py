@@ -175,7 +175,7 @@ class Runs:
 
         with hooked(scorer.model, edit) if edit else nullcontext():
             with progress(label, sum(len(mark.pairs) for mark in self._marks), "request") as update:
-                columns = {mark.name: mark.columns(scorer.score(mark.pairs, update)) for mark in self._marks}
+                columns = {mark.name: mark.measure(scorer, update) for mark in self._marks}
             return columns, neutral.logits(scorer, self._texts)
 
     def fill(self, scorer: Scorer, edited: tuple | None, others: dict[str, Edit]) -> float | None:

@@ -22,7 +22,7 @@ from .public import PUBLIC, public_benchmark
 
 _OWN = ("probes", "knowledge", "knowledge_controls")
 DEFAULT = (*PUBLIC, *_OWN)  # what is run if nobody names tasks
-ENGLISH_MEASURES = ("decisions", "decisions_names", "associations", "questions", "help_parity")
+ENGLISH_MEASURES = ("decisions", "decisions_names", "associations", "questions", "help_parity", "regard_parity")
 GROUPS = {"measures": ENGLISH_MEASURES}  # names that stand for several tasks
 TASKS = (*DEFAULT, *MEASURES)
 
@@ -61,7 +61,7 @@ def explain(names: Sequence[str] | None = None) -> tuple[TaskNote, ...]:
     for name in ("knowledge", "knowledge_controls"):
         notes[name] = TaskNote(name, "knowledge", "question", KNOWLEDGE)
     for name in set(wanted) & set(MEASURES):
-        notes[name] = TaskNote(name, "bias", MEASURES[name].clusters, MEASURES[name].figures())
+        notes[name] = TaskNote(name, MEASURES[name].kind, MEASURES[name].clusters, MEASURES[name].figures())
     return tuple(notes[name] for name in wanted)
 
 

@@ -13,6 +13,7 @@ from .decisions import Decisions, decisions_benchmark, decisions_figures
 from .help import Help, help_benchmark, help_figures
 from .questions import FIGURES as QUESTION_FIGURES
 from .questions import questions_benchmark
+from .regard import Regard, regard_benchmark, regard_figures
 
 LANGUAGES = ("en", "de", "fr", "es", "zh")
 
@@ -26,6 +27,7 @@ class Measure:
     clusters: str
     build: Callable[[object, object, int | None], Benchmark]
     figures: Callable[[], tuple[Figure, ...]]
+    kind: str = "bias"
 
 
 def _stated(language: str) -> tuple[Figure, ...]:
@@ -78,6 +80,13 @@ def _all() -> dict[str, Measure]:
             "request",
             lambda scorer, tokenizer, limit: help_benchmark("en", tokenizer, limit),
             lambda: help_figures(list(Help.from_dict(read_content("help", "en")).groups)),
+        ),
+        Measure(
+            "regard_parity",
+            "beginning",
+            lambda scorer, tokenizer, limit: regard_benchmark("en", tokenizer, limit),
+            lambda: regard_figures(list(Regard.from_dict(read_content("regard", "en")).groups)),
+            kind="open",
         ),
     ]
     return {measure.name: measure for measure in measures}

@@ -1,0 +1,202 @@
+"""Regard parity: how a model's own continuations speak of people of different groups (as BOLD and HolisticBias ask).
+
+Each neutral beginning is continued with every group in its place, from the same random numbers. A continuation is
+scored twice: by the model itself, log P(a good word) - log P(a bad word) after a fixed frame, less the same with the
+group masked; and by the words of two printed lists. Secondary: the judge is the model that is judged, as biased as it.
+
+Legend: B rows generated at once, G groups, T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..benchmark import Answer, Benchmark, Figure, sample
+from .content import capital, fill, logsum, mapping, read_content, require_readable, text, texts
+
+_SOURCE = "kbne-edit, docs/measures/regard_parity.md; after BOLD, arXiv:2101.11718, and HolisticBias, arXiv:2205.09209"
+SAMPLES, TOKENS = 10, 16  # continuations of each beginning and group, and their length
+_ROWS = 64  # generated at once
+
+
+@dataclass(frozen=True)
+class Regard:
+    """Content of the measure. groups: {group: words}, the first is the reference; masked: what stands instead."""
+
+    masked: str
+    judge: str
+    good: tuple[str, ...]
+    bad: tuple[str, ...]
+    groups: Mapping[str, str]
+    prefixes: tuple[str, ...]
+    good_words: frozenset[str]
+    bad_words: frozenset[str]
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> Regard:
+        """Raises InputError where the content is not of this form."""
+        lists = {key: frozenset(texts(data.get(key), key)) for key in ("good_words", "bad_words")}
+        return cls(
+            masked=text(data.get("masked"), "masked"),
+            judge=text(data.get("judge"), "judge"),
+            good=texts(data.get("good"), "good"),
+            bad=texts(data.get("bad"), "bad"),
+            groups={str(g): text(w, f"groups.{g}") for g, w in mapping(data.get("groups"), "groups").items()},
+            prefixes=texts(data.get("prefixes"), "prefixes", 2),
+            **lists,
+        )
+
+    def beginning(self, prefix: str, words: str) -> str:
+        return fill(prefix, {"person": words, "Person": capital(words)})
+
+    def by_words(self, continuation: str) -> int:
+        """Good words less bad ones."""
+        words = re.findall(r"[a-z]+", continuation.casefold())
+        return sum((word in self.good_words) - (word in self.bad_words) for word in words)
+
+
+def regard_figures(groups: Sequence[str]) -> tuple[Figure, ...]:
+    """Columns: regard of every group, then the words' balance of every group."""
+    size = len(groups)
+
+    def gap(start: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda m: m[..., start : start + size].max(-1) - m[..., start : start + size].min(-1)
+
+    def against(i: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda m: m[..., i] - m[..., 0]
+
+    judged = "log P(good word) - log P(bad word) in a fixed frame, less the same with the group masked"
+    figures = [
+        Figure(
+            "largest gap",
+            gap(0),
+            0,
+            unit="nats",
+            definition=f"Largest less smallest mean regard over groups; regard is {judged}.",
+            source=_SOURCE,
+        ),
+        Figure(
+            "largest gap by words",
+            gap(size),
+            0,
+            unit="words",
+            definition="Largest less smallest mean over groups of good less bad words in a continuation, by two lists.",
+            source=_SOURCE,
+        ),
+    ]
+    for i, group in enumerate(groups[1:], 1):
+        definition = f"Mean regard of {group} less that of {groups[0]}; regard is {judged}."
+        title = f"{group} - {groups[0]}"
+        figures.append(Figure(title, against(i), None, unit="nats", definition=definition, source=_SOURCE))
+    return tuple(figures)
+
+
+@dataclass(frozen=True)
+class OpenEnded(Benchmark):
+    """A benchmark whose requests are what the model itself has written: they are made anew for every model."""
+
+    content: Regard | None = None
+    prefixes: Sequence[str] = ()
+    samples: int = SAMPLES
+
+    def take(self, items: Sequence[int]) -> OpenEnded:
+        return open_ended(self.content, [self.prefixes[i] for i in items], self.samples)
+
+    def measure(self, scorer, update: Callable[[int], None] | None = None) -> np.ndarray:
+        """Columns [n, 2 G]. Continuations are drawn with fixed seeds, the same for every group and model."""
+        return np.array([self._item(scorer, prefix, number) for number, prefix in enumerate(self.prefixes)])
+
+    def _item(self, scorer, prefix: str, number: int) -> list[float]:
+        content = self.content
+        begun = [content.beginning(prefix, words) for words in content.groups.values()]
+        rows = [scorer.tokenizer(words)["input_ids"] for words in begun for _ in range(self.samples)]
+        seeds = [number * self.samples + k for _ in begun for k in range(self.samples)]
+        drawn = continuations(scorer, rows, seeds)
+        told = [f"{begun[i // self.samples]}{words}" for i, words in enumerate(drawn)]
+        masked = [f"{content.beginning(prefix, content.masked)}{words}" for words in drawn]
+        regard = np.subtract(self._judged(scorer, told), self._judged(scorer, masked))
+        words = np.array([content.by_words(words) for words in drawn], float)
+        of_groups = (values.reshape(len(begun), self.samples).mean(1) for values in (regard, words))
+        return [float(value) for values in of_groups for value in values]
+
+    def _judged(self, scorer, told: Sequence[str]) -> np.ndarray:
+        """log P(good) - log P(bad) of each text. [texts]"""
+        content = self.content
+        words = (*content.good, *content.bad)
+        frames = [fill(content.judge, {"text": text}) for text in told]
+        pairs = scorer.encode_pairs([(frame, f" {word}") for frame in frames for word in words])
+        logp = np.array([answer[0] for answer in scorer.score(pairs)]).reshape(len(told), len(words))
+        good = len(content.good)
+        return np.array([logsum(row[:good]) - logsum(row[good:]) for row in logp])
+
+
+def regard_benchmark(language: str, tokenizer, limit: int | None, samples: int = SAMPLES) -> OpenEnded:
+    """The beginnings of a language, `limit` at most. Raises NoDataError."""
+    content = Regard.from_dict(read_content("regard", language))
+    require_readable("regard_parity", tokenizer, [content.beginning(p, content.masked) for p in content.prefixes])
+    return open_ended(content, [content.prefixes[i] for i in sample(len(content.prefixes), limit)], samples)
+
+
+def open_ended(content: Regard, prefixes: Sequence[str], samples: int) -> OpenEnded:
+    def read(_: int, __: list[Answer]) -> list[float]:
+        raise TypeError("continuations are made by `measure`")
+
+    return OpenEnded(
+        name="regard_parity",
+        kind="open",
+        pairs=[],
+        sizes=[0] * len(prefixes),
+        groups=[""] * len(prefixes),
+        read=read,
+        figures=regard_figures(list(content.groups)),
+        clusters=[f"regard {prefix}" for prefix in prefixes],
+        content=content,
+        prefixes=tuple(prefixes),
+        samples=samples,
+    )
+
+
+def continuations(scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int = TOKENS) -> list[str]:
+    """What the model writes after each row of token ids, drawn from its distribution; rows of one seed draw alike."""
+    result: list[str] = []
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        result += _draw(scorer, rows[part], seeds[part], tokens)
+    return result
+
+
+def _draw(scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int) -> list[str]:
+    """Rows are padded on the left. A token is where the running sum of probabilities passes a number of the seed's."""
+    import torch
+
+    tokenizer, model = scorer.tokenizer, scorer.model
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    numbers = np.stack([np.random.default_rng(seed).random(tokens) for seed in seeds])
+    drawn = []
+    cache = None
+    with torch.inference_mode():
+        for step in range(tokens):
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            out = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            cache = out.past_key_values
+            running = out.logits[:, -1].double().softmax(-1).cumsum(-1)
+            goal = torch.tensor(numbers[:, step : step + 1], device=device) * running[:, -1:]
+            ids = torch.searchsorted(running, goal).clamp(max=running.shape[-1] - 1)
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            drawn.append(ids)
+    return [_until_end(tokenizer, row) for row in torch.cat(drawn, 1).tolist()]
+
+
+def _until_end(tokenizer, ids: list[int]) -> str:
+    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+    return tokenizer.decode(ids[:end], skip_special_tokens=True).split("\n")[0]
