@@ -93,7 +93,7 @@ def apply(
     plan = Plan.of(checkpoint, record.edit, shard_size)
     with_columns = plan.with_columns(Columns.open(path).arrays(plan))
     origin = source or Origin(checkpoint.path.resolve().name)
-    with staged(out_dir, overwrite) as part:
+    with staged(out_dir, overwrite, checkpoint.path) as part:
         manifest = fold_into(with_columns, part, progress)
         # Cut anew, no file is one that the delta knows: what it promises is then computed, and written nowhere.
         files = fold_hashes(with_columns, progress)[0] if plan.files else manifest.files

@@ -224,7 +224,7 @@ def _write(job: _Job, result: BakeResult) -> BakeResult:
     plan, checkpoint = result.plan, result.plan.checkpoint
     total = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files()[0])
     total += sum(shard.size for shard in checkpoint.shards)
-    with staged(job.out, job.overwrite) as part:
+    with staged(job.out, job.overwrite, job.source.origin) as part:
         with progress("fold", total, "B") as update:
             manifest = fold_into(plan, part, update)
         manifest = replace(manifest, source=job.origin)
@@ -253,7 +253,7 @@ def _prove(job: _Job, plan: Plan, manifest: Manifest, part: Path, total: int) ->
 def _write_alone(job: _Job, result: BakeResult) -> BakeResult:
     """The edit without the model: as an adapter or as a delta, read back before it appears."""
     plan, checkpoint = result.plan, result.plan.checkpoint
-    with staged(job.out, job.overwrite) as part:
+    with staged(job.out, job.overwrite, job.source.origin) as part:
         if result.form == "peft":
             write_adapter(checkpoint, plan.edit, part, job.origin)
         else:

@@ -12,8 +12,12 @@
     ├── ProofError            exit status 1: a proof failed
     └── RequirementError      exit status 4: what was required of the result is not met
 
+Exit status 3: the disk, the memory or the network failed (`of_the_machine`); 70: a fault of kbne-edit itself.
+
 Each message is one sentence or two: what is wrong, where, and what to do.
 """
+
+import errno
 
 
 class KbneError(Exception):
@@ -67,6 +71,23 @@ class ProofError(KbneError):
     def __init__(self, message: str, report: object = None):
         self.report = report
         super().__init__(message)
+
+
+# What an operating system says when it is the machine that fails, and not what was asked of it.
+_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT),
+}
+
+
+def of_the_machine(error: KbneError, number: int | None = None) -> KbneError:
+    """The same error, with exit status 3 if it is the disk, the memory or the network that failed.
+
+    number: the operating system's; None if the caller knows that it is.
+    """
+    if number is None or number in _MACHINE:
+        error.exit_code = 3
+    return error
 
 
 def short(error: BaseException) -> str:

@@ -8,10 +8,11 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
-from .errors import CheckpointError, InputError, OutputError, short, shown
+from .errors import CheckpointError, InputError, OutputError, of_the_machine, short, shown
 
 MOST_JSON = 24 << 20  # bytes: the objects can take thirty times as much, and memory is to stay below 1 GB
 _DEEPEST = 50
@@ -143,14 +144,28 @@ def write_text(path: str | Path, text: str) -> None:
         if target.exists() and not target.is_file():  # /dev/stdout cannot be replaced
             target.write_text(text, encoding="utf-8")
             return
-        with open(part, "w", encoding="utf-8") as file:
+        with _own(part) as file:
+            if target.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.rename(part, target)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+        with suppress(OSError):
+            if os.lstat(part).st_uid == os.geteuid():
+                part.unlink()
+        failure = OutputError(f"cannot write {path}: {error.strerror or error}")
+        raise of_the_machine(failure, error.errno) from None
+
+
+def _own(path: Path) -> TextIO:
+    """A new file for writing. One that a killed run of this user left is replaced; no link is followed."""
+    with suppress(FileNotFoundError):
+        if os.lstat(path).st_uid == os.geteuid():
+            path.unlink()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    return os.fdopen(handle, "w", encoding="utf-8")
 
 
 def parse_size(text: str, what: str = "memory") -> float:
@@ -163,4 +178,5 @@ def parse_size(text: str, what: str = "memory") -> float:
 
 def work_folder(out: Path) -> Path:
     """Where `bake` keeps scores and edit of an output, if nobody says otherwise."""
-    return out.absolute().parent / f"{out.name}.work"
+    path = Path(os.path.abspath(out))
+    return path.parent / f"{path.name}.work"

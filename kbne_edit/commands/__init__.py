@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from .. import __version__
-from ..errors import KbneError, one_line
+from ..errors import KbneError, one_line, short
 from ..progress import show_progress
 
 _COMMANDS = {
@@ -74,9 +77,14 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors become one line and an exit status (0 done, 1 proof failed, 2 wrong input)."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tensors need not be text
+    """Run the command line; errors become one line and an exit status.
+
+    0 done, 1 a proof failed, 2 wrong input, 3 disk, memory or network failed, 4 a requirement is not met, 70 a fault of
+    kbne-edit itself, 130 interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files and tensors need not be text
     try:
         status = cli.main(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -87,12 +95,30 @@ def main() -> None:
         click.echo("interrupted: nothing was published; run the same command again to go on", err=True)
         sys.exit(130)
     except KbneError as error:
-        click.echo(f"error: {one_line(str(error))}", err=True)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # who read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        click.echo(one_line(f"error: {error.strerror or error}{where}"), err=True)
-        sys.exit(2)
+        _fail(f"{error.strerror or error}{where}", 3)
     except MemoryError:
-        click.echo("error: out of memory: use fewer --questions or a machine with more", err=True)
-        sys.exit(2)
+        _fail("out of memory: use fewer --questions or a machine with more", 3)
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        _fail(f"internal: {_described(error)}: this is a fault of kbne-edit; please report it", 70)
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    click.echo(f"error: {one_line(text)[:600]}", err=True)
+    sys.exit(status)
+
+
+def _described(error: BaseException) -> str:
+    """What happened, and at which line of which module."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    where = f" at {Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}" if at else ""
+    return f"{type(error).__name__} ({short(error)}){where}"

@@ -55,6 +55,20 @@ def is_private(path: str) -> bool:
     return inside or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+_CHECKPOINT = (
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"),
+    *("*config*.json", "*tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "*.tiktoken", "*.spm", "*.jinja", "chat_template.*", "*_args.json", "params.json"),
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py"),
+    *("README*", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", ".gitattributes", ".gitignore", "kbne_*"),
+)
+
+
+def is_part_of_checkpoint(path: str) -> bool:
+    """True if who writes checkpoints gives files such a name. path: below the checkpoint's folder."""
+    return any(fnmatchcase(path.split("/")[-1], pattern) for pattern in _CHECKPOINT)
+
+
 def base_card(carried: Collection[str]) -> str:
     """The name under which an output keeps the base's own card. carried: what is carried over from the base."""
     name = f"{CARD.removesuffix('md')}base.md"

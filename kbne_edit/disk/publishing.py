@@ -6,28 +6,40 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from ..errors import OutputError
-from .names import DELTA, OLD_DELTA, UNDO
+from ..errors import KbneError, OutputError, of_the_machine, shown
+from ..files import read_json
+from .names import DELTA, MANIFEST, OLD_DELTA, UNDO, is_hidden, is_part_of_checkpoint
 
 _OUTPUTS = ("config.json", "adapter_config.json", DELTA, OLD_DELTA, UNDO)  # one of them is in whatever this tool writes
 
 
 @contextmanager
-def staged(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `out` that takes its name when the block ends well, and vanishes when it does not.
+def staged(out: str | Path, overwrite: bool = False, like: Path | None = None) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
 
+    It is a sibling that takes the output's name. Where `out` cannot be renamed (a mount point, the working directory)
+    it lies inside, and its files are moved at the end, config.json and the manifest last.
     A sibling left by a killed run is recognised by its name and its free lock, and removed. With `overwrite` there is
     a moment at which the old output has left its name and the new one has not taken it: a run killed there leaves the
-    old one whole as `.NAME.kbne-old`, and the next run puts it back. Raises OutputError.
+    old one whole as `.NAME.kbne-old`, and the next run puts it back.
+    like: a folder whose content is copied: who may not read it may not read the output either. An output that exists
+    keeps its mode and its owner. Raises OutputError.
     """
     with _claimed(Path(out), overwrite) as part, write_errors(out):
         yield part
+        target = Path(os.path.abspath(out))
+        _give_rights(part, target, like)
         _sync_tree(part)
-        _swap(part, Path(os.path.abspath(out)))
+        if _is_fixed(target):
+            _move_in(part, target)
+        else:
+            _swap(part, target)
     with suppress(OSError):  # the files are safe; if the name is not, the output is lost as a whole
         sync(part.parent)
 
@@ -38,26 +50,34 @@ def check_out(out: str | Path, overwrite: bool = False) -> None:
         pass
 
 
+def create(path: Path, like: Path | None = None) -> BinaryIO:
+    """Open a new file for writing; never an existing one, and never what a link points to. Raises OSError.
+
+    like: a file whose readers the new one may have, and no others.
+    """
+    mode = 0o666 if like is None else 0o666 & (os.stat(like).st_mode | 0o600)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "wb")
+
+
 @contextmanager
 def _claimed(given: Path, overwrite: bool) -> Iterator[Path]:
-    """The sibling, empty and locked; it is removed at the end unless it has taken the output's name by then."""
+    """The temporary folder, empty and locked; removed at the end unless it has become the output by then."""
     out = Path(os.path.abspath(given))
-    part, old, lock = _sibling(out, "partial"), _sibling(out, "old"), None
+    part, lock = _part(out), None
     try:
         with write_errors(given):
             out.parent.mkdir(parents=True, exist_ok=True)
             lock = _lock(part, given)
-            if old.exists() and _is_free(out):
-                os.rename(old, out)
-            _discard(out)
+            if not _is_fixed(out):
+                _put_back(out)
             for left in part.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             if out.is_symlink() or (out.exists() and not out.is_dir()):
                 raise OutputError(f"{given} exists and is no folder: choose another --out")
-            if not overwrite and not _is_free(out):
-                raise OutputError(f"{given} exists: choose another --out, or pass --overwrite")
-            if not _is_free(out) and not any((out / name).is_file() for name in _OUTPUTS):
-                raise OutputError(f"{given} holds no checkpoint, and --overwrite replaces nothing else: remove it")
+            if not _is_free(out):
+                if not overwrite:
+                    raise OutputError(f"{given} exists: choose another --out, or pass --overwrite")
+                _check_replaceable(given, out)
         yield part
     finally:
         if lock is not None:
@@ -66,41 +86,108 @@ def _claimed(given: Path, overwrite: bool) -> Iterator[Path]:
             os.close(lock)
 
 
+def _part(out: Path) -> Path:
+    return out / ".kbne-partial" if _is_fixed(out) else _sibling(out, "partial")
+
+
 def _sibling(out: Path, state: str) -> Path:
     return out.parent / f".{out.name}.kbne-{state}"
 
 
+def _is_fixed(out: Path) -> bool:
+    """True for a folder that cannot be renamed: a mount point, or where this process stands."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it was removed
+        here = Path(out.anchor)
+    return out.is_dir() and (os.path.ismount(out) or here.is_relative_to(out.resolve()))
+
+
+_OF_THE_SYSTEM = ("lost+found", ".kbne-partial")  # what an empty volume, or a folder that is being filled, may hold
+
+
 def _is_free(out: Path) -> bool:
-    return not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
+    if not os.path.lexists(out):
+        return True
+    return out.is_dir() and not out.is_symlink() and not set(os.listdir(out)) - set(_OF_THE_SYSTEM)
+
+
+def _check_replaceable(given: Path, out: Path) -> None:
+    """Raise OutputError unless all that a folder holds was put there by this tool, or by who writes checkpoints."""
+    if not any((out / name).is_file() for name in _OUTPUTS):
+        raise OutputError(f"{given} holds no checkpoint, and --overwrite replaces nothing else: remove it")
+    known = _listed(out)
+    for root, folders, names in os.walk(out):
+        inside = Path(root).relative_to(out)
+        folders[:] = [f for f in folders if not is_hidden((inside / f).as_posix()) and f not in _OF_THE_SYSTEM]
+        for name in names:
+            relative = (inside / name).as_posix()
+            if relative not in known and not is_part_of_checkpoint(relative):
+                raise OutputError(
+                    f"{given} holds {shown(relative)}, which no writer of checkpoints put there, and --overwrite would "
+                    "delete it: move it away, or choose another --out"
+                )
+
+
+def _listed(out: Path) -> set[str]:
+    """Files that the manifest of an earlier output names."""
+    with suppress(KbneError, AttributeError, TypeError):
+        return set(read_json(out / MANIFEST)["files"])  # type: ignore[index]
+    return set()
 
 
 def _lock(part: Path, out: Path) -> int:
+    """Make the temporary folder, or take over one that a run of this user left, and lock it."""
     while True:
-        part.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            part.mkdir(mode=0o700)
         try:
             handle = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # renamed in this moment by a run that ended well
             continue
+        try:
+            if os.fstat(handle).st_uid != os.geteuid():  # in a folder that others can write to, too
+                raise OutputError(f"{part} belongs to another user: remove it, or choose another --out")
+            os.fchmod(handle, 0o700)
+        except BaseException:
+            os.close(handle)
+            raise
         claim(handle, out)
         if _holds(handle, part):
             return handle
         os.close(handle)
 
 
+# What a file system without locks answers: there nothing keeps two runs apart.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
 def claim(handle: int, out: Path) -> None:
     """Lock an open file or folder until it is closed. Raises OutputError, and closes it, if another run has it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return
         os.close(handle)
         raise OutputError(f"another run is writing to {out}: wait for it, or choose another --out") from None
 
 
 def _holds(handle: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def _put_back(out: Path) -> None:
+    """Undo the half of a swap that a killed run did, if it was this user's."""
+    old = _sibling(out, "old")
+    if os.path.lexists(old) and (old.is_symlink() or os.lstat(old).st_uid != os.geteuid()):
+        raise OutputError(f"{old} belongs to another user, or is a link: remove it, or choose another --out")
+    if old.exists() and _is_free(out):
+        os.rename(old, out)
+    _discard(out)
 
 
 def _swap(part: Path, out: Path) -> None:
@@ -117,6 +204,20 @@ def _swap(part: Path, out: Path) -> None:
     _discard(out)
 
 
+def _move_in(part: Path, out: Path) -> None:
+    """Fill a folder that cannot be renamed. A run that is killed here leaves no config.json, so nothing loads it."""
+    for entry in sorted(out.iterdir(), key=lambda entry: entry.name not in _LAST):
+        if entry.name not in _OF_THE_SYSTEM and not is_hidden(entry.name):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    for entry in sorted(part.iterdir(), key=lambda entry: (entry.name in _LAST, entry.name)):
+        os.rename(entry, out / entry.name)
+    part.rmdir()
+    sync(out)
+
+
+_LAST = ("config.json", "adapter_config.json", MANIFEST, DELTA)
+
+
 def _discard(out: Path) -> None:
     """Remove a replaced output. It loses its name first: what is called old is whole, or it could not be put back."""
     gone = _sibling(out, "gone")
@@ -124,6 +225,34 @@ def _discard(out: Path) -> None:
     with suppress(OSError):
         os.rename(_sibling(out, "old"), gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def _give_rights(part: Path, out: Path, like: Path | None) -> None:
+    """Mode and owner of the output that is replaced; else those of a new folder, no wider than those of `like`."""
+    if out.is_dir() and not out.is_symlink():
+        there = os.stat(out)
+        for root, folders, names in os.walk(part):
+            for name in (*folders, *names):
+                _give_owner(Path(root) / name, there)
+        _give_owner(part, there)
+        if not _is_fixed(out):
+            os.chmod(part, stat.S_IMODE(there.st_mode))
+        return
+    mask = os.umask(0o077)
+    os.umask(mask)
+    limit = os.stat(like).st_mode if like is not None and like.is_dir() else 0o777
+    mode = 0o777 & ~mask & (limit | 0o700)
+    inherited = os.stat(part).st_mode & stat.S_ISGID  # of a parent folder that passes its group on
+    os.chmod(part, mode | inherited)
+
+
+def _give_owner(path: Path, there: os.stat_result) -> None:
+    found = os.lstat(path)
+    if (found.st_uid, found.st_gid) != (there.st_uid, there.st_gid):
+        with suppress(OSError):  # only root may give to others; a member may give to a group
+            os.chown(path, there.st_uid, there.st_gid, follow_symlinks=False)
+        with suppress(OSError):
+            os.chown(path, -1, there.st_gid, follow_symlinks=False)
 
 
 @contextmanager
@@ -134,7 +263,8 @@ def write_errors(out: str | Path) -> Iterator[None]:
     except OSError as error:
         cure = {errno.ENOSPC: "free some space or choose another --out", errno.EDQUOT: "your quota is used up"}
         advice = cure.get(error.errno, "check the path and its permissions")
-        raise OutputError(f"cannot write {out}: {error.strerror or error} ({advice})") from error
+        failure = OutputError(f"cannot write {out}: {error.strerror or error} ({advice})")
+        raise of_the_machine(failure, error.errno) from error
 
 
 def sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from ..disk.checkpoint import Checkpoint
 from ..disk.hashing import file_hash, in_background
 from ..disk.manifest import FileRecord, Manifest, OldShard
 from ..disk.names import INDEX, UNDO
-from ..disk.publishing import staged, sync
+from ..disk.publishing import create, staged, sync
 from ..disk.sharding import headers, index_text
 from ..disk.tensors import Shard
 from ..edit import Edit
@@ -42,7 +42,7 @@ def fold(
     checkpoint = Checkpoint.open(source_dir)
     forbid_overlap(out_dir, checkpoint.path)
     plan = Plan.of(checkpoint, edit, shard_size)
-    with staged(out_dir, overwrite) as part:
+    with staged(out_dir, overwrite, checkpoint.path) as part:
         manifest = fold_into(plan, part, progress)
         manifest.write(part)
     return manifest
@@ -83,7 +83,7 @@ def _write_shards(
     files = {}
     with in_background() as submit:
         for shard in plan.checkpoint.shards:
-            with open(part / shard.path.name, "wb") as out:
+            with create(part / shard.path.name, shard.path) as out:
                 before, after = rewrite(shard, plan.targets, out, kept, pool, progress)
             files[shard.path.name] = FileRecord(before, after)
             submit(sync, part / shard.path.name)
@@ -102,7 +102,7 @@ def _write_new_shards(
         if checkpoint.index:
             old[INDEX] = hashing(file_hash, checkpoint.index)
         for file in plan.files:
-            with open(part / file.name, "wb") as out:
+            with create(part / file.name, checkpoint.shards[0].path) as out:
                 files[file.name] = FileRecord(None, assemble(file, plan, out, kept, pool, progress))
             submit(sync, part / file.name)
     into = {shard.path.name: sorted({places[t.name] for t in shard.tensors}) for shard in checkpoint.shards}
@@ -115,6 +115,6 @@ def _write_new_shards(
 
 def _copy(source: Path, out: Path, pool: ThreadPoolExecutor, progress: Progress | None) -> FileRecord:
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "wb") as file:
+    with create(out, source) as file:
         digest, _ = rewrite(Shard(source, (), 0, 0), {}, file, {}, pool, progress)
     return FileRecord(digest, digest)

@@ -10,7 +10,7 @@ from ..disk.checkpoint import Checkpoint
 from ..disk.hashing import file_hash
 from ..disk.manifest import Manifest
 from ..disk.names import INDEX, MANIFEST
-from ..disk.publishing import staged
+from ..disk.publishing import create, staged
 from ..disk.sharding import NewShard, old_shard
 from ..disk.tensors import Shard
 from ..errors import CheckpointError, shown
@@ -53,17 +53,17 @@ def revert(
         raise CheckpointError(f"{undo} does not hold how the files of the base were cut: it is damaged")
     restored = _to_restore(checkpoint, manifest)
     shards = {shard.path.name: shard for shard in checkpoint.shards}
-    with staged(out_dir, overwrite) as part, ThreadPoolExecutor(2) as pool:
+    with staged(out_dir, overwrite, checkpoint.path) as part, ThreadPoolExecutor(2) as pool:
         for name, origin in restored.items():
             shard = shards.get(name, Shard(checkpoint.path / name, (), 0, 0))
             (part / origin).parent.mkdir(parents=True, exist_ok=True)
-            with open(part / origin, "wb") as out:
+            with create(part / origin, checkpoint.path / name) as out:
                 _, digest = rewrite(shard, plan.targets, out, {}, pool, progress)
             if digest != manifest.files[name].before:
                 raise CheckpointError(f"{baked_dir}/{name} was changed after baking: it does not give the base back")
         for name, head in old.items():
             file = NewShard(INDEX, head, ()) if name == INDEX else old_shard(name, head, checkpoint.tensors)
-            with open(part / name, "wb") as out:
+            with create(part / name, checkpoint.shards[0].path) as out:
                 digest = assemble(file, plan, out, {}, pool, progress)
             if digest != manifest.resharded[name].before:
                 raise CheckpointError(f"{baked_dir} was changed after baking: it does not give {name} of the base back")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import InputError
+from ..errors import InputError, of_the_machine
 
 TIMEOUT = 30.0  # seconds without an answer; the client itself would wait for ever
 
@@ -25,13 +25,24 @@ def talking(name: str, error: type[InputError], revision: str | None = None, wri
         try:
             yield
         except (HTTPError, OSError, ValueError, RuntimeError) as failure:
-            raise error(_explain(failure, name, revision, writing)) from None
+            raised = error(_explain(failure, name, revision, writing))
+            raise of_the_machine(raised) if _unreachable(failure) else raised from None
 
 
 def passing(failure: BaseException) -> bool:
     """True if the Hub is out of reach, overloaded or at fault: nothing that the user asked for is wrong."""
     found = _answer(failure)
     return found is None or found.response.status_code == 429 or found.response.status_code >= 500
+
+
+def _unreachable(failure: BaseException) -> bool:
+    """True if it is the network or the Hub that fails, and not what was asked."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    if _answer(failure) is not None:
+        return passing(failure)
+    kinds = (HTTPError, ConnectionError, TimeoutError, OfflineModeIsEnabled)
+    return any(isinstance(error, kinds) for error in _chain(failure))
 
 
 def _chain(failure: BaseException) -> list[BaseException]:

@@ -230,6 +230,7 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
         kept = {tensor: place for tensor, place in table.items() if last[tensor] == number}
         try:
             _write(file, kept, folder / name)
+            shutil.copymode(file, folder / name)
         except OSError as error:
             raise OutputError(f"cannot write {folder / name}: {error.strerror}") from None
         weight_map |= dict.fromkeys(kept, name)
@@ -245,7 +246,7 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
 
 def _copy(file: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, out)
+    shutil.copy(file, out)  # with its mode: what is private stays so
 
 
 def _write(file: Path, tensors: dict[str, BinTensor], out: Path) -> None:

@@ -36,9 +36,14 @@ def add_card(directory: Path, manifest: Manifest, metadata: dict | None = None) 
         path.rename(directory / kept)
         files[kept] = replace(files.pop(CARD), base_name=CARD)
     manifest = replace(manifest, files=dict(sorted(files.items())))
-    card = card_of(manifest, metadata).encode()
+    card = _bytes(card_of(manifest, metadata))
     path.write_bytes(card)
     return manifest.with_file(CARD, FileRecord(None, hashlib.sha256(card).hexdigest()))
+
+
+def _bytes(card: str) -> bytes:
+    """Names from outside may hold bytes that are no text: those are escaped."""
+    return card.encode("utf-8", errors="backslashreplace")
 
 
 def card_of(manifest: Manifest, metadata: dict) -> str:
@@ -65,7 +70,7 @@ def card_fault(directory: Path, manifest: Manifest, base: Path) -> str:
         expected = card_of(manifest, metadata_in(base))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, InputError):
         return f"{MANIFEST} has figures of another form than kbne-edit writes"
-    return "" if text == expected else f"{CARD} is not the card that {MANIFEST} gives"
+    return "" if text.encode() == _bytes(expected) else f"{CARD} is not the card that {MANIFEST} gives"
 
 
 def build(manifest: dict, metadata: dict) -> str:
