@@ -17,6 +17,7 @@ _PUBLIC = {
     "InputError": "errors",
     "ProofError": "errors",
     "attribute": "attribution.gradients",
+    "debias": "debiasing",
     "evaluate": "evaluation.evaluate",
     "hooked": "models.hooks",
     "Scores": "attribution.scores",

@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import EditError, one_line, shown
 from .families import SITES, Site
 from .files import read_json, write_json
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import nn
 
 VERSION = 1
 
@@ -106,6 +112,21 @@ class Edit:
                     f"the edit names neuron {max(found)} of layer {layer}, which has {neurons[layer]} neurons "
                     f"(0 to {neurons[layer] - 1})"
                 )
+
+    def hooks(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Within this context, a causal model of transformers computes with the edit; afterwards as before.
+
+        The function `hooked`. Raises EditError if the edit does not fit the model.
+        """
+        from .models.hooks import hooked
+
+        return hooked(model, self)
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Scale the weights of a model in memory, in place, and return it. Raises EditError as `hooks` does."""
+        from .models.hooks import apply_
+
+        return apply_(model, self)
 
     def to_dict(self) -> dict:
         """JSON form. Keys are strings there; numbers are written so that they read back to the same value."""

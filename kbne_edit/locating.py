@@ -20,9 +20,11 @@ from .recipe import Question, Recipe, load_recipe
 from .rule import Rule
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Iterator
 
-    from .attribution.gradients import Attribution
+    from torch import Tensor, nn
+
+    from .attribution.gradients import Attribution, Layers
     from .attribution.scores import Row, Scores
     from .models.prompts import Prompts
     from .selection.select import Selection
@@ -68,39 +70,73 @@ class Settings:
 def locate(source: str, out: str | Path, settings: Settings | None = None) -> Scores | None:
     """Attribute the recipe's questions and controls on a model, into the scores file `out`.
 
-    Of several processes (`torchrun`), each attributes its share and the first one writes; the others return None.
-    Resumes where an interrupted run with the same settings stopped; a finished file is returned as it is.
-    Raises InputError and its kin.
+    source: a directory, ORG/NAME[@revision] on the Hub, or "demo". Of several processes (`torchrun`), each attributes
+    its share and the first one writes; the others return None. Resumes where an interrupted run with the same settings
+    stopped; a finished file is returned as it is. Raises InputError and its kin.
     """
     settings = settings or Settings()
-    with resolved(source, say) as found:
-        forbid_overlap(out, found.origin)
-        recipe = load_recipe(settings.recipe or found.recipe)
-        return locate_in(found, Checkpoint.open(found.path), recipe, Path(out), settings)
+    with resolved(source, say) as base:
+        forbid_overlap(out, base.origin)
+        recipe = load_recipe(settings.recipe or base.recipe)
+        return locate_in(base, Checkpoint.open(base.path), recipe, Path(out), settings)
 
 
 def locate_in(
-    found: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings, aside: bool = False
+    base: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings, aside: bool = False
 ) -> Scores | None:
     """`locate`. aside: as of `ScoresWriter`."""
     from .attribution.scores import ScoresWriter, load_scores
     from .models.prompts import ask
 
-    asked = recipe.ask(settings.questions)
+    questions = recipe.ask(settings.questions)
     sizes = checkpoint.layer_sizes(settings.site)
     prompts = ask(
         checkpoint.path,
         recipe,
-        asked,
+        questions,
         plain=settings.prompt == "plain",
         before=settings.before,
         fixed=settings.answers,
     )
-    tokens = prompts.answers
+    about = {"model": base.id, "commit": base.commit, "base": checkpoint.fingerprint()}
+    about |= _about(recipe, prompts, settings)
+    with ExitStack() as stack:
+        processes, writer = stack.enter_context(team()), None
+        if processes.rank == 0:
+            writer = stack.enter_context(closing(ScoresWriter(out, questions, len(sizes), max(sizes), about, aside)))
+        todo = processes.share([q for q, done in enumerate(writer.done) if not done] if writer else None)
+        if todo:
+            if len(todo) < len(questions):
+                say(f"{out}: {len(questions) - len(todo)} of {len(questions)} questions are done already")
+            for answer, surfaces in prompts.answers.items():
+                say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
+            job = _Job(questions, prompts, settings, checkpoint.path)
+            for q, row in job.rows(_supplier(checkpoint, settings), todo, processes):
+                writer.write(q, row)
+    return load_scores(out) if writer else None
+
+
+def locate_in_memory(model: nn.Module, tokenizer, recipe: Recipe, settings: Settings) -> Scores:
+    """`locate` for a model and a tokenizer of transformers that are loaded already; nothing is written.
+
+    settings: device, dtype and memory are the model's. Raises InputError.
+    """
+    from .attribution.gradients import Resident
+    from .attribution.scores import gathered
+    from .models.prompts import ask_with
+
+    questions = recipe.ask(settings.questions)
+    plain = settings.prompt == "plain"
+    prompts = ask_with(tokenizer, recipe, questions, plain=plain, before=settings.before, fixed=settings.answers)
+    about = {"model": str(getattr(model.config, "name_or_path", "") or "in memory"), "commit": None, "base": ""}
+    job = _Job(questions, prompts, settings, None)
+    rows = dict(job.rows(Resident(model), list(range(len(questions))), Team(0, 1)))
+    return gathered(questions, [rows[q] for q in range(len(questions))], about | _about(recipe, prompts, settings))
+
+
+def _about(recipe: Recipe, prompts: Prompts, settings: Settings) -> dict:
+    """What a scores file says of what was asked, and how; a file that says something else is not resumed."""
     about = {
-        "model": found.id,
-        "commit": found.commit,
-        "base": checkpoint.fingerprint(),
         "recipe": recipe.name,
         "recipe_sha256": recipe.sha256,
         "site": settings.site,
@@ -109,60 +145,75 @@ def locate_in(
         "objective": settings.objective,
         "prompt": settings.prompt,
         "before": settings.before,
-        "answer_tokens": tokens,
+        "answer_tokens": prompts.answers,
         "prompts_sha256": prompts.sha256,
-    } | ({"positions": settings.positions} if settings.positions != 1 else {})
-    with ExitStack() as stack:
-        processes, writer = stack.enter_context(team()), None
-        if processes.rank == 0:
-            width = max(sizes)
-            writer = stack.enter_context(closing(ScoresWriter(out, asked, len(sizes), width, about, aside)))
-        todo = processes.share([q for q, done in enumerate(writer.done) if not done] if writer else None)
-        if todo:
-            if len(todo) < len(asked):
-                say(f"{out}: {len(asked) - len(todo)} of {len(asked)} questions are done already")
-            for answer, surfaces in tokens.items():
-                say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
-            _attribute(checkpoint, asked, prompts, writer, todo, settings, processes)
-    return load_scores(out) if writer else None
+    }
+    return about if settings.positions == 1 else about | {"positions": settings.positions}
 
 
-def _attribute(
-    checkpoint, asked: tuple[Question, ...], prompts: Prompts, writer, todo, settings: Settings, processes: Team
-) -> None:
-    """Each process takes every n-th pack of questions; the first one writes what all of them found."""
-    from .attribution.gradients import attributions, packs
+@dataclass(frozen=True)
+class _Job:
+    """Questions to attribute. path: of the model's files, None for a model in memory."""
 
-    tokens = prompts.answers
-    answers = [list(tokens[question.answer].values()) for question in asked]
-    others = [sorted({i for a, ids in tokens.items() if a != q.answer for i in ids.values()}) for q in asked]
-    layers = _supplier(checkpoint, settings)
-    ready = packs(layers.model, prompts.ids, settings.quadrature, settings.positions)
-    wanted = [left for pack in ready if (left := [q for q in pack if q in todo])]
-    shares = [sum(wanted[rank :: processes.size], []) for rank in range(processes.size)]
-    stream = attributions(
-        layers,
-        prompts.ids,
-        answers,
-        settings.site,
-        settings.quadrature,
-        only=shares[processes.rank],
-        other_ids=others if settings.objective == "log-odds" else None,
-        positions=settings.positions,
-        arrived=_Watch(prompts, checkpoint.path) if processes.rank == 0 else None,
-    )
-    with progress("attribution", len(asked), "question", len(asked) - len(todo)) as update:
-        for turn in zip_longest(*shares):
-            for q, result in zip(turn, processes.gather(next(stream, None)) or (), strict=False):
-                if result is not None:
-                    writer.write(q, _row(asked[q], tokens, result))
-                    update(1)
+    questions: tuple[Question, ...]
+    prompts: Prompts
+    settings: Settings
+    path: Path | None
+
+    def rows(self, layers: Layers, todo: list[int], processes: Team) -> Iterator[tuple[int, Row]]:
+        """(question, its entry) of those to do, on the first process; each takes every n-th pack of questions."""
+        from .attribution.gradients import attributions, packs
+
+        settings, total = self.settings, len(self.questions)
+        ready = packs(layers.model, self.prompts.ids, settings.quadrature, settings.positions)
+        wanted = [left for pack in ready if (left := [q for q in pack if q in todo])]
+        shares = [sum(wanted[rank :: processes.size], []) for rank in range(processes.size)]
+        stream = attributions(
+            layers,
+            self.prompts.ids,
+            [list(self.prompts.answers[question.answer].values()) for question in self.questions],
+            settings.site,
+            settings.quadrature,
+            only=shares[processes.rank],
+            other_ids=self._others() if settings.objective == "log-odds" else None,
+            positions=settings.positions,
+            arrived=_MassWatch(self.prompts, self.path) if processes.rank == 0 else None,
+        )
+        with progress("attribution", total, "question", total - len(todo)) as update:
+            for turn in zip_longest(*shares):
+                for q, result in zip(turn, processes.gather(next(stream, None)) or (), strict=False):
+                    if result is not None:
+                        yield q, self._row(q, result)
+                        update(1)
+
+    def _others(self) -> list[list[int]]:
+        """The tokens of each question's wrong answers."""
+        by_answer = {answer: set(surfaces.values()) for answer, surfaces in self.prompts.answers.items()}
+        return [
+            sorted(set().union(*(ids for answer, ids in by_answer.items() if answer != question.answer)))
+            for question in self.questions
+        ]
+
+    def _row(self, q: int, result: Attribution) -> Row:
+        from .attribution.scores import Row
+
+        answers, right = self.prompts.answers, self.questions[q].answer
+        p = {answer: float(result.next_token[list(ids.values())].sum()) for answer, ids in answers.items()}
+        return Row(
+            result.scores.numpy(),
+            result.p,
+            max(value for answer, value in p.items() if answer != right),
+            sum(p.values()),
+            result.p_zero,
+            result.residual,
+            result.nodes,
+        )
 
 
-class _Watch:
+class _MassWatch:
     """Says once, before the attribution has cost anything, that answers are hardly what the model says next."""
 
-    def __init__(self, prompts: Prompts, path: Path):
+    def __init__(self, prompts: Prompts, path: Path | None):
         self._prompts, self._path, self._said = prompts, path, False
         self._ids = sorted({index for ids in prompts.answers.values() for index in ids.values()})
 
@@ -173,27 +224,11 @@ class _Watch:
         mass = Mass.of(next_token[:, self._ids].sum(-1).numpy())
         if mass.small and not self._said:
             self._said = True
-            likeliest = int(next_token.mean(0).argmax())
+            why = why_small(self._path, self._prompts, int(next_token.mean(0).argmax())) if self._path else ""
             say(
-                f"warning: all answers together have a probability of {mass.median:.1%} (median of "
-                f"{len(next_token)} questions) at the position that is attributed: "
-                + why_small(self._path, self._prompts, likeliest)
+                f"warning: all answers together have a probability of {mass.median:.1%} (median of {len(next_token)} "
+                "questions) at the position that is attributed" + (f": {why}" if why else "")
             )
-
-
-def _row(question: Question, tokens: dict[str, dict[str, int]], result: Attribution) -> Row:
-    from .attribution.scores import Row
-
-    by_answer = {answer: float(result.next_token[list(ids.values())].sum()) for answer, ids in tokens.items()}
-    return Row(
-        result.scores.numpy(),
-        result.p,
-        max(p for answer, p in by_answer.items() if answer != question.answer),
-        sum(by_answer.values()),
-        result.p_zero,
-        result.residual,
-        result.nodes,
-    )
 
 
 def _supplier(checkpoint: Checkpoint, settings: Settings):

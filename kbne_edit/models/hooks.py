@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..edit import Edit
+from ..errors import EditError
 from ..families import Site, end
 from .places import Place, places
 
@@ -34,6 +35,52 @@ def hooked(model: nn.Module, edit: Edit) -> Iterator[nn.Module]:
             tap = _scale(_vector(factors, end(found[layer])))
             stack.enter_context(tapped(found[layer], edit.site, tap))
         yield model
+
+
+def apply_(model: nn.Module, edit: Edit) -> nn.Module:
+    """Scale the weights of a model in memory, in place, as `fold` does on disk: in float32, rounded once. Returns it.
+
+    Raises EditError if the edit does not fit the model, or its weights are quantised.
+    """
+    import torch
+
+    by_layer = places(model, edit.site)
+    edit.check([end(layer) for layer in by_layer])
+    targets = [
+        (*target, _vector(factors, end(by_layer[layer]))[place.offset :])
+        for layer, factors in edit.factors.items()
+        for place in by_layer[layer]
+        for target in _weights(place, edit.site)
+    ]
+    for weight, *_ in targets:
+        if not weight.is_floating_point() or weight.element_size() < 2 or weight.is_meta:
+            raise EditError(f"a weight is {weight.dtype}, no plain number in memory: edit before quantising")
+    with torch.no_grad():
+        for weight, axis, neurons, scale in targets:
+            if weight.dim() == 3:  # all experts of a layer
+                part, factors = weight, scale[: len(weight) * neurons].view(len(weight), neurons)
+                factors = factors.unsqueeze(2 if axis == 1 else 1)
+            else:
+                part, shape = weight.narrow(axis, 0, neurons), [1] * weight.dim()
+                shape[axis] = neurons
+                factors = scale[:neurons].view(shape)
+            factors, wide = factors.to(part.device), torch.promote_types(part.dtype, torch.float32)
+            part.copy_(torch.where(factors == 1, part, (part.to(wide) * factors).to(part.dtype)))
+    return model
+
+
+def _weights(place: Place, site: Site) -> Iterator[tuple[Tensor, int, int]]:
+    """(weight, axis of the neurons, how many) of what carries a place's factors; of a fused gate_up the gate's half."""
+    module = place.module
+    if place.experts:
+        from .experts import transposed
+
+        yield module.down_proj.data, 1 if transposed(module) else 2, place.neurons
+        return
+    conv1d = type(module).__name__ == "Conv1D"  # transformers' own, [in, out]
+    yield module.weight.data, int((site == "down") != conv1d), place.neurons
+    if site == "gate" and module.bias is not None:
+        yield module.bias.data, 0, place.neurons
 
 
 def _vector(factors: dict[int, float], size: int) -> torch.Tensor:

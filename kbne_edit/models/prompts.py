@@ -33,6 +33,15 @@ class Prompts:
         """Of the token ids: another tokenizer or chat template asks something else of the same weights."""
         return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()
 
+    def check(self) -> None:
+        """Raise InputError where questions have become one and the same prompt."""
+        different = len({tuple(ids) for ids in self.ids})
+        if different < len(self.ids):
+            raise InputError(
+                f"{len(self.ids)} questions become {different} different prompts in this model's tokens: its tokenizer "
+                "does not tell them apart (does it read the recipe's language?)"
+            )
+
 
 def ask(
     path: Path, recipe: Recipe, questions: Sequence[Question], *, plain: bool, before: str, fixed: dict | None
@@ -46,21 +55,27 @@ def ask(
     from .confined import confined
     from .loading import prepare, read_tokenizer
 
-    def work() -> dict:
-        tokenizer = read_tokenizer(path)
-        answers = answer_tokens(tokenizer, recipe.answers, fixed)
-        ids = [encode(tokenizer, recipe, question, plain, before) for question in questions]
-        return {"ids": ids, "answers": answers, "ending": _ending(tokenizer, ids[0], questions[0].text) if ids else ""}
-
     prepare()
-    prompts = Prompts(**confined(path, work))
-    different = {tuple(ids) for ids in prompts.ids}
-    if len(different) < len(prompts.ids):
-        raise InputError(
-            f"{len(prompts.ids)} questions become {len(different)} different prompts in the tokens of {path}: its "
-            "tokenizer does not tell them apart (does it read the recipe's language?)"
-        )
+    prompts = Prompts(**confined(path, lambda: _asked(read_tokenizer(path), recipe, questions, plain, before, fixed)))
+    prompts.check()
     return prompts
+
+
+def ask_with(
+    tokenizer, recipe: Recipe, questions: Sequence[Question], *, plain: bool, before: str, fixed: dict | None
+) -> Prompts:
+    """`ask` with a tokenizer of transformers that is loaded already."""
+    prompts = Prompts(**_asked(tokenizer, recipe, questions, plain, before, fixed))
+    prompts.check()
+    return prompts
+
+
+def _asked(
+    tokenizer, recipe: Recipe, questions: Sequence[Question], plain: bool, before: str, fixed: dict | None
+) -> dict:
+    answers = answer_tokens(tokenizer, recipe.answers, fixed)
+    ids = [list(map(int, encode(tokenizer, recipe, question, plain, before))) for question in questions]
+    return {"ids": ids, "answers": answers, "ending": _ending(tokenizer, ids[0], questions[0].text) if ids else ""}
 
 
 def why_small(path: Path, prompts: Prompts, likeliest: int) -> str:
