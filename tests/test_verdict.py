@@ -169,7 +169,7 @@ def test_one_verdict_everywhere(baked):
 def test_the_command_says_it_and_a_requirement_has_a_status(baked, tmp_path, monkeypatch, capsys):
     EDIT.save(tmp_path / "e.json")
     monkeypatch.chdir(tmp_path)
-    base = ["kbne-edit", "bake", "--in", "demo", "--edit", "e.json", "--no-behaviour", "--out"]
+    base = ["kbne-edit", "bake", "--in", "demo", "--edit", "e.json", "--no-behaviour", "-v", "--out"]
 
     def status(*args):
         monkeypatch.setattr("sys.argv", [*base, *args])

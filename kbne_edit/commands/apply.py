@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,8 +18,9 @@ from .findings import cost_lines, effect_lines, measuring, verdict_lines
 @click.option("--recipe", help="Whose probes measure the effect.  [default: that of the delta; else social-bias]")
 @measuring
 @options.JSON
+@options.VERBOSE
 @options.OVERWRITE
-def command(delta, source, out, shard_size, no_behaviour, recipe, no_measure, require, as_json, overwrite) -> None:
+def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Put the edited columns of DELTA (from `bake --as delta`) into a copy of its base, and prove the result."""
     from ..applying import apply
     from ..disk.checkpoint import Checkpoint
@@ -37,17 +39,20 @@ def command(delta, source, out, shard_size, no_behaviour, recipe, no_measure, re
                 found.path,
                 out,
                 source=Origin(found.label, found.commit),
-                shard_size=shard_size,
-                behaviour=not no_behaviour,
-                overwrite=overwrite,
+                shard_size=given["shard_size"],
+                behaviour=not given["no_behaviour"],
+                overwrite=given["overwrite"],
                 progress=update,
-                measure=not no_measure,
-                recipe=recipe,
+                measure=not given["no_measure"],
+                recipe=given["recipe"],
             )
-        following = next_command(result.verdict, found.id, str(out))
+        purpose, following = next_command(result.verdict, found.id, str(out))
     data = result.to_dict()
-    lines = [*options.proof_lines(data), "the weights are those that the delta was made from, by their SHA-256"]
-    lines += effect_lines(result.impact.effect) if result.impact.effect else []
-    lines += cost_lines(result.impact.cost) if result.impact.cost else []
-    options.show(data, as_json, [*lines, f"written: {out}", *verdict_lines(result.verdict, [following])])
+    lines = [f"{delta} and {found.id} -> {out}: the weights that the delta was made from, by their SHA-256"]
+    if given["verbose"]:
+        lines += options.proof_lines(data)
+        lines += effect_lines(result.impact.effect) if result.impact.effect else []
+        lines += cost_lines(result.impact.cost) if result.impact.cost else []
+    lines += [*verdict_lines(result.verdict), f"written: {out}; -v shows the details"]
+    options.show(data, as_json, [*lines, "next:", f"  {following}   # {purpose}"])
     result.verdict.require(require)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -42,79 +42,71 @@ if TYPE_CHECKING:
 @options.NO_BEHAVIOUR
 @measuring
 @options.JSON
+@options.VERBOSE
 @options.OVERWRITE
-def command(
-    source,
-    out,
-    edit,
-    form,
-    shard_size,
-    skip_inexact,
-    work,
-    dry_run,
-    no_behaviour,
-    no_measure,
-    require,
-    as_json,
-    overwrite,
-    **values,
-) -> None:
+def command(source: str, out: Path, require: tuple[str, ...], as_json: bool, verbose: bool, **given: Any) -> None:
     """Locate know-bias neurons, fold their factors into the weights, and prove the result.
 
     With no option it does what the paper does: 48 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
     """
     from ..baking import bake
 
-    result = bake(
-        source,
-        out,
-        options.settings(**values),
-        edit=edit,
-        form=form,
-        shard_size=shard_size,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        behaviour=not no_behaviour,
-        work=work,
-        measure=not no_measure,
-        skip_inexact=skip_inexact,
-    )
+    own = {name: given.pop(name) for name in _OWN}
+    behaviour, measure = not given.pop("no_behaviour"), not given.pop("no_measure")
+    result = bake(source, out, options.settings(**given), behaviour=behaviour, measure=measure, **own)
     if result:  # None in all but the first of several processes
-        options.show(result.to_dict(), as_json, _lines(result))
+        options.show(result.to_dict(), as_json, _lines(result, verbose))
         if not result.dry_run:
             result.verdict.require(require)
 
 
-def _lines(result: BakeResult) -> list[str]:
-    from ..evaluation.verdict import next_command
+_OWN = ("edit", "form", "shard_size", "skip_inexact", "work", "dry_run", "overwrite")  # the rest says how to locate
 
+
+def _lines(result: BakeResult, verbose: bool) -> list[str]:
+    """What was edited and the verdict on it; how it was found and what was measured, if `verbose`."""
     summary = result.to_dict()
-    lines = [f"model: {summary['model']}" + (f" at {summary['commit']}" if summary["commit"] else "")]
+    lines = [_head(summary)]
+    if result.dry_run:
+        lines += _details(result, summary)
+        lines += [f"  {step['tensor']} ({step['file']}): neurons {step['neurons']}" for step in summary["plan"]]
+        return [*lines, "dry run: nothing was written"]
+    if verbose:
+        lines += _details(result, summary)
+    return [*lines, *verdict_lines(result.verdict), *_next_lines(result, summary)]
+
+
+def _head(summary: dict) -> str:
+    """Base, output, and the size of the edit."""
+    base = summary["model"] + (f" at {summary['commit'][:12]}" if summary["commit"] else "")
+    factors = summary["factors"]
+    times = ", ".join(f"{f:g}" for f in factors) if len(factors) <= 4 else f"{min(factors):g} to {max(factors):g}"
+    return (
+        f"{base} -> {summary['out']}: {summary['neurons']:,} neurons ({summary['share']:.3%}) in "
+        f"{len(summary['layers'])} layers, factor {times}, site {summary['site']}"
+    )
+
+
+def _details(result: BakeResult, summary: dict) -> list[str]:
+    """How the neurons were found, the proofs' figures, effect and cost beside their controls."""
+    lines = []
     if result.located:
         lines += options.attribution_lines(result.located.attribution)
-    factors = ", ".join(f"{f:g}" for f in summary["factors"])
-    lines.append(
-        f"edit: {summary['neurons']} neurons ({summary['share']:.3%}) in {len(summary['layers'])} layers, "
-        f"site {summary['site']}, factor {factors}"
-    )
-    if result.located:
         lines += options.selection_lines(result.located.selection)
     if "shards" in summary:
         lines.append("weights: in {1} files instead of {0}".format(*summary["shards"]))
-    if summary.get("dry_run"):
-        lines += [f"  {p['tensor']} ({p['file']}): neurons {p['neurons']}" for p in summary["plan"]]
-        return [*lines, "dry run: nothing was written"]
+    if result.dry_run:
+        return lines
     if summary["form"] == "checkpoint":
         lines += options.proof_lines(summary["proofs"])
     lines += effect_lines(result.impact.effect) if result.impact.effect else []
     lines += cost_lines(result.impact.cost) if result.impact.cost else []
-    model = summary["model"] + (f"@{summary['commit']}" if summary["commit"] else "")
-    following = next_command(result.verdict, model, summary["out"]) if result.form == "checkpoint" else None
-    return [*lines, *_next_lines(summary), *verdict_lines(result.verdict, [following] if following else [])]
+    return lines
 
 
-def _next_lines(summary: dict) -> list[str]:
-    """What was written, and commands that work as they stand here."""
+def _next_lines(result: BakeResult, summary: dict) -> list[str]:
+    """What was written, and commands that work as they stand here; first what the verdict asks for."""
+    from ..evaluation.verdict import next_command
     from ..files import work_folder
 
     out, model = summary["out"], summary["model"] + (f"@{summary['commit']}" if summary["commit"] else "")
@@ -138,7 +130,11 @@ def _next_lines(summary: dict) -> list[str]:
             ("kbne-edit", "report", out, *scores, "--out", f"{out}.html"),
             ("kbne-edit", "revert", out, "--out", f"{out}-reverted"),
         ]
-    return [f"written: {out}{note}", "next:", *("  " + options.shell(*command) for command in commands)]
+    lines = ["  " + options.shell(*command) for command in commands]
+    if result.form == "checkpoint":
+        purpose, command = next_command(result.verdict, model, out)
+        lines.insert(0, f"  {command}   # {purpose}")
+    return [f"written: {out}{note}; -v shows the details", "next:", *lines]
 
 
 def _base(summary: dict) -> str:

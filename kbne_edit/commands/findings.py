@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -94,8 +94,8 @@ def _flat(text: str) -> str:
     return " ".join(text.split()) or "(nothing)"
 
 
-def verdict_lines(verdict: Verdict, following: Sequence[tuple[str, str]] = ()) -> list[str]:
-    """The parts, the verdict, and what to do next. following: (what for, command)."""
-    lines = [f"  {_ASKED[name]:<18} {part.state:<13} {part.reason}" for name, part in verdict]
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """The parts with their states and reasons, and what they add up to."""
+    lines = [f"  {_ASKED[name]:<18} {part.state:<13}  {part.reason}" for name, part in verdict]
     why = f" ({', '.join(verdict.open)}: see above)" if verdict.open else ""
-    return ["verdict:", *lines, f"VERDICT: {verdict.ship}{why}", *(f"next: {c}   # {why}" for why, c in following)]
+    return [*lines, f"VERDICT: {verdict.ship}{why}"]

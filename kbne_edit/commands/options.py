@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +29,7 @@ SHARD_SIZE = click.option(
 )
 NO_BEHAVIOUR = click.option("--no-behaviour", is_flag=True, help="Skip the second proof (it loads the model).")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Also how it was found, and each figure.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 
 
@@ -204,8 +208,37 @@ def names(text: str | None) -> tuple[str, ...] | None:
 
 
 def show(result: dict, as_json: bool, lines: list[str]) -> None:
-    """Results go to stdout: as JSON, or as lines."""
-    click.echo(json.dumps(result, indent=1, default=str) if as_json else "\n".join(map(one_line, lines)))
+    """Results go to stdout: as JSON, or as lines; on a terminal wrapped at words, with states in colour."""
+    if as_json:
+        click.echo(json.dumps(result, indent=1, default=str))
+        return
+    for line in map(one_line, lines):
+        click.echo(_painted(_wrapped(line)) if sys.stdout.isatty() else line)
+
+
+_INDENT = 36  # where the reasons of a verdict begin
+_COLOURS = {"PASS": "green", "FAIL": "red", "NO EVIDENCE": "yellow", "NOT MEASURED": "yellow"}
+
+
+def _wrapped(line: str) -> str:
+    """A line broken at words to the width of the terminal; commands to be pasted stay whole."""
+    width = shutil.get_terminal_size().columns
+    if len(line) <= width or line.lstrip().startswith(("kbne-edit ", "python ", "/")):
+        return line
+    state = re.match(r"  .{18} (?:PASS|FAIL|NO EVIDENCE|NOT MEASURED) ", line)
+    indent = min(_INDENT, width // 2) if state else len(line) - len(line.lstrip()) + 2
+    return "\n".join(textwrap.wrap(line, width, subsequent_indent=" " * indent, break_long_words=False))
+
+
+def _painted(text: str) -> str:
+    """States in colour, unless NO_COLOR is set (no-color.org)."""
+    if os.environ.get("NO_COLOR"):
+        return text
+    state = re.match(r"(  .{18} )(PASS|FAIL|NO EVIDENCE|NOT MEASURED)", text)
+    if state:
+        word = state[2]
+        return state[1] + click.style(word, fg=_COLOURS[word], bold=True) + text[state.end() :]
+    return click.style(text, bold=True) if text.startswith("VERDICT: ") else text
 
 
 def shell(program: str, *words: object) -> str:
@@ -237,8 +270,8 @@ def selection_lines(summary: SelectionSummary) -> list[str]:
             lines.append(f"  most of this selection is not specific to bias{advice}")
     if found := summary.unseen_share:
         lines.append(
-            f"held-out controls: {found.value:.0%} [{found.low:.0%}, {found.high:.0%}] of what is selected without "
-            "them is among as many neurons that they use most"
+            f"held-out controls: {found.value:.0%} [{found.low:.0%}, {found.high:.0%}] of the selected neurons also serve "
+            "unrelated questions that the selection never saw"
         )
     return lines
 

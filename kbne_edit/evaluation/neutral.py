@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..recipe import Recipe
 from .benchmark import Figure
 
@@ -59,7 +60,8 @@ def neutral_text(tokenizer, recipe: Recipe) -> NeutralText:
     """The texts for a model and a recipe.
 
     A tokenizer that cannot read the package's texts (the demo's knows its own small world only) gets the recipe's
-    control questions instead, and so does a recipe in a language that the package has no texts of.
+    control questions instead, and so does a recipe in a language that the package has no texts of. Texts of which it
+    makes no two tokens predict nothing and are left out. Raises InputError if none is left.
     """
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
@@ -67,13 +69,18 @@ def neutral_text(tokenizer, recipe: Recipe) -> NeutralText:
         found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         return [[prefix, *ids] if prefix is not None and ids[:1] != [prefix] else list(ids) for ids in found]
 
+    def readable(origin: str, texts: Sequence[str]) -> NeutralText:
+        kept = [(text, row) for text, row in zip(texts, rows(texts), strict=True) if len(row) > 1]
+        if not kept:
+            raise InputError(f"the tokenizer makes no tokens of the neutral texts ({origin}): is it this model's own?")
+        return NeutralText(origin, tuple(text for text, _ in kept), [row for _, row in kept])
+
     texts = packaged(recipe.language)
     ids = rows(texts)
     unknown = sum(row.count(tokenizer.unk_token_id) for row in ids) / max(sum(map(len, ids)), 1)
     if recipe.controls and (not texts or unknown > _UNREAD):
-        texts = tuple(question.text for question in recipe.controls)
-        return NeutralText("control questions", texts, rows(texts))
-    return NeutralText("package", texts, ids)
+        return readable("control questions", [question.text for question in recipe.controls])
+    return readable("package", texts)
 
 
 def logits(scorer, texts: list[list[int]]) -> Tensor:
