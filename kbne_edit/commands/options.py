@@ -270,8 +270,8 @@ def selection_lines(summary: SelectionSummary) -> list[str]:
             lines.append(f"  most of this selection is not specific to bias{advice}")
     if found := summary.unseen_share:
         lines.append(
-            f"held-out controls: {found.value:.0%} [{found.low:.0%}, {found.high:.0%}] of the selected neurons also serve "
-            "unrelated questions that the selection never saw"
+            f"held-out controls: {found.value:.0%} [{found.low:.0%}, {found.high:.0%}] of the selected neurons also "
+            "serve unrelated questions that the selection never saw"
         )
     return lines
 
