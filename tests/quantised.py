@@ -302,6 +302,63 @@ def hqq(name: str, out: Path) -> dict:
     return _rewritten(out, {"quant_method": "hqq", "quant_config": settings}, matrices)
 
 
+# --------------------------------------------------------------------------------------------------------------- GGUF
+
+_GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf(name: str, out: Path) -> None:
+    """A qwen2 model as out / "model.gguf", with a tokenizer of single letters. name: the type of its matrices."""
+    import gguf as library
+
+    model = plain("qwen2", torch.float32, num_hidden_layers=2, intermediate_size=160)
+    out.mkdir(parents=True, exist_ok=True)
+    writer = library.GGUFWriter(out / "model.gguf", "qwen2")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(SIZES["hidden_size"])
+    writer.add_feed_forward_length(160)
+    writer.add_head_count(SIZES["num_attention_heads"])
+    writer.add_head_count_kv(SIZES["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([chr(33 + n) for n in range(94)] + ["\u0120", "<s>", "</s>"])
+    writer.add_token_types([1] * 95 + [3, 3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(96)
+    kind = library.GGMLQuantizationType[name]
+    for key, value in model.state_dict().items():
+        array = value.numpy()
+        if array.ndim == 2:
+            writer.add_tensor(_gguf_name(key), library.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(_gguf_name(key), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_name(key: str) -> str:
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    module, _, part = key.rpartition(".")
+    if module in names:
+        return f"{names[module]}.{part}"
+    _, _, layer, below = module.split(".", 3)
+    return f"blk.{layer}.{_GGUF_NAMES[below]}.{part}"
+
+
 WRITERS = {
     "compressed-tensors": compressed_tensors,
     "gptq": gptq,
@@ -310,6 +367,7 @@ WRITERS = {
     "bitsandbytes": bitsandbytes,
     "torchao": torchao,
     "hqq": hqq,
+    "gguf": gguf,
 }
 
 

@@ -210,7 +210,8 @@ def other_files(
 
 def private_files(path: Path) -> list[str]:
     """What lies in a model's folder and is not carried over, because it is no part of the model; sorted."""
-    return sorted(name for name in os.listdir(path) if is_private(name) and not is_hidden(name))
+    names = os.listdir(path) if path.is_dir() else []  # a GGUF file that was given alone has nothing beside it
+    return sorted(name for name in names if is_private(name) and not is_hidden(name))
 
 
 def _cannot_list(error: OSError) -> None:

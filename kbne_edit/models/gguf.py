@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,10 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, dict]:
 
     _require_gguf(file)
     header = read_header(file)
-    with tempfile.TemporaryDirectory(prefix="kbne-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="kbne-") as folder,
+        redirect_stderr(io.StringIO()),
+    ):  # it has a bar of its own
         without_vocabulary(header, file, Path(folder) / file.name)
         config = AutoConfig.from_pretrained(folder, gguf_file=file.name)
         for entry in header.entries:

@@ -66,15 +66,18 @@ class BlockCodec(Codec):
     kind: BlockType = TYPES[8]
 
     def values(self, stored: np.ndarray) -> np.ndarray:
-        blocks = stored.reshape(*stored.shape[:-1], -1, self.kind.size)
+        blocks = self._blocks(stored)
         found = [self._number.values(self._get(blocks, field)) for field in self.kind.fields]
         return np.concatenate(found, -1)
 
     def times(self, stored: np.ndarray, factors: np.ndarray) -> np.ndarray:
-        blocks = stored.reshape(*stored.shape[:-1], -1, self.kind.size).copy()
+        blocks = self._blocks(stored).copy()
         for field in self.kind.fields:
             self._put(blocks, field, self._number.times(self._get(blocks, field), factors))
         return blocks.reshape(stored.shape)
+
+    def _blocks(self, stored: np.ndarray) -> np.ndarray:
+        return stored.reshape(*stored.shape[:-1], stored.shape[-1] // self.kind.size, self.kind.size)
 
     @property
     def _number(self) -> Codec:

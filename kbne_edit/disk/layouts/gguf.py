@@ -63,7 +63,8 @@ class Entry:
 class Header:
     """A file's header. metadata: what is a number, a boolean or a text; of arrays their length alone.
 
-    spans: where each key and its value stand in the file; described: where the tensors' descriptions begin and end.
+    spans: where each key and its value stand in the file; arrays: the keys whose values are arrays; described: where
+    the tensors' descriptions begin and end.
     """
 
     metadata: dict[str, object]
@@ -71,6 +72,7 @@ class Header:
     data_start: int
     size: int
     spans: dict[str, tuple[int, int]]
+    arrays: frozenset[str]
     described: tuple[int, int]
     alignment: int
 
@@ -132,12 +134,16 @@ def read_header(path: Path) -> Header:
         if version not in (2, 3) or max(tensors, values) > reader.size:
             raise reader.damaged(f"version {version}" if version not in (2, 3) else "truncated")
         metadata: dict[str, object] = {}
-        spans = {}
+        spans: dict[str, tuple[int, int]] = {}
+        arrays = set()
         for _ in range(values):
             begin, key = reader.position(), reader.text()
             if key in metadata:
                 raise reader.damaged(f"{shown(key)} stands twice")
-            metadata[key] = reader.value(reader.number("<I"))
+            kind = reader.number("<I")
+            metadata[key] = reader.value(kind)
+            if kind == _ARRAY:
+                arrays.add(key)
             spans[key] = (begin, reader.position())
         begin = reader.position()
         described = [_described(reader) for _ in range(tensors)]
@@ -148,12 +154,12 @@ def read_header(path: Path) -> Header:
         data_start = -(-reader.position() // alignment) * alignment
         entries = tuple(Entry(name, kind, shape, data_start + offset) for name, kind, shape, offset in described)
         _check(reader, entries, alignment)
-        return Header(metadata, entries, data_start, reader.size, spans, ranges, alignment)
+        return Header(metadata, entries, data_start, reader.size, spans, frozenset(arrays), ranges, alignment)
 
 
 def without_vocabulary(header: Header, file: Path, out: Path) -> None:
     """A copy of the file without the arrays of its tokenizer, which the gguf package takes most of a minute to read."""
-    kept = [span for key, span in header.spans.items() if not key.startswith("tokenizer.")]
+    kept = [span for key, span in header.spans.items() if key not in header.arrays or not key.startswith("tokenizer.")]
     with open_input(file) as source, open(out, "wb") as target:
         target.write(source.read(16) + struct.pack("<Q", len(kept)))
         for begin, end in (*kept, header.described):
