@@ -32,8 +32,8 @@ def quantised_targets(checkpoint: Checkpoint, target: Target) -> tuple[list[Targ
     whole = np.memmap(shard.path, codec.storage, "r", tensor.start, target.slot.shape(tensor))
     stored = whole[target.where]
     factors = target.factors[:, None] if stored.ndim > 1 else target.factors
-    exact = codec.exact(stored.T if target.by_column else stored, factors)
-    exact = exact.reshape(len(target.index), -1).all(1)
+    each = codec.exact(stored.T if target.by_column else stored, factors)
+    exact = np.asarray(each.reshape(len(target.index), -1).all(1))
     rounds = ~np.array([codec.exact_only or _is_exact(float(factor)) for factor in target.factors])
     return [replace(target, unit=codec.unit if (rounds & ~exact).any() else 0.0)], ~(exact | rounds)
 

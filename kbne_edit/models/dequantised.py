@@ -36,7 +36,8 @@ def load_dequantised(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) ->
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if together else modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     )
     weights = {name: torch.from_numpy(checkpoint.read_plain(name)).to(dtype) for name in checkpoint.plain_shapes}
-    return classes[type(config)].from_pretrained(
+    kind: Any = classes[type(config)]
+    return kind.from_pretrained(
         None,
         config=plain_config(config),
         state_dict=weights,

@@ -33,7 +33,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, dict]:
         for entry in header.entries:
             if entry.name == "token_embd.weight":  # else it is counted in the vocabulary
                 config.vocab_size = entry.shape[0]
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=file.name,
             config=config,
@@ -42,6 +42,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, dict]:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+        return loaded
 
 
 def gguf_tokenizer(file: Path) -> Any:

@@ -96,6 +96,6 @@ def recover_factor(x: np.ndarray, y: np.ndarray, dtype: str) -> float | None:
         middle = float((np.max(ratio - slack) + np.min(ratio + slack)) / 2)
     for digits in range(1, 10):  # nine tell every float32 from its neighbours
         factor = float(f"{middle:.{digits}g}")
-        if numbers.times(x, np.float32(factor)).tobytes() == y.tobytes():
+        if numbers.times(x, np.array(factor, np.float32)).tobytes() == y.tobytes():
             return factor
     return None
