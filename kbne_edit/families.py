@@ -108,6 +108,11 @@ _TEXT_MODEL = {"idefics3": "text_model", "smolvlm": "text_model"}  # of a multim
 # transformers' multimodal class (5.24) asks its text part for outputs that it does not have.
 TEXT_ALONE = ("llama4",)
 
+# Multimodal models whose text part is edited, as far as they are tested; others of the same build are taken as well.
+_MULTIMODAL = (
+    "gemma3 gemma4 glm4v glm4v_moe llama4 llava mistral3 qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe smolvlm"
+)
+
 # Read by name so that the refusal can say what the model is instead of "unknown".
 _NOT_CAUSAL = {
     "encoder-decoder": "t5 mt5 umt5 bart mbart pegasus marian m2m_100 blenderbot led longt5 switch_transformers "
@@ -122,6 +127,18 @@ _RECURRENT = (
     "granitemoehybrid qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text lfm2 lfm2_moe lfm2_vl minimax "
     "kimi_linear"
 )
+
+REFUSED: dict[str, tuple[str, ...]] = {
+    **{f"{kind}, not a causal language model": tuple(names.split()) for kind, names in _NOT_CAUSAL.items()},
+    "layers that hand a state from token to token: questions side by side in a row would mix": tuple(
+        _RECURRENT.split()
+    ),
+}  # {reason: architectures}
+
+
+def text_parts() -> tuple[str, ...]:
+    """Multimodal architectures of which the text part is edited, as far as they are tested."""
+    return tuple(_MULTIMODAL.split())
 
 
 def family_of(config: dict) -> Family:

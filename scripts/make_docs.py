@@ -1,4 +1,5 @@
-"""Writes the pages of docs/ that are made: commands.md from the commands' own help, map.svg from map.json.
+"""Writes the pages of docs/ that are made: commands.md from the commands' own help,
+architectures.md from the table of families, map.svg from map.json.
 
     python scripts/make_docs.py              # a test fails if one of them is out of date
     python scripts/make_docs.py --measure    # map.json first: bakes the demo, about ten seconds
@@ -39,6 +40,29 @@ def _sections(command: click.Command, name: str, parent: click.Context | None) -
             yield from _sections(command.get_command(context, child), child, context)
 
 
+def architectures() -> str:
+    """What is known of each architecture, from the table that the code reads."""
+    from kbne_edit.families import FAMILIES, REFUSED, text_parts
+
+    head = (
+        "# Architectures\n\nBy the model type in config.json. Written by `scripts/make_docs.py` from "
+        "`kbne_edit/families.py`.\n"
+    )
+    rows = ["| architecture | feed-forward block | sites | IA³ form |", "|---|---|---|---|"]
+    for name, family in sorted(FAMILIES.items()):
+        block = "mixture of experts" if family.experts else "gated" if family.gate else "plain"
+        block += ", gate and up in one tensor" if family.packed else ""
+        block += ", a shared expert" if family.shared else ""
+        sites = "down, gate" if family.gate and not family.experts else "down"
+        rows.append(f"| `{name}` | {block} | {sites} | {'no' if family.experts else 'yes'} |")
+    known = f"{len(FAMILIES)} architectures. A multimodal checkpoint whose text part is one of them is taken, too: the "
+    known += "text part is edited, the rest carried over bit for bit. Tested: "
+    known += ", ".join(f"`{name}`" for name in text_parts()) + ".\n"
+    refused = ["## Refused, with the reason\n", "| architecture | reason |", "|---|---|"]
+    refused += [f"| {', '.join(f'`{name}`' for name in names)} | {reason} |" for reason, names in REFUSED.items()]
+    return "\n".join([head, known, *rows, "", *refused, ""])
+
+
 def picture() -> str:
     """The report's map as a file of its own."""
     from kbne_edit.plots import neuron_map, standalone
@@ -58,7 +82,7 @@ def measure() -> str:
     return "{\n" + ",\n".join(f' "{key}": {json.dumps(value)}' for key, value in found.items()) + "\n}\n"
 
 
-PAGES = {"commands.md": commands, "map.svg": picture}
+PAGES = {"commands.md": commands, "architectures.md": architectures, "map.svg": picture}
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--measure"]:
