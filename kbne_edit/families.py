@@ -109,9 +109,7 @@ _TEXT_MODEL = {"idefics3": "text_model", "smolvlm": "text_model"}  # of a multim
 TEXT_ALONE = ("llama4",)
 
 # Multimodal models whose text part is edited, as far as they are tested; others of the same build are taken as well.
-_MULTIMODAL = (
-    "gemma3 gemma4 glm4v glm4v_moe llama4 llava mistral3 qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe smolvlm"
-)
+_MULTIMODAL = "gemma3 gemma4 glm4v glm4v_moe llama4 llava mistral3 qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe smolvlm"
 
 # Read by name so that the refusal can say what the model is instead of "unknown".
 _NOT_CAUSAL = {
