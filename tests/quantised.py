@@ -228,6 +228,30 @@ def awq(name: str, out: Path, group: int = 32, **sizes) -> dict:
     return _rewritten(out, settings, matrices, **sizes)
 
 
+def mxfp4(name: str, out: Path) -> dict:
+    """gpt-oss as it is published: experts in MXFP4, the rest in bfloat16."""
+    sizes = dict(hidden_size=64, intermediate_size=96, head_dim=16, num_local_experts=4, num_hidden_layers=2)
+    model = plain("gpt_oss", torch.bfloat16, num_experts_per_tok=2, **sizes)
+    model.save_pretrained(out)
+    tensors, wanted = load_file(out / "model.safetensors"), {}
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        weight = tensors.pop(key).float().transpose(1, 2)  # [E, out, in]
+        groups = weight.reshape(*weight.shape[:2], -1, 32)
+        exponent = torch.floor(torch.log2(groups.abs().amax(-1, keepdim=True) / 6)).clamp(-127, 127) + 1
+        codes = (groups / 2**exponent)[..., None].abs().sub(levels).abs().argmin(-1)
+        values = levels[codes] * groups.sign() * 2**exponent
+        codes = codes | (groups < 0) << 3
+        tensors[f"{key}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        tensors[f"{key}_scales"] = (exponent[..., 0] + 127).to(torch.uint8)
+        wanted[key] = values.reshape(weight.shape).transpose(1, 2)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (out / "config.json").write_text(json.dumps({**config, "quantization_config": settings}, indent=2))
+    return wanted
+
+
 def fp8(name: str, out: Path, kind: str = "llama", **sizes) -> dict:
     """name: "block" (128x128), "tensor", or "static" (a scale of activations as well)."""
 
@@ -364,6 +388,7 @@ WRITERS = {
     "gptq": gptq,
     "awq": awq,
     "fp8": fp8,
+    "mxfp4": mxfp4,
     "bitsandbytes": bitsandbytes,
     "torchao": torchao,
     "hqq": hqq,

@@ -32,6 +32,10 @@ def layout(folder):
     return layout_of(read_json(folder / "config.json"), parts, read)
 
 
+def modules(found):
+    return [name.removesuffix(".weight") for name in found.matrices]
+
+
 # ------------------------------------------------------------------------------------------------------------- codecs
 
 
@@ -57,6 +61,19 @@ def test_exponents_are_added():
     assert codec.exact(stored, np.float32(0.5)).tolist() == [False, True, True, True, False]
     for factor in (3, 0, -2):
         assert not codec.exact(stored, np.float32(factor)).any()
+
+
+def test_pairs_of_codes():
+    codec = CODECS["F4 pair"]
+    stored = np.arange(256, dtype=np.uint8)
+    assert np.array_equal(codec.times(stored, np.array([1, 1], np.float32)), stored)  # also the two zeros
+    flipped = codec.times(stored, np.array([-1, 1], np.float32))
+    assert np.array_equal(codec.values(flipped), codec.values(stored) * [-1, 1])
+    assert np.array_equal(codec.values(codec.times(stored, np.array([1, 0], np.float32)))[:, 1], np.zeros(256))
+    for factors in ((-1, 0), (0, -1)):
+        assert codec.exact(stored, np.array(factors, np.float32)).all()
+    doubled = codec.exact(stored, np.array([2, 1], np.float32))[:, 0]
+    assert np.array_equal(doubled, np.isin(stored & 7, (0, 1, 2, 3, 4, 5)))  # 0, 0.5, 1, 1.5, 2 and 3, not 4 and 6
 
 
 def test_scales_of_nvfp4_take_no_sign():
@@ -96,7 +113,7 @@ def test_before_packing(kind, tmp_path):
     """The writer's integers and scales, multiplied before they were packed."""
     wanted = quantised.write(kind, tmp_path, num_hidden_layers=1)
     found = layout(tmp_path)
-    assert sorted(found.matrices) == sorted(wanted) and len(wanted) == 7
+    assert sorted(modules(found)) == sorted(wanted) and len(wanted) == 7
     for name, value in wanted.items():
         assert torch.equal(torch.tensor(found.read(f"{name}.weight")), value), name
 
@@ -111,7 +128,7 @@ def test_awq_is_as_another_reader_unpacks_it(tmp_path):
     tensors = converter.process(load_file(tmp_path / "model.safetensors"))
     (scheme,) = converter.update_config(None).config_groups.values()
     reader = BaseCompressor.get_value_from_registry("pack-quantized")
-    for name in found.matrices:
+    for name in modules(found):
         parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         other = reader.decompress(parts, scheme)["weight"]
         assert torch.equal(rounded(found.read(f"{name}.weight"), torch.float16), other.float())
@@ -157,7 +174,7 @@ def test_bitsandbytes(kind, tmp_path):
     quantised.write(f"bitsandbytes/{kind}", tmp_path)
     found = layout(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map="cpu")
-    for name in found.matrices:
+    for name in modules(found):
         weight = model.get_submodule(name).weight
         if kind == "int8":
             other = functional.int8_vectorwise_dequant(weight.data, weight.SCB)
@@ -175,7 +192,7 @@ def test_torchao(kind, tmp_path):
     quantised.write(f"torchao/{kind}", tmp_path)
     found = layout(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map="cpu")
-    for name in found.matrices:
+    for name in modules(found):
         other = model.get_submodule(name).weight.dequantize()
         assert torch.equal(rounded(found.read(f"{name}.weight"), other.dtype), other.float())
 
@@ -185,7 +202,7 @@ def test_hqq(axis, tmp_path):
     quantize = pytest.importorskip("hqq.core.quantize")
     quantised.write(f"hqq/axis{axis}", tmp_path)
     found, tensors = layout(tmp_path), load_file(tmp_path / "model.safetensors")
-    for name in found.matrices:
+    for name in modules(found):
         parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         module = quantize.HQQLinear(None, None, compute_dtype=torch.float32, device="cpu")
         module.load_state_dict(parts)

@@ -33,7 +33,7 @@ def checkpoints(tmp_path_factory):
         if key not in made:
             made[key] = tmp_path_factory.mktemp("quantised") / "model"
             made[key].mkdir()
-            fixed = what.split("/")[0] in ("bitsandbytes", "torchao", "hqq", "gguf")
+            fixed = what.split("/")[0] in ("bitsandbytes", "torchao", "hqq", "gguf", "mxfp4")
             quantised.write(what, made[key], **({} if fixed else {"num_hidden_layers": 2}), **options)
         return made[key]
 
@@ -224,6 +224,45 @@ def test_exponents_take_powers_of_two_alone(factor, checkpoints):
     pytest.importorskip("compressed_tensors")
     with pytest.raises(EditError, match="4 neurons cannot take"):
         Plan.of(Checkpoint.open(checkpoints("compressed-tensors/MXFP4A16")), edit_of(factor))
+
+
+# ------------------------------------------------------------------------------------------------ gpt-oss: codes of down
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_codes_of_gpt_oss(factor, checkpoints, tmp_path):
+    """Neurons that share a byte, of several experts, against hooks, by transformers' own reading of MXFP4."""
+    base = checkpoints("mxfp4/experts")
+    edit = Edit("down", {0: {4: factor, 5: factor, 96 + 7: factor}, 1: {3 * 96 + 95: factor}})
+    fold(base, edit, tmp_path / "out")
+    proofs = verify(base, tmp_path / "out")
+    assert proofs.ok and all(proof.bit_equal for proof in proofs.behaviour)
+    assert {proof.how for proof in proofs.behaviour} == {"whole model, read by transformers"}
+    wanted = Checkpoint.open(base).read_plain("model.layers.0.mlp.experts.down_proj").copy()
+    for expert, neuron in ((0, 4), (0, 5), (1, 7)):
+        wanted[expert, neuron] *= factor
+    assert np.array_equal(Checkpoint.open(tmp_path / "out").read_plain("model.layers.0.mlp.experts.down_proj"), wanted)
+    revert(tmp_path / "out", tmp_path / "back")
+    assert filecmp.cmp(base / "model.safetensors", tmp_path / "back" / "model.safetensors", shallow=False)
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{layer}.mlp.experts.down_proj_blocks" for layer in (0, 1)}
+
+
+def test_gpt_oss_takes_no_other_factor(checkpoints):
+    with pytest.raises(EditError, match=r"1 neurons cannot .*: 0\.4\."):
+        Plan.of(Checkpoint.open(checkpoints("mxfp4/experts")), Edit("down", {0: {4: 2.0, 5: -1.0}}))
+
+
+def test_gpt_oss_is_read_as_transformers_does(tmp_path):
+    from transformers import Mxfp4Config
+
+    wanted = quantised.write("mxfp4/experts", tmp_path)
+    found = Checkpoint.open(tmp_path)
+    model = by_library(tmp_path, torch.float32, quantization_config=Mxfp4Config(dequantize=True))
+    for name, value in wanted.items():
+        assert torch.equal(torch.tensor(found.read_plain(name)), value), name
+        assert torch.equal(model.get_parameter(name).float(), value), name
 
 
 # ------------------------------------------------------------------------------------------------------ other factors

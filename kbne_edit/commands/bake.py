@@ -125,7 +125,7 @@ def _next_lines(result: BakeResult, summary: dict) -> list[str]:
         note, work = "", Path(summary.get("work", work_folder(Path(out))))
         scores = [] if work == work_folder(Path(out)) else ["--scores", work / "scores.safetensors"]
         commands = [
-            ("python", "-c", f"{loader}A.from_pretrained({_literal(out)})"),
+            ("python", "-c", f"{loader}A.from_pretrained({_literal(out)}{_gguf(out)})"),
             ("kbne-edit", "verify", "--in", model, "--baked", out),
             ("kbne-edit", "report", out, *scores, "--out", f"{out}.html"),
             ("kbne-edit", "revert", out, "--out", f"{out}-reverted"),
@@ -135,6 +135,14 @@ def _next_lines(result: BakeResult, summary: dict) -> list[str]:
         purpose, command = next_command(result.verdict, model, out)
         lines.insert(0, f"  {command}   # {purpose}")
     return [f"written: {out}{note}; -v shows the details", "next:", *lines]
+
+
+def _gguf(out: str) -> str:
+    """What transformers has to be told of an output whose weights are a GGUF file."""
+    from ..disk.refusals import gguf_file
+
+    file = gguf_file(Path(out))
+    return f", gguf_file={_literal(file.name)}" if file else ""
 
 
 def _base(summary: dict) -> str:

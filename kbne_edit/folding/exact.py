@@ -27,6 +27,8 @@ def quantised_targets(checkpoint: Checkpoint, target: Target) -> tuple[list[Targ
     """What happens to the carriers of a target's neurons, and which of them cannot take their factors, booleans [k]."""
     if target.slot.block is not None:
         return _rescued(checkpoint, target)
+    if target.slot.codec == "F4 pair":
+        return _paired(checkpoint, target)
     shard, tensor = checkpoint.tensors[target.slot.tensor]
     codec = target.slot.numbers(tensor)
     whole = np.memmap(shard.path, codec.storage, "r", tensor.start, target.slot.shape(tensor))
@@ -41,6 +43,21 @@ def quantised_targets(checkpoint: Checkpoint, target: Target) -> tuple[list[Targ
 def _is_exact(factor: float) -> bool:
     """True for 0 and powers of two of either sign."""
     return factor == 0 or abs(math.frexp(factor)[0]) == 0.5
+
+
+def _paired(checkpoint: Checkpoint, target: Target) -> tuple[list[Target], np.ndarray]:
+    """Of codes that share a byte: a factor for each half of the bytes that hold a neuron, float32 [k, 2]."""
+    assert target.expert is not None
+    shard, tensor = checkpoint.tensors[target.slot.tensor]
+    codec = target.slot.numbers(tensor)
+    shape = target.slot.shape(tensor)
+    where, inverse = np.unique(np.stack([target.expert, target.index // 2]), axis=1, return_inverse=True)
+    factors = np.ones((where.shape[1], 2), np.float32)
+    factors[inverse, target.index % 2] = target.factors
+    made = replace(target, expert=where[0], index=where[1], factors=factors)
+    whole = np.memmap(shard.path, codec.storage, "r", tensor.start, shape)
+    exact = codec.exact(whole[made.where], factors[:, None, :]).all(1)  # [k, 2]
+    return [made], ~exact[inverse, target.index % 2]
 
 
 def _rescued(checkpoint: Checkpoint, target: Target) -> tuple[list[Target], np.ndarray]:

@@ -97,7 +97,7 @@ class Plan:
                 file=files[name],
                 axis=target.slot.axis,
                 neurons=tuple((target.slot.offset + target.neurons).tolist()),
-                factors=tuple(target.factors.tolist()),
+                factors=tuple(target.changes.tolist()),
             )
             for name, target in self.targets.items()
         )

@@ -13,7 +13,8 @@ from ..errors import EditError
 
 @dataclass(frozen=True)
 class Target:
-    """What happens to one tensor. index: neurons along the slot's axis, [k]; factors: float32 [k].
+    """What happens to one tensor. index: neurons along the slot's axis, [k]; factors: float32 [k] (of two neurons that
+    share a byte: [k, 2]).
 
     expert: which expert each belongs to, [k], where the tensor stacks all experts. values: what is put in place of the
     products, in the layout of the undo file (a delta brings its own). unit: the largest relative error of a product in
@@ -30,8 +31,17 @@ class Target:
     @property
     def neurons(self) -> np.ndarray:
         """Which of the slot's neurons change, [k]."""
+        if self.factors.ndim == 2:  # two neurons share a byte
+            assert self.expert is not None
+            both = 2 * self.index[:, None] + np.arange(2) + (self.expert * self.slot.neurons)[:, None]
+            return both[self.factors != 1]
         index = self.index - self.slot.start
         return index if self.expert is None else self.expert * self.slot.neurons + index
+
+    @property
+    def changes(self) -> np.ndarray:
+        """The factor of each of `neurons`, [k]."""
+        return self.factors[self.factors != 1] if self.factors.ndim == 2 else self.factors
 
     @property
     def where(self) -> tuple[slice | np.ndarray, ...]:
@@ -61,7 +71,8 @@ class Target:
         if self.by_column:
             factors = self.factors[None, :]
         else:
-            factors = self.factors[kept].reshape(-1, *[1] * (old.ndim - 1))
+            factors = self.factors[kept]
+            factors = factors.reshape(len(factors), *[1] * (old.ndim - 1), *factors.shape[1:])
         numbers = self.slot.numbers(tensor)
         new = numbers.times(old, factors)
         if not np.isfinite(numbers.values(new)[np.isfinite(numbers.values(old))]).all():

@@ -196,7 +196,10 @@ def _instead(name: str, revision: str, files: Collection[str], say: Callable[[st
     if "adapter_config.json" in files:
         raise SourceError(f"{name} holds an adapter: merge it into its base model first (PEFT: merge_and_unload)")
     if any(file.endswith(".gguf") for file in files):
-        raise SourceError(f"{name} holds GGUF weights: use the unquantised transformers checkpoint instead")
+        raise SourceError(
+            f"{name} holds GGUF weights only: download one of its files and pass it (--in FILE.gguf), or use the "
+            "unquantised transformers checkpoint"
+        )
     raise SourceError(f"{name} has no transformers weights: neither model.safetensors nor pytorch_model.bin is there")
 
 

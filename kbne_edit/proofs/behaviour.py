@@ -275,8 +275,9 @@ def _rows_by_rows(plan: Plan, baked: Checkpoint) -> BehaviourProof:
         for neuron, factor in plan.edit.factors[target.slot.layer].items():
             if 0 <= neuron - target.slot.offset < len(old):
                 scale[neuron - target.slot.offset] = factor
-        x = np.random.default_rng(0).standard_normal((8, old.shape[1]), np.float32)
-        reference, got = (x @ old.T) * scale, x @ new.T
+        columns = target.slot.codec == "F4 pair"  # of the down-projection itself
+        x = np.random.default_rng(0).standard_normal((8, old.shape[0 if columns else 1]), np.float32)
+        reference, got = ((x * scale) @ old, x @ new) if columns else ((x @ old.T) * scale, x @ new.T)
         spread = float(reference.std()) or 1e-30
         worst = max(worst, float(np.abs(got - reference).max()) / spread)
         noise = max(noise, max(target.unit, 2.0**-24) * float(np.abs(reference).max()) / spread)
@@ -307,4 +308,7 @@ def _plain_rows(checkpoint: Checkpoint, target: Target) -> np.ndarray | None:
     name = checkpoint.layout.matrix_of(slot.tensor) if checkpoint.layout else None
     if slot.codec is None or name is None:
         return None
+    if slot.experts:
+        matrix = checkpoint.read_plain(name)  # [E, F, D]
+        return matrix.reshape(-1, matrix.shape[-1])
     return checkpoint.read_plain(name)[slot.start : slot.start + slot.neurons]

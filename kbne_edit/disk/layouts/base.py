@@ -48,12 +48,16 @@ class Carrier:
 class Format:
     """One way to store a matrix. Subclasses set what a class attribute says and write the three methods.
 
-    name: for messages. needs: parts that are always there; may: parts that can be there.
+    name: for messages. needs: parts that are always there; may: parts that can be there. weight: what the plain
+    checkpoint calls the tensor, after the matrix's name. columns: True where the carrier holds the matrix's own
+    columns, not the rows of another one.
     """
 
     name = ""
     needs: tuple[str, ...] = ()
     may: tuple[str, ...] = ()
+    weight = ".weight"
+    columns = False
 
     def fits(self, parts: Parts) -> bool:
         """Whether a matrix with these parts is of this format."""

@@ -32,15 +32,19 @@ def carriers(layout: Layout, config: dict[str, Any], site: Site, read: ReadTenso
 
 def _rows(place: Slot, layout: Layout, config: dict[str, Any], site: Site, read: ReadTensor) -> list[Slot]:
     """place: a slot of the plain checkpoint. Returned as it is if its tensor is not quantised."""
-    name = place.tensor.removesuffix(".weight")
-    if name not in layout.matrices:
+    matrix = layout.matrices.get(place.tensor)
+    if matrix is None:
         return [place]
-    start = 0
+    if matrix.format.columns:
+        if site == "gate":
+            raise FamilyError(f"{place.tensor} is stored as {matrix.format.name}: its gate cannot take a factor")
+        return [_carrier(place.tensor, place, 0, layout, read)]
+    name, start = place.tensor.removesuffix(".weight"), 0
     if site == "down":
         check_linear(config)
         name, packed = _up_of(name, place, layout)
         start = place.neurons if packed else 0
-    found = [_carrier(name, place, start, layout, read)]
+    found = [_carrier(f"{name}.weight", place, start, layout, read)]
     if site == "down" and f"{name}.bias" in layout.shapes:  # at the gate site the bias is a place of its own
         found.append(Slot(f"{name}.bias", place.layer, 0, place.offset, place.neurons, start=start))
     return found
@@ -84,7 +88,7 @@ def _up_of(down: str, place: Slot, layout: Layout) -> tuple[str, bool]:
 def _carrier(name: str, place: Slot, start: int, layout: Layout, read: ReadTensor) -> Slot:
     matrix = layout.matrices.get(name)
     if matrix is None:
-        return Slot(f"{name}.weight", place.layer, 0, place.offset, place.neurons, start=start)
+        return Slot(name, place.layer, 0, place.offset, place.neurons, start=start)
     found = matrix.carrier(read)
     if isinstance(found, str):
         raise FamilyError(f"{name} is stored as {matrix.format.name}: {found}")
@@ -94,6 +98,7 @@ def _carrier(name: str, place: Slot, start: int, layout: Layout, read: ReadTenso
         axis=found.axis,
         offset=place.offset,
         neurons=place.neurons,
+        experts=place.experts,
         start=start,
         codec=found.codec,
         view=found.view,

@@ -106,6 +106,20 @@ class _Exponent(Codec):
         return np.where(good, moved, 255).astype(np.uint8)
 
 
+class _Pair(Codec):
+    """Two 4-bit floats in a byte, the first in its low half. factors: [..., 2], one for each of the two."""
+
+    def values(self, stored: np.ndarray) -> np.ndarray:
+        return FP4[np.stack([stored & 15, stored >> 4], -1)]
+
+    def times(self, stored: np.ndarray, factors: np.ndarray) -> np.ndarray:
+        product = np.clip(self.values(stored) * factors, -6, 6)
+        distance = np.abs(np.abs(product)[..., None] - FP4[:8])
+        codes = distance.argmin(-1).astype(np.uint8) | np.where(np.signbit(product), 8, 0).astype(np.uint8)
+        codes = np.where(factors == 1, np.stack([stored & 15, stored >> 4], -1), codes)
+        return (codes[..., 0] | codes[..., 1] << 4).astype(np.uint8)
+
+
 _BYTE = np.dtype("u1")
 CODECS: dict[str, Codec] = {
     codec.name: codec
@@ -118,6 +132,7 @@ CODECS: dict[str, Codec] = {
         _Eighths("F8_E4M3", _BYTE, 2.0**-4, exact_only=True),
         _Eighths("F8_E4M3 scale", _BYTE, 2.0**-4, exact_only=True, positive=True),
         _Eighths("F8_E4M3 rescued", _BYTE, 2.0**-4),  # what is rounded there is in the lowest range alone
+        _Pair("F4 pair", _BYTE, 2.0**-2, exact_only=True),
         _Exponent("F8_E8M0", _BYTE, 1.0, exact_only=True, positive=True),
     )
 }

@@ -16,12 +16,13 @@ from .compressed_tensors import MXFP4, NVFP4, Naive, PackQuantized
 from .fp8 import FP8
 from .gptq import AWQ, GPTQ
 from .hqq import HQQ
+from .mxfp4 import MXFP4Experts
 from .torchao import PerRow
 
 # name of a tensor -> the tensor as it is stored: BF16 as uint16, 8-bit floats as uint8
 ReadTensor = Callable[[str], np.ndarray]
 
-METHODS = "compressed-tensors, gptq, awq, bitsandbytes, torchao, hqq, fp8"
+METHODS = "compressed-tensors, gptq, awq, bitsandbytes, torchao, hqq, fp8, mxfp4"
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ class Matrix:
 class Layout:
     """A quantised checkpoint as the plain one that it stands for.
 
-    matrices: {name: Matrix}; a matrix takes the place of the tensor NAME.weight of the plain checkpoint.
+    matrices: {the tensor of the plain checkpoint whose place it takes: Matrix}.
     """
 
     def __init__(self, method: str, matrices: dict[str, Matrix], tensors: Mapping[str, Part], read: ReadTensor):
         self.method, self.matrices, self._tensors, self._read = method, matrices, tensors, read
         taken = {name for matrix in matrices.values() for name in matrix.parts.values()}
         self.shapes: dict[str, Shape] = {name: part.shape for name, part in tensors.items() if name not in taken}
-        self.shapes |= {f"{name}.weight": matrix.shape(read) for name, matrix in matrices.items()}
+        self.shapes |= {name: matrix.shape(read) for name, matrix in matrices.items()}
 
     @property
     def formats(self) -> list[str]:
@@ -67,19 +68,19 @@ class Layout:
 
     def names(self, name: str) -> list[str]:
         """The stored tensors that a plain tensor is made of."""
-        matrix = self.matrices.get(name.removesuffix(".weight"))
+        matrix = self.matrices.get(name)
         return list(matrix.parts.values()) if matrix else [name]
 
     def matrix_of(self, part: str) -> str | None:
         """The plain tensor that a stored one is a part of."""
         for name, matrix in self.matrices.items():
             if part in matrix.parts.values():
-                return f"{name}.weight"
+                return name
         return None
 
     def read(self, name: str) -> np.ndarray:
         """A plain tensor, float32. Raises CheckpointError if its parts do not fit together."""
-        matrix = self.matrices.get(name.removesuffix(".weight"))
+        matrix = self.matrices.get(name)
         if matrix is None:
             return CODECS[self._tensors[name].dtype].values(self._read(name)).astype(np.float32)
         try:
@@ -115,7 +116,7 @@ def layout_of(config: dict[str, Any], tensors: Mapping[str, Part], read: ReadTen
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"quantization_config ({method}) cannot be read: {shown(str(error))}") from None
     for name in layout.shapes:
-        if name in tensors and name.removesuffix(".weight") not in matrices and tensors[name].dtype not in _PLAIN:
+        if name not in matrices and tensors[name].dtype not in _PLAIN:
             raise CheckpointError(
                 f"{shown(name)} is stored as {tensors[name].dtype}, and no part of {method} explains it: "
                 "its scale is not known"
@@ -172,6 +173,8 @@ def _formats(method: object, settings: dict[str, Any]) -> list[Format]:
     if method == "fp8":
         block = settings.get("weight_block_size")
         return [FP8((int(block[0]), int(block[1])) if block else None)]
+    if method == "mxfp4":
+        return [MXFP4Experts()]
     raise CheckpointError(
         f"config.json has quantization_config ({shown(method)}), which is not supported ({METHODS} and GGUF are): "
         "edit the unquantised model and quantise the result"
@@ -179,13 +182,14 @@ def _formats(method: object, settings: dict[str, Any]) -> list[Format]:
 
 
 def _matrices(tensors: Mapping[str, Part], formats: Iterable[Format]) -> dict[str, Matrix]:
-    """{name: Matrix} of all that have the parts of one of the formats, the first that fits."""
+    """{plain tensor: Matrix} of all that have the parts of one of the formats, the first that fits."""
     suffixes = sorted({part for known in formats for part in (*known.needs, *known.may)}, key=len, reverse=True)
     groups: dict[str, dict[str, str]] = {}
     for name in tensors:
         for suffix in suffixes:
-            if name.endswith(suffix) and name[: -len(suffix)].endswith("."):
-                groups.setdefault(name[: -len(suffix) - 1], {})[suffix] = name
+            begin = name.removesuffix(suffix)
+            if begin != name and (begin.endswith(".") or suffix in ("_blocks", "_scales")):
+                groups.setdefault(begin.removesuffix("."), {})[suffix] = name
                 break
     matrices = {}
     for name, parts in groups.items():
@@ -194,5 +198,6 @@ def _matrices(tensors: Mapping[str, Part], formats: Iterable[Format]) -> dict[st
         if fitting is not None:
             known_parts = {*fitting.needs, *fitting.may}
             kept = {part: tensor for part, tensor in parts.items() if part in known_parts}
-            matrices[name] = Matrix(name, fitting, kept, {part: about[part] for part in kept})
+            plain = name + fitting.weight
+            matrices[plain] = Matrix(plain, fitting, kept, {part: about[part] for part in kept})
     return matrices
