@@ -226,7 +226,7 @@ def test_exponents_take_powers_of_two_alone(factor, checkpoints):
         Plan.of(Checkpoint.open(checkpoints("compressed-tensors/MXFP4A16")), edit_of(factor))
 
 
-# ------------------------------------------------------------------------------------------------ gpt-oss: codes of down
+# ----------------------------------------------------------------------------------------------- gpt-oss: codes of down
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0])

@@ -74,7 +74,7 @@ def no_weights(path: Path) -> str:
     if any(path.glob("pytorch_model*.bin*")):
         return f"{path} holds .bin weights only: they are converted on the way (resolve the source first)"
     if any(path.glob("*.gguf")):
-        return f"{path} holds GGUF weights: use the unquantised transformers checkpoint instead"
+        return f"{path} holds config.json and GGUF weights: give the file itself, e.g. --in {next(path.glob('*.gguf'))}"
     if any(path.glob("*.pth")):
         return (
             f"{path} holds Meta's own .pth files and no transformers weights: convert them with transformers' "
