@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .disk.checkpoint import Checkpoint
-from .disk.manifest import Origin, RecipeRecord
+from .disk.manifest import FileRecord, Origin, RecipeRecord
 from .disk.publishing import staged
 from .errors import EditError, ProofError, shown
 from .evaluation.impact import NOT_MEASURED, Impact, impact_of, recipe_of
 from .evaluation.verdict import Verdict, verdict_of
 from .files import forbid_overlap
 from .folding.columns import Columns, delta_path
-from .folding.delta import DeltaRecord, fold_hashes
+from .folding.delta import DeltaRecord, fold_hashes, weights_hashes
 from .folding.fold import fold_into
 from .folding.plan import Plan
 from .folding.rewrite import Progress
@@ -90,24 +90,18 @@ def apply(
     path = delta_path(delta)
     forbid_overlap(out_dir, base_dir, delta)
     checkpoint, record = Checkpoint.open(base_dir), DeltaRecord.read(path)
+    if checkpoint.fingerprint() != record.edit.base:
+        raise EditError(f"{path} was made for another model than {base_dir}: apply it to {shown(str(record.source))}")
     plan = Plan.of(checkpoint, record.edit, shard_size)
     with_columns = plan.with_columns(Columns.open(path).arrays(plan))
     origin = source or Origin(checkpoint.path.resolve().name)
     with staged(out_dir, overwrite, checkpoint.path) as part:
         manifest = fold_into(with_columns, part, progress)
-        # Cut anew, no file is one that the delta knows: what it promises is then computed, and written nowhere.
-        files = fold_hashes(with_columns, progress)[0] if plan.files else manifest.files
-        for name in (shard.path.name for shard in checkpoint.shards):
-            if name not in record.files or files[name].before != record.files[name].before:
-                raise EditError(
-                    f"{path} was made from another {name} (SHA-256 differs): apply it to "
-                    f"{shown(str(record.source))} as published"
-                )
+        faults = _broken_promises(path, record, with_columns, None if plan.files else manifest.files)
         baked = Checkpoint.open(part)
         proof = file_proof(plan, baked, manifest, "manifest", progress, rehash=False)
-        for name in (shard.path.name for shard in checkpoint.shards):
-            if files[name].after != record.files[name].after:
-                proof = proof.with_fault(f"{name} is not what the delta promises (SHA-256 differs)")
+        for fault in faults:
+            proof = proof.with_fault(fault)
         proofs = Proofs(proof, behaviour_proof(plan, baked) if behaviour and proof.holds else None)
         if not proofs.ok:
             raise ProofError(f"the {proofs.failed} proof failed, {out_dir} was not written: {proofs.fault}", proofs)
@@ -124,3 +118,25 @@ def apply(
         )
         add_card(part, manifest).write(part)
     return result
+
+
+def _broken_promises(
+    path: Path, record: DeltaRecord, plan: Plan, files: dict[str, FileRecord] | None
+) -> tuple[str, ...]:
+    """What the folded weights are not that a delta promises. Raises EditError if its base is another one.
+
+    files: hashes of the weights where they were written in the base's own files; else they are computed. A base that
+    is cut into other files than the delta's is judged by its tensors.
+    """
+    names = [shard.path.name for shard in plan.checkpoint.shards]
+    files = files or fold_hashes(plan, None)[0]
+    if all(name in record.files and files[name].before == record.files[name].before for name in names):
+        wrong = [name for name in names if files[name].after != record.files[name].after]
+        return tuple(f"{name} is not what the delta promises (SHA-256 differs)" for name in wrong)
+    found = weights_hashes(plan) if record.weights else None
+    if found is None or record.weights is None or found.before != record.weights.before:
+        raise EditError(
+            f"{path} was made from other weights than those of {plan.checkpoint.path} (SHA-256 differs): apply it to "
+            f"{shown(str(record.source))} as published"
+        )
+    return () if found.after == record.weights.after else ("the weights are not what the delta promises",)

@@ -260,6 +260,24 @@ def test_a_delta_is_refused_for_another_base(base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_delta_is_applied_to_its_base_in_other_files(base, tmp_path):
+    """The tensors count, not how they are cut; one value that differs is another base."""
+    bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta", measure=False)
+    bake(base, tmp_path / "baked", edit=_edit(2.0), behaviour=False, measure=False)
+    tiny_model("llama", torch.bfloat16).save_pretrained(tmp_path / "other")
+    assert len(list((tmp_path / "other").glob("*.safetensors"))) == 1 < len(list(base.glob("*.safetensors")))
+    apply(tmp_path / "delta", tmp_path / "other", tmp_path / "out", behaviour=False, measure=False)
+    merged = {k: v for path in (tmp_path / "baked").glob("*.safetensors") for k, v in load_file(path).items()}
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert got.keys() == merged.keys() and all(torch.equal(got[name], merged[name]) for name in got)
+    path = tmp_path / "other" / "model.safetensors"
+    state = load_file(path)
+    state["model.embed_tokens.weight"].view(-1)[0] += 1  # outside the sample of the fingerprint
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(EditError, match="other weights.*apply it to 'base' as published"):
+        apply(tmp_path / "delta", tmp_path / "other", tmp_path / "new", behaviour=False, measure=False)
+
+
 def _spoil(delta, change):
     """The delta with `change` applied to what it says of itself and to its columns."""
     path = delta / "kbne_delta.kbne"

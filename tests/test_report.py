@@ -338,7 +338,7 @@ WRONG = {
     "figures of another form": (lambda c: resealed(c, summary={"effect": {"probes": "many"}}) and None, "another form"),
     "scores of another model": (_other_scores, "another model or site"),
     "no such scores": (lambda c: ["--scores", c.parent / "none.safetensors"], "none.safetensors"),
-    "broken tokenizer": (lambda c: (c / "tokenizer.json").write_text("{"), "is no tokenizer"),
+    "broken tokenizer": (lambda c: (c / "tokenizer.json").write_text("{"), "was changed after baking"),
     "into the directory": (lambda c: ["--out", c / "report.html"], "choose another --out"),
     "not a directory": (lambda c: shutil.rmtree(c), "does not exist"),
 }

@@ -10,36 +10,42 @@ from pathlib import Path
 
 import numpy as np
 
-from ..disk.hashing import file_hash
+from ..disk.hashing import TwoDigests, file_hash
 from ..disk.manifest import FileRecord, Manifest, Origin
 from ..disk.names import DELTA
 from ..disk.tensors import Shard, read_metadata
 from ..edit import Edit
 from ..errors import CheckpointError, EditError, ProofError
-from ..files import parse_json
+from ..files import open_input, parse_json
 from .columns import Columns, delta_path, kept_dtype, write_columns
 from .fold import Kept
 from .plan import Plan
-from .rewrite import Progress, rewrite
+from .rewrite import Progress, pieces, rewrite, scaled
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class DeltaRecord:
-    """What a delta says of itself. files: of the weights, before and after; source: its base."""
+    """What a delta says of itself. files: of the weights, before and after; source: its base.
+
+    weights: the same of all tensors together, however they are cut into files (see `weights_hashes`); None in deltas
+    that earlier versions wrote.
+    """
 
     edit: Edit
     files: dict[str, FileRecord]
     source: Origin
+    weights: FileRecord | None = None
 
     def to_dict(self) -> dict:
-        return {
+        data = {
             "kbne_delta": VERSION,
             "edit": self.edit.to_dict(),
             "files": {name: {"in": record.before, "out": record.after} for name, record in self.files.items()},
             "source": self.source.to_dict(),
         }
+        return data | ({"weights": self.weights.to_dict()} if self.weights else {})
 
     @classmethod
     def read(cls, path: Path) -> DeltaRecord:
@@ -52,7 +58,8 @@ class DeltaRecord:
             files = {name: FileRecord.from_dict(entry) for name, entry in data["files"].items()}
             if any(record.before is None for record in files.values()):
                 raise TypeError
-            return cls(Edit.from_dict(data["edit"], str(path)), files, Origin.from_dict(data["source"]))
+            weights = FileRecord.from_dict(data["weights"]) if "weights" in data else None
+            return cls(Edit.from_dict(data["edit"], str(path)), files, Origin.from_dict(data["source"]), weights)
         except EditError:
             raise
         except (KeyError, TypeError, AttributeError):
@@ -82,10 +89,11 @@ def write_delta(plan: Plan, part: Path, source: Origin, progress: Progress) -> N
     for name, parts in kept.items():
         tensor = plan.checkpoint.tensors[name][1]
         columns[name] = (kept_dtype(tensor), plan.targets[name].product(np.concatenate(parts), slice(None), tensor))
-    record = DeltaRecord(plan.edit.made_for(plan.checkpoint.fingerprint()), files, source)
+    weights = weights_hashes(plan)
+    record = DeltaRecord(plan.edit.made_for(plan.checkpoint.fingerprint()), files, source, weights)
     write_columns(part / DELTA, columns, metadata={"kbne": json.dumps(record.to_dict())})
-    again, _ = fold_hashes(plan.with_columns(Columns.open(part / DELTA).arrays(plan)), progress)
-    if again != files:
+    with_columns = plan.with_columns(Columns.open(part / DELTA).arrays(plan))
+    if fold_hashes(with_columns, progress)[0] != files or weights_hashes(with_columns) != weights:
         raise ProofError("the delta that was written does not give the folded weights: nothing was published")
 
 
@@ -109,3 +117,24 @@ def fold_hashes(plan: Plan, progress: Progress | None) -> tuple[dict[str, FileRe
             before, after = rewrite(shard, plan.targets, nowhere, kept, pool, progress)
             files[shard.path.name] = FileRecord(before, after)
     return files, kept
+
+
+def weights_hashes(plan: Plan) -> FileRecord:
+    """SHA-256 of all tensors in the order of their names, with dtype and shape, before and after a fold.
+
+    The same however they are cut into files, so that a delta fits its base in another layout, too.
+    """
+    kept: Kept = {}
+    with ThreadPoolExecutor(2) as pool:
+        digests = TwoDigests(pool)
+        for name, (shard, tensor) in sorted(plan.checkpoint.tensors.items()):
+            head = json.dumps([name, tensor.dtype, tensor.shape]).encode()
+            digests.update(head, head)
+            target = plan.targets.get(name)
+            with open_input(shard.path) as file:
+                file.seek(tensor.start)
+                for start, end in pieces(tensor, target):
+                    before = file.read(end - start)
+                    after = scaled(before, tensor, start, target, kept) if target else before
+                    digests.update(before, after)
+        return FileRecord(*digests.hexdigests())

@@ -25,7 +25,7 @@ from ..disk.names import MANIFEST
 from ..edit import Edit
 from ..errors import CheckpointError, InputError, ScoresError
 from ..files import work_folder
-from ..folding.columns import undo_path
+from ..proofs.record import check_hashes
 from ..rule import Rule
 from ..tuning.search import in_words
 from ..tuning.tune import RESULT, load_tuning
@@ -91,9 +91,8 @@ def _manifest(path: Path) -> dict:
         raise CheckpointError(f"{path} has no {MANIFEST}: a report is made on a directory that kbne-edit baked")
     if not manifest.sealed:
         raise CheckpointError(f"{path / MANIFEST} was changed after baking: its figures are not those of the run")
-    undo = undo_path(path)
-    if not undo.is_file() or file_hash(undo) != manifest.undo:
-        raise CheckpointError(f"{undo} is missing or was changed after baking: the columns are not the base's")
+    if faults := check_hashes(path, manifest):
+        raise CheckpointError(f"{path}/{faults[0]}: a report is made on a directory as it was baked")
     return manifest.to_dict()
 
 
