@@ -333,6 +333,26 @@ def test_regard_equals_its_definition(scorer):
 # ---------------------------------------------------------------------------------------------------------- the tasks
 
 
+def test_knowledge_sums_over_surfaces(scorer):
+    """Four surfaces of yes against three of no: the largest single one says no, their sum says yes."""
+    recipe = load_recipe("social-bias")
+    (mark,) = benchmarks(["knowledge"], None, 4, recipe, scorer, scorer.tokenizer)
+    surfaces = answer_tokens(scorer.tokenizer, recipe.answers)
+    yes, no = (len(surfaces[answer]) for answer in ("yes", "no"))
+    assert yes >= 3 and mark.sizes == [yes + no] * 4
+    of_yes = (
+        [Answer(np.log(0.1), False, 1)] * yes + [Answer(np.log(0.2), False, 1)] + [Answer(-20.0, False, 1)] * (no - 1)
+    )
+    of_no = (
+        [Answer(np.log(0.15), False, 1)] + [Answer(-20.0, False, 1)] * (yes - 1) + [Answer(np.log(0.1), False, 1)] * no
+    )
+    right = {q.text: q.answer for q in recipe.questions}
+    for i, text in enumerate(mark.clusters):
+        assert mark.read(i, of_yes) == [float(right[text] == "yes")]
+        assert mark.read(i, of_no) == [float(right[text] == "no")]
+    assert {right[text] for text in mark.clusters} == {"yes", "no"}
+
+
 def test_measures_are_tasks(scorer):
     recipe = load_recipe("social-bias")
     marks = benchmarks(["measures"], None, 2, recipe, scorer, scorer.tokenizer)

@@ -126,6 +126,16 @@ def test_the_split_is_that_of_its_seed_and_not_of_the_order():
     assert set(first[0]["a"]) == set(again[0]["a"]) != set(other[0]["a"])
 
 
+def test_stories_known_from_another_task_are_counted():
+    """A task whose shared stories all lie in one half gets its own ones in the other."""
+    first = [f"story {i}" for i in range(12)]
+    dev, _ = _sides([_mark("a", first, [""] * 12)])
+    second = dev["a"] + [f"other {i}" for i in range(len(dev["a"]))]
+    again, rest = _sides([_mark("a", first, [""] * 12), _mark("b", second, [""] * len(second))])
+    assert again["a"] == dev["a"] and sorted(again["b"]) == sorted(dev["a"])
+    assert len(rest["b"]) == len(again["b"]) == 6
+
+
 def test_what_cannot_be_halved_is_refused():
     with pytest.raises(InputError, match="a: its 3 items cannot be halved"):
         _sides([_mark("a", ["same"] * 3, [""] * 3)])

@@ -152,3 +152,11 @@ def test_questions_that_differ_in_case_or_spaces_stand_twice():
     items = [{"text": text, "answer": "no", "dimension": "d"} for text in ("Is it?", "is  it?")]
     assert "question stands twice: 'is it?'" in faults(recipe(questions={"items": items}))
     assert "questions 1: text is empty" in faults(recipe(questions={"items": [items[0] | {"text": " "}]}))
+
+
+@pytest.mark.parametrize("answers", [["Yes", "yes"], ["yes", " yes"], ["yes"], ["yes", "no", "NO"]])
+def test_answers_that_differ_in_case_are_one(answers):
+    items = [{"text": "Is it?", "answer": answers[0], "dimension": "d"}]
+    assert "answers must list two or more different answers" in faults(
+        recipe(answers=answers, questions={"items": items})
+    )

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..progress import say
 from ..recipe import Recipe
 from .benchmark import Benchmark, Figure
-from .datafiles import NoDataError
+from .datafiles import NoDataError, rows
 from .figures import AVOIDED, KNOWLEDGE, TWINS
 from .measures import MEASURES, measure
 from .own import knowledge_benchmark, probes_benchmark
@@ -71,12 +71,23 @@ def expanded(names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def check(names: Sequence[str] | None, data: Path | None) -> None:
-    """Raise InputError for an unknown task or folder: before a model is loaded."""
+    """Raise InputError for an unknown task or folder and for a row that is no item: before a model is loaded."""
     if unknown := sorted(set(expanded(names)) - set(TASKS)):
         known = ", ".join((*TASKS, *GROUPS))
         raise InputError(f"--tasks: there is no task {', '.join(unknown)}; known: {known}")
     if data and not data.is_dir():
         raise InputError(f"--data {data} is not a directory")
+    for name in expanded(names) or DEFAULT:
+        if data and name in PUBLIC:
+            _check_rows(name, data, named=names is not None)
+
+
+def _check_rows(name: str, data: Path, named: bool) -> None:
+    try:
+        rows(name, data, PUBLIC[name].patterns)
+    except NoDataError:
+        if named:
+            raise
 
 
 def benchmarks(
