@@ -3,7 +3,7 @@
     python benchmarks/measures.py MODEL --edit edit.json [--limit N] [--tasks decisions,associations]
 
 Each figure of base and edit is on the same items; the change is paired, with a 95 % bootstrap interval over what items
-share (a scenario, a twin, a story, a request, a beginning). Random neurons are not part of this table: `evaluate` has them.
+share (a scenario, a twin, a story, a request, a beginning). Random neurons are not in this table: `evaluate` has them.
 """
 
 import argparse
