@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from .disk.manifest import Manifest, Origin, RecipeRecord
 from .disk.publishing import check_out, staged
 from .distributed import RANK
 from .edit import Edit
-from .errors import InputError, ProofError
+from .errors import CheckpointError, InputError, ProofError
 from .evaluation.impact import NOT_MEASURED, Impact, impact_of, recipe_of
 from .evaluation.verdict import Verdict, verdict_of
 from .files import forbid_links_out, forbid_overlap, work_folder
@@ -222,6 +223,7 @@ def _locate(
 def _write(job: _Job, result: BakeResult) -> BakeResult:
     """Fold into a temporary sibling, prove it there, and only then give it its name."""
     plan, checkpoint = result.plan, result.plan.checkpoint
+    _check_activations(plan, job.recipe)
     total = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files()[0])
     total += sum(shard.size for shard in checkpoint.shards)
     with staged(job.out, job.overwrite, job.source.origin) as part:
@@ -232,6 +234,23 @@ def _write(job: _Job, result: BakeResult) -> BakeResult:
         result = replace(result, impact=impact_of(checkpoint, plan.edit, job.recipe) if job.measure else NOT_MEASURED)
         _publish(job, result, manifest, part)
     return result
+
+
+def _check_activations(plan: Plan, recipe: Recipe) -> None:
+    """Refuse factors that a static quantiser of activations would swallow, on the proof's texts and the probes."""
+    from .proofs.saturation import check_activations, limits
+
+    if not limits(plan.checkpoint):
+        return
+    from .models.loading import load_tokenizer
+    from .proofs.behaviour import proof_texts
+
+    texts = proof_texts(plan.checkpoint)
+    with suppress(CheckpointError):  # without a tokenizer there are no probes
+        tokenizer = load_tokenizer(plan.checkpoint.path)
+        sentences = {text for twin in recipe.twins for probe in twin.probes for text in (probe.first, probe.second)}
+        texts += [ids for text in sorted(sentences) if (ids := tokenizer(text)["input_ids"])]
+    check_activations(plan, texts)
 
 
 def _prove(job: _Job, plan: Plan, manifest: Manifest, part: Path, total: int) -> Proofs:

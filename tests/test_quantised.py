@@ -206,6 +206,26 @@ def test_what_would_saturate_is_refused_by_name(checkpoints, tmp_path):
     assert result.edit.factors == {0: {calm: 0.5}} and result.proofs.both_held
 
 
+@pytest.mark.parametrize("scale", [0.5, 1e-6])
+def test_static_activations(scale, tmp_path):
+    """A factor that the quantiser of the down-projection's input would clip is refused; one that fits is not."""
+    base = tmp_path / "base"
+    quantised.write("fp8/static", base, num_hidden_layers=2)
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("down_proj.activation_scale")]:
+        tensors[name] = torch.tensor(scale)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    codes = tensors["model.layers.0.mlp.up_proj.weight"].float().abs().amax(1)
+    edit = Edit("down", {0: {int(codes.argmin()): 2.0}})
+    assert codes.min() <= 224
+    if scale < 0.1:
+        with pytest.raises(EditError, match=rf"static scale, and 1 neurons .*: 0\.{int(codes.argmin())} "):
+            bake(str(base), tmp_path / "out", edit=edit, measure=False)
+        assert not (tmp_path / "out").exists()
+        edit = edit.with_factor(0.5)  # takes nothing out of the range
+    assert bake(str(base), tmp_path / "out", edit=edit, measure=False).proofs.both_held
+
+
 def test_scales_of_nvfp4(checkpoints, tmp_path):
     pytest.importorskip("compressed_tensors")
     base = checkpoints("compressed-tensors/NVFP4A16")

@@ -115,6 +115,10 @@ class Checkpoint:
         shard, tensor = self.tensors[name]
         return np.frombuffer(read_raw(shard, tensor), DTYPES[tensor.dtype].numpy or "u1").reshape(tensor.shape)
 
+    def read_number(self, name: str) -> float:
+        """A tensor that holds one number."""
+        return float(to_float(self.read_stored(name), self.tensors[name][1].dtype).reshape(-1)[0])
+
     def read_plain(self, name: str) -> np.ndarray:
         """A tensor of `plain_shapes` as numbers, dequantised: float32 (F64: float64). Not for GGUF."""
         if self.layout is not None:

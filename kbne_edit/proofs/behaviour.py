@@ -56,7 +56,8 @@ def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]
     return tuple(_whole_model(plan, baked, dtype, own) for dtype in dict.fromkeys((torch.float32, own)))
 
 
-def _probes(base: Checkpoint) -> list[list[int]]:
+def proof_texts(base: Checkpoint) -> list[list[int]]:
+    """Token ids of the texts that the proof runs; seeded ones where the tokenizer knows no word."""
     try:
         tokenizer = load_tokenizer(base.path)
         with foreign(base.path):
@@ -110,7 +111,7 @@ def _whole_model(plan: Plan, baked: Checkpoint, dtype: torch.dtype, own: torch.d
     from .noise import rounding_noise
 
     base, edit = plan.checkpoint, plan.edit
-    probes, tokens = _probes(base), _tokens(dtype)
+    probes, tokens = proof_texts(base), _tokens(dtype)
     model = load_model(base.path, dtype)
     with hooked(model, edit):
         reference = _run(model, probes, tokens)
@@ -149,7 +150,7 @@ def _read_by(
 ) -> BehaviourProof:
     from ..models.hooks import hooked
 
-    probes, tokens = _probes(plan.checkpoint), _tokens(dtype)
+    probes, tokens = proof_texts(plan.checkpoint), _tokens(dtype)
     model = load(plan.checkpoint, dtype, plan.exact)
     with hooked(model, plan.edit):
         reference = _run(model, probes, tokens)
