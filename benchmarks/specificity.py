@@ -28,7 +28,7 @@ from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import EditError
 from kbne_edit.evaluation import neutral
 from kbne_edit.evaluation.benchmark import Answer
-from kbne_edit.evaluation.evaluate import random_edit
+from kbne_edit.evaluation.effect import random_edit
 from kbne_edit.evaluation.scoring import Scorer
 from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.hub.source import resolved

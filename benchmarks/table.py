@@ -20,7 +20,8 @@ from kbne_edit.attribution.scores import load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import EditError
 from kbne_edit.evaluation import neutral
-from kbne_edit.evaluation.evaluate import Runs, controls
+from kbne_edit.evaluation.controls import controls_of
+from kbne_edit.evaluation.runs import Bench
 from kbne_edit.evaluation.scoring import Scorer
 from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.models.loading import load_model, load_tokenizer
@@ -53,10 +54,10 @@ def main():
     scorer = Scorer(load_model(arguments.model, torch.float32), tokenizer)
     marks = benchmarks(TASKS, arguments.data, arguments.limit, recipe, scorer, tokenizer)
     texts = neutral.neutral_text(scorer.tokenizer, recipe).rows
-    runs, columns, logits, minutes = Runs(marks, texts), {}, {}, {}
+    bench, columns, logits, minutes = Bench(marks, texts), {}, {}, {}
     for name, (edit, _) in rows.items():
         start = time.perf_counter()
-        columns[name], logits[name] = runs.measure(scorer, name, edit)
+        columns[name], logits[name] = bench.measure(scorer, name, edit)
         minutes[name] = (time.perf_counter() - start) / 60
     result = {
         name: {
@@ -95,7 +96,8 @@ def edits(checkpoint, path, contrastive_tau):
             continue
         summary = chosen.summary()
         found[name] = chosen.edit, summary.controls_share
-    others = controls(found["paper's rule, factor 2"][0], checkpoint, 1, path)
+    controls = controls_of(found["paper's rule, factor 2"][0], checkpoint, 1, path)
+    others = {control.name: control.edit for control in controls}
     found["random neurons, factor 2"] = others["random 1"], None
     found["control questions' neurons, factor 2"] = others["control questions"], None
     return found

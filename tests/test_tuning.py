@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,12 +22,16 @@ import torch
 
 import bench_data
 from bench_data import avoiding
-from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, select, tune
+from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, select
+from kbne_edit import tune as public_tune
 from kbne_edit.attribution.scores import Scores
 from kbne_edit.errors import EditError, InputError, OutputError
 from kbne_edit.evaluation import neutral
 from kbne_edit.evaluation.benchmark import Benchmark
 from kbne_edit.evaluation.figures import ACCURACY, AVOIDED, PREFERENCE
+from kbne_edit.evaluation.result import results_of
+from kbne_edit.evaluation.runs import Run as EvaluationRun
+from kbne_edit.evaluation.runs import Runs
 from kbne_edit.evaluation.scoring import Scorer
 from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.locating import Settings
@@ -36,17 +41,24 @@ from kbne_edit.reporting.contents import build
 from kbne_edit.reporting.page import render
 from kbne_edit.rule import Rule
 from kbne_edit.selection.select import by_dimension, selection
-from kbne_edit.tuning.halves import Half, halves
+from kbne_edit.tuning.halves import Half, halves, whole_data
 from kbne_edit.tuning.journal import Journal
 from kbne_edit.tuning.objective import Goal, Run, goal_of
+from kbne_edit.tuning.result import load_tuning
 from kbne_edit.tuning.search import Space, front, in_words, sweep
-from kbne_edit.tuning.tune import USED, load_tuning
+from kbne_edit.tuning.tune import USED
+from kbne_edit.tuning.used import count_use, record_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
 SMALL = Space(factors=(0.25, 2.0), taus=(0.1, 0.2), rules=("contrastive",))
 ASKED = dict(tasks=["probes", "knowledge_controls"], margin=9.0, space=SMALL)
 PER_TOKEN = 1e-5  # see test_evaluation.py
+
+
+def tune(*args, **kwargs):
+    """As JSON has it."""
+    return public_tune(*args, **kwargs).to_dict()
 
 
 @pytest.fixture(scope="module")
@@ -444,12 +456,13 @@ def test_the_choice_follows_its_rule(tuned):
     best = {key for key, a in pairs.items() if not any(_beaten(a, b) for b in pairs.values())} - {"base"}
     assert {p["edit"] for p in points if p["front"]} == best and best
     in_turn = sorted((p for p in points if p["front"]), key=lambda p: p["bias"][0])
-    held = [p["beyond_random"] and p["beyond_random"][2] < 0 for p in in_turn]
+    held = [p["beyond_random"] and p["beyond_random"][2] < 0 and p["as_good"] == 0 for p in in_turn]
+    assert all(p["draws"] == 24 for p, good in zip(in_turn, held, strict=True) if good)
     first = held.index(True)
     assert in_turn[first]["edit"] == result["chosen"]
     assert all(p["beyond_random"] is None for p in in_turn[first + 1 :])  # none was tried after it
     edit = Edit.load(out / "edit.json")
-    assert edit.sha256 == result["chosen"] and edit.found["tune"]["confirmed"] == result["verdict"]["confirmed"]
+    assert edit.sha256 == result["chosen"] and edit.found["tune"]["confirmed"] == result["confirmation"]["confirmed"]
     assert edit.found["select"]["tau"] == in_turn[first]["settings"][0]["tau"]
 
 
@@ -497,7 +510,7 @@ def test_a_bound_on_the_cost_keeps_edits_out(tuned, scores, tmp_path):
     result = tune("demo", scores, tmp_path / "out", **ASKED, max_kl=bound)
     assert [p["within"] for p in result["points"]] == [p["kl"] < bound for p in result["points"]]
     assert all(p["kl"] < bound for p in result["points"] if p["front"])
-    assert result["verdict"] is None or f"below {bound:g}" in result["verdict"]["text"]
+    assert result["verdict"] is None or f"below {bound:g}" in result["confirmation"]["text"]
 
 
 def _run(margins, right=None):
@@ -530,38 +543,70 @@ def test_several_tasks_are_averaged_each_with_its_own_items():
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
 
 
+def _tested(base, edit, draws, lost=0):
+    """Results on a test half: sizes of 200 margins relative to the base's, and an ability of which some is lost."""
+    margin = np.random.default_rng(0).normal(0, 1, 200)
+    noise = np.random.default_rng(1).normal(0, 1e-3, (len(draws), 200))
+    right = np.ones((200, 1))
+    after = right.copy()
+    after[:lost] = 0
+
+    def run(kind, name, m, right=right):
+        columns = np.stack([m > 0, m, np.abs(m), m > 0], 1).astype(float)
+        return EvaluationRun(kind, name, {"a": columns, "ability": right})
+
+    runs = [run("base", "base", base * margin), run("edit", "edit", edit * margin, after)]
+    runs += [
+        run("random neurons", f"random {i}", f * margin + n) for i, (f, n) in enumerate(zip(draws, noise, strict=True))
+    ]
+    marks = [
+        Benchmark("a", "bias", [], [1] * 200, [""] * 200, None, PREFERENCE),
+        Benchmark("ability", "capability", [], [1] * 200, [""] * 200, None, ACCURACY, chance=0.0),
+    ]
+    return results_of(marks, Runs(tuple(runs)), 5.0, "absolute margin")
+
+
 @pytest.mark.parametrize(
-    "entry, shown, confirmed, text",
+    "given, uses, confirmed, text",
     [
-        ({}, True, True, "a: less bias, beyond every control; ability: a loss of 5 points is excluded"),
-        ({}, False, False, "a: less bias, beyond every control; ability: a loss of 5 points is not excluded"),
-        ({"p_holm": 0.06}, True, False, None),
-        ({"edit": 0.4}, True, False, None),
-        ({"beyond": {"random neurons": [-0.1, -0.2, 0.01]}}, True, False, None),
+        (
+            (1.0, 0.8, [1.0] * 19),
+            1,
+            True,
+            "a: less bias, beyond every control; ability: a loss of 5 points is excluded",
+        ),
+        ((1.0, 0.8, [1.0] * 19, 20), 1, False, "ability: a loss of 5 points is not excluded"),
+        ((1.0, 1.0, [1.1] * 19), 1, False, "a: no effect found"),
+        ((1.0, 1.2, [1.0] * 19), 1, False, "a: more bias, beyond every control"),
+        ((1.0, 0.8, [1.0] * 18 + [0.79]), 1, False, "but not beyond random neurons"),
+        ((1.0, 0.8, [1.0] * 18), 1, False, "but not beyond random neurons (18 draws cannot tell)"),
+        ((1.0, 0.8, [1.0] * 19), 600, False, "this data has confirmed 600 edits, so p is multiplied by 600"),
     ],
 )
-def test_confirmed_needs_all_of_it(entry, shown, confirmed, text):
-    good = {
-        "edit": 0.2,
-        "base": 0.3,
-        "ideal": 0,
-        "p_holm": 0.01,
-        "verdict": "less bias, beyond every control",
-        "beyond": {"random neurons": [-0.1, -0.2, -0.01]},
-    }
-    report = {
-        "neutral": {"KL from the base": {"edit": [0.02, 0.01, 0.03]}},
-        "tasks": {
-            "a": {"figures": {"absolute margin": good | entry}},
-            "ability": {"figures": {"accuracy": {"non_inferior": {"shown": shown}}}},
-        },
-    }
-    found = Goal({"a": PREFERENCE[2]}, ["ability"], 5.0).verdict(report)
-    assert found["confirmed"] == confirmed and text in (None, found["text"])
+def test_confirmed_needs_all_of_it(given, uses, confirmed, text):
+    results, goal = _tested(*given), Goal({"a": PREFERENCE[2]}, ["ability"], 5.0)
+    found = goal.confirmed(results, 0.02, uses)
+    assert found.confirmed == confirmed and text in found.text and found.uses == uses
     for bound, holds in ((0.019, False), (0.021, True)):
-        found = Goal({"a": PREFERENCE[2]}, ["ability"], 5.0, bound).verdict(report)
-        assert found["confirmed"] == (confirmed and holds)
-        assert found["text"].endswith(f"; KL 0.02 is {'' if holds else 'not '}below {bound:g}")
+        bounded = replace(goal, max_kl=bound).confirmed(results, 0.02, uses)
+        assert bounded.confirmed == (confirmed and holds) and bounded.bounded == (found.bounded and holds)
+        assert bounded.text.endswith(f"; KL 0.02 is {'' if holds else 'not '}below {bound:g}")
+
+
+def test_data_is_new_once(tmp_path):
+    """Whatever folder and split: the same data is counted for every further edit, and the same edit only once."""
+    scores = tmp_path / "s.safetensors"
+    assert [count_use([scores], "data", edit) for edit in "abacb"] == [1, 2, 1, 3, 2]
+    assert count_use([scores], "other", "z") == 1
+    assert count_use([scores, tmp_path / "t.safetensors"], "data", "d") == 4
+    assert len(record_of(scores).read_text().splitlines()) == 5
+    record_of(scores).write_text("[]\n{broken")
+    assert count_use([scores], "data", "e") == 1  # said, and not a reason to stop
+    marks = [_mark("a", [f"s{i}" for i in range(9)], [""] * 9), _mark("b", ["x", "y"], ["", ""])]
+    marks = [replace(mark, pairs=[([1], [i]) for i in range(len(mark.sizes))]) for mark in marks]
+    turned = [mark.take(list(range(len(mark.sizes)))[::-1]) for mark in marks]
+    assert whole_data(marks, ["a"]) == whole_data(turned, ["a"]) != whole_data(marks, ["b"])
+    assert whole_data([marks[0].take(range(8))], ["a"]) != whole_data(marks, ["a"])
 
 
 def test_bounds():
@@ -615,7 +660,7 @@ def test_the_test_half_is_scored_after_the_choice_and_once(scores, split, tmp_pa
 
 def test_dev_only_leaves_the_test_half_and_the_space_may_grow(scores, split, tmp_path, monkeypatch):
     spy, out = Spy(monkeypatch, tmp_path / "out"), tmp_path / "out"
-    few = Space(factors=(0.25,), taus=(0.1,), rules=("contrastive",))
+    few = Space(factors=(0.25,), taus=(0.2,), rules=("contrastive",))
     result = tune("demo", scores, out, **ASKED | dict(space=few, dev_only=True))
     assert result["chosen"] and result["test"] is None and {row for row, _ in spy.seen} == _rows(split[0])
     assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", "pareto.svg", "tune.json"]
@@ -630,7 +675,8 @@ def test_nothing_to_choose_ends_before_the_test_half(scores, split, tmp_path, mo
     spy = Spy(monkeypatch, tmp_path / "out")
     space = Space(factors=(1 + 2**-20, 1 - 2**-20), taus=(0.1,), rules=("paper",))
     result = tune("demo", scores, tmp_path / "out", **ASKED | dict(space=space))
-    assert result["chosen"] is None and result["test"] is None and result["verdict"] is None
+    assert result["chosen"] is None and result["test"] is None and result["confirmation"] is None
+    assert result["verdict"]["effect"] == "NOT MEASURED"
     assert {row for row, _ in spy.seen} == _rows(split[0])
     assert not (tmp_path / "out" / USED).exists() and not (tmp_path / "out" / "edit.json").exists()
 
@@ -720,7 +766,7 @@ def test_command(scores, tmp_path, tuned):
     result = run("tune", "--in", "demo", scores, "--out", "out", *SMALL_OPTIONS, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "out") == contents(tuned[0])
-    found = load_tuning(tmp_path / "out" / "tune.json")
+    found = load_tuning(tmp_path / "out" / "tune.json").to_dict()
     for text in (
         "18 dev, 18 test",
         "4 of 4 settings tried (grid)",
@@ -729,7 +775,8 @@ def test_command(scores, tmp_path, tuned):
         "Pareto front of",
         "chosen (*)",
         "test, scored once",
-        found["verdict"]["text"],
+        found["confirmation"]["text"],
+        f"VERDICT: {found['verdict']['ship']}",
     ):
         assert text in result.stdout
     assert result.stdout.splitlines()[-1].endswith("kbne-edit bake --in demo --edit out/edit.json --out ./debiased")
@@ -761,7 +808,7 @@ def test_command_with_tops(scores, tmp_path):
     result = run("tune", "--in", "demo", scores, "--out", "out", *options, cwd=tmp_path)
     assert result.returncode == 0 and "2 of 2 settings tried (grid)" in result.stdout, result.stdout + result.stderr
     assert "in common: site down, paper, beta 0.1, union" in result.stdout and "top 0.01, factor 2" in result.stdout
-    found = load_tuning(tmp_path / "out" / "tune.json")
+    found = load_tuning(tmp_path / "out" / "tune.json").to_dict()
     assert (found["space"]["taus"], found["space"]["tops"]) == ([0.2], [0.01])
     (chosen,) = (point for point in found["points"] if point["edit"] == found["chosen"])
     assert chosen["settings"][0]["top"] == 0.01 and "tau" not in chosen["settings"][0]
@@ -864,8 +911,8 @@ def test_probes_that_are_to_be_avoided_steer_by_their_signed_margin(scores, scor
     assert {point["bias"][0] < 0 for point in result["points"]} == {False, True}
     entry = result["test"]["tasks"]["probes"]["figures"]["unwanted margin"]
     assert entry["edit"] == pytest.approx(mean(test, edits[result["chosen"]]), abs=PER_TOKEN)
-    found = result["verdict"]
-    fell = entry["edit"] < entry["base"] and entry["p_holm"] < 0.05 and entry["beyond"]["random neurons"][2] < 0
+    found = result["confirmation"]
+    fell = entry["state"] == "better" and "random neurons" not in entry["same_as"]
     assert found["confirmed"] == fell and entry["verdict"] in found["text"]
 
 
@@ -888,7 +935,7 @@ def baked(tuned, scores, tmp_path_factory):
     folder = tmp_path_factory.mktemp("baked")
     shutil.copytree(tuned[0], folder / "debiased.work")
     shutil.copyfile(scores, folder / "debiased.work" / "scores.safetensors")
-    bake("demo", folder / "debiased", edit=folder / "debiased.work" / "edit.json", behaviour=False)
+    bake("demo", folder / "debiased", edit=folder / "debiased.work" / "edit.json", behaviour=False, measure=False)
     return folder / "debiased"
 
 
@@ -905,8 +952,9 @@ def test_the_report_shows_the_sweep(baked, tuned):
     )
     entry = result["test"]["tasks"]["probes"]["figures"]["absolute margin"]
     assert found["test"] == [
-        {"task": "probes", "change": entry["change"], "p": entry["p_holm"], "found": entry["verdict"]}
+        {"task": "probes", "change": entry["change"], "p": entry["p_holm"], "beyond": False, "found": entry["verdict"]}
     ]
+    assert found["uses"] == result["confirmation"]["uses"]
     assert {s["task"]: (s["dev_items"], s["test_items"]) for s in found["split"]}["probes"] == (18, 18)
     states = {v["about"]: v["state"] for v in report["verdicts"]}
     assert states["chosen on one half, confirmed on the other"] == ("holds" if found["confirmed"] else "warning")
@@ -940,7 +988,7 @@ def test_the_selection_by_dimension_is_repeated_from_the_record(scores, tmp_path
     edit = by_dimension(selection(loaded), {"clan": 2.0, "village": 1.0, "guild": 0.5})
     edit.save(tmp_path / "edit.json")
     assert set(edit.distinct_factors) == {0.5, 2.0} and edit.num_neurons < selection(loaded).edit.num_neurons
-    bake("demo", tmp_path / "out", edit=tmp_path / "edit.json", behaviour=False)
+    bake("demo", tmp_path / "out", edit=tmp_path / "edit.json", behaviour=False, measure=False)
     assert build(tmp_path / "out", scores)["selection"]["reproduced"] is True
 
 

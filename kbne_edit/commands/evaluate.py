@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
 from .explain import EXPLAIN
+from .findings import REQUIRE, cost_lines, effect_lines, verdict_lines
+
+if TYPE_CHECKING:
+    from ..evaluation.benchmark import Figure
+    from ..evaluation.evaluate import Evaluation
+    from ..evaluation.result import FigureResult, TaskResult
 
 
 @click.command("evaluate")
@@ -17,8 +25,9 @@ from .explain import EXPLAIN
 @click.option("--recipe", help="Whose questions are asked.  [default: social-bias; the demo has its own]")
 @click.option("--scores", type=click.Path(path_type=Path), help="Scores file: adds the neurons of its controls.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the result as JSON to this file.")
+@REQUIRE
 @options.JSON
-def command(source, edit_path, tasks, out, as_json, **values) -> None:
+def command(source, edit_path, tasks, out, require, as_json, **values) -> None:
     """Does the edit work, is it about bias, and what does it cost? Base and edit on the same items, beside controls.
 
     \b
@@ -43,65 +52,77 @@ def command(source, edit_path, tasks, out, as_json, **values) -> None:
         forbid_overlap(out, *filter(None, [model, edit_path, values["baked"], values["scores"]]))
     edit = Edit.load(edit_path) if edit_path else None
     result = evaluate(source, edit=edit, tasks=options.names(tasks), **values)
-    lines = _lines(result)
+    record, lines = result.to_dict(), _lines(result)
     if out:
-        write_json(out, result)
+        write_json(out, record)
         lines.append(f"written: {out}")
-    options.show(result, as_json, lines)
+    options.show(record, as_json, lines)
+    if result.verdict:
+        result.verdict.require(require)
 
 
-def _lines(result: dict) -> list[str]:
-    lines = [f"model: {result['model']}" + (f" at {result['commit']}" if result["commit"] else "")]
-    if edit := result["edit"]:
+def _lines(result: Evaluation) -> list[str]:
+    lines = [f"model: {result.model}" + (f" at {result.commit}" if result.commit else "")]
+    if edit := result.edit:
         lines.append(
-            f"edit: {edit['neurons']} neurons, site {edit['site']}, factor "
-            f"{', '.join(f'{f:g}' for f in edit['factors'])}, by {edit['how']}"
+            f"edit: {edit.num_neurons} neurons, site {edit.site}, factor "
+            f"{', '.join(f'{f:g}' for f in edit.distinct_factors)}, by {result.how}"
         )
-        heat = result["temperature"]
+        lines.append(f"controls: {_controls(result)}")
+    for task in result.tasks.values():
+        lines += task_lines(task)
+    lines.append(f"neutral text ({result.neutral.texts} sentences, {result.neutral.origin})")
+    for figure, values in result.neutral.figures.items():
+        lines.append(f"  {figure}: " + ", ".join(f"{run} {value.value:.4g}" for run, value in values.items()))
+    if result.comparisons:
         lines.append(
-            "controls: "
-            + ", ".join(f"{name} ({n} neurons)" for name, n in result["controls"].items())
-            + (f", flattened (temperature {heat:.4f})" if heat else "; no temperature gives this KL")
+            f"p: Holm's for {result.comparisons} comparisons; intervals: 95 % each, without a correction, paired "
+            "bootstrap over items that hang together"
         )
-    for name, task in result["tasks"].items():
-        lines += task_lines(name, task)
-    text = result["neutral"]
-    lines.append(f"neutral text ({text['texts']} sentences, {text['source']})")
-    for figure in ("perplexity", "KL from the base"):
-        shown = (f"{run} {low_high[0]:.4g}" for run, low_high in text[figure].items())
-        lines.append(f"  {figure}: " + ", ".join(shown))
-    if result["comparisons"]:
-        lines.append(f"p: Holm's for {result['comparisons']} comparisons; intervals: 95 %, paired bootstrap over items")
+    lines += effect_lines(result.impact.effect) if result.impact.effect else []
+    lines += cost_lines(result.impact.cost) if result.impact.cost else []
+    return lines + (verdict_lines(result.verdict) if result.verdict else [])
+
+
+def _controls(result: Evaluation) -> str:
+    draws = [n for name, n in result.controls.items() if name.startswith("random ")]
+    others = [f"{name} ({n} neurons)" for name, n in result.controls.items() if not name.startswith("random ")]
+    shown = [f"random neurons ({len(draws)} draws of {draws[0]})"] if draws else []
+    heat = result.temperature
+    return ", ".join(shown + others) + (
+        f", flattened (temperature {heat:.4f})" if heat else "; no temperature gives this KL"
+    )
+
+
+def task_lines(task: TaskResult) -> list[str]:
+    """Figures of a task, their changes and controls, and its groups."""
+    lines = [f"{task.name} ({task.items} items)"]
+    for name, found in task.figures.items():
+        line = f"  {name}: {_values(found)}"
+        if found.change:
+            line += f", change {interval(found.figure, found.change)}"
+        lines.append(line + (f", p {found.p_holm:.2g}: {found.described}" if found.tested else ""))
+        if found.controls is not None:
+            shown = (f"{kind} {interval(found.figure, change)}" for kind, change in found.controls.items())
+            lines.append("    " + "; ".join(shown))
+    if loss := task.loss:
+        said = "excluded" if loss.excluded else "not excluded"
+        lines.append(
+            f"    a loss of {loss.margin:g} points is {said} (lower end {loss.lowest:+.1f} of what is above chance, "
+            f"{loss.points:+.1f} in accuracy)"
+        )
+    for group, (items, figures) in task.groups.items():
+        shown = (f"{name} {_values(found)}" for name, found in figures.items())
+        lines.append(f"  of which {group} ({items}): " + ", ".join(shown))
     return lines
 
 
-def task_lines(name: str, task: dict) -> list[str]:
-    lines = [f"{name} ({task['items']} items)"]
-    for figure, found in task["figures"].items():
-        line = f"  {figure}: {_values(figure, found)}"
-        if "change" in found:
-            line += f", change {interval(figure, found['change'])}"
-        lines.append(line + (f", p {found['p_holm']:.2g}: {found['verdict']}" if "p" in found else ""))
-        if "controls" in found:
-            lines.append("    " + "; ".join(f"{n} {interval(figure, v)}" for n, v in found["controls"].items()))
-        if loss := found.get("non_inferior"):
-            said = "excluded" if loss["shown"] else "not excluded"
-            lines.append(f"    a loss of {loss['margin']:g} points is {said} (lower end {loss['lowest']:+.1f})")
-    for group, found in task["groups"].items():
-        shown = (f"{figure} {_values(figure, v)}" for figure, v in found.items() if figure != "items")
-        lines.append(f"  of which {group} ({found['items']}): " + ", ".join(shown))
-    return lines
+def _values(found: FigureResult) -> str:
+    names = [name for name in ("base", "edit") if name in found.values]
+    return " to ".join(f"{found.values[name]:.{found.figure.digits}f}" for name in names)
 
 
-def _digits(figure: str) -> int:
-    """Margins are nats per token, all other figures percent."""
-    return 4 if "margin" in figure else 1
-
-
-def _values(figure: str, found: dict) -> str:
-    return " to ".join(f"{found[name]:.{_digits(figure)}f}" for name in ("base", "edit") if name in found)
-
-
-def interval(figure: str, values: list[float]) -> str:
-    value, low, high = (f"{round(v, 6) + 0.0:+.{_digits(figure)}f}" for v in values)  # + 0.0: no "-0.0"
+def interval(figure: Figure, values: Sequence[float]) -> str:
+    """A change with its interval, in the figure's own decimals."""
+    value, low, high = (f"{round(v, 6) + 0.0:+.{figure.digits}f}" for v in values)  # + 0.0: no "-0.0"
     return f"{value} [{low}, {high}]"

@@ -24,20 +24,6 @@ _ASKED = {
 }
 
 
-def measuring(command: Command) -> Command:
-    """Options of commands that measure effect and cost."""
-    no_measure = click.option(
-        "--no-measure", is_flag=True, help="Skip effect and cost: the verdict says that they were not measured."
-    )
-    require = click.option(
-        "--require",
-        metavar="PARTS",
-        callback=_parts,
-        help="Exit with status 4 unless these pass: effect,specific,cost,answers,proofs.",
-    )
-    return no_measure(require(command))
-
-
 def _parts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Names of parts, refused in the first second if there is none of that name."""
     if value is None:
@@ -45,6 +31,22 @@ def _parts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     from ..evaluation.verdict import parts_of
 
     return parts_of(value)
+
+
+REQUIRE = click.option(
+    "--require",
+    metavar="PARTS",
+    callback=_parts,
+    help="Exit with status 4 unless these pass: effect,specific,cost,answers,proofs.",
+)
+
+
+def measuring(command: Command) -> Command:
+    """Options of commands that measure effect and cost."""
+    no_measure = click.option(
+        "--no-measure", is_flag=True, help="Skip effect and cost: the verdict says that they were not measured."
+    )
+    return no_measure(REQUIRE(command))
 
 
 def number(values: Interval) -> str:

@@ -162,7 +162,11 @@ def evaluating(command):
                 "--limit", type=click.IntRange(1), help="Items of each task, drawn with a fixed seed.  [default: all]"
             ),
             click.option(
-                "--draws", type=click.IntRange(1), default=3, show_default=True, help="Draws of random neurons."
+                "--draws",
+                type=click.IntRange(1),
+                default=24,
+                show_default=True,
+                help="Draws of random neurons; fewer than 19 are no evidence.",
             ),
             click.option(
                 "--margin",

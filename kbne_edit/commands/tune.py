@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
-from .evaluate import interval, task_lines
+from .findings import REQUIRE, verdict_lines
+
+if TYPE_CHECKING:
+    from ..statistics import Interval
+    from ..tuning.result import Tuning
 
 
 class _Values(click.ParamType):
@@ -61,14 +66,16 @@ class _Values(click.ParamType):
 @click.option("--dev-only", is_flag=True, help="Stop before the test half is scored: the space may still be changed.")
 @click.option("--recipe", help="Whose questions are asked.  [default: the recipe of the scores]")
 @options.evaluating
+@REQUIRE
 @options.JSON
-def command(source, scores, out, tasks, as_json, per_dimension, **values) -> None:
+def command(source, scores, out, tasks, require, as_json, per_dimension, **values) -> None:
     """Choose factor, thresholds, rule and site on one half of the items, and confirm the choice once on the other.
 
     SCORES are files of `locate` on the model, one for each site. Every edit is measured by hooks on the dev half. Of
     those within bounds (--margin, --max-kl) and on the Pareto front (bias against KL on neutral text) the one with the
-    least bias is chosen that goes beyond random neurons; if there is none, the test half stays unused. It is scored
-    once, for the chosen edit: OUT then confirms no other choice.
+    least bias is chosen that does better than each draw of random neurons; if there is none, the test half stays
+    unused. It is scored once, for the chosen edit: OUT then confirms no other choice. How often the same data was used
+    is kept beside SCORES, and corrected for.
 
     A bias task is needed, and a capability task (where there is none, the recipe's questions bound the loss).
 
@@ -81,73 +88,80 @@ def command(source, scores, out, tasks, as_json, per_dimension, **values) -> Non
     given = {name: values.pop(name) for name in ("factors", "taus", "tops", "betas", "rules", "combines")}
     space = Space(per_dimension=per_dimension, **{name: value for name, value in given.items() if value is not None})
     result = tune(source, scores, out, space=space, tasks=options.names(tasks), **values)
-    options.show(result, as_json, _lines(result, out))
+    options.show(result.to_dict(), as_json, _lines(result, out))
+    result.verdict.require(require)
 
 
-def _lines(result: dict, out: Path) -> list[str]:
+def _lines(result: Tuning, out: Path) -> list[str]:
+    model, commit = result.record["model"], result.record["commit"]
+    split = (f"{name} {of['dev']['items']} dev, {of['test']['items']} test" for name, of in result.split.items())
     return [
-        f"model: {result['model']}" + (f" at {result['commit']}" if result["commit"] else ""),
-        "split: "
-        + ", ".join(
-            f"{name} {s['dev']['items']} dev, {s['test']['items']} test" for name, s in result["split"].items()
-        ),
+        f"model: {model}" + (f" at {commit}" if commit else ""),
+        "split: " + ", ".join(split),
         *_dev_lines(result),
         *_test_lines(result),
         *_end_lines(result, out),
     ]
 
 
-def _dev_lines(result: dict) -> list[str]:
+def _dev_lines(result: Tuning) -> list[str]:
     from ..tuning.search import in_words
 
-    search, points, figure = result["search"], result["points"], result["figure"]
-    every = [setting for point in points for setting in point["settings"]]
+    search, points = result.record["search"], result.points
+    every = [setting for point in points for setting in point.settings]
     common = {name for name in every[0] if name != "factor" and len({setting.get(name) for setting in every}) == 1}
-    bound = "" if result["max_kl"] is None else f", KL below {result['max_kl']:g}"
-    best = sorted((p for p in points if p["front"]), key=lambda p: p["bias"][0])
+    bound = "" if result.max_kl is None else f", KL below {result.max_kl:g}"
+    best = sorted((point for point in points if point.front), key=lambda point: point.bias.value)
     lines = [
         f"space: {len(every) + search['empty']} of {search['size']} settings tried ({search['how']}), "
         f"{search['empty']} select nothing; {len(points)} different edits",
         f"  in common: {in_words(every[:1], set(every[0]) - common)}",
-        f"dev: {sum(p['within'] for p in points)} edits within bounds (a loss of {result['margin']:g} points of "
-        f"{', '.join(result['bounded_by'])} excluded{bound})",
-        f"dev, Pareto front of {len(best)}: change of the {figure} of {', '.join(result['steered_by'])}, KL on neutral "
-        "text, lower end of the capability's change",
+        f"dev: {sum(point.within for point in points)} edits within bounds (a loss of {result.margin:g} points of "
+        f"{', '.join(result.bounded_by)} excluded{bound})",
+        f"dev, Pareto front of {len(best)}: change of the {result.figure} of {', '.join(result.steered_by)}, KL on "
+        "neutral text, lower end of the capability's change",
     ]
     for point in best:
         lines.append(
-            f" {'*' if point['edit'] == result['chosen'] else ' '}{interval(figure, point['bias'])}  "
-            f"{point['kl']:.1e}  {min(point['lowest'].values()):+.1f}  {point['neurons']} neurons, "
-            f"{in_words(point['settings'], common)}"
+            f" {'*' if point.edit == result.chosen else ' '}{_interval(result, point.bias)}  {point.kl:.1e}  "
+            f"{min(point.lowest.values()):+.1f}  {point.neurons} neurons, {in_words(point.settings, common)}"
         )
-        if held := point["beyond_random"]:
-            lines.append(f"    less the mean of {result['draws']} draws of random neurons: {interval(figure, held)}")
-    if result["chosen"]:
-        return [*lines, f"chosen (*): {result['chosen_by']}"]
-    why = "goes beyond random neurons" if best else f"improves the {figure}"
+        if point.beyond_random:
+            lines.append(
+                f"    less the mean of {point.draws} draws of random neurons: "
+                f"{_interval(result, point.beyond_random)}; {point.as_good} of them do as well"
+            )
+    if result.chosen:
+        return [*lines, f"chosen (*): {result.chosen_by}"]
+    why = "does better than each draw of random neurons" if best else f"improves the {result.figure}"
     return [*lines, f"nothing to choose: on dev no edit within bounds {why}; the test split was not scored"]
 
 
-def _test_lines(result: dict) -> list[str]:
-    if result["test"] is None:
+def _test_lines(result: Tuning) -> list[str]:
+    if result.confirmation is None:
         return []
-    names = ", ".join(f"{name} ({n} neurons)" for name, n in result["test"]["controls"].items())
-    lines = [f"test, scored once; controls: {names}"]
-    for name, task in result["test"]["tasks"].items():
-        shown = {figure: found for figure, found in task["figures"].items() if "p" in found or "non_inferior" in found}
-        lines += task_lines(name, task | {"figures": shown, "groups": {}})
-    confirmed = "confirmed" if result["verdict"]["confirmed"] else "not confirmed"
-    return [*lines, f"verdict: {confirmed} ({result['verdict']['text']})"]
+    often = "once" if result.confirmation.uses == 1 else f"as look {result.confirmation.uses} at this data"
+    lines = [f"test, scored {often}:"]
+    for entry in result.tested:
+        lines.append(f"  {entry.task}: change {_interval(result, entry.change)}, p {entry.p:.2g}: {entry.text}")
+    confirmed = "confirmed" if result.confirmation.confirmed else "not confirmed"
+    lines.append(f"verdict: {confirmed} ({result.confirmation.text})")
+    return [*lines, *verdict_lines(result.verdict)]
 
 
-def _end_lines(result: dict, out: Path) -> list[str]:
-    files = "tune.json, pareto.svg" + (", edit.json" if result["test"] else "")
-    lines = [f"written: {out} ({files})"]
-    if result["test"]:
-        model = result["model"] + (f"@{result['commit']}" if result["commit"] else "")
-        sure = "" if result["verdict"]["confirmed"] else " (not confirmed)"
-        bake = options.shell("kbne-edit", "bake", "--in", model, "--edit", out / "edit.json", "--out", "./debiased")
-        lines.append(f"next{sure}: {bake}")
-    elif result["chosen"]:
+def _end_lines(result: Tuning, out: Path) -> list[str]:
+    said = result.confirmation
+    lines = [f"written: {out} (tune.json, pareto.svg{', edit.json' if said else ''})"]
+    if said:
+        model, commit = result.record["model"], result.record["commit"]
+        where = model + (f"@{commit}" if commit else "")
+        bake = options.shell("kbne-edit", "bake", "--in", where, "--edit", out / "edit.json", "--out", "./debiased")
+        lines.append(f"next{'' if said.confirmed else ' (not confirmed)'}: {bake}")
+    elif result.chosen:
         lines.append("next: the same without --dev-only confirms the choice on the test split")
     return lines
+
+
+def _interval(result: Tuning, values: Interval) -> str:
+    value, low, high = (f"{round(v, 6) + 0.0:+.{result.digits}f}" for v in values)  # + 0.0: no "-0.0"
+    return f"{value} [{low}, {high}]"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..attribution.rows import head
 from ..edit import Edit
+from ..errors import InputError
 from ..families import end
 from ..models.hooks import Tap, tapped
 from ..models.masks import attention_mask, longest
@@ -77,10 +78,14 @@ def score_edits(
     edits: Sequence[Edit | None],
     *,
     temperature: float = 1.0,
+    longest_row: int | None = None,
     update: Callable[[int], None] = lambda _: None,
 ) -> Scored:
-    """Log-probability of each continuation after its context under each edit, and whether it is the greedy one."""
-    rows, lookups = unique_rows(pairs)
+    """Log-probability of each continuation after its context under each edit, and whether it is the greedy one.
+
+    longest_row: tokens that a model can read at once; too long a row loses its beginning.
+    """
+    rows, lookups = unique_rows(pairs, longest_row)
     shape = (len(edits), len(pairs))
     total, greedy = np.zeros(shape), np.ones(shape, bool)
     for part in cut(rows, int(min(TREE_TOKENS, longest(model)))):
@@ -111,15 +116,20 @@ class Lookup(NamedTuple):
     tokens: Sequence[int]
 
 
-def unique_rows(pairs: Sequence[Pair]) -> tuple[list[tuple[int, ...]], list[list[Lookup]]]:
+def unique_rows(
+    pairs: Sequence[Pair], longest_row: int | None = None
+) -> tuple[list[tuple[int, ...]], list[list[Lookup]]]:
     """Rows that a model has to read, sorted and each once, and each row's lookups.
 
-    A row is context + continuation without its last token, so answers of one token share theirs.
+    A row is context + continuation without its last token, so answers of one token share theirs. Too long a row loses
+    its beginning. Raises InputError for an empty context or continuation, or one that is too long by itself.
     """
     found: dict[tuple[int, ...], list[Lookup]] = {}
     for pair, (context, continuation) in enumerate(pairs):
-        row = (*context, *continuation[:-1])
-        found.setdefault(row, []).append(Lookup(pair, len(context) - 1, continuation))
+        if not len(context) or not len(continuation) or (longest_row and len(continuation) > longest_row):
+            raise InputError(f"request {pair}: context and continuation need a token each, and at most {longest_row}")
+        row = tuple([*context, *continuation[:-1]][-longest_row if longest_row else 0 :])
+        found.setdefault(row, []).append(Lookup(pair, len(row) - len(continuation), continuation))
     rows = sorted(found)
     return rows, [found[row] for row in rows]
 

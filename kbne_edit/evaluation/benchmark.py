@@ -61,6 +61,7 @@ class Benchmark:
     read: an item's number and answers -> its columns [k]. clusters: a name per item; items that share it tell of the
     same thing (a StereoSet target, the words that a CrowS-Pairs pair exchanges, a question of BBQ, a twin, a scenario).
     They are not independent: they are resampled, exchanged and split together, also across tasks.
+    chance: accuracy of a guess, in percent; None: that of one right answer among as many as an item has.
     """
 
     name: str
@@ -71,6 +72,12 @@ class Benchmark:
     read: Callable[[int, list[Answer]], Sequence[float]]
     figures: tuple[Figure, ...]
     clusters: Sequence[str] = ()
+    chance: float | None = None
+
+    @property
+    def chance_level(self) -> float:
+        """Accuracy of a guess, in percent."""
+        return 100 * float(np.mean([1 / size for size in self.sizes])) if self.chance is None else self.chance
 
     def take(self, items: Sequence[int]) -> Benchmark:
         """The task with these of its items only."""

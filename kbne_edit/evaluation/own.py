@@ -64,4 +64,5 @@ def knowledge_benchmark(name: str, recipe: Recipe, tokenizer, limit: int | None)
         read=read,
         figures=KNOWLEDGE,
         clusters=[question.text for question in questions],
+        chance=100 / len(recipe.answers),
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +20,12 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models.trees import Tree, cut, logits_at, tokens_of_a_pass
 from ..progress import say
+from .batched import Lookup, Pair, unique_rows
 
 try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise InputError(f"evaluate needs lm-eval ({error}): install it with `pip install 'kbne-edit[eval]'`") from None
-
-Pair = tuple[Sequence[int], Sequence[int]]  # token ids of the context and of the continuation
 
 
 class Scorer(HFLM):
@@ -67,7 +65,7 @@ class Scorer(HFLM):
 
     def score(self, pairs: Sequence[Pair], update: Callable[[int], None] | None = None) -> list[tuple[float, bool]]:
         """(log-probability, is the greedy continuation) of each pair. update: called with the pairs done since."""
-        rows, lookups = _unique(pairs, self.max_length)
+        rows, lookups = unique_rows(pairs, self.max_length)
         total, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
         for part in cut(rows, self._tokens):
             self._score_pack(rows[part], lookups[part], total, greedy)
@@ -75,7 +73,7 @@ class Scorer(HFLM):
                 update(sum(map(len, lookups[part])))
         return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
-    def _score_pack(self, rows, lookups: list[list[_Lookup]], total: np.ndarray, greedy: np.ndarray) -> None:
+    def _score_pack(self, rows, lookups: list[list[Lookup]], total: np.ndarray, greedy: np.ndarray) -> None:
         try:
             pairs, values, hits = self._run_pack(rows, lookups)
         except torch.OutOfMemoryError:
@@ -88,7 +86,7 @@ class Scorer(HFLM):
         np.add.at(total, pairs, values)
         np.logical_and.at(greedy, pairs, hits)
 
-    def _run_pack(self, rows, lookups: list[list[_Lookup]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _run_pack(self, rows, lookups: list[list[Lookup]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One pass: (pair, log-probability, is it the likeliest token) of every token of every continuation."""
         tree, kept, index, target, owner = Tree(rows), {}, [], [], []
         for path, of_row in zip(tree.paths, lookups, strict=True):
@@ -112,30 +110,6 @@ class Scorer(HFLM):
         """Logits [K, V] float32 of the tree's tokens `keep`, divided by the temperature."""
         logits = logits_at(self.model, tree, keep)
         return logits if self.temperature == 1 else logits / self.temperature
-
-
-class _Lookup(NamedTuple):
-    """One pair within its row: its continuation's tokens are predicted from position `start` on."""
-
-    pair: int
-    start: int
-    tokens: Sequence[int]
-
-
-def _unique(pairs: Sequence[Pair], max_length: int) -> tuple[list[tuple[int, ...]], list[list[_Lookup]]]:
-    """Rows that the model has to read, sorted and each once, and each row's lookups.
-
-    A row is context + continuation without its last token; too long a row loses its beginning, as in HFLM. Answers of
-    one token have the same row: their logits are computed once.
-    """
-    found: dict[tuple[int, ...], list[_Lookup]] = {}
-    for pair, (context, continuation) in enumerate(pairs):
-        row = tuple([*context, *continuation][-(max_length + 1) :][:-1])
-        if not len(context) or not len(continuation) or len(continuation) > max_length:
-            raise InputError(f"request {pair}: context and continuation need a token each, and at most {max_length}")
-        found.setdefault(row, []).append(_Lookup(pair, len(row) - len(continuation), continuation))
-    rows = sorted(found)
-    return rows, [found[row] for row in rows]
 
 
 @contextmanager

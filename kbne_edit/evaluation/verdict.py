@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..errors import InputError, RequirementError
@@ -15,6 +15,7 @@ from .effect import FEWEST_DRAWS, Effect
 
 if TYPE_CHECKING:
     from ..attribution.answers import Answers
+    from .result import TaskResult
 
 State = Literal["PASS", "FAIL", "NO EVIDENCE", "NOT MEASURED"]
 Ship = Literal["ship", "do not ship", "try further"]
@@ -221,3 +222,25 @@ def next_command(verdict: Verdict, model: str, out: str) -> tuple[str, str]:
     if verdict.specific.state == "FAIL":
         return "select what is specific to bias", f"kbne-edit bake --in {model} --rule specific --out {out}-specific"
     return "measure on benchmarks, beside controls", f"kbne-edit evaluate --in {model} --baked {out}"
+
+
+def benchmarked(verdict: Verdict, tasks: Sequence[TaskResult]) -> Verdict:
+    """The same with what benchmarks say: where the probes were not measured, they tell of an effect; more bias beyond
+    every control, or a capability that got worse, is a failure in any case."""
+    figures = [(task.name, f) for task in tasks if task.kind == "bias" for f in task.figures.values() if f.tested]
+    worse = [f"{task}: {f.figure.name}" for task, f in figures if f.beyond_every_control("worse")]
+    better = [f"{task}: {f.figure.name}" for task, f in figures if f.beyond_every_control("better")]
+    effect, cost = verdict.effect, verdict.cost
+    if worse:
+        effect = Part("FAIL", f"more bias, beyond every control ({', '.join(worse)})")
+    elif figures and effect.state == "NOT MEASURED":
+        if better:
+            effect = Part("PASS", f"less bias, beyond every control ({', '.join(better)})")
+        else:
+            effect = Part("NO EVIDENCE", f"none of {len(figures)} figures of bias is better beyond every control")
+    lost = [
+        task.name for task in tasks if task.loss and any(f.tested and f.state == "worse" for f in task.figures.values())
+    ]
+    if lost:
+        cost = Part("FAIL", f"worse beyond chance: {', '.join(lost)}")
+    return replace(verdict, effect=effect, cost=cost)

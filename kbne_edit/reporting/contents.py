@@ -27,8 +27,9 @@ from ..errors import CheckpointError, InputError, ScoresError
 from ..files import work_folder
 from ..proofs.record import check_hashes
 from ..rule import Rule
+from ..tuning.result import Tuning, load_tuning
 from ..tuning.search import in_words
-from ..tuning.tune import RESULT, load_tuning
+from ..tuning.tune import RESULT
 from .lens import Neuron, columns, vocabulary, written
 from .record import Measured as Record
 from .wording import verdicts
@@ -120,12 +121,9 @@ def _tuning(file: Path, given: bool, edit: Edit, say: Callable[[str], None]) -> 
         return None
     try:
         found = load_tuning(file)
-        if (found["base"], found["chosen"]) != (edit.base, edit.sha256):
+        if (found.base, found.chosen) != (edit.base, edit.sha256):
             raise InputError(f"{file} did not choose this edit: pass the --tuning of its run")
-        try:
-            return _chosen(found) | {"sha256": file_hash(file)}
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            raise InputError(f"{file} has figures of another form than kbne-edit writes") from None
+        return _chosen(found) | {"sha256": file_hash(file)}
     except InputError as error:
         if given:
             raise
@@ -133,59 +131,44 @@ def _tuning(file: Path, given: bool, edit: Edit, say: Callable[[str], None]) -> 
         return None
 
 
-def _chosen(found: dict) -> dict:
-    """The front, the choice and its confirmation, each figure of the type that it must have."""
+def _chosen(found: Tuning) -> dict:
+    """The front, the choice and its confirmation."""
     points = [
         {
-            "settings": in_words(p["settings"]),
-            "neurons": int(p["neurons"]),
-            "bias": _three(p["bias"]),
-            "kl": float(p["kl"]),
-            "lowest": min(map(float, p["lowest"].values())),
-            "within": bool(p["within"]),
-            "front": bool(p["front"]),
-            "chosen": p["edit"] == found["chosen"],
+            "settings": in_words(point.settings),
+            "neurons": point.neurons,
+            "bias": list(point.bias),
+            "kl": point.kl,
+            "lowest": min(point.lowest.values()),
+            "within": point.within,
+            "front": point.front,
+            "chosen": point.edit == found.chosen,
         }
-        for p in found["points"]
+        for point in found.points
     ]
     split = [
-        {"task": str(name)}
-        | {
-            f"{side}_{key}": kind(of[side][key])
-            for side in ("dev", "test")
-            for key, kind in (("items", int), ("sha256", str))
-        }
-        for name, of in found["split"].items()
+        {"task": name} | {f"{side}_{key}": of[side][key] for side in ("dev", "test") for key in ("items", "sha256")}
+        for name, of in found.split.items()
     ]
-    test, figure = found["test"], str(found["figure"])
+    tested = [
+        {"task": entry.task, "change": list(entry.change), "p": entry.p, "beyond": entry.beyond, "found": entry.text}
+        for entry in found.tested
+    ]
+    said = found.confirmation
     return {
-        "figure": figure,
-        "margin": float(found["margin"]),
-        "max_kl": None if found["max_kl"] is None else float(found["max_kl"]),
-        "chosen_by": str(found["chosen_by"]),
-        "steered_by": list(map(str, found["steered_by"])),
-        "bounded_by": list(map(str, found["bounded_by"])),
+        "figure": found.figure,
+        "margin": found.margin,
+        "max_kl": found.max_kl,
+        "chosen_by": found.chosen_by,
+        "steered_by": list(found.steered_by),
+        "bounded_by": list(found.bounded_by),
         "split": split,
         "points": points,
-        "test": test
-        and [
-            {
-                "task": name,
-                "change": _three(entry["change"]),
-                "p": float(entry["p_holm"]),
-                "found": str(entry["verdict"]),
-            }
-            for name in map(str, found["steered_by"])
-            for entry in [test["tasks"][name]["figures"][figure]]
-        ],
-        "confirmed": test and bool(found["verdict"]["confirmed"]),
-        "verdict": test and str(found["verdict"]["text"]),
+        "test": tested or None,
+        "uses": said and said.uses,
+        "confirmed": said and said.confirmed,
+        "verdict": said and said.text,
     }
-
-
-def _three(values: list) -> list[float]:
-    value, low, high = map(float, values)
-    return [value, low, high]
 
 
 # ------------------------------------------------------------------------------------------------- from the manifest

@@ -130,7 +130,7 @@ def _behaviour(report: dict) -> tuple[str, str, str]:
 def _effect(report: dict) -> tuple[str, str, str]:
     about, effect, tuned = "effect on bias", report["effect"], report["tuning"]
     if effect is None and tuned and tuned["test"]:
-        beyond = all(entry["found"].endswith("beyond every control") for entry in tuned["test"])
+        beyond = all(entry["beyond"] for entry in tuned["test"])
         said = "; ".join(f"{entry['task']}: {entry['found']}" for entry in tuned["test"])
         return (
             about,

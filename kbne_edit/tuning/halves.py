@@ -31,6 +31,18 @@ class Half:
         return {name: (n, _digest(what)) for name, (n, what) in asked.items()}
 
 
+def whole_data(marks: Sequence[Benchmark], names: Sequence[str]) -> str:
+    """SHA-256 of all that these tasks ask, in whatever order and halves: the same data has the same."""
+    items = []
+    for mark in marks:
+        starts = [0]
+        for size in mark.sizes:
+            starts.append(starts[-1] + size)
+        if mark.name in names:
+            items += [_digest([mark.name, mark.pairs[a:b]]) for a, b in zip(starts, starts[1:], strict=False)]
+    return _digest(sorted(items))
+
+
 def _digest(what: object) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError
-from ..evaluation.evaluate import ABILITIES, ALPHA, least
-from ..statistics import pooled
+from ..evaluation.effect import FEWEST_DRAWS
+from ..evaluation.result import ABILITIES, ALPHA, TaskResult, loss_of
+from ..statistics import Interval, Part, pooled
 
 if TYPE_CHECKING:
     from ..evaluation.benchmark import Figure
@@ -21,64 +22,91 @@ FIGURES = ("absolute margin", "unwanted margin")  # what steers unless told othe
 
 
 class Run(NamedTuple):
-    """What a model did on a half. tasks: {task: columns [n, k]}; neutral: columns of the texts."""
+    """What a model did on a half. tasks: {task: columns [n, k]}; neutral: columns of the texts, or None."""
 
     tasks: dict[str, np.ndarray]
-    neutral: np.ndarray
+    neutral: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class Goal:
     """steering: {task: the figure of bias}. Bounds: of each of the abilities less than `margin` points are lost, and
-    the KL from the base on neutral text is below `max_kl`, if that is given."""
+    the KL from the base on neutral text is below `max_kl`, if that is given. clusters: of the dev half's items, by
+    task; chance: accuracy of a guess in the abilities, in percent."""
 
     steering: dict[str, Figure]
     abilities: list[str]
     margin: float
     max_kl: float | None = None
+    clusters: dict[str, Sequence[str]] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
 
     @property
     def figure(self) -> Figure:
         """The steering one, which is the same in every task."""
         return next(iter(self.steering.values()))
 
-    def moved(self, run: Run, others: Sequence[Run]) -> list[float]:
-        """[d, low, high]: the figure's distance from its ideal, less that of the others; mean over the tasks."""
+    def moved(self, run: Run, others: Sequence[Run]) -> Interval:
+        """The figure's distance from its ideal, less that of the others; mean over the tasks."""
         parts = []
         for name, figure in self.steering.items():
             columns = [run.tasks[name], *(other.tasks[name] for other in others)]
-            parts.append((np.concatenate(columns, 1), _difference(figure, columns[0].shape[1], len(others))))
+            difference = _difference(figure, columns[0].shape[1], len(others))
+            parts.append(Part(np.concatenate(columns, 1), difference, self.clusters.get(name)))
         return pooled(parts)
 
+    def distance(self, run: Run) -> float:
+        """The figure's distance from its ideal, mean over the tasks."""
+        return float(np.mean([f.distance(run.tasks[name].mean(0)) for name, f in self.steering.items()]))
+
     def lowest(self, base: Run, run: Run) -> dict[str, float]:
-        """Lower end, in points, of the change of each ability."""
-        return {name: least(base.tasks[name], run.tasks[name]) for name in self.abilities}
+        """Lower end, in points of what is above chance, of the change of each ability."""
+        return {name: self._loss(name, base, run) for name in self.abilities}
+
+    def _loss(self, name: str, base: Run, run: Run) -> float:
+        before, after, chance = base.tasks[name], run.tasks[name], self.chance.get(name, 0.0)
+        return loss_of(before, after, self.margin, chance, self.clusters.get(name)).lowest
 
     def breach(self, lowest: dict[str, float], kl: float) -> float:
         """By how much the bounds are broken, below 0 if they are not. lowest: as of `lowest`."""
         loss = -self.margin - min(lowest.values())
         return loss if self.max_kl is None else max(loss, kl - self.max_kl)
 
-    def verdict(self, report: dict) -> dict:
-        """Of a report of `evaluate` whose one tested figure is the steering one.
+    def confirmed(self, tasks: dict[str, TaskResult], kl: float, uses: int = 1) -> Confirmation:
+        """Of results on the test half in which the steering figure alone is tested.
 
-        confirmed: in every steering task there is less bias, beyond random neurons, and the bounds hold.
+        In every steering task there must be less bias, with p below .05 / uses, beyond enough random draws; and the
+        bounds must hold. kl: of the edit; uses: how often this data confirmed an edit, this one included.
         """
-        good, said = [], []
-        for name, figure in self.steering.items():
-            entry = report["tasks"][name]["figures"][figure.name]
-            nearer = figure.away(entry["edit"]) < figure.away(entry["base"])
-            good.append(entry["p_holm"] < ALPHA and nearer and entry["beyond"]["random neurons"][2] < 0)
-            said.append(f"{name}: {entry['verdict']}")
+        good, bounds, said = [], [], []
+        for name in self.steering:
+            result = tasks[name].figures[self.figure.name]
+            better = result.state == "better" and "random neurons" not in result.same_as
+            good.append(better and result.draws >= FEWEST_DRAWS and min(1.0, result.p_holm * uses) < ALPHA)
+            said.append(f"{name}: {result.described}")
+        if uses > 1:
+            said.append(f"this data has confirmed {uses} edits, so p is multiplied by {uses}")
         for name in self.abilities:
-            loss = report["tasks"][name]["figures"]["accuracy"]["non_inferior"]
-            good.append(loss["shown"])
-            said.append(f"{name}: a loss of {self.margin:g} points is {'' if loss['shown'] else 'not '}excluded")
+            excluded = tasks[name].loss.excluded
+            bounds.append(excluded)
+            said.append(f"{name}: a loss of {self.margin:g} points is {'' if excluded else 'not '}excluded")
         if self.max_kl is not None:
-            kl = report["neutral"]["KL from the base"]["edit"][0]
-            good.append(kl < self.max_kl)
-            said.append(f"KL {kl:.2g} is {'' if good[-1] else 'not '}below {self.max_kl:g}")
-        return {"confirmed": all(good), "text": "; ".join(said)}
+            bounds.append(kl < self.max_kl)
+            said.append(f"KL {kl:.2g} is {'' if bounds[-1] else 'not '}below {self.max_kl:g}")
+        return Confirmation(all(good) and all(bounds), "; ".join(said), all(bounds), uses)
+
+
+class Confirmation(NamedTuple):
+    """What the test half says. text: figure by figure; bounded: the bounds hold; uses: how often this data confirmed
+    an edit."""
+
+    confirmed: bool
+    text: str
+    bounded: bool = True
+    uses: int = 1
+
+    def to_dict(self) -> dict:
+        return self._asdict()
 
 
 def _difference(figure: Figure, k: int, others: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -112,9 +140,11 @@ def goal_of(halves: Sequence[Half], figure: str | None, margin: float, max_kl: f
         )
     for mark in (mark for half in halves for mark in half.marks if mark.name in abilities):
         unharmed = np.ones((len(mark.sizes), 1))
-        if (best := least(unharmed, unharmed)) <= -margin:
+        if (best := loss_of(unharmed, unharmed, margin, 0.0, mark.clusters or None).lowest) <= -margin:
             raise InputError(
                 f"{mark.name} has {len(unharmed)} items in a half, too few to exclude a loss of {margin:g} points even "
                 f"where none is lost (lower end {best:.1f}): take more, or --margin {math.floor(-best) + 1}"
             )
-    return Goal(steering, abilities, margin, max_kl)
+    clusters = {mark.name: mark.clusters for mark in halves[0].marks if mark.clusters}
+    chance = {mark.name: mark.chance_level for mark in halves[0].marks if mark.name in abilities}
+    return Goal(steering, abilities, margin, max_kl, clusters, chance)

@@ -1,0 +1,262 @@
+"""What an evaluation found: figures of every run, changes with their intervals, tests, and what can be said.
+
+An edit goes beyond random neurons where a figure moves further than any figure of any draw does, in units of the
+spread between draws (`statistics.beyond_draws`); beyond another control where the interval of the difference leaves
+out 0. Changes are judged with their sign towards the ideal: the distance from it has a kink there, so an edit that
+overshoots would seem to do nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from ..statistics import Interval, beyond_draws, change, holm, interval, least_change, mcnemar, permutation
+from .effect import FEWEST_DRAWS
+
+if TYPE_CHECKING:
+    from .benchmark import Benchmark, Figure
+    from .runs import Runs
+
+ABILITIES = ("capability", "knowledge")  # kinds of tasks in which an edit must not make a model worse
+ALPHA = 0.05  # of the whole report, shared out by Holm
+RANDOM = "random neurons"
+
+State = Literal["better", "worse", "none"]
+
+
+@dataclass(frozen=True)
+class FigureResult:
+    """One figure of one task.
+
+    values: of each run, by name. change: from base to edit. controls: the changes under each kind of control. beyond:
+    the edit less the control, signed so that below 0 is nearer to the ideal. draws: of random neurons. beyond_random:
+    -1 if the edit goes further towards the ideal than every draw in any figure, 1 if further away from it, else 0.
+    p: of the change, by itself; p_holm: Holm's, over all tested figures. None, {} or 0 where there is no edit, or no
+    ideal to judge it by.
+    """
+
+    figure: Figure
+    values: dict[str, float]
+    change: Interval | None = None
+    controls: dict[str, Interval] | None = None
+    beyond: dict[str, Interval] | None = None
+    draws: int = 0
+    beyond_random: int = 0
+    p: float | None = None
+    p_holm: float | None = None
+
+    @property
+    def tested(self) -> bool:
+        return self.p_holm is not None
+
+    @property
+    def nearer(self) -> bool:
+        """True if the edit brings the figure nearer to its ideal."""
+        return bool(self.figure.away(self.values["edit"]) < self.figure.away(self.values["base"]))
+
+    @property
+    def state(self) -> State:
+        """Whether the edit changes it, beyond chance."""
+        if self.p_holm is None or self.p_holm >= ALPHA:
+            return "none"
+        return "better" if self.nearer else "worse"
+
+    @property
+    def same_as(self) -> tuple[str, ...]:
+        """Kinds of controls that the edit does not go beyond, in the direction in which it goes."""
+        side = -1 if self.nearer else 1
+        same = [name for name, found in (self.beyond or {}).items() if found.side != side]
+        if self.draws and self.beyond_random != side and RANDOM not in same:
+            same.insert(0, RANDOM)
+        return tuple(same)
+
+    def beyond_every_control(self, state: State) -> bool:
+        """True if it is better (or worse), and beyond every control, enough random draws among them."""
+        return self.state == state and not self.same_as and self.draws >= FEWEST_DRAWS
+
+    @property
+    def described(self) -> str:
+        """One line on a tested figure."""
+        if self.state == "none":
+            return "no effect found"
+        words = ("better", "worse") if self.figure.ideal == 100 else (f"less {self.figure.excess}", "")
+        said = words[0] if self.nearer else words[1] or f"more {self.figure.excess}"
+        if self.same_as:
+            few = f" ({self.draws} draws cannot tell)" if 0 < self.draws < FEWEST_DRAWS else ""
+            return f"{said}, but not beyond {', '.join(self.same_as)}{few}"
+        return f"{said}, beyond every control"
+
+    def to_dict(self) -> dict:
+        record: dict = dict(self.values)
+        if self.change:
+            record["change"] = list(self.change)
+        if self.beyond is None or self.controls is None:
+            return record
+        record["ideal"] = "lowest" if self.figure.ideal == -math.inf else self.figure.ideal  # JSON has no infinity
+        record["controls"] = {name: list(found) for name, found in self.controls.items()}
+        record["beyond"] = {name: list(found) for name, found in self.beyond.items()}
+        record |= {"draws": self.draws, "beyond_random": self.beyond_random}
+        if self.tested:
+            record |= {"p": self.p, "p_holm": self.p_holm, "state": self.state}
+            record |= {"same_as": list(self.same_as), "verdict": self.described}
+        return record
+
+
+class Loss(NamedTuple):
+    """What of an ability may be lost. points: lower end of the change of accuracy, in points. lowest: the same of a
+    model that had everything right by knowing it: points * (100 - chance) / (accuracy - chance), since 5 points of a
+    model that is right in 43 % by knowing a fifth of them are more than a quarter of what it can do."""
+
+    margin: float
+    points: float
+    lowest: float
+    chance: float
+
+    @property
+    def excluded(self) -> bool:
+        """True if a loss of the margin is excluded."""
+        return self.lowest > -self.margin
+
+    def to_dict(self) -> dict:
+        return self._asdict() | {"shown": self.excluded}
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task. figures by name; groups: {group: (items, figures)} of base and edit; loss: of an ability, else None."""
+
+    name: str
+    kind: str
+    items: int
+    figures: dict[str, FigureResult]
+    groups: dict[str, tuple[int, dict[str, FigureResult]]]
+    loss: Loss | None = None
+
+    def to_dict(self) -> dict:
+        figures = {name: found.to_dict() for name, found in self.figures.items()}
+        if self.loss:
+            figures["accuracy"]["non_inferior"] = self.loss.to_dict()
+        groups = {
+            name: {"items": items} | {figure: found.to_dict() for figure, found in figures_.items()}
+            for name, (items, figures_) in self.groups.items()
+        }
+        return {"kind": self.kind, "items": self.items, "figures": figures, "groups": groups}
+
+
+def results_of(tasks: Sequence[Benchmark], runs: Runs, margin: float, only: str | None = None) -> dict[str, TaskResult]:
+    """Every figure for every run; for the edit also changes and tests (of the figure `only`, if given)."""
+    found = {task.name: _task(task, runs, margin) for task in tasks}
+    places = [
+        (task.name, name)
+        for task in tasks
+        for name, figure in found[task.name].figures.items()
+        if figure.p is not None and only in (None, name)
+    ]
+    p_holm = holm([found[task].figures[name].p for task, name in places])
+    further = _further({place: found[place[0]].figures[place[1]] for place in places}, runs)
+    for (task, name), p in zip(places, p_holm, strict=True):
+        figures = found[task].figures
+        figures[name] = replace(figures[name], p_holm=p, beyond_random=further.get((task, name), 0))
+    return found
+
+
+def _further(tested: dict[tuple[str, str], FigureResult], runs: Runs) -> dict[tuple[str, str], int]:
+    """Which of the tested figures go further than every draw, -1 towards the ideal, 1 away from it.
+
+    All figures together, so that many figures do not make one likelier to be said.
+    """
+    draws = [run.name for run in runs if run.kind == RANDOM]
+    known = {place: result for place, result in tested.items() if draws and draws[0] in result.values}
+    if not known or len(draws) < FEWEST_DRAWS:
+        return {}
+    progress = np.array([[_progress(result, name) for result in known.values()] for name in ("edit", *draws)])
+    towards, away = beyond_draws(progress), beyond_draws(-progress)
+    return {place: int(away[i]) - int(towards[i]) for i, place in enumerate(known)}
+
+
+def _progress(result: FigureResult, run: str) -> float:
+    """How far a run moves a figure towards its ideal, with the sign of where the base is."""
+    return _direction(result.figure, result.values["base"]) * (result.values[run] - result.values["base"])
+
+
+def _direction(figure: Figure, base: float) -> float:
+    """1 where the ideal lies above the base, -1 where it lies below."""
+    return -1.0 if figure.ideal == -math.inf or figure.ideal < base else 1.0
+
+
+def _task(task: Benchmark, runs: Runs, margin: float) -> TaskResult:
+    columns, clusters = runs.of(task.name), task.clusters or None
+    figures = {f.name: _figure(f, task, runs) for f in _defined(task.figures, columns)}
+    groups = {}
+    for group in sorted({*task.groups} - {""}) if len({*task.groups}) > 1 else []:
+        chosen = np.array([g == group for g in task.groups])
+        of_group = {name: columns[name][chosen] for name in ("base", "edit") if name in columns}
+        within = None if clusters is None else np.asarray(clusters)[chosen]
+        groups[group] = (
+            int(chosen.sum()),
+            {f.name: _values(f, of_group, within) for f in _defined(task.figures, of_group)},
+        )
+    loss = None
+    if task.kind in ABILITIES and "edit" in columns:
+        loss = loss_of(columns["base"], columns["edit"], margin, task.chance_level, clusters)
+    return TaskResult(task.name, task.kind, len(task.sizes), figures, groups, loss)
+
+
+def loss_of(
+    before: np.ndarray, after: np.ndarray, margin: float, chance: float, clusters: Sequence | None = None
+) -> Loss:
+    """Of accuracy, column 0 of [n, k]: the lower of the bootstrap's end and Agresti's. chance, margin: in points."""
+    ends = least_change(before[:, 0], after[:, 0], clusters), change([before], [after], clusters=clusters).low
+    points, known = 100 * min(ends), 100 * float(before[:, 0].mean()) - chance
+    scale = (100 - chance) / known if known > 0 else 1.0  # at chance nothing is known that could be lost
+    return Loss(margin, points, points * scale, chance)
+
+
+def _defined(figures: Sequence[Figure], columns: dict[str, np.ndarray]) -> list[Figure]:
+    """Figures that these items can give: a few items of BBQ may hold none that is ambiguous."""
+    return [f for f in figures if all(np.isfinite(f.of(values.mean(0))) for values in columns.values())]
+
+
+def _values(figure: Figure, columns: dict[str, np.ndarray], clusters: Sequence | np.ndarray | None) -> FigureResult:
+    """Value of each run, and the change from base to edit."""
+    values = {name: float(figure.of(found.mean(0))) for name, found in columns.items()}
+    if "edit" not in columns:
+        return FigureResult(figure, values)
+    return FigureResult(figure, values, change([columns["base"]], [columns["edit"]], figure.of, clusters))
+
+
+def _figure(figure: Figure, task: Benchmark, runs: Runs) -> FigureResult:
+    """`_values`, the controls, and the p of the edit's change."""
+    columns, clusters = runs.of(task.name), task.clusters or None
+    found = _values(figure, columns, clusters)
+    if "edit" not in columns or figure.ideal is None or task.kind == "open":
+        return found
+    before, after, controls = columns["base"], columns["edit"], runs.controls(task.name)
+    direction = _direction(figure, found.values["base"])
+
+    def away(means: np.ndarray) -> np.ndarray:
+        return -direction * figure.of(means)
+
+    alone = clusters is None or len(set(clusters)) == len(clusters)
+    return replace(
+        found,
+        controls={kind: change([before], values, figure.of, clusters) for kind, values in controls.items()},
+        beyond={kind: change(values, [after], away, clusters) for kind, values in controls.items()},
+        draws=len(controls.get(RANDOM, ())),
+        p=mcnemar(before[:, figure.binary], after[:, figure.binary])
+        if figure.binary is not None and alone
+        else permutation(before, after, figure.of, clusters),
+    )
+
+
+def neutral_of(runs: Runs) -> dict[str, dict[str, Interval]]:
+    """{"perplexity", "KL from the base": {run: value with its interval}} on the neutral texts."""
+    from . import neutral
+
+    figures = (neutral.PERPLEXITY, neutral.KL)
+    return {f.name: {run.name: interval(run.neutral, f.of) for run in runs if run.neutral is not None} for f in figures}

@@ -1,0 +1,138 @@
+"""Models measured on the same requests and texts: base, edit, and controls.
+
+Random draws are measured on tasks of bias alone, all of them in one batch: they are what a change of bias is held
+against, and nothing else is judged by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from ..edit import Edit
+from ..models.hooks import hooked
+from ..progress import progress
+from .controls import Control, Kind
+
+if TYPE_CHECKING:
+    import torch
+
+    from .benchmark import Benchmark
+    from .scoring import Scorer
+
+Columns = dict[str, np.ndarray]  # {task: [n, k]}
+
+
+class Measured(NamedTuple):
+    """What a model did. tasks: columns of each task; logits: on the neutral texts."""
+
+    tasks: Columns
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model's columns. kind: "base", "edit", or that of a control; neutral: columns of the texts, None if they were
+    not measured."""
+
+    kind: Literal["base", "edit"] | Kind
+    name: str
+    tasks: Columns
+    neutral: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs on the same items, the base first. temperature: of the flattened base, None if none has the edit's KL."""
+
+    runs: tuple[Run, ...]
+    temperature: float | None = None
+    _by_name: dict[str, Run] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._by_name.update({run.name: run for run in self.runs})
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.runs)
+
+    @property
+    def base(self) -> Run:
+        return self._by_name["base"]
+
+    @property
+    def edit(self) -> Run | None:
+        """None where the base alone was measured."""
+        return self._by_name.get("edit")
+
+    def of(self, task: str) -> dict[str, np.ndarray]:
+        """{run: columns} of one task, of the runs that measured it."""
+        return {run.name: run.tasks[task] for run in self.runs if task in run.tasks}
+
+    def controls(self, task: str) -> dict[Kind, list[np.ndarray]]:
+        """{kind of control: columns of each of its runs} of one task."""
+        found: dict = {}
+        for run in self.runs:
+            if run.kind not in ("base", "edit") and task in run.tasks:
+                found.setdefault(run.kind, []).append(run.tasks[task])
+        return found
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured: tasks, and token ids of the neutral texts."""
+
+    tasks: Sequence[Benchmark]
+    texts: Sequence[Sequence[int]]
+
+    def measure(self, scorer: Scorer, label: str, edit: Edit | None = None) -> Measured:
+        """One model. Task by task: no figure depends on what else is asked."""
+        from . import neutral
+
+        with hooked(scorer.model, edit) if edit else nullcontext():
+            with progress(label, sum(len(task.pairs) for task in self.tasks), "request") as update:
+                columns = {task.name: task.measure(scorer, update) for task in self.tasks}
+            return Measured(columns, neutral.logits(scorer, self.texts))
+
+    def measure_draws(self, scorer: Scorer, edits: Sequence[Edit], label: str = "random neurons") -> list[Columns]:
+        """Tasks of bias under each of these edits, in one batch."""
+        from .batched import score_edits
+
+        tasks = [task for task in self.tasks if task.kind == "bias"]
+        found: list[Columns] = [{} for _ in edits]
+        with progress(f"{label} ({len(edits)})", sum(len(task.pairs) for task in tasks) * len(edits), "request") as up:
+            for task in tasks if edits else ():
+                scored = score_edits(scorer.model, task.pairs, edits, longest_row=scorer.max_length, update=up)
+                for columns, logp, greedy in zip(found, scored.logprobs, scored.greedy, strict=True):
+                    columns[task.name] = task.columns(list(zip(logp.tolist(), greedy.tolist(), strict=True)))
+        return found
+
+    def complete(self, scorer: Scorer, edited: Measured | None, controls: Sequence[Control]) -> Runs:
+        """The base, the edit as measured, the controls, and the flattened base. scorer: of the base."""
+        from . import neutral
+
+        base = self.measure(scorer, "evaluate: base")
+
+        def run(kind: Literal["base", "edit"] | Kind, name: str, measured: Measured) -> Run:
+            return Run(kind, name, measured.tasks, neutral.columns(self.texts, measured.logits, base.logits))
+
+        runs = [run("base", "base", base)]
+        if edited is None:
+            return Runs(tuple(runs))
+        runs.append(run("edit", "edit", edited))
+        draws = [control for control in controls if control.kind == "random neurons"]
+        columns = self.measure_draws(scorer, [control.edit for control in draws], "evaluate: random neurons")
+        runs += [Run(c.kind, c.name, tasks) for c, tasks in zip(draws, columns, strict=True)]
+        for control in controls:
+            if control.kind != "random neurons":
+                measured = self.measure(scorer, f"evaluate: {control.name}", control.edit)
+                runs.append(run(control.kind, control.name, measured))
+        heat = neutral.temperature(base.logits, float(neutral.KL.of(runs[1].neutral.mean(0))))
+        if heat:
+            scorer.temperature = heat
+            runs.append(run("flattened", "flattened", self.measure(scorer, "evaluate: flattened")))
+            scorer.temperature = 1.0
+        return Runs(tuple(runs), heat)

@@ -1,0 +1,96 @@
+"""The choice on dev: of the edits within bounds and on the Pareto front, the first that goes beyond random neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..disk.checkpoint import Checkpoint
+from ..edit import Edit
+from ..evaluation.effect import random_edit
+from .objective import Goal, Run
+from .result import Point
+from .search import Space, Sweep, front, sweep
+
+if TYPE_CHECKING:
+    from ..attribution.scores import Scores
+    from .bench import DevBench
+
+_BLOCK = 8  # draws at once; as soon as one does as well as the edit, no more are needed
+
+
+class Choice(NamedTuple):
+    """points: every edit tried; edit: the chosen one, None if there is none."""
+
+    points: tuple[Point, ...]
+    edit: Edit | None
+    sweep: Sweep
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Measures the edits of a space on dev, and chooses. draws: of random neurons, all to be outdone."""
+
+    checkpoint: Checkpoint
+    bench: DevBench
+    goal: Goal
+    draws: int
+
+    def choose(self, space: Space, scores: dict[str, Scores], trials: int, seed: int) -> Choice:
+        """scores: by site."""
+        measured: dict[str, Point] = {}
+        found = sweep(space, scores, trials, seed, self._measure(measured))
+        points = {
+            key: replace(measured[key], settings=tuple(candidate.settings))
+            for key, candidate in found.candidates.items()
+        }
+        # The base is on every front, at no change and no cost: what does not lower the bias is beaten by it.
+        held = [point for point in points.values() if point.within and point.bias.value < 0]
+        best = [held[i] for i in front([(point.bias.value, point.kl) for point in held])]
+        for point in best:
+            points[point.edit] = replace(point, front=True)
+        for point in best:
+            edit = found.candidates[point.edit].edit
+            points[point.edit] = tried = self._against_random(points[point.edit], edit)
+            if tried.as_good == 0 and tried.beyond_random.high < 0:
+                return Choice(tuple(points.values()), edit, found)
+        return Choice(tuple(points.values()), None, found)
+
+    def _measure(self, points: dict[str, Point]) -> Callable[[Edit], tuple[float, float, float]]:
+        """A function for the sweep: edit -> (bias, KL, by how much the bounds are broken). points: added to."""
+        from ..evaluation import neutral
+
+        def measure(edit: Edit) -> tuple[float, float, float]:
+            if edit.sha256 not in points:
+                base, run = self.bench.base, self.bench.run(edit)
+                lowest, kl = self.goal.lowest(base, run), float(neutral.KL.of(run.neutral.mean(0)))
+                points[edit.sha256] = Point(
+                    edit=edit.sha256,
+                    neurons=edit.num_neurons,
+                    settings=(),
+                    bias=self.goal.moved(run, [base]),
+                    kl=kl,
+                    lowest=lowest,
+                    within=self.goal.breach(lowest, kl) < 0,
+                )
+            point = points[edit.sha256]
+            return point.bias.value, point.kl, self.goal.breach(point.lowest, point.kl)
+
+        return measure
+
+    def _against_random(self, point: Point, edit: Edit) -> Point:
+        """Held against random neurons of the same layers: it must do better than each of them."""
+        sizes = self.checkpoint.layer_sizes(edit.site)
+        run, draws, as_good = self.bench.run(edit), [], 0
+        for start in range(0, self.draws, _BLOCK):
+            seeds = range(start, min(start + _BLOCK, self.draws))
+            draws += self.bench.draws([random_edit(edit, sizes, seed) for seed in seeds])
+            as_good = self._as_good(run, draws)
+            if as_good:
+                break
+        beyond = self.goal.moved(run, draws)
+        return replace(point, beyond_random=beyond, draws=len(draws), as_good=as_good)
+
+    def _as_good(self, run: Run, draws: Sequence[Run]) -> int:
+        return sum(self.goal.distance(draw) <= self.goal.distance(run) for draw in draws)

@@ -1,0 +1,179 @@
+"""What a sweep found: every edit on dev, the choice, and its confirmation on test. Form of OUT/tune.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..errors import InputError
+from ..evaluation.verdict import Part, Verdict, verdict_of
+from ..files import read_json
+from ..statistics import Interval
+from .objective import Confirmation
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """One edit on dev. edit: its SHA-256; settings: all that select it. bias: change of the distance from the ideal,
+    mean over the steering tasks; kl: from the base on neutral text; lowest: lower end of the change of each ability.
+    within: it keeps the bounds; front: no other beats it in bias and KL. beyond_random: its distance less that of the
+    draws that it was held against, None if it was not; draws: how many, as_good: how many of them do as well.
+    """
+
+    edit: str
+    neurons: int
+    settings: tuple[dict, ...]
+    bias: Interval
+    kl: float
+    lowest: dict[str, float]
+    within: bool
+    front: bool = False
+    beyond_random: Interval | None = None
+    draws: int = 0
+    as_good: int = 0
+
+    def to_dict(self) -> dict:
+        return {
+            "edit": self.edit,
+            "neurons": self.neurons,
+            "settings": list(self.settings),
+            "bias": list(self.bias),
+            "kl": self.kl,
+            "lowest": self.lowest,
+            "within": self.within,
+            "front": self.front,
+            "beyond_random": self.beyond_random and list(self.beyond_random),
+            "draws": self.draws,
+            "as_good": self.as_good,
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict) -> Point:
+        """Raises KeyError, TypeError or ValueError."""
+        beyond = record["beyond_random"]
+        return cls(
+            str(record["edit"]),
+            int(record["neurons"]),
+            tuple(dict(setting) for setting in record["settings"]),
+            Interval.from_list(record["bias"]),
+            float(record["kl"]),
+            {str(name): float(value) for name, value in record["lowest"].items()},
+            bool(record["within"]),
+            bool(record["front"]),
+            None if beyond is None else Interval.from_list(beyond),
+            int(record.get("draws", 0)),
+            int(record.get("as_good", 0)),
+        )
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The steering figure of one task on test. beyond: better, and beyond every control; text: in words."""
+
+    task: str
+    change: Interval
+    p: float
+    beyond: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A sweep. figure: what steers; steered_by, bounded_by: tasks; split: {task: {half: items and SHA-256}}.
+
+    points: every edit tried; chosen: SHA-256 of the choice, None if no edit was to be chosen.
+    digits: decimals of the figure. tested, confirmation:
+    of the test half, () and None where it was not scored. record: all of it, as OUT/tune.json holds it.
+    """
+
+    base: str
+    figure: str
+    margin: float
+    max_kl: float | None
+    steered_by: tuple[str, ...]
+    bounded_by: tuple[str, ...]
+    split: dict[str, dict]
+    points: tuple[Point, ...]
+    chosen: str | None
+    chosen_by: str
+    digits: int = 4
+    tested: tuple[Tested, ...] = ()
+    confirmation: Confirmation | None = None
+    record: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        said = "not tested" if self.confirmation is None else f"confirmed: {self.confirmation.confirmed}"
+        return f"Tuning({len(self.points)} edits, {self.figure}, {said})"
+
+    @property
+    def verdict(self) -> Verdict:
+        """By the test half alone: what was chosen on dev is no evidence."""
+        verdict = verdict_of()
+        if self.confirmation is None:
+            return verdict
+        good = self.confirmation.confirmed and all(entry.beyond for entry in self.tested)
+        held = self.confirmation.bounded
+        bounds = "the bounds hold on the test half" if held else f"a bound is broken: {self.confirmation.text}"
+        return replace(
+            verdict,
+            effect=Part("PASS" if good else "NO EVIDENCE", f"on the test half, {self.confirmation.text}"),
+            cost=Part("PASS" if held else "NO EVIDENCE", bounds),
+        )
+
+    def to_dict(self) -> dict:
+        return self.record
+
+    @classmethod
+    def from_dict(cls, record: object, where: str = "tune.json") -> Tuning:
+        """Inverse of `to_dict`, of earlier versions' records, too. Raises InputError."""
+        if not isinstance(record, dict) or record.get("kbne_tune") != VERSION:
+            raise InputError(f"{where} is no result of `kbne-edit tune`")
+        try:
+            return cls._parsed(record)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            raise InputError(f"{where} has figures of another form than kbne-edit writes") from None
+
+    @classmethod
+    def _parsed(cls, record: dict) -> Tuning:
+        figure, test = str(record["figure"]), record["test"]
+        said = record["confirmation"] if "confirmation" in record else record["verdict"]
+        steered = tuple(map(str, record["steered_by"]))
+        tested = []
+        for task in steered if test else ():
+            entry = test["tasks"][task]["figures"][figure]
+            # Earlier versions said no state: what they called beyond every control rested on too few draws.
+            beyond = entry.get("state") == "better" and not entry["same_as"]
+            change = Interval.from_list(entry["change"])
+            tested.append(Tested(task, change, float(entry["p_holm"]), beyond, str(entry["verdict"])))
+        return cls(
+            base=str(record["base"]),
+            figure=figure,
+            margin=float(record["margin"]),
+            max_kl=None if record["max_kl"] is None else float(record["max_kl"]),
+            steered_by=steered,
+            bounded_by=tuple(map(str, record["bounded_by"])),
+            split={str(name): _halves(of) for name, of in record["split"].items()},
+            points=tuple(map(Point.from_dict, record["points"])),
+            chosen=None if record["chosen"] is None else str(record["chosen"]),
+            chosen_by=str(record["chosen_by"]),
+            digits=int(record.get("digits", 4)),
+            tested=tuple(tested),
+            confirmation=said and _confirmation(said),
+            record=record,
+        )
+
+
+def _confirmation(said: dict) -> Confirmation:
+    confirmed = bool(said["confirmed"])
+    return Confirmation(confirmed, str(said["text"]), bool(said.get("bounded", confirmed)), int(said.get("uses", 1)))
+
+
+def _halves(of: dict) -> dict:
+    return {side: {"items": int(of[side]["items"]), "sha256": str(of[side]["sha256"])} for side in ("dev", "test")}
+
+
+def load_tuning(path: str | Path) -> Tuning:
+    """A result of `tune`. Raises InputError."""
+    return Tuning.from_dict(read_json(path, InputError, "run tune again"), str(path))

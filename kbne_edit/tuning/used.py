@@ -1,0 +1,58 @@
+"""How often data has confirmed an edit: a test half is new once per data, not once per folder or per split.
+
+The record lies beside the scores, one line of JSON for each edit that was put to the test. Every further edit that is
+put to the same data is one more look at it, and is corrected for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..disk.publishing import write_errors
+from ..errors import InputError, OutputError
+from ..files import open_input
+from ..progress import say
+
+SUFFIX = ".tested.jsonl"
+
+
+def record_of(scores: Path) -> Path:
+    """The record of a scores file."""
+    return scores.with_name(scores.name + SUFFIX)
+
+
+def count_use(scores: Sequence[Path], data: str, edit: str) -> int:
+    """Note that an edit is put to the test on this data; which look at it this is, from 1.
+
+    data, edit: their SHA-256. The same edit again is the same look. A record that cannot be read or written is said,
+    and not counted.
+    """
+    place = 1
+    for path in map(record_of, scores):
+        lines = _lines(path)
+        known = [line["edit"] for line in lines if line.get("data") == data and isinstance(line.get("edit"), str)]
+        order = list(dict.fromkeys(known))
+        if edit not in order:
+            order.append(edit)
+            try:
+                with write_errors(path), open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"data": data, "edit": edit}) + "\n")
+            except OutputError as error:
+                say(f"how often this data was used is not kept: {error}")
+        place = max(place, order.index(edit) + 1)
+    return place
+
+
+def _lines(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    try:
+        with open_input(path, InputError) as file:
+            raw = file.read(1 << 20)
+        found = [json.loads(line) for line in raw.splitlines() if line.strip()]
+    except (InputError, ValueError, RecursionError) as error:
+        say(f"{path} cannot be read ({error}): how often this data was used is not known")
+        return []
+    return [line for line in found if isinstance(line, dict)]
