@@ -45,8 +45,11 @@ EXPERTS = dict(
 )
 
 
-def plain(kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **sizes):
-    """A seeded model whose weights are large enough for an edit to show."""
+def plain(kind: str = "llama", dtype: torch.dtype = torch.bfloat16, loud: int | None = None, **sizes):
+    """A seeded model whose weights are large enough for an edit to show.
+
+    loud: a neuron whose row of up is four times as large as the others', as real ones have a few.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | sizes))
     with torch.no_grad():
@@ -55,6 +58,8 @@ def plain(kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **sizes):
                 parameter.mul_(4)
             if name.endswith("bias"):
                 parameter.normal_()
+            if loud is not None and name.endswith("up_proj.weight"):
+                parameter[loud] *= 4
     return model.to(dtype).eval()
 
 

@@ -135,6 +135,46 @@ def test_other_libraries(kind, checkpoints, tmp_path):
     assert kind.split("/")[0] in readers or kind.startswith("hqq")
 
 
+def gptq_module(tensors, kind):
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    rows, words = tensors["qweight"].shape[::-1]
+    module = TorchLinear(4, 32, False, kind == "act-order", words * 8, rows)
+    module.load_state_dict(tensors, strict=False)
+    convert_gptq_v1_to_v2_format_module(module, bits=4, pack_dtype=torch.int32)
+    module.post_init()
+    return module
+
+
+def hqq_module(tensors, kind):
+    from hqq.core.quantize import HQQLinear
+
+    module = HQQLinear(None, None, compute_dtype=torch.float16, device="cpu")
+    module.load_state_dict(tensors)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["gptq/w4", "gptq/act-order", "hqq/axis1"])
+def test_modules_of_libraries_without_a_model_on_a_cpu(kind, checkpoints, tmp_path):
+    """The up-projection as the format's own module computes it: the edited outputs are doubled, to the bit."""
+    pytest.importorskip("gptqmodel" if kind.startswith("gptq") else "hqq")
+    base = checkpoints(kind)
+    fold(base, edit_of(2.0), tmp_path / "out")
+    outputs = []
+    x = torch.randn(5, quantised.SIZES["hidden_size"], generator=torch.Generator().manual_seed(0)).half()
+    for folder in (base, tmp_path / "out"):
+        name = "model.layers.0.mlp.up_proj."
+        tensors = load_file(folder / "model.safetensors")
+        parts = {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
+        module = (gptq_module if kind.startswith("gptq") else hqq_module)(parts, kind.split("/")[1])
+        with torch.no_grad():
+            outputs.append(module(x))
+    wanted = outputs[0].clone()
+    wanted[:, list(NEURONS)] *= 2
+    assert torch.equal(outputs[1], wanted) and not torch.equal(outputs[0], wanted)
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
 def test_int4_experts(kind, checkpoints, tmp_path):
     """Neurons of two routed experts, and in a layer without experts (deepseek: also of the shared expert)."""
@@ -237,6 +277,22 @@ def test_scales_of_nvfp4(checkpoints, tmp_path):
     options = read_as("compressed-tensors")
     wanted = logits(by_library(base, torch.float32, **options), edit.factors)
     assert torch.equal(logits(by_library(tmp_path / "out", torch.float32, **options)), wanted)
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors/NVFP4A16", "compressed-tensors/FP8_DYNAMIC", "fp8/tensor"])
+def test_doubling_beside_a_loud_row(kind, checkpoints, tmp_path):
+    """In the formats whose numbers can saturate: the loud row is refused by name, the others are exact."""
+    options = read_as(kind.split("/")[0])
+    base, edit = checkpoints(kind, loud=9), edit_of(2.0)
+    if kind != "compressed-tensors/FP8_DYNAMIC":  # a scale a row, in bfloat16: nothing saturates
+        with pytest.raises(EditError, match=r"1 neurons .*: 0\.9\. "):
+            Plan.of(Checkpoint.open(base), edit_of(2.0, (9, 100)))
+    fold(base, edit, tmp_path / "out")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = by_library(base, dtype, **options)
+        wanted = logits(model, edit.factors)
+        assert torch.equal(logits(by_library(tmp_path / "out", dtype, **options)), wanted)
+        assert not torch.equal(logits(model), wanted)
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, 3.0])
