@@ -207,12 +207,46 @@ TEXT_ALONE: dict[str, dict] = {  # made as a whole, run without the rest
         vision_config=_VISION | dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
     ),
 }
+# Attention in some layers, a recurrence or a convolution in the others.
+_LINEAR = dict(
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_conv_kernel_dim=4,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+)
+_MAMBA = dict(
+    mamba_n_heads=8,
+    mamba_d_head=8,
+    mamba_n_groups=1,
+    mamba_d_state=16,
+    mamba_d_ssm=64,
+    mamba_expand=2,
+    mamba_chunk_size=8,
+    mamba_d_conv=4,
+)
+HYBRIDS: dict[str, dict] = {
+    "qwen3_5_text": _LLAMA | _LINEAR,
+    "olmo_hybrid": _LLAMA | _LINEAR,
+    "lfm2": _LLAMA
+    | dict(
+        block_ff_dim=48, block_auto_adjust_ff_dim=False, conv_L_cache=3, layer_types=["conv", "full_attention", "conv"]
+    ),
+    "falcon_h1": _LLAMA | _MAMBA,
+    "bamba": _LLAMA | _MAMBA | dict(attn_layer_indices=[1]),
+    "granitemoehybrid": _LLAMA
+    | _MAMBA
+    | dict(num_local_experts=0, shared_intermediate_size=48, layer_types=["mamba", "attention", "mamba"]),
+    "qwen3_next": _MOE | _LINEAR | dict(shared_expert_intermediate_size=40, decoder_sparse_step=1),
+    "qwen3_5_moe_text": _MOE | _LINEAR | dict(shared_expert_intermediate_size=40),
+}
 WHOLE = MULTIMODAL | MULTIMODAL_MIXTURES | TEXT_ALONE
 
 
 def tiny_config(name: str):
     model_type, *_ = name.split("-")
-    return AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES | WHOLE)[name])
+    return AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES | HYBRIDS | WHOLE)[name])
 
 
 def auto_class(name: str):

@@ -29,10 +29,11 @@ from ..errors import InputError
 from ..families import Site
 from ..models.masks import longest
 from ..models.memory import ROWS
-from ..models.places import decoder_layers, post_norm
+from ..models.places import decoder_layers, is_recurrent, post_norm
 from ..progress import say
 from .quadrature import Adaptive, Fixed, Found, Path, quadrature
 from .rows import Pack, Rows, Segment, trunk
+from .whole import Question, settle
 
 TOLERANCE = 0.01  # completeness residual of a layer, relative to the question's largest score
 
@@ -142,6 +143,13 @@ def attributions(
     layers = Resident(layers) if isinstance(layers, nn.Module) else layers
     _check(input_ids, answer_ids, positions)
     wanted = range(len(input_ids)) if only is None else only
+    if is_recurrent(layers.model):
+        questions = (
+            Question(layers.model, site, input_ids[q], answer_ids[q], other_ids[q] if other_ids else None, positions)
+            for q in wanted
+        )
+        yield from _unpacked(layers, questions, partial(_rule, quadrature, layers.model, tolerance, positions), arrived)
+        return
     every = packs(layers.model, input_ids, quadrature, positions)
     todo = [pack for pack in every if not set(pack).isdisjoint(wanted)]
     rule = partial(_rule, quadrature, layers.model, tolerance, positions)
@@ -171,6 +179,25 @@ def attributions(
                     if q in wanted:
                         yield _finish(questions, slot, done)
             fresh = None
+
+
+def _unpacked(
+    layers: Layers,
+    questions: Iterable[Question],
+    rule: Callable[[], Fixed | Adaptive],
+    arrived: Callable[[Tensor], None] | None,
+) -> Iterator[Attribution]:
+    """Question by question, of a model whose rows cannot be packed. Raises InputError if it is not in memory."""
+    if not layers.keep:
+        raise InputError("a model with recurrent layers is attributed in memory only: pass a larger --memory")
+    with _still(layers.model):
+        for question in questions:
+            quadrature = rule()
+            bare = settle(question, quadrature)
+            if arrived:
+                arrived(bare.next_token[None])
+            p = float(bare.next_token[list(question.answer)].sum())
+            yield _attribution(bare.h, bare.value, p, bare.next_token, quadrature)
 
 
 def packs(
@@ -323,8 +350,12 @@ def _still(model: nn.Module) -> Iterator[None]:
 
 
 def _finish(pack: Pack, slot: int, rule: Fixed | Adaptive) -> Attribution:
-    h = pack.h[:, slot]
+    return _attribution(pack.h[:, slot], pack.value[slot], pack.p[slot], pack.next_token[slot], rule)
+
+
+def _attribution(h: Tensor, value: float, p: float, next_token: Tensor, rule: Fixed | Adaptive) -> Attribution:
+    """What a rule that is content gives for one question. h: [L, N, F]; value: what is attributed, at gamma = 1."""
     scores = (h * rule.gradients.view_as(h)).sum(1)
     largest = max(scores.abs().max().item(), 1e-30)
-    residual = np.abs(scores.sum(1).double().numpy() - (pack.value[slot] - rule.p_zero)) / largest
-    return Attribution(scores, pack.p[slot], rule.p_zero, residual, rule.nodes, pack.next_token[slot])
+    residual = np.abs(scores.sum(1).double().numpy() - (value - rule.p_zero)) / largest
+    return Attribution(scores, p, rule.p_zero, residual, rule.nodes, next_token)

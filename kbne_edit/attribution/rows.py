@@ -33,7 +33,7 @@ from ..families import Site
 from ..models.bounds import check_numbers, check_tokens
 from ..models.hooks import replaced, tapped
 from ..models.masks import attention_mask
-from ..models.places import decoder_layers, num_neurons, places, post_norm
+from ..models.places import decoder_layers, is_recurrent, num_neurons, places, post_norm
 from .quadrature import Found
 
 _HEAD_ROWS = 192  # rows that go through the head at once: it makes [R, V] logits, and reads its weights each time
@@ -462,5 +462,9 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Everything after the last layer, by the model's own code: [1, R, D] -> logits [R, V] float32."""
     layers, rows = decoder_layers(model), hidden.reshape(-1, 1, hidden.shape[-1])
     with replaced(layers, lambda *args, **kwargs: rows.as_subclass(_Output)):
-        logits = _forward(model, np.zeros((len(rows), 1), int), _cache(layers, None, 0, keep=False))
+        ids = np.zeros((len(rows), 1), int)
+        if is_recurrent(model):  # their caches hold states, which no layer is there to make
+            logits = model(input_ids=_tensor(model, ids), use_cache=False, logits_to_keep=1)
+        else:
+            logits = _forward(model, ids, _cache(layers, None, 0, keep=False))
     return logits.logits[:, -1].float()

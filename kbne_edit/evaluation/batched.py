@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from ..errors import InputError
 from ..families import end
 from ..models.hooks import Tap, tapped
 from ..models.masks import attention_mask, longest
-from ..models.places import decoder_layers, places
-from ..models.trees import Tree, cut
+from ..models.places import decoder_layers, is_recurrent, places
+from ..models.trees import Tree, cut, unpacked
 from ..recipe import Probe
 
 TREE_TOKENS = 512  # of one tree: attention within it grows with the square
@@ -184,20 +184,28 @@ def last_states(model: nn.Module, tree: Tree, edits: Sequence[Edit | None]) -> T
 
     Raises EditError if an edit does not fit the model.
     """
-    layers, device = decoder_layers(model), model.get_input_embeddings().weight.device
+    if is_recurrent(model):
+        return unpacked(tree, lambda ids: _states(model, edits, ids), model)
+    device, depth = model.get_input_embeddings().weight.device, np.array(tree.depth)
+    return _states(
+        model,
+        edits,
+        torch.tensor([tree.tokens], device=device),
+        position_ids=torch.tensor([tree.depth], device=device),
+        attention_mask=attention_mask(model, tree.seen, depth, depth),
+    )
+
+
+def _states(model: nn.Module, edits: Sequence[Edit | None], input_ids: Tensor, **kwargs: Any) -> Tensor:
+    """The last layer's output for tokens [1, N] under each edit, [E, N, D]. kwargs: how the model sees the tokens."""
+    layers = decoder_layers(model)
     touched = [layer for edit in edits if edit for layer in edit.factors]
-    depth = np.array(tree.depth)
     with ExitStack() as stack:
         stack.enter_context(_repeated(layers[min(touched, default=len(layers) - 1) :], len(edits)))
-        stack.enter_context(_scaled(model, edits, len(tree.tokens)))
+        stack.enter_context(_scaled(model, edits, input_ids.shape[1]))
         stack.enter_context(_left_after(layers[-1]))
         try:
-            model(
-                input_ids=torch.tensor([tree.tokens], device=device),
-                position_ids=torch.tensor([tree.depth], device=device),
-                attention_mask=attention_mask(model, tree.seen, depth, depth),
-                use_cache=False,
-            )
+            model(input_ids=input_ids, use_cache=False, **kwargs)
         except _Reached as reached:
             return reached.hidden
     raise AssertionError(f"{type(model).__name__} did not call its last layer")

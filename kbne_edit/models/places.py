@@ -24,6 +24,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         ) from None
 
 
+def is_recurrent(model: nn.Module) -> bool:
+    """True if some layers hand a state from token to token, so that no mask keeps rows of tokens apart."""
+    return family_of(model.config.to_dict()).recurrent
+
+
 class Place(NamedTuple):
     """Neurons `offset` to `offset + neurons` of a layer: the input (or output) of `module`.
 

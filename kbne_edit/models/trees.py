@@ -13,7 +13,7 @@ Legend: N tokens of a tree, K kept positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .bounds import check_numbers, check_tokens
 from .masks import attention_mask, longest
+from .places import is_recurrent
 
 _TOKENS_CPU, _TOKENS = 512, 4096  # of one pass: attention within a pass grows with the square
 _LOGIT_BYTES = 1 << 29  # of one pass: its tokens shrink as the vocabulary grows
@@ -83,6 +84,10 @@ def logits_at(model: nn.Module, tree: Tree, keep: Sequence[int]) -> Tensor:
     (scales, soft caps) works element by element, and so does not mind.
     """
     check_tokens(model, tree.tokens, tree.depth)
+    if is_recurrent(model):
+        logits = unpacked(tree, lambda ids: model(input_ids=ids, use_cache=False).logits, model)[0, list(keep)]
+        check_numbers(logits, model)
+        return logits.float()
     device = model.get_input_embeddings().weight.device
     index, depth = torch.tensor(keep), np.array(tree.depth)
     handle = model.get_output_embeddings().register_forward_pre_hook(
@@ -99,3 +104,16 @@ def logits_at(model: nn.Module, tree: Tree, keep: Sequence[int]) -> Tensor:
         handle.remove()
     check_numbers(logits, model)
     return logits.float()
+
+
+def unpacked(tree: Tree, run: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
+    """A tree's rows one by one, where no mask can keep them apart: what `run` gives for each token, [E, N, …].
+
+    run: token ids [1, T] of one row -> [E, T, …].
+    """
+    device = model.get_input_embeddings().weight.device
+    places: dict[int, Tensor] = {}
+    for path in tree.paths:
+        outputs = run(torch.tensor([[tree.tokens[node] for node in path]], device=device))
+        places |= {node: outputs[:, position] for position, node in enumerate(path)}
+    return torch.stack([places[node] for node in range(len(tree.tokens))], 1)
