@@ -144,3 +144,16 @@ def test_the_command_prints_the_figures():
     assert run.output.rstrip().endswith("nothing to note") and run.output.count("50.0%") == 6
     run = CliRunner().invoke(command, ["check", "hiring", "--json"])
     assert json.loads(run.output)["questions"] == {"count": 192, "always": {"yes": 0.5, "no": 0.5}, "opening": 0.5}
+
+
+def test_the_list_counts_what_each_recipe_holds():
+    run = CliRunner().invoke(command, ["list", "--json"])
+    rows = json.loads(run.output)
+    assert set(rows) == set(recipe_names())
+    for name, row in rows.items():
+        recipe = load_recipe(name)
+        held = (len(recipe.questions), len(recipe.controls), len(recipe.twins), recipe.language)
+        assert (row["questions"], row["controls"], row["twins"], row["language"]) == held
+    lines = CliRunner().invoke(command, ["list"]).output.splitlines()
+    assert [line.partition(":")[0] for line in lines] == recipe_names()
+    assert "hiring: 192 questions, 96 controls, 32 twins." in lines[recipe_names().index("hiring")]

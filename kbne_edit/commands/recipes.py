@@ -23,13 +23,13 @@ def list_(as_json) -> None:
     """The recipes that come with the package."""
     from ..recipe import load_recipe, recipe_names
 
-    found = [load_recipe(name) for name in recipe_names()]
-    rows = {r.name: {"questions": len(r.questions), "controls": len(r.controls), "text": r.description} for r in found}
-    options.show(
-        rows,
-        as_json,
-        [f"{n}: {r['questions']} questions, {r['controls']} controls. {r['text']}" for n, r in rows.items()],
-    )
+    rows, lines = {}, []
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        counts = {"questions": len(recipe.questions), "controls": len(recipe.controls), "twins": len(recipe.twins)}
+        rows[name] = counts | {"language": recipe.language, "text": recipe.description}
+        lines.append(f"{name}: {', '.join(f'{n} {what}' for what, n in counts.items())}. {recipe.description}")
+    options.show(rows, as_json, lines)
 
 
 @command.command()
