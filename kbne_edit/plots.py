@@ -121,7 +121,10 @@ def overlaps(sets: Sequence[tuple[str, int]], parts: Sequence[tuple[Sequence[int
 
 
 def intervals(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Means with their intervals about a line at zero. rows: (name, (mean, low, high))."""
+    """Means with their intervals about a line at zero. rows: (name, (mean, low, high)).
+
+    The first row is the edit; what it is compared with has another colour and a smaller disc.
+    """
     reach = max(abs(value) for _, values in rows for value in values) or 1
     left, right, top = 16.0, _WIDTH - 16.0, 10.0
 
@@ -131,14 +134,33 @@ def intervals(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     body = []
     for place, (name, (mean, low, high)) in enumerate(rows):
         y = top + 44 * place + 30
-        body += [_text(left, y - 14, name), _line(at(low), y, at(high), y, "bar"), _dot(at(mean), y, "first", 5)]
+        body += [
+            _text(left, y - 14, name),
+            _line(at(low), y, at(high), y, "bar"),
+            _dot(at(mean), y, "second" if place else "first", 4 if place else 6),
+        ]
         body += [_line(at(end), y - 5, at(end), y + 5, "bar") for end in (low, high)]
     bottom = top + 44 * len(rows)
     body += [_line(at(0), top, at(0), bottom, "axis"), _text(at(0), bottom + 16, "0, no change", "middle", "quiet")]
     body += [_text(at(-reach), bottom + 16, f"{-reach:+.3g}", "start", "quiet")]
     body += [_text(at(reach), bottom + 16, f"{reach:+.3g}", "end", "quiet")]
     said = "; ".join(f"{name}: {mean:+.4f}, from {low:+.4f} to {high:+.4f}" for name, (mean, low, high) in rows)
-    return _svg("effect", bottom + 24, "Change of the stereotype margin", said + ".", body)
+    return _svg("effect", bottom + 24, "Change of the score", said + ".", body)
+
+
+def histogram(bars: Sequence[tuple[float, float, int]]) -> str:
+    """Bars: (from, to, how many), of equal width and without gaps; their height is linear."""
+    high, base = max(count for _, _, count in bars) or 1, 130.0
+    step = (_WIDTH - 32.0) / len(bars)
+    body = [_line(16, base, _WIDTH - 16, base, "axis")]
+    for place, (_, _, count) in enumerate(bars):
+        tall = 100 * count / high
+        body.append(_rect(16 + step * (place + 0.1), base - tall, step * 0.8, tall, "first"))
+    body += [_text(16, base + 18, f"{bars[0][0]:.3g}", kind="quiet"), _text(16, 16, f"{high:,} neurons", kind="quiet")]
+    body += [_text(_WIDTH - 16, base + 18, f"{bars[-1][1]:.3g}", "end", "quiet")]
+    body += [_text(_WIDTH / 2, base + 18, "factor", "middle", "quiet")]
+    said = "; ".join(f"{low:.3g} to {top:.3g}: {count}" for low, top, count in bars)
+    return _svg("factors", base + 26, "Distribution of the factors", said + ".", body)
 
 
 def pareto(points: Sequence[tuple[float, float, bool, bool, bool]], figure: str) -> str:

@@ -73,12 +73,12 @@ def picture() -> str:
 def measure() -> str:
     """The marks of the map, as JSON: what `bake --in demo` selects, and what `report` shows of it."""
     from kbne_edit import bake
-    from kbne_edit.reporting.contents import build
-    from kbne_edit.reporting.page import marks
+    from kbne_edit.reporting.contents import report
+    from kbne_edit.reporting.neurons import marks
 
     with tempfile.TemporaryDirectory() as folder:
         bake("demo", Path(folder) / "debiased")
-        found = marks(build(Path(folder) / "debiased"))
+        found = marks(report(Path(folder) / "debiased")).to_dict()
     return "{\n" + ",\n".join(f' "{key}": {json.dumps(value)}' for key, value in found.items()) + "\n}\n"
 
 

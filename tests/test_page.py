@@ -4,14 +4,19 @@ import re
 import shutil
 import subprocess
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kbne_edit.reporting.contents import build
+from kbne_edit import Edit
+from kbne_edit.evaluation.cost import Continuation
+from kbne_edit.reporting import contents
 from kbne_edit.reporting.page import render
+from kbne_edit.reporting.types import SplitRow, Sweep, SweepPoint, TaskTest, Token, Tokens
+from kbne_edit.statistics import Interval
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "</table><script>alert(1)</script><img src=x onerror=alert(2)>'\"&amp;\u202e\x1b[31m"
@@ -20,7 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def report(debiased):
-    return build(debiased)
+    return contents.report(debiased)
 
 
 class Page(HTMLParser):
@@ -88,72 +93,77 @@ def test_tables_and_plots(page):
 def test_plots_show_the_figures(report):
     """Marks read back from the drawings: places on the map, shades, heights and ends of bars."""
     html = render(report)
-    neuron_map, heat, overlap, effect = (Page(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    effect, neuron_map, heat, overlap = (Page(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL))
 
     def marks(drawing, tag, kind, *keys):
-        found = [a for a in drawing.all(tag) if a["class"] == kind]
+        found = [a for a in drawing.all(tag) if a.get("class") == kind]
         return [tuple(float(a[key]) for key in keys) if len(keys) > 1 else float(a[keys[0]]) for a in found]
 
     discs, squares = marks(neuron_map, "circle", "first", "cx", "cy"), marks(neuron_map, "rect", "second", "x", "y")
     drawn = np.array([*discs, *((x + 3.5, y + 3.5) for x, y in squares)])  # squares are 7 units wide
-    own = [[(n["neuron"], n["layer"]) for n in report["neurons"] if n["selected_by_controls"] == s] for s in (0, 1)]
+    own = [[(n.neuron, n.layer) for n in report.neurons if n.selected_by_controls == s] for s in (0, 1)]
     assert [len(discs), len(squares)] == list(map(len, own)) and discs and squares
     for axis in (0, 1):
         places = [place[axis] for place in own[0] + own[1]]
         line = np.polyfit(places, drawn[:, axis], 1)
         assert line[0] > 0 and np.polyval(line, places) == pytest.approx(drawn[:, axis], abs=0.02)
-    shares = np.ravel([row["layers"] for row in report["map"]["mass"]])
-    shades = [float(a.get("fill-opacity", 1)) for a in heat.all("rect") if a["class"] == "heat"]
+    shares = np.ravel([row.layers for row in report.map.mass])
+    shades = [float(a.get("fill-opacity", 1)) for a in heat.all("rect") if a.get("class") == "heat"]
     assert shades == pytest.approx(shares / shares.max(), abs=0.001)
-    counts = [part["neurons"] for part in report["overlap"]["parts"]]
+    counts = [part.neurons for part in report.overlap.parts]
     heights = np.array(marks(overlap, "rect", "first", "height"))
     assert heights / heights[0] == pytest.approx(np.array(counts) / counts[0], abs=0.001)
-    assert len(marks(overlap, "circle", "on", "cx")) == sum(len(part["sets"]) for part in report["overlap"]["parts"])
+    assert len(marks(overlap, "circle", "on", "cx")) == sum(len(part.sets) for part in report.overlap.parts)
     keys = ("change_abs", "random_change_abs", "versus_random", "versus_flattened", "change_signed")
-    means = np.array(marks(effect, "circle", "first", "cx")) - 240  # the middle is zero
-    expected = np.array([report["effect"][key][0] for key in keys])
+    dots = [(a["class"], float(a["cx"])) for a in effect.all("circle")]
+    assert [kind for kind, _ in dots] == ["first", *["second"] * 4]  # the edit, and what it is compared with
+    means = np.array([x for _, x in dots]) - 240  # the middle is zero
+    expected = np.array([report.effect.to_dict()[key][0] for key in keys])
     assert means / means[0] == pytest.approx(expected / expected[0], abs=0.01)
 
 
-_POINT = {
-    "settings": "site down, factor 2",
-    "neurons": 3,
-    "bias": [-0.1, -0.2, 0.0],
-    "kl": 0.01,
-    "lowest": -2.0,
-    "within": True,
-    "front": True,
-    "chosen": True,
-}
-SWEEP = {
-    "sha256": "0" * 64,
-    "figure": "absolute margin",
-    "margin": 5.0,
-    "max_kl": 0.1,
-    "chosen_by": "a rule",
-    "steered_by": ["probes"],
-    "bounded_by": ["arc_easy"],
-    "split": [{"task": "probes", "dev_items": 3, "dev_sha256": "1" * 64, "test_items": 4, "test_sha256": "2" * 64}],
-    "points": [_POINT, _POINT | {"kl": 0.5, "within": False, "front": False, "chosen": False}],
-    "test": [{"task": "probes", "change": [-0.1, -0.2, 0.0], "p": 0.04, "found": "less bias, beyond every control"}],
-    "confirmed": True,
-    "verdict": "probes: less bias",
-}
+_POINT = SweepPoint("site down, factor 2", 3, Interval(-0.1, -0.2, 0.0), 0.01, -2.0, True, True, True)
+SWEEP = Sweep(
+    figure="absolute margin",
+    margin=5.0,
+    max_kl=0.1,
+    chosen_by="a rule",
+    steered_by=("probes",),
+    bounded_by=("arc_easy",),
+    split=(SplitRow("probes", 3, "1" * 64, 4, "2" * 64),),
+    points=(_POINT, replace(_POINT, kl=0.5, within=False, front=False, chosen=False)),
+    test=(TaskTest("probes", Interval(-0.1, -0.2, 0.0), 0.04, "less bias, beyond every control", True),),
+    confirmed=True,
+    verdict="probes: less bias",
+    uses=2,
+    sha256="0" * 64,
+)
 
 
-@pytest.mark.parametrize("sweep", [SWEEP, SWEEP | {"test": None, "confirmed": None, "verdict": None}])
+@pytest.mark.parametrize("sweep", [SWEEP, replace(SWEEP, test=None, confirmed=None, verdict=None, uses=None)])
 def test_a_sweep_has_its_plot_and_tables(report, page, sweep):
     """And everything in it is escaped, beside an effect and without one."""
-    swept = Page(render(report | {"tuning": sweep}))
+    swept = Page(render(replace(report, tuning=sweep)))
     tags = [tag for tag, _ in swept.elements]
-    assert tags.count("svg") == 5 and tags.count("table") == len(page.all("table")) + (3 if sweep["test"] else 2)
+    assert tags.count("svg") == 5 and tags.count("table") == len(page.all("table")) + (3 if sweep.test else 2)
     assert len(swept.all("caption")) == tags.count("table")
-    assert "KL is below 0.1" in swept.text and ("(test) was not scored" in swept.text) == (sweep["test"] is None)
+    assert "KL is below 0.1" in swept.text and ("(test) was not scored" in swept.text) == (sweep.test is None)
+    assert ("use 2 of this half" in swept.text) == (sweep.test is not None)
     for without in ({}, {"effect": None}):
-        found = report | {"tuning": sweep} | without
+        found = replace(report, tuning=sweep, **without)
         spoiled = Page(render(_spoiled(found)))
         assert [tag for tag, _ in spoiled.elements] == [tag for tag, _ in Page(render(found)).elements]
         assert "\x1b" not in spoiled.text and "\u202e" not in spoiled.text
+
+
+@pytest.mark.parametrize(
+    "beyond, confirmed, state", [(True, True, "holds"), (False, True, "warning"), (True, False, "warning")]
+)
+def test_a_sweep_speaks_of_an_effect_only_beyond_every_control(beyond, confirmed, state, report):
+    """Of two tasks: one that goes beyond every control does not speak for the other."""
+    rows = (SWEEP.test[0], replace(SWEEP.test[0], beyond=beyond))
+    found = replace(report, effect=None, tuning=replace(SWEEP, test=rows, confirmed=confirmed))
+    assert {line.about: line.state for line in found.verdicts}["effect on bias"] == state
 
 
 def test_it_asks_for_nothing(page, report):
@@ -164,14 +174,23 @@ def test_it_asks_for_nothing(page, report):
     assert any("default-src 'none'" in a.get("content", "") for a in page.all("meta"))
 
 
+_CHOSEN = {"state", "site", "form", "aim", "name", "combine", "edit_from", "origin"}  # words that the tool chooses
+
+
 def _spoiled(value, key=None):
     """The same report with each text in it replaced, but for words that the tool itself chooses."""
+    if isinstance(value, Edit):
+        return value
+    if is_dataclass(value):
+        return replace(value, **{f.name: _spoiled(getattr(value, f.name), f.name) for f in fields(value) if f.init})
+    if hasattr(value, "_fields"):
+        return type(value)(*(_spoiled(getattr(value, name), name) for name in value._fields))
     if isinstance(value, dict):
-        free = key in ("dimensions", "right_by_answer", "right_by_form")
+        free = key in ("dimensions", "by_answer", "by_form")
         return {HOSTILE + str(i) if free else k: _spoiled(v, k) for i, (k, v) in enumerate(value.items())}
-    if isinstance(value, list):
-        return [_spoiled(v, key) for v in value]
-    return HOSTILE + value if isinstance(value, str) and key not in ("state", "site", "about") else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_spoiled(v, key) for v in value)
+    return HOSTILE + value if isinstance(value, str) and key not in _CHOSEN else value
 
 
 def test_everything_from_files_is_escaped(page, report):
@@ -183,15 +202,59 @@ def test_everything_from_files_is_escaped(page, report):
 
 
 def test_the_same_report_gives_the_same_bytes(report, debiased):
-    assert render(report) == render(build(debiased))
+    assert render(report) == render(contents.report(debiased))
 
 
 def test_spaces_at_the_edge_of_tokens_are_shown(report):
-    neuron = report["neurons"][0]
-    tokens = [{"id": 1, "text": text, "z": 1.0} for text in (" a", "a b ", "  ", None)]
-    changed = report | {"neurons": [neuron | {"tokens": {"raised": tokens, "lowered": []}}]}
-    html = render(changed)
-    assert all(f"<code>{shown}</code>" in html for shown in ("␣a", "a b␣", "␣␣")) and "token 1 (" in html
+    assert all(f"<code>{shown}</code>" in _with_tokens(report, " a", "a b ", "  ") for shown in ("␣a", "a b␣", "␣␣"))
+    assert "token 1 (" in _with_tokens(report, None)
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("词", "<code>词</code> U+8BCD ("),
+        ("\u0e17a", "U+0E17 ("),
+        ("\ue000", "<code>·</code> U+E000 ("),
+        ("\u0301", "<code>·</code> U+0301 ("),
+        ("词词词词词", "U+8BCD U+8BCD U+8BCD U+8BCD …"),
+        ("é…“ж", "<code>é…“ж</code> ("),
+    ],
+)
+def test_characters_that_a_system_may_not_draw_have_their_code_points(text, shown, report):
+    assert shown in _with_tokens(report, text)
+
+
+def _with_tokens(report, *texts):
+    tokens = Tokens(tuple(Token(1, text, 1.0) for text in texts))
+    return render(replace(report, neurons=(replace(report.neurons[0], tokens=tokens),)))
+
+
+def test_the_verdict_stands_first(page, report):
+    """Before the list of sections: what to do, and which parts did not pass."""
+    tags = [tag for tag, _ in page.elements]
+    place = next(i for i, (_, a) in enumerate(page.elements) if a.get("class", "").startswith("ship "))
+    assert place < tags.index("nav") < tags.index("table")
+    assert page.text.index("Do not ship.") < page.text.index("Neurons of a language model")
+    assert f"Not passed: {', '.join(report.verdict.open)}." in page.text
+
+
+def test_continuations_stand_side_by_side(report):
+    item = Continuation("probe", "The nurse said that", "he was late", "she was late")
+    html = render(replace(report, cost=replace(report.cost, continuations=(item, item._replace(after=item.before)))))
+    row = re.search(r"<tr><th scope=\"row\"><code>The nurse said that</code>.*?</tr>", html, re.DOTALL)[0]
+    assert re.findall(r"<code>(.*?)</code>", row)[1:] == ["he was late", "she was late"] and ">differs<" in row
+    assert "1 of 2 change" in html
+
+
+def test_what_was_not_measured_never_reads_like_no_effect(report):
+    page = Page(render(replace(report, effect=None, cost=None)))
+    assert page.text.count("Not measured:") == 2 and "none that the edit has no effect" in page.text
+
+
+def test_the_table_for_frameworks_says_that_an_edit_without_effect_is_no_mitigation(page):
+    assert page.text.index("no mitigation of bias") > page.text.index("SHA-256 of the recipe")
+    assert page.text.index("no mitigation of bias") < page.text.index("annex IV", page.text.index("no mitigation"))
 
 
 def test_colours_have_enough_contrast():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kbne_edit import Edit, apply, bake, push, revert, verify
-from kbne_edit.reporting.contents import build
+from kbne_edit.reporting import contents
 from tiny import tiny_model
 
 EDIT = Edit("down", {0: {3: 2.0}, 1: {7: 4.0}, 2: {47: 0.5}})  # one neuron a layer: its column can be broadcast
@@ -157,7 +157,7 @@ def test_an_earlier_output_is_proven_reverted_reported_and_pushed(made, tmp_path
     assert {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()} == {
         p.name: p.read_bytes() for p in base.iterdir()
     }
-    assert build(earlier)["edit"]["neurons"] == 3
+    assert contents.report(earlier).edit.neurons == 3
     assert "kbne_undo.safetensors" in push(earlier, "org/other", dry_run=True).files
     (earlier / "kbne_undo.kbne").write_bytes((out / "kbne_undo.kbne").read_bytes())  # both: one of them is a stray
     assert not verify(base, earlier, behaviour=False).ok

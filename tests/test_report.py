@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -14,14 +15,15 @@ import torch
 from manifests import read_manifest, write_manifest
 from safetensors.numpy import save_file
 
-from kbne_edit import Edit, fold, load_scores
+from kbne_edit import Edit, bake, fold, load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.edit import compare
+from kbne_edit.errors import CheckpointError
+from kbne_edit.evaluation.effect import Change as Pair
+from kbne_edit.evaluation.verdict import Part
 from kbne_edit.models.places import places
-from kbne_edit.reporting.contents import build
+from kbne_edit.reporting import contents
 from kbne_edit.reporting.lens import columns, vocabulary, written
-from kbne_edit.reporting.page import render
-from kbne_edit.reporting.wording import verdicts
 from tiny import FAMILIES, MIXTURES, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,13 +36,20 @@ def run(*args, cwd=ROOT):
 
 
 def valid(report):
-    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(json.dumps(report)))
-    return report
+    """The report's JSON, which its schema allows."""
+    data = json.loads(json.dumps(report if isinstance(report, dict) else report.to_dict()))
+    jsonschema.Draft202012Validator(SCHEMA).validate(data)
+    return data
 
 
 @pytest.fixture(scope="module")
-def report(debiased):
-    return valid(build(debiased))
+def made(debiased):
+    return contents.report(debiased)
+
+
+@pytest.fixture(scope="module")
+def report(made):
+    return valid(made)
 
 
 @pytest.fixture
@@ -196,23 +205,25 @@ def test_figures_of_the_run_are_those_of_its_manifest(report, debiased):
 
 
 def test_without_scores_what_the_run_wrote_down_is_said(copy, report):
-    found = valid(build(copy))
+    made = contents.report(copy)
+    found = valid(made)
     assert found["map"] is None and found["controls_overlap"] == report["controls_overlap"] > 0
     assert [v for v in found["verdicts"] if v["about"] == "specific to bias"] == [
         v for v in report["verdicts"] if v["about"] == "specific to bias"
     ]
     assert found["further"]["selection"] == read_manifest(copy)["summary"]["selection"]
-    assert "&quot;controls_overlap&quot;" in render(found)
+    assert "&quot;controls_overlap&quot;" in made.html()
 
 
 def test_without_scores_and_proofs(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     fold(tmp_path / "base", Edit("down", {1: {5: 2.0}}), tmp_path / "out")
-    report = valid(build(tmp_path / "out"))
+    made = contents.report(tmp_path / "out")
+    report = valid(made)
     assert [report[key] for key in ("proofs", "effect", "answers", "map", "overlap", "selection")] == [None] * 6
     assert {v["state"] for v in report["verdicts"]} == {"open"}
     assert report["neurons"][0]["tokens"]["raised"][0]["text"] is None  # no tokenizer
-    page = render(report)
+    page = made.html()
     assert "was not measured" in page and "holds no proof" in page and "were not at hand" in page
 
 
@@ -225,30 +236,120 @@ def test_without_scores_and_proofs(tmp_path):
         ("FAIL", [0.6, 0.5], "warning", "the reason"),
     ],
 )
-def test_the_verdict_on_the_effect(state, share, shown, said, report):
+def test_the_verdict_on_the_effect(state, share, shown, said, made):
     """The page takes state and reason from the verdict on record, and makes none of its own."""
-    verdict = report["verdict"] | {"effect": state, "reasons": report["verdict"]["reasons"] | {"effect": "the reason"}}
-    changed = report | {"effect": report["effect"] | {"stereotype_share": share}, "verdict": verdict}
-    (found,) = (v for v in verdicts(changed) if v["about"] == "effect on bias")
-    assert found["state"] == shown and said in found["text"]
-    page = render(changed | {"verdicts": verdicts(changed)})
-    assert said in page and f"{state}: the reason" in page and f"Verdict: {verdict['ship']}." in page
+    verdict = replace(made.verdict, effect=Part(state, "the reason"))
+    changed = replace(made, verdict=verdict, effect=replace(made.effect, preferred=Pair(*share)))
+    (found,) = (line for line in changed.verdicts if line.about == "effect on bias")
+    assert found.state == shown and said in found.text
+    page = changed.html()
+    assert said in page and f">{state}</b></th><td" in page and "the reason" in page
+    assert f"<strong>{verdict.ship.capitalize()}.</strong>" in page
 
 
-def test_constant_answers_and_failed_proofs_are_said(report):
-    changed = report | {"answers": report["answers"] | {"constant": True}}
-    changed["proofs"] = report["proofs"] | {"file": False, "faults": ["config.json differs"]}
-    states = {v["about"]: v["state"] for v in verdicts(changed)}
+def test_an_effect_that_is_to_be_avoided_is_told_by_its_signed_score(made):
+    effect = replace(made.effect, aim="avoid", signed=Pair(0.7531, 0.6420), absolute=Pair(0.9, 0.8))
+    changed = replace(made, effect=effect)
+    page = changed.html()
+    assert "mean score went from 0.7531 to 0.6420" in page and "what is unwanted" in page and "0.9000" not in page
+    assert {line.about for line in changed.verdicts} >= {"effect on behaviour"}
+
+
+def test_behaviour_is_bit_equal_only_if_it_is_in_every_dtype(made):
+    """One dtype of two differs by rounding; then one fails."""
+    first, second = made.proofs.behaviour
+    mixed = replace(made, proofs=replace(made.proofs, behaviour=(first, replace(second, bit_equal=False))))
+    (line,) = (line for line in mixed.verdicts if line.about == "the model behaves as the hooks")
+    assert line.state == "holds" and "by rounding only" in line.text and "bit for bit" not in line.text
+    failed = replace(made, proofs=replace(made.proofs, behaviour=(first, replace(second, holds=False))))
+    (line,) = (line for line in failed.verdicts if line.about == "the model behaves as the hooks")
+    assert line.state == "failed"
+
+
+def test_constant_answers_and_failed_proofs_are_said(made):
+    answers = replace(made.answers, answers=replace(made.answers.answers, constant="yes"))
+    files = replace(made.proofs.files, faults=("config.json differs",))
+    changed = replace(made, answers=answers, proofs=replace(made.proofs, files=files))
+    states = {line.about: line.state for line in changed.verdicts}
     assert states["the base's answers"] == "warning" and states["the file is the edit"] == "failed"
-    page = render(changed)
-    assert "no better than the same answer" in page and "config.json differs" in page and "to the bit;" not in page
+    page = changed.html()
+    assert "no better than the same answer (yes)" in page and "config.json differs" in page
+    assert "to the bit;" not in page
+
+
+# --------------------------------------------------------------------------------------------------- files and hashes
+
+
+def _lines(report):
+    return {line.about: line for line in report.verdicts}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "README.md"])
+def test_a_changed_byte_gives_no_report(name, copy):
+    data = bytearray((copy / name).read_bytes())
+    data[-1:] = b"} " if name == "tokenizer.json" else bytes([data[-1] ^ 1])
+    (copy / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{name} was changed after baking"):
+        contents.report(copy)
+    left = contents.report(copy, hashes=False)  # nothing was looked at, and the page says so
+    assert valid(left)["hashes"] == {"checked": False, "files": 0} and "No file was hashed" in left.html()
+    for about in ("the file is the edit", "the model behaves as the hooks"):
+        assert "not checked again for this page" in _lines(left)[about].text
+
+
+def test_all_files_are_hashed(made, debiased):
+    assert made.hashes.files == len(list(debiased.iterdir())) - 1  # the manifest covers itself
+    assert "are those that the run wrote" in made.html()
+    assert "the files are unchanged since" in _lines(made)["the file is the edit"].text
+
+
+def test_an_unknown_file_is_a_fault(copy):
+    (copy / "extra.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="extra.txt is not in the manifest"):
+        contents.report(copy)
+
+
+@pytest.mark.parametrize("form", ["peft", "delta"])
+def test_an_adapter_and_a_delta_have_a_report(form, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    edit = Edit("down", {1: {5: 2.0, 9: 2.0}, 2: {1: 4.0}})
+    bake(tmp_path / "base", tmp_path / "out", edit=edit, form=form, measure=False)
+    found = contents.report(tmp_path / "out")
+    data = valid(found)
+    assert (found.form, data["model"]["layers"], data["edit"]["neurons"]) == (form, None, 3)
+    assert data["edit"]["layers"] == [{"layer": 1, "neurons": 2}, {"layer": 2, "neurons": 1}]
+    assert found.hashes.checked
+    page = found.html()
+    assert "3 feed-forward neurons in 2 layers" in page and "Not measured" in page and "No tokens are shown" in page
+
+
+def test_an_edit_with_many_factors_is_told_by_their_distribution(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    factors = {layer: {n: 1.5 + n / 100 + layer for n in range(40)} for layer in range(3)}
+    fold(tmp_path / "base", Edit("down", factors), tmp_path / "out")
+    found = contents.report(tmp_path / "out")
+    bars = valid(found)["edit"]["histogram"]
+    flat = [f for of in factors.values() for f in of.values()]
+    assert bars[0]["low"] == pytest.approx(min(flat)) and bars[-1]["high"] == pytest.approx(max(flat))
+    for bar in bars[:-1]:
+        assert bar["neurons"] == sum(bar["low"] <= f < bar["high"] for f in flat)
+    assert sum(bar["neurons"] for bar in bars) == 120 and "Distribution of the factors" in found.html()
+
+
+def test_of_very_many_neurons_those_furthest_from_one_have_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(contents, "MOST", 2)
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    fold(tmp_path / "base", Edit("down", {0: {1: 1.25, 2: 8.0}, 2: {7: -3.0, 8: 1.5}}), tmp_path / "out")
+    found = contents.report(tmp_path / "out")
+    assert [(row.layer, row.neuron) for row in found.neurons] == [(0, 2), (2, 7)]
+    assert found.edit.neurons == 4 and all(row.tokens for row in found.neurons) and "furthest from 1" in found.html()
 
 
 def test_another_selection_than_the_one_on_record_is_said(copy, debiased):
     edit = json.loads(json.dumps(read_manifest(copy)["edit"]))
     edit["found"]["select"]["tau"] = 0.3
     resealed(copy, edit=edit)
-    report = valid(build(copy, debiased.parent / "debiased.work" / "scores.safetensors"))
+    report = valid(contents.report(copy, debiased.parent / "debiased.work" / "scores.safetensors"))
     assert not report["selection"]["reproduced"] and report["verdicts"][-1]["state"] == "warning"
 
 
@@ -258,7 +359,7 @@ def test_wrong_answers_that_were_left_out_are_left_out_again(tmp_path):
     made = _scores_file(tmp_path / "scores.safetensors", base, (3, 48), 0, wrong=(1, 6))
     found = {"select": {"rule": "paper", "tau": 0.4, "beta": 0.1, "combine": "union", "questions": 5, "controls": 5}}
     fold(tmp_path / "base", Edit("down", {1: {5: 2.0}}, base, found), tmp_path / "out")
-    report = valid(build(tmp_path / "out", tmp_path / "scores.safetensors"))
+    report = valid(contents.report(tmp_path / "out", tmp_path / "scores.safetensors"))
     assert report["selection"]["wrong_left_out"] and report["selection"]["questions"] == 5
     relative = made / made.max((1, 2), keepdims=True)
     (neuron,) = report["neurons"]
@@ -329,7 +430,7 @@ def _other_scores(copy):
 
 
 WRONG = {
-    "no manifest": (lambda c: (c / "kbne_edit.json").unlink(), "a directory that kbne-edit baked"),
+    "no manifest": (lambda c: (c / "kbne_edit.json").unlink(), "a directory that kbne-edit wrote"),
     "changed manifest": (
         lambda c: (c / "kbne_edit.json").write_text((c / "kbne_edit.json").read_text().replace(": 2.0", ": 4.0", 1)),
         "was changed after baking",
@@ -380,7 +481,9 @@ def test_a_7b_sized_edit_is_a_page_below_three_megabytes(tmp_path):
     chosen = rng.choice(layers * neurons, 400, False).tolist()
     factors = {layer: {n % neurons: 2.0 for n in chosen if n // neurons == layer} for layer in range(layers)}
     fold(tmp_path / "base", Edit("down", factors, base), tmp_path / "out")
-    page = render(valid(build(tmp_path / "out", tmp_path / "scores.safetensors")))
+    found = contents.report(tmp_path / "out", tmp_path / "scores.safetensors")
+    valid(found)
+    page = found.html()
     assert page.count("question 0 ?") > 0 and page.count("\n<tr>") > 800 and len(page.encode()) < 3_000_000
 
 

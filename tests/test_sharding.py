@@ -18,8 +18,7 @@ from kbne_edit import Edit, apply, bake, fold, push, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError, EditError, InputError, KbneError, ProofError
 from kbne_edit.folding import rewrite
-from kbne_edit.reporting.contents import build
-from kbne_edit.reporting.page import render
+from kbne_edit.reporting import contents
 from mutants import reseal, spoil_value
 from tiny import tiny_model
 
@@ -358,11 +357,11 @@ def proven(base, tmp_path_factory):
 
 def test_report_card_and_push(base, proven):
     count = len(list(proven.glob("model-*.safetensors")))
-    report = build(proven)
-    old = {entry["name"]: entry for entry in report["provenance"]["resharded"]}
+    report = contents.report(proven)
+    old = {row.name: row for row in report.provenance.resharded}
     assert set(old) == {path.name for path in base.glob("model*")}
-    page = render(report)
-    assert all(entry["sha256"] in page for entry in old.values()) and "cut anew" in page
+    page = report.html()
+    assert all(row.sha256 in page for row in old.values()) and "cut anew" in page
     before = len(list(base.glob("*.safetensors")))
     assert f"({before} became {count})" in ModelCard.load(proven / "README.md").text
     sent = push(proven, "org/other", dry_run=True).files

@@ -37,8 +37,7 @@ from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.locating import Settings
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import Question
-from kbne_edit.reporting.contents import build
-from kbne_edit.reporting.page import render
+from kbne_edit.reporting.contents import report as report_of
 from kbne_edit.rule import Rule
 from kbne_edit.selection.select import by_dimension, selection
 from kbne_edit.tuning.halves import Half, halves, whole_data
@@ -815,7 +814,7 @@ def test_command_with_tops(scores, tmp_path):
     assert chosen["neurons"] == select(load_scores(scores), Rule(top=0.01)).num_neurons
     baking = shlex.split(result.stdout.splitlines()[-1].split("kbne-edit ")[-1])
     assert run(*baking, "--no-behaviour", cwd=tmp_path).returncode == 0
-    report = build(tmp_path / "debiased", scores, tuning=tmp_path / "out" / "tune.json")
+    report = report_of(tmp_path / "debiased", scores, tmp_path / "out" / "tune.json").to_dict()
     assert report["selection"]["top"] == 0.01 and report["selection"]["reproduced"] is True
     assert "top 0.01" in next(point["settings"] for point in report["tuning"]["points"] if point["chosen"])
 
@@ -940,7 +939,8 @@ def baked(tuned, scores, tmp_path_factory):
 
 
 def test_the_report_shows_the_sweep(baked, tuned):
-    report, result = build(baked), tuned[1]
+    made, result = report_of(baked), tuned[1]
+    report = made.to_dict()
     schema = json.loads((ROOT / "kbne_edit" / "reporting" / "report.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(json.loads(json.dumps(report)))
     found = report["tuning"]
@@ -959,8 +959,8 @@ def test_the_report_shows_the_sweep(baked, tuned):
     states = {v["about"]: v["state"] for v in report["verdicts"]}
     assert states["chosen on one half, confirmed on the other"] == ("holds" if found["confirmed"] else "warning")
     assert states["effect on bias"] != "open" and states["the selection can be repeated"] == "holds"
-    html = render(report)
-    assert "How factor and thresholds were chosen" in html and "Nothing was measured" not in html
+    html = made.html()
+    assert "How factor and thresholds were chosen" in html and "Not measured: neither" not in html
     assert html.count('id="pareto-title"') == 1 and entry["verdict"] in html
 
 
@@ -969,18 +969,18 @@ def test_a_sweep_that_chose_another_edit_is_left_out(baked, tuned, tmp_path):
     other = tmp_path / "tune.json"
     other.write_text(json.dumps(tuned[1] | {"chosen": "0" * 64}))
     with pytest.raises(InputError, match="did not choose this edit"):
-        build(baked, tuning=other)
+        report_of(baked, tuning=other)
     other.write_text(json.dumps(tuned[1] | {"points": [{"bias": "much"}]}))
     with pytest.raises(InputError, match="another form"):
-        build(baked, tuning=other)
+        report_of(baked, tuning=other)
     shutil.copytree(baked, tmp_path / "debiased")
     (tmp_path / "debiased.work").mkdir()
     for text in ("[]", "{", json.dumps(tuned[1] | {"chosen": None})):
         (tmp_path / "debiased.work" / "tune.json").write_text(text)
-        report = build(tmp_path / "debiased", say=lines.append)
-        assert report["tuning"] is None and "tune.json left out" in lines[-1]
-        assert {v["about"]: v["state"] for v in report["verdicts"]}["effect on bias"] == "open"
-    assert "pareto" not in render(report)
+        report = report_of(tmp_path / "debiased", say=lines.append)
+        assert report.tuning is None and "tune.json left out" in lines[-1]
+        assert {line.about: line.state for line in report.verdicts}["effect on bias"] == "open"
+    assert "pareto" not in report.html()
 
 
 def test_the_selection_by_dimension_is_repeated_from_the_record(scores, tmp_path):
@@ -989,7 +989,7 @@ def test_the_selection_by_dimension_is_repeated_from_the_record(scores, tmp_path
     edit.save(tmp_path / "edit.json")
     assert set(edit.distinct_factors) == {0.5, 2.0} and edit.num_neurons < selection(loaded).edit.num_neurons
     bake("demo", tmp_path / "out", edit=tmp_path / "edit.json", behaviour=False, measure=False)
-    assert build(tmp_path / "out", scores)["selection"]["reproduced"] is True
+    assert report_of(tmp_path / "out", scores).selection.reproduced is True
 
 
 def test_the_plot_shows_the_points(tuned):

@@ -28,7 +28,7 @@ from kbne_edit.evaluation.verdict import (
     verdict_of,
 )
 from kbne_edit.proofs.outcome import BehaviourProof, FileProof, Proofs
-from kbne_edit.reporting.contents import build
+from kbne_edit.reporting import contents
 from kbne_edit.selection.summary import SelectionSummary, Shared
 from kbne_edit.statistics import Interval
 
@@ -158,7 +158,7 @@ def test_one_verdict_everywhere(baked):
     out, result = baked
     record = result.verdict.to_dict()
     assert record["effect"] == "NO EVIDENCE" and record["proofs"] == record["cost"] == record["answers"] == "PASS"
-    assert result.to_dict()["verdict"] == record == build(out)["verdict"]
+    assert result.to_dict()["verdict"] == record == contents.report(out).to_dict()["verdict"]
     assert json.loads((out / "kbne_edit.json").read_text())["summary"]["verdict"] == record
     card = (out / "README.md").read_text()
     assert f"**{record['ship']}**" in card and all(f"| {record['reasons'][name]} |" in card for name in PARTS)

@@ -8,29 +8,29 @@ from . import options
 
 
 @click.command("report")
-@click.argument("baked", type=click.Path(path_type=Path))
+@click.argument("edited", type=click.Path(path_type=Path))
 @options.out("Page to write, e.g. report.html.")
 @click.option(
     "--scores",
     type=click.Path(path_type=Path),
-    help="Scores of its run.  [default: BAKED.work/scores.safetensors, if it fits]",
+    help="Scores of its run.  [default: EDITED.work/scores.safetensors, if it fits]",
 )
 @click.option(
     "--tuning",
     type=click.Path(path_type=Path),
-    help="The tune.json that chose its edit.  [default: BAKED.work/tune.json, if it did]",
+    help="The tune.json that chose its edit.  [default: EDITED.work/tune.json, if it did]",
 )
+@click.option("--no-hash", is_flag=True, help="Do not compare the files with their hashes; the page says so.")
 @options.JSON
-def command(baked, out, scores, tuning, as_json) -> None:
-    """Write one page on a baked directory for those who must judge it: no model is loaded, no network used."""
+def command(edited, out, scores, tuning, no_hash, as_json) -> None:
+    """Write one page on a checkpoint, an adapter or a delta, for those who must judge it. No model is loaded."""
     from ..files import forbid_overlap, write_text
     from ..progress import say
-    from ..reporting.contents import build
-    from ..reporting.page import render
+    from ..reporting.contents import report
     from ..reporting.wording import STATES
 
-    forbid_overlap(out, baked, *filter(None, [scores, tuning]))
-    found = build(baked, scores, say, tuning)
-    write_text(out, render(found))
-    lines = [f"{v['about']}: {STATES[v['state']]}. {v['text']}" for v in found["verdicts"]]
-    options.show(found, as_json, [*lines, f"written: {out}"])
+    forbid_overlap(out, edited, *filter(None, [scores, tuning]))
+    found = report(edited, scores, tuning, hashes=not no_hash, say=say)
+    write_text(out, found.html())
+    lines = [f"{line.about}: {STATES[line.state]}. {line.text}" for line in found.verdicts]
+    options.show(found.to_dict(), as_json, [f"verdict: {found.verdict.ship}", *lines, f"written: {out}"])

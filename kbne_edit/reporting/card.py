@@ -18,7 +18,8 @@ from ..evaluation.cost import Cost
 from ..evaluation.effect import Effect
 from ..hub.licences import duty, licence_of, metadata_in
 from ..rule import Rule
-from .record import WORDS, Measured, effect_rows
+from .record import Measured, effect_rows
+from .wording import WORDS
 
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
 

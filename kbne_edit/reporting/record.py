@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..evaluation.cost import Cost
 from ..evaluation.effect import Effect
-from ..evaluation.verdict import Part, Verdict, verdict_of
+from ..evaluation.verdict import Verdict, verdict_of
 from ..selection.summary import SelectionSummary
 
 KNOWN = {"selection", "attribution", "effect", "cost", "verdict"}
@@ -47,17 +47,3 @@ def effect_rows(effect: Effect) -> dict[str, tuple[float, float, float]]:
     if flat := effect.flattening:
         rows["this edit less a flattening of the same KL"] = flat.versus
     return rows | {"this edit, score with its sign": effect.change_signed}
-
-
-WORDS = {  # part: what it asks
-    "answers": "Can the base answer the questions?",
-    "specific": "Are the neurons specific to bias?",
-    "effect": "Is there less bias?",
-    "cost": "Are the side effects low?",
-    "proofs": "Is the output proven?",
-}
-
-
-def stated(part: Part) -> str:
-    """A part in a line."""
-    return f"{part.state}: {part.reason}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..evaluation.effect import Effect
+from .types import Finding, Report, State
 
-STATES = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not known"}  # state: its word
+STATES: dict[State, str] = {"holds": "holds", "warning": "caution", "failed": "fails", "open": "not known"}
 
 _COUNTS = (
     "A neuron counts for a question if its share of the question's largest score exceeds {} by tau (or is among the "
@@ -28,7 +28,8 @@ LIMITS = (
     "Neurons that the controls select too serve to answer any such question, not questions about bias alone.",
     "Measured effects hold for the pairs of sentences, the language and the groups that they name, and for no other.",
     "The base's limits are those of this model.",
-    "The hashes of large files were not computed again for this page; the commands above do so.",
+    "Every figure but the hashes is on record: the run that made the files measured it, and this page did not do so "
+    "again. Who must rely on it compares the directory with its base (`kbne-edit verify`).",
 )
 
 # Which section can serve which point of a technical file, in our own words; no claim of conformity.
@@ -91,105 +92,128 @@ NOT_COVERED = (
     "a deployed system (MEASURE 2.4, 2.6, 2.7, 2.10, 2.12, 3, 4)."
 )
 
+NO_MITIGATION = (
+    "An edit without an effect is no mitigation of bias, whatever else is proven of it: see the verdict, part “effect”."
+)
+WORDS = {  # part of a verdict: what it asks
+    "answers": "Can the base answer the questions?",
+    "specific": "Are the neurons specific to bias?",
+    "effect": "Is there less bias?",
+    "cost": "Are the side effects low?",
+    "proofs": "Is the output proven?",
+}
 
-def verdicts(report: dict) -> list[dict]:
-    """[{"about", "state", "text"}, …]. state: a key of STATES."""
-    found = [_file(report), _behaviour(report), _effect(report), _answers(report), _controls(report), _origin(report)]
-    found += [_tuning(report)] if report["tuning"] else []
-    return [{"about": about, "state": state, "text": text} for about, state, text in found]
+
+def findings(report: Report) -> tuple[Finding, ...]:
+    """What holds, what must warn a reader, and what is not known."""
+    found = [_file, _behaviour, _effect, _answers, _controls, _origin, *([_tuning] if report.tuning else [])]
+    return tuple(finding(report) for finding in found)
 
 
-def _file(report: dict) -> tuple[str, str, str]:
-    about, proofs = "the file is the edit", report["proofs"]
+def checked(report: Report) -> str:
+    """Which files were hashed for the page, and what that gave."""
+    hashes = report.hashes
+    if not hashes.checked:
+        return "No file was hashed for this page (`--no-hash`): whether the files are still those of the run is open."
+    return f"All {hashes.files} files were hashed for this page: they are those that the run wrote."
+
+
+def _held(report: Report) -> str:
+    """When a proof was made, and what was looked at again."""
+    again = "the files are unchanged since" if report.hashes.checked else "not checked again for this page"
+    return f"On record: held when made with {report.provenance.baked_with}; {again}."
+
+
+def _file(report: Report) -> Finding:
+    about, proofs = "the file is the edit", report.proofs
     if proofs is None:
-        return about, "open", "The manifest holds no proof that the files are the base with this edit and nothing else."
-    if not proofs["file"]:
-        return about, "failed", "The files are not the base with this edit and nothing else."
-    return (
-        about,
-        "holds",
-        (
-            f"{proofs['edited']} of {proofs['tensors']} tensors are the base's with the factors multiplied in and "
-            f"rounded once; all others, and {proofs['files']} further files, are as expected to the bit."
-        ),
+        text = "The manifest holds no proof that the files are the base with this edit and nothing else."
+        return Finding(about, "open", text)
+    if not proofs.files.holds:
+        return Finding(about, "failed", "The files are not the base with this edit and nothing else.")
+    text = (
+        f"{proofs.files.edited} of {proofs.files.tensors} tensors are the base's with the factors multiplied in and "
+        f"rounded once; all others, and {proofs.files.files} further files, are as expected to the bit. "
     )
+    return Finding(about, "holds", text + _held(report))
 
 
-def _behaviour(report: dict) -> tuple[str, str, str]:
-    about, entries = "the model behaves as the hooks", (report["proofs"] or {}).get("behaviour")
+def _behaviour(report: Report) -> Finding:
+    about, entries = "the model behaves as the hooks", report.proofs.behaviour if report.proofs else None
     if not entries:
-        return about, "open", "Whether the model behaves as its base with run-time hooks was not put to the proof."
-    if not all(entry["holds"] for entry in entries):
-        return about, "failed", "The model does not behave as its base with run-time hooks."
-    dtypes = " and ".join(sorted({entry["dtype"] for entry in entries}))
-    if all(entry["bit_equal"] for entry in entries):
-        return about, "holds", f"In {dtypes} its outputs equal those of the base with run-time hooks bit for bit."
-    return about, "holds", f"In {dtypes} its outputs differ from the base with run-time hooks by rounding only."
+        text = "Whether the model behaves as its base with run-time hooks was not put to the proof."
+        return Finding(about, "open", text)
+    if not all(entry.holds for entry in entries):
+        return Finding(about, "failed", "The model does not behave as its base with run-time hooks.")
+    dtypes = " and ".join(sorted({entry.dtype for entry in entries}))
+    same = "equal those of the base with run-time hooks bit for bit"
+    if not all(entry.bit_equal for entry in entries):
+        same = "differ from the base with run-time hooks by rounding only"
+    return Finding(about, "holds", f"In {dtypes} its outputs {same}. {_held(report)}")
 
 
-def _effect(report: dict) -> tuple[str, str, str]:
-    about, effect, tuned = "effect on bias", report["effect"], report["tuning"]
-    if effect is None and tuned and tuned["test"]:
-        beyond = all(entry["beyond"] for entry in tuned["test"])
-        said = "; ".join(f"{entry['task']}: {entry['found']}" for entry in tuned["test"])
-        return (
-            about,
-            "holds" if tuned["confirmed"] and beyond else "warning",
-            (f"On items that had no part in the choice of the edit, {said}."),
-        )
+def _effect(report: Report) -> Finding:
+    about, effect, tuned = "effect on bias", report.effect, report.tuning
+    if effect is None and tuned and tuned.test:
+        said = "; ".join(f"{row.task}: {row.found}" for row in tuned.test)
+        state: State = "holds" if tuned.confirmed and all(row.beyond for row in tuned.test) else "warning"
+        return Finding(about, state, f"On items that had no part in the choice of the edit, {said}.")
     if effect is None:
-        return about, "open", "Whether this model shows less bias than its base was not measured."
-    known, reason = Effect.from_dict(effect), report["verdict"]["reasons"]["effect"]
-    about = "effect on behaviour" if known.avoids else about
-    text = f"On {known.twins} twins of sentences: {reason}."
-    if known.preferred.after >= known.preferred.before:
-        side = "unwanted" if known.avoids else "stereotyped"
+        text = "Whether this model shows less bias than its base was not measured. That is not “no effect”."
+        return Finding(about, "open", text)
+    about = "effect on behaviour" if effect.avoids else about
+    text = f"On {effect.twins} twins of sentences: {report.verdict.effect.reason}."
+    if effect.preferred.after >= effect.preferred.before:
+        side = "unwanted" if effect.avoids else "stereotyped"
         text += f" The share of twins in which the {side} side is preferred did not fall."
-    return about, "holds" if report["verdict"]["effect"] == "PASS" else "warning", text
+    return Finding(about, "holds" if report.verdict.effect.state == "PASS" else "warning", text)
 
 
-def _answers(report: dict) -> tuple[str, str, str]:
-    about, found = "the base's answers", report["answers"]
-    if found is None:
-        return about, "open", "How the base answers the questions is not known: the neurons were given, not located."
-    right = f"The base answers {found['right']} of {found['questions']} questions rightly"
-    if found["constant"]:
-        value, low, high = found["balanced"]
-        return (
-            about,
-            "warning",
-            (
-                f"{right}, which is no better than the same answer to everything (balanced accuracy {value:.0%}, 95 % "
-                f"interval {low:.0%} to {high:.0%}): the attribution says little about what the model knows."
-            ),
+def _answers(report: Report) -> Finding:
+    about = "the base's answers"
+    if report.answers is None:
+        text = "How the base answers the questions is not known: the neurons were given, not located."
+        return Finding(about, "open", text)
+    found = report.answers.answers
+    right = f"The base answers {found.questions.right} of {found.questions.total} questions rightly"
+    if found.constant is not None:
+        value, low, high = found.balanced
+        text = (
+            f"{right}, which is no better than the same answer ({found.constant}) to everything (balanced accuracy "
+            f"{value:.0%}, 95 % interval {low:.0%} to {high:.0%}): the attribution says little about what the model "
+            "knows."
         )
-    return about, "holds", f"{right}, and {found['controls_right']} of {found['controls']} unrelated ones."
+        return Finding(about, "warning", text)
+    return Finding(about, "holds", f"{right}, and {found.controls.right} of {found.controls.total} unrelated ones.")
 
 
-def _controls(report: dict) -> tuple[str, str, str]:
-    about, shared = "specific to bias", report["controls_overlap"]
+def _controls(report: Report) -> Finding:
+    about, shared = "specific to bias", report.controls_overlap
     if shared is None:
-        return about, "open", "Whether unrelated questions select these neurons too is not known: none was asked."
-    text = f"{shared} of the {report['edit']['neurons']} edited neurons are selected by unrelated questions as well."
-    return about, "warning" if shared else "holds", text
+        text = "Whether unrelated questions select these neurons too is not known: none was asked."
+        return Finding(about, "open", text)
+    text = f"{shared} of the {report.edit.neurons} edited neurons are selected by unrelated questions as well."
+    return Finding(about, "warning" if shared else "holds", text)
 
 
-def _origin(report: dict) -> tuple[str, str, str]:
-    about, found = "the selection can be repeated", report["selection"]
+def _origin(report: Report) -> Finding:
+    about, found = "the selection can be repeated", report.selection
     if found is None:
-        return about, "open", "The scores from which the neurons were selected were not at hand."
-    if not found["on_record"]:
-        return about, "open", "The edit does not say how its neurons were selected."
-    if not found["reproduced"]:
-        return about, "warning", "The scores and the thresholds on record select other neurons than those of the edit."
-    return about, "holds", "The scores and the thresholds on record select exactly the neurons of the edit."
+        return Finding(about, "open", "The scores from which the neurons were selected were not at hand.")
+    if not found.on_record:
+        return Finding(about, "open", "The edit does not say how its neurons were selected.")
+    if not found.reproduced:
+        text = "The scores and the thresholds on record select other neurons than those of the edit."
+        return Finding(about, "warning", text)
+    return Finding(about, "holds", "The scores and the thresholds on record select exactly the neurons of the edit.")
 
 
-def _tuning(report: dict) -> tuple[str, str, str]:
-    about, found = "chosen on one half, confirmed on the other", report["tuning"]
-    text = f"This edit was chosen among {len(found['points'])} by their figures on one half of the items"
-    if found["test"] is None:
-        return about, "open", f"{text}; the other half was not scored."
-    said = "what they promised holds" if found["confirmed"] else "what they promised was not confirmed"
-    text = f"{text}. On the other half, scored once, {said} ({found['verdict']})."
-    return about, "holds" if found["confirmed"] else "warning", text
+def _tuning(report: Report) -> Finding:
+    about, found = "chosen on one half, confirmed on the other", report.tuning
+    assert found is not None
+    text = f"This edit was chosen among {len(found.points)} by their figures on one half of the items"
+    if found.test is None:
+        return Finding(about, "open", f"{text}; the other half was not scored.")
+    said = "what they promised holds" if found.confirmed else "what they promised was not confirmed"
+    text = f"{text}. On the other half, scored once, {said} ({found.verdict})."
+    return Finding(about, "holds" if found.confirmed else "warning", text)

@@ -1,0 +1,232 @@
+"""Sections of the page: effect on bias, side effects, the sweep that chose the edit, answers to the questions."""
+
+from __future__ import annotations
+
+from .. import plots
+from ..evaluation.cost import MOST_KL, MOST_RISE, Cost
+from ..evaluation.effect import Effect
+from ..files import json_text
+from ..plots import words
+from .markup import arrows, block, code, digest, figure, number, paragraph, signed, state, table
+from .record import effect_rows
+from .types import Report, Sweep
+
+
+def effects(report: Report) -> list[str]:
+    return [*_effect(report), *(_sweep(report.tuning) if report.tuning else []), *_further(report)]
+
+
+def _effect(report: Report) -> list[str]:
+    effect = report.effect
+    if effect is None:
+        if report.tuning and report.tuning.test:
+            return ["<p>The baking run measured no effect; the sweep that chose the edit did.</p>"]
+        return [
+            "<p>Not measured: neither the effect of the edit on bias, nor that of a control. No claim that the model "
+            "is less biased than its base can rest on this directory, and none that the edit has no effect.</p>"
+        ]
+    part, named = report.verdict.effect, effect_rows(effect)
+    rows = ([words(name), *signed(values)] for name, values in named.items())
+    avoids = effect.avoids
+    return [
+        f"<p>{state(part.state)} {arrows(part.reason)}.</p>",
+        paragraph(_scores(effect)),
+        figure(
+            plots.intervals(list(named.items())),
+            f"Change of the score{'' if avoids else ', absolute unless said'}, with 95 % bootstrap intervals over "
+            f"{effect.twins} twins. Left of the line is less {'of what is unwanted' if avoids else 'bias'} by this "
+            "measure. The first row is the edit, the others are controls.",
+            table("Change of the score", ["what", "mean", "from", "to"], rows),
+        ),
+        *_draws(effect),
+    ]
+
+
+def _scores(effect: Effect) -> str:
+    one, (before, after) = "unwanted" if effect.avoids else "stereotyped", effect.score
+    share, n = effect.preferred, effect.twins
+    return (
+        f"On {effect.probes} pairs of sentences that differ in one point only, {n} twins: how much more probable the "
+        f"{one} one is, in nats per token. The mean {'' if effect.avoids else 'absolute '}score went from {before:.4f} "
+        f"to {after:.4f}. The {one} side is preferred in {share.before:.0%} of the twins ({round(share.before * n)} of "
+        f"{n}), afterwards in {share.after:.0%} ({round(share.after * n)} of {n})."
+    )
+
+
+def _draws(effect: Effect) -> list[str]:
+    random = effect.random
+    if random.as_low is None or random.lowest is None or random.highest is None:
+        return []
+    return [
+        f"<p>Control: {random.draws} draws of as many random neurons in the same layers, on {random.twins} twins. "
+        f"Their changes go from {random.lowest:+.4f} to {random.highest:+.4f}; {random.as_low} of {random.draws} come "
+        "as low as the edit or lower.</p>"
+    ]
+
+
+def _further(report: Report) -> list[str]:
+    """Figures of the run that this page knows no better form for."""
+    if not report.further:
+        return []
+    name = "Further figures of the run"
+    return [f"<h3>{name}</h3>", block(name, json_text(report.further))]
+
+
+# --------------------------------------------------------------------------------------------------------------- cost
+
+
+def cost(report: Report) -> list[str]:
+    found, part = report.cost, report.verdict.cost
+    if found is None:
+        return ["<p>Not measured: what the edit does to other text and to other answers is not known.</p>"]
+    texts = "texts of the package that speak of no group" if found.origin == "package" else words(found.origin)
+    rows = [
+        ["KL from the base, nats per token", *map(number, _three(found.kl)), number(f"at most {MOST_KL:g}")],
+        ["perplexity of the base", *map(number, _three(found.before)), ""],
+        ["perplexity with the edit", *map(number, _three(found.after)), ""],
+        ["its rise, as a ratio", *map(number, _three(found.rise)), number(f"at most {MOST_RISE:g}")],
+    ]
+    return [
+        f"<p>{state(part.state)} {arrows(part.reason)}.</p>",
+        table(f"On {found.texts} {texts}", ["what", "value", "from", "to", "limit"], rows),
+        '<p class="note">From, to: 95 % bootstrap interval over texts.</p>',
+        *_answered(found),
+        *_continuations(found),
+    ]
+
+
+def _three(values: tuple[float, float, float]) -> list[str]:
+    return [f"{value:.3g}" for value in values]
+
+
+def _answered(found: Cost) -> list[str]:
+    parts = [("questions about bias", found.questions), ("unrelated questions", found.controls)]
+    rows = [
+        [name, number(str(part.before)), number(str(part.after)), number(str(part.total)), number(f"{part.p:.2g}")]
+        for name, part in parts
+        if part
+    ]
+    heads = ["questions", "right, base", "right, edit", "of", "p (McNemar)"]
+    return [table("Answered rightly, before and after", heads, rows)] if rows else []
+
+
+def _continuations(found: Cost) -> list[str]:
+    items = found.continuations
+    if not items:
+        return []
+    changed = sum(item.before != item.after for item in items)
+    rows = (
+        [
+            f'{code(item.prompt)} <span class="quiet">({words(item.about)})</span>',
+            "the same" if item.before == item.after else "differs",
+            code(item.before or "(nothing)"),
+            code(item.after or "(nothing)"),
+        ]
+        for item in items
+    )
+    return [
+        "<h3>What base and edit go on to say</h3>",
+        f"<p>Greedy continuations: {changed} of {len(items)} change.</p>",
+        table("Continuations side by side", ["after", "edit and base", "the base says", "the edit says"], rows),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- sweep
+
+
+def _sweep(found: Sweep) -> list[str]:
+    """How factor and thresholds were chosen, and what the choice does on items that had no part in it."""
+    points = found.points
+    drawing = plots.pareto([(p.kl, p.bias.value, p.within, p.front, p.chosen) for p in points], found.figure)
+    rows = (
+        [
+            words(p.settings),
+            "chosen" if p.chosen else "on the front" if p.front else "" if p.within else "out of bounds",
+            number(str(p.neurons)),
+            *signed(p.bias),
+            number(f"{p.kl:.2e}"),
+            number(f"{p.lowest:+.1f}"),
+        ]
+        for p in sorted(points, key=lambda p: (not p.front, p.bias.value))
+    )
+    heads = ["settings", "note", "neurons", "change", "from", "to", "KL", "lower end of the capability"]
+    steered, bounded = words(", ".join(found.steered_by)), words(", ".join(found.bounded_by))
+    bound = "" if found.max_kl is None else f" and the KL is below {found.max_kl:g}"
+    return [
+        "<h3>How factor and thresholds were chosen</h3>",
+        f"<p>{len(points)} edits were measured on one half of the items (dev): the change of the "
+        f"{words(found.figure)} of {steered} (as a distance from its ideal), and the cost, the KL divergence from the "
+        f"base on neutral text. An edit is within bounds if a loss of {found.margin:g} points of {bounded} is "
+        f"excluded{bound}. Chosen: {words(found.chosen_by)}.</p>",
+        figure(
+            drawing,
+            "Discs: edits on the front, which no other edit within bounds beats in both; rings: other edits; squares: "
+            "edits out of bounds; a second ring: the chosen edit.",
+            table(f"Edits that were tried, on dev ({len(points)})", heads, rows),
+        ),
+        *_confirmation(found),
+    ]
+
+
+def _confirmation(found: Sweep) -> list[str]:
+    split = (
+        [
+            words(row.task),
+            number(str(row.dev_items)),
+            digest(row.dev_sha256),
+            number(str(row.test_items)),
+            digest(row.test_sha256),
+        ]
+        for row in found.split
+    )
+    heads = ["items of", "dev", "SHA-256 of the dev items", "test", "SHA-256 of the test items"]
+    lines = [table("The two halves", heads, split)]
+    if found.test is None:
+        return [*lines, "<p>The other half (test) was not scored.</p>"]
+    rows = ([words(row.task), words(row.found), *signed(row.change), number(f"{row.p:.2g}")] for row in found.test)
+    heads = ["task", "beside the controls", f"change of the {found.figure}", "from", "to", "p (Holm)"]
+    confirmed = "Confirmed" if found.confirmed else "Not confirmed"
+    uses = "" if found.uses in (None, 1) else f" It is use {found.uses} of this half of the data."
+    return [
+        *lines,
+        table("The chosen edit on the other half (test), scored once", heads, rows),
+        f"<p>{confirmed}: {words(found.verdict)}.{uses}</p>",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ answers
+
+
+def answers(report: Report) -> list[str]:
+    if report.answers is None:
+        return ["<p>The neurons were given to the run; how the base answers the questions is not known.</p>"]
+    about, found = report.answers, report.answers.answers
+    value, low, high = found.balanced
+    lines = [
+        f"<p>The base answers {found.questions.right} of {found.questions.total} questions rightly, and "
+        f"{found.controls.right} of {found.controls.total} controls. Balanced accuracy over the answers: {value:.0%} "
+        f"(95 % interval {low:.0%} to {high:.0%}). Largest gap in the completeness of the attribution: "
+        f"{about.largest_residual:.1%} of a question's largest score, with {about.nodes_per_layer:.1f} nodes per "
+        "layer.</p>"
+    ]
+    if found.constant is not None:
+        lines.append(
+            f"<p><strong>Caution: this is no better than the same answer ({words(found.constant)}) to everything. What "
+            "is attributed to a neuron then says little about what the model knows.</strong></p>"
+        )
+    if found.mass is not None:
+        lines.append(
+            f"<p>Where an answer is due, all answers together have a probability of {found.mass.median:.0%} "
+            "(median).</p>"
+        )
+    tallies = [("right answer", found.by_answer), ("form", found.by_form)]
+    rows = (
+        [f"{kind}: {words(name)}", number(str(tally.right)), number(str(tally.total)), number(f"{tally.share:.0%}")]
+        for kind, of in tallies
+        for name, tally in of.items()
+    )
+    lines.append(table("Right answers to the questions", ["questions", "right", "of", "share"], rows))
+    if found.wrong:
+        wrong = "".join(f"<li>{words(text)}</li>" for text in found.wrong)
+        lines.append(f"<details><summary>Answered wrongly: {len(found.wrong)}</summary><ul>{wrong}</ul></details>")
+    return lines
