@@ -148,6 +148,8 @@ def _checked(directory: Path, manifest: Manifest, progress: Progress | None) -> 
     """{file: SHA-256} of all that the manifest knows, each as it says. Raises CheckpointError."""
     if faults := check_hashes(directory, manifest, progress):
         raise CheckpointError(f"{directory}/{faults[0]}: take out what is not of the output, or bake again")
+    if fault := card_fault(directory, manifest):
+        raise CheckpointError(f"{directory}: {fault}: bake again, and push the result")
     known = recorded_hashes(directory, manifest)
     return dict(sorted((known | {MANIFEST: file_hash(directory / MANIFEST)}).items()))
 

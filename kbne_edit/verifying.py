@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from .disk.manifest import Manifest
-from .disk.names import CARD
 from .edit import Edit
 from .folding.plan import Plan
 from .folding.rewrite import Progress
@@ -32,8 +31,6 @@ def verify(
     """
 
     def card(plan: Plan, manifest: Manifest) -> tuple[str, ...]:
-        if CARD not in manifest.files or manifest.files[CARD].before is not None:
-            return ()
         fault = card_fault(Path(baked_dir), manifest, plan.checkpoint.path)
         return (fault,) if fault else ()
 

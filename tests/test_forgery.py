@@ -10,7 +10,11 @@ from forgery import FILES, forge_field, forge_file, paths
 from manifests import read_manifest, sha256, write_manifest
 
 from kbne_edit import Edit, KbneError, bake, fold, push, verify
-from kbne_edit.errors import ProofError
+from kbne_edit.disk.manifest import FileRecord, Manifest
+from kbne_edit.errors import CheckpointError, ProofError
+from kbne_edit.hub.licences import metadata_in
+from kbne_edit.reporting.card import card_of
+from kbne_edit.reporting.contents import build
 from tiny import tiny_model
 
 DEMO = Path(__file__).resolve().parent.parent / "kbne_edit" / "demo"
@@ -23,7 +27,7 @@ def cut_anew(tmp_path_factory):
     tiny_model("llama", torch.bfloat16).save_pretrained(folder / "base", max_shard_size="40KB")
     (folder / "base" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
     (folder / "base" / "pytorch_model.bin").write_bytes(b"left out")
-    bake(folder / "base", folder / "out", edit=EDIT, shard_size="25KB", behaviour=False)
+    bake(folder / "base", folder / "out", edit=EDIT, shard_size="25KB", behaviour=False, measure=False)
     return folder / "base", folder / "out"
 
 
@@ -110,23 +114,48 @@ def test_a_card_in_other_words(debiased, tmp_path):
     assert verify(DEMO, forged, behaviour=False).faults == ("README.md is not the card that kbne_edit.json gives",)
 
 
+def _recard(folder, metadata):
+    """Make the card anew from what the manifest says, as a forger with this tool can."""
+    manifest = Manifest.read(folder)
+    (folder / "README.md").write_text(card_of(manifest, metadata))
+    manifest.with_file("README.md", FileRecord(None, sha256(folder / "README.md"))).write(folder)
+
+
 def test_push_proves_again_where_it_has_the_base(debiased, tmp_path):
     assert push(debiased, "org/other", dry_run=True).to_dict()["proofs"] == "on record"
     assert push(debiased, "org/other", base=DEMO, dry_run=True).to_dict()["proofs"] == "computed"
     forged = shutil.copytree(debiased, tmp_path / "forged")
-    forge_file(random.Random(1), forged, "own.py")
-    assert push(forged, "org/other", dry_run=True).files  # as its manifest says: no more is known without the base
-    with pytest.raises(ProofError, match=r"own\.py is new"):
+    path = forged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    manifest = read_manifest(forged)
+    manifest["files"][path.name]["out"] = sha256(path)
+    write_manifest(forged, manifest)
+    with pytest.raises(CheckpointError, match="was not made from what"):
+        push(forged, "org/other", dry_run=True)
+    _recard(forged, metadata_in(DEMO))
+    assert push(forged, "org/other", dry_run=True).files  # all fits together: no more is known without the base
+    with pytest.raises(ProofError, match="is not what the edit gives"):
         push(forged, "org/other", base=DEMO, dry_run=True)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_neither_pushed_nor_reported_with_a_foreign_file(name, debiased, tmp_path):
+    forged = shutil.copytree(debiased, tmp_path / "forged")
+    forge_file(random.Random(3), forged, name)
+    for use in (lambda: push(forged, "org/other", dry_run=True), lambda: build(forged)):
+        with pytest.raises(CheckpointError):
+            use()
 
 
 @pytest.mark.parametrize("form", ["delta", "peft"])
 def test_push_reads_an_edit_alone_back_again(form, cut_anew, tmp_path):
     base, _ = cut_anew
-    bake(base, tmp_path / "out", edit=EDIT, form=form)
+    bake(base, tmp_path / "out", edit=EDIT, form=form, measure=False)
     assert push(tmp_path / "out", "org/other", base=base, dry_run=True).proven
     manifest = read_manifest(tmp_path / "out")
     manifest["edit"]["factors"]["0"]["3"] = 4.0
     write_manifest(tmp_path / "out", manifest)
+    _recard(tmp_path / "out", metadata_in(base))
+    assert not push(tmp_path / "out", "org/other", dry_run=True).proven
     with pytest.raises(ProofError, match="nothing was sent"):
         push(tmp_path / "out", "org/other", base=base, dry_run=True)

@@ -343,6 +343,16 @@ def test_private_and_proposed(out, hub, cli, content):
     _refused(cli("push", "out", "org/public", "--private", token=TOKEN), "is public")
 
 
+@pytest.mark.parametrize("name", ["kbne_undo.kbne", "config.json", "model-00001-of-00003.safetensors"])
+def test_a_hub_that_alters_a_byte_is_found_out(name, out, hub, cli):
+    name = name if (out / name).is_file() else min(path.name for path in out.glob("model-*.safetensors"))
+    hub.altering.add(name)
+    try:
+        _refused(cli("push", "out", "org/other", token=TOKEN), f"does not hold {name} as it was sent")
+    finally:
+        hub.altering.clear()
+
+
 def test_a_push_goes_on_where_it_was_cut(out, hub, cli):
     shard = sha256(max(out.glob("model-*.safetensors")).read_bytes())
     hub.faults.append(Fault(f"PUT /store/{shard}", status=403))

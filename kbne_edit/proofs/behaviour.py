@@ -71,7 +71,7 @@ def proof_texts(base: Checkpoint) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, size, (len(_TEXTS), 12)).tolist()
 
 
-class _Outcome(NamedTuple):
+class Outcome(NamedTuple):
     """logits: of all positions, [N, V] float32; routes: per probe which experts each position took, [T, any]."""
 
     logits: np.ndarray
@@ -79,7 +79,7 @@ class _Outcome(NamedTuple):
     routes: list[np.ndarray]
 
 
-def _run(model, probes: list[list[int]], tokens: int = 0) -> _Outcome:
+def _run(model, probes: list[list[int]], tokens: int = 0) -> Outcome:
     """Logits and routes of the probes, and greedy continuations of `tokens` tokens."""
     import torch
 
@@ -103,7 +103,7 @@ def _run(model, probes: list[list[int]], tokens: int = 0) -> _Outcome:
             for _ in range(tokens):
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
             texts.append(ids)
-    return _Outcome(np.concatenate(logits), texts, routes)
+    return Outcome(np.concatenate(logits), texts, routes)
 
 
 def _whole_model(plan: Plan, baked: Checkpoint, dtype: torch.dtype, own: torch.dtype) -> BehaviourProof:
@@ -118,7 +118,7 @@ def _whole_model(plan: Plan, baked: Checkpoint, dtype: torch.dtype, own: torch.d
         noise = 0.0 if edit.exact else last_rounding(reference.logits, dtype)
         for seed in range(0 if edit.exact else _NOISE_DRAWS):
             with rounding_noise(model, edit, own, seed):
-                noise = max(noise, _difference(_run(model, probes), reference))
+                noise = max(noise, logit_difference(_run(model, probes), reference))
     del model
     got = _run(load_model(baked.path, dtype), probes, tokens)
     return _compared("whole model", dtype, reference, got, None if edit.exact else noise)
@@ -157,7 +157,7 @@ def _read_by(
     noise = None if plan.exact else last_rounding(reference.logits, dtype)
     for seed in range(0 if plan.exact else _NOISE_DRAWS):
         with hooked(model, moved(plan.edit, plan.targets.values(), seed)):
-            noise = max(noise or 0.0, _difference(_run(model, probes), reference))
+            noise = max(noise or 0.0, logit_difference(_run(model, probes), reference))
     del model
     got = _run(load(baked, dtype, plan.exact), probes, tokens)
     return _compared(f"whole model, read by {reader}", dtype, reference, got, noise)
@@ -167,9 +167,9 @@ def _tokens(dtype: torch.dtype) -> int:
     return _TOKENS if str(dtype) == "torch.float32" else 0
 
 
-def _compared(how: str, dtype: torch.dtype, reference: _Outcome, got: _Outcome, noise: float | None) -> BehaviourProof:
+def _compared(how: str, dtype: torch.dtype, reference: Outcome, got: Outcome, noise: float | None) -> BehaviourProof:
     """noise: None where the two must be equal bit for bit."""
-    difference, equal = _difference(got, reference), np.array_equal(got.logits, reference.logits)
+    difference, equal = logit_difference(got, reference), np.array_equal(got.logits, reference.logits)
     same = got.logits.argmax(1) == reference.logits.argmax(1)
     texts = [a == b for a, b in zip(reference.texts, got.texts, strict=True)]
     return BehaviourProof(
@@ -180,20 +180,20 @@ def _compared(how: str, dtype: torch.dtype, reference: _Outcome, got: _Outcome, 
         difference=difference,
         noise=noise or 0.0,
         positions=len(same),
-        kl=_kl(reference.logits, got.logits),
+        kl=kl_divergence(reference.logits, got.logits),
         top1=float(same.mean()),
         greedy=float(np.mean(texts)) if _tokens(dtype) else None,
-        rerouted=1 - float(_same_route(got, reference).mean()) if reference.routes[0].size else None,
+        rerouted=1 - float(same_route(got, reference).mean()) if reference.routes[0].size else None,
     )
 
 
-def _difference(got: _Outcome, reference: _Outcome) -> float:
+def logit_difference(got: Outcome, reference: Outcome) -> float:
     """Largest logit difference, relative to the logits' standard deviation.
 
     A router's choice is not continuous: where rounding turned it, at this position or one before, another function is
     computed, and the difference says nothing about rounding. Such positions are left out, and counted ("rerouted").
     """
-    kept = _same_route(got, reference)
+    kept = same_route(got, reference)
     largest = np.abs(got.logits - reference.logits)[kept].max(initial=0)
     return float(largest / max(float(reference.logits.std()), 1e-30))
 
@@ -210,13 +210,13 @@ def last_rounding(logits: np.ndarray, dtype: torch.dtype) -> float:
     return float(step / 12**0.5 / max(float(logits.std()), 1e-30))
 
 
-def _same_route(got: _Outcome, reference: _Outcome) -> np.ndarray:
+def same_route(got: Outcome, reference: Outcome) -> np.ndarray:
     """Positions up to which every router chose the same experts, [N]."""
     pairs = zip(got.routes, reference.routes, strict=True)
     return np.concatenate([np.logical_and.accumulate((a == b).all(1)) for a, b in pairs])
 
 
-def _kl(reference: np.ndarray, got: np.ndarray) -> float:
+def kl_divergence(reference: np.ndarray, got: np.ndarray) -> float:
     """Mean KL(reference || got) over positions, in nats."""
     a, b = (x.astype(np.float64) - x.max(1, keepdims=True) for x in (reference, got))
     a, b = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (a, b))

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..disk.checkpoint import other_files
 from ..disk.hashing import file_hash
 from ..disk.manifest import Manifest
-from ..disk.names import MANIFEST
+from ..disk.names import CARD, INDEX, MANIFEST, base_card
 from ..errors import CheckpointError, one_line
 from ..folding.columns import undo_path
 from .outcome import Proofs
@@ -21,7 +21,7 @@ def check_hashes(directory: Path, manifest: Manifest, progress: Callable[[int], 
     progress: called with the bytes hashed since the last call.
     """
     known = recorded_hashes(directory, manifest)
-    faults = []
+    faults = _unlikely_files(manifest)
     for name, digest in known.items():
         path = directory / name
         if not path.is_file():
@@ -33,6 +33,23 @@ def check_hashes(directory: Path, manifest: Manifest, progress: Callable[[int], 
             progress(path.stat().st_size)
     faults += [f"{one_line(name)} is not in the manifest" for name in unknown_files(directory, manifest)]
     return tuple(faults)
+
+
+def _unlikely_files(manifest: Manifest) -> list[str]:
+    """Files that the manifest says were made while baking, or had another name before, and that never are."""
+    made = {CARD}
+    if manifest.resharded:
+        made |= {INDEX, *(name for name in manifest.files if name.endswith(".safetensors"))}
+    if not manifest.is_checkpoint:
+        made |= manifest.files.keys()
+    kept = base_card([name for name, record in manifest.files.items() if record.base_name is None])
+    faults = []
+    for name, record in manifest.files.items():
+        if record.before is None and name not in made:
+            faults.append(f"{one_line(name)} is none of the files that a bake makes")
+        if record.base_name is not None and (name, record.base_name) != (kept, CARD):
+            faults.append(f"{one_line(name)} is no other name of {one_line(record.base_name)}")
+    return faults
 
 
 def recorded_hashes(directory: Path, manifest: Manifest) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ..disk.names import CARD, MANIFEST, OLD_DELTA, UNDO, base_card
 from ..errors import InputError
 from ..evaluation.cost import Cost
 from ..evaluation.effect import Effect
-from ..hub.licences import duty, licence_of, metadata_in
+from ..hub.licences import base_metadata, duty, licence_of, metadata_in
 from ..rule import Rule
 from .record import Measured, effect_rows
 from .wording import WORDS
@@ -54,24 +54,36 @@ def card_of(manifest: Manifest, metadata: dict) -> str:
     return f"{build(manifest.to_dict(), metadata)}\n<!-- record: {manifest.record_sha256()} -->\n"
 
 
-def card_fault(directory: Path, manifest: Manifest, base: Path) -> str:
-    """What is wrong with the card of an output that `add_card` wrote; "" if nothing is. base: the base's directory.
+def card_fault(directory: Path, manifest: Manifest, base: Path | None = None) -> str:
+    """What is wrong with the card of an output that `add_card` wrote; "" if nothing is.
 
+    base: the base's directory; None where it is not at hand: then the copy of its card that the output keeps is taken.
     A card of another version cannot be made again: there the record that it names must be the manifest's. Those of
     outputs whose undo file has its earlier name say nothing of it, and are not compared.
     """
-    if manifest.is_checkpoint and not (directory / UNDO).is_file() or OLD_DELTA in manifest.files:
+    earlier = manifest.is_checkpoint and not (directory / UNDO).is_file()
+    if earlier or OLD_DELTA in manifest.files or CARD not in manifest.files:
+        return ""
+    if manifest.files[CARD].before is not None:  # the base's own: nothing was added
         return ""
     text = (directory / CARD).read_bytes().decode("utf-8", errors="replace")
     if f"<!-- record: {manifest.record_sha256()} -->" not in text:
         return f"{CARD} was not made from what {MANIFEST} records"
-    if manifest.tool != TOOL:
+    if manifest.tool != TOOL or (base is None and not manifest.is_checkpoint):
         return ""
     try:
-        expected = card_of(manifest, metadata_in(base))
+        expected = card_of(manifest, _metadata_kept(directory, manifest) if base is None else metadata_in(base))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, InputError):
         return f"{MANIFEST} has figures of another form than kbne-edit writes"
     return "" if text.encode() == _bytes(expected) else f"{CARD} is not the card that {MANIFEST} gives"
+
+
+def _metadata_kept(directory: Path, manifest: Manifest) -> dict:
+    """The metadata of the base's card, from the copy that an output keeps of it."""
+    for name, record in manifest.files.items():
+        if record.base_name == CARD:
+            return base_metadata((directory / name).read_text(encoding="utf-8-sig", errors="replace"))
+    return {}
 
 
 def build(manifest: dict, metadata: dict) -> str:

@@ -27,6 +27,7 @@ from ..files import work_folder
 from ..folding.columns import undo_path
 from ..proofs.record import check_hashes, recorded_hashes, recorded_proofs
 from ..tuning.tune import RESULT
+from .card import card_fault
 from .lens import Neuron, columns, vocabulary, written
 from .record import Measured
 from .scored import Scored, scored
@@ -134,6 +135,8 @@ def _checked(path: Path, manifest: Manifest, hashes: bool) -> Hashes:
     if hashes:
         if faults := check_hashes(path, manifest):
             raise CheckpointError(f"{path}/{faults[0]}: a report is made on a directory as it was baked")
+        if fault := card_fault(path, manifest):
+            raise CheckpointError(f"{path}: {fault}")
         return Hashes(True, len(recorded_hashes(path, manifest)))
     undo = undo_path(path)
     if manifest.is_checkpoint and (not undo.is_file() or file_hash(undo) != manifest.undo):
