@@ -453,6 +453,9 @@ class _Output(Tensor):
     def __getitem__(self, index):
         return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
 
+    def __iter__(self):
+        return iter((self, None))  # Bamba unpacks a layer's output and its attention weights
+
 
 def _parts(hidden: Tensor) -> Sequence[Tensor]:
     return hidden.split(_HEAD_ROWS, 1)
