@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from kbne_edit.errors import OutputError, ScoresError
+from kbne_edit.fitting.contrasts import contrast_units
 from kbne_edit.fitting.rows import KINDS, unit_rows
 from kbne_edit.fitting.store import GradientFile, Sizes, load_gradients
-from kbne_edit.fitting.units import load_units
+from kbne_edit.fitting.units import load_pairs, load_units
 
 
 def words(sentence):
@@ -24,9 +25,9 @@ def units():
 
 def test_kinds_mean_what_they_say(units):
     """Log-probabilities made of a group, an attribute and their interaction come apart again."""
-    for number, unit in enumerate(units[:40]):
-        rows = unit_rows(unit, words, number)
-        tokens = np.mean([sum(s.weights) for s in rows.sentences[:4]])
+    for unit in units[:40]:
+        rows = unit_rows(unit, False, words)
+        tokens = np.mean([sum(s.weights) for s in rows.sentences])
         group, attribute, both, level = 0.7, -0.3, 0.11, -4.0
         square = [  # ax, ay, bx, by
             level + group + attribute + both,
@@ -34,22 +35,38 @@ def test_kinds_mean_what_they_say(units):
             level - group + attribute - both,
             level - group - attribute + both,
         ]
-        others = [-9.0, -6.0][: len(rows.sentences) - 4]
-        found = dict(zip(KINDS, rows.mixture @ np.array([*square, *others]) * tokens, strict=True))
+        found = dict(zip(KINDS, rows.mixture @ np.array(square) * tokens, strict=True))
         assert found["association"] == pytest.approx(2 * both)
         assert found["sentiment"] == pytest.approx(2 * attribute)
         assert found["prior"] == pytest.approx(2 * group)
         assert found["level"] == pytest.approx(level)
-        beside = [i for i, s in enumerate(rows.sentences[:4]) if rows.mixture[KINDS.index("gap"), i] > 0]
-        assert found["gap"] == pytest.approx(np.mean([square[i] for i in beside]) + 9)
-        assert np.isnan(found["unknown"]) == (unit.format != "question")
-        if unit.format == "question":
-            assert found["unknown"] == pytest.approx(-6 - np.mean([square[i] for i in beside]))
+        assert np.isnan(found["tone"])
+
+
+def test_contrasts_set_bad_attributes_against_good_ones():
+    files = load_pairs()
+    every = contrast_units(files)
+    assert len(every) > 500
+    tones = {
+        (group, attribute): tone
+        for pairs in files
+        for fact in pairs.facts
+        for group, attribute, tone in ((fact.a, fact.x, fact.tone_x), (fact.b, fact.y, fact.tone_y))
+    }
+    good = {attribute for (_, attribute), tone in tones.items() if tone == "good"}
+    for unit in every:
+        assert tones[unit.fact.a, unit.fact.x] == "bad" and unit.fact.y in good
+        assert unit.square.ax.context == unit.square.ay.context
+    rows = unit_rows(every[0], True, words)
+    assert [*rows.mixture[KINDS.index("tone")] * np.mean([sum(s.weights) for s in rows.sentences])] == [1, -1]
+    assert np.isnan(rows.mixture).sum() == 2 * (len(KINDS) - 1)
+    few = contrast_units(files, 10)
+    assert max(sum(unit.type == pairs.type for unit in few) for pairs in files) <= 10
 
 
 def test_what_all_four_share_is_not_scored_and_questions_are_not_either(units):
-    for number, unit in enumerate(units[:40]):
-        rows = unit_rows(unit, words, number)
+    for unit in units[:40]:
+        rows = unit_rows(unit, False, words)
         square = rows.sentences[:4]
         starts = {next(i for i, w in enumerate(s.weights) if w) for s in square}
         if unit.format == "question":
@@ -63,7 +80,7 @@ def test_what_all_four_share_is_not_scored_and_questions_are_not_either(units):
         assert all(s.weights[-1] == 1 for s in square)
 
 
-SIZES, SETTINGS = Sizes(units=3, kinds=2, fisher=2, factors=5), {"base": "abc", "seed": 0}
+SIZES, SETTINGS = Sizes(units=3, kinds=2, texts=2, samples=1, factors=5), {"base": "abc", "seed": 0}
 
 
 def fill(file, entries):
@@ -71,7 +88,7 @@ def fill(file, entries):
         if entry < 3:
             file.write_unit(entry, torch.full((2, 5), entry + 0.5), np.array([entry, np.nan]))
         else:
-            file.write_fisher(entry - 3, torch.full((5,), -1.0 - entry))
+            file.write_fisher(entry - 3, torch.full((1, 5), -1.0 - entry))
 
 
 def test_a_file_is_resumed_to_the_same_bytes(tmp_path):
@@ -96,7 +113,7 @@ def test_what_is_no_finished_file_of_these_settings_is_refused(tmp_path):
     with pytest.raises(OutputError):
         GradientFile(path, SIZES, SETTINGS)  # locked
     with pytest.raises(ScoresError, match="no numbers"):
-        file.write_fisher(0, torch.full((5,), torch.nan))
+        file.write_fisher(0, torch.full((1, 5), torch.nan))
     file.close()
     with pytest.raises(ScoresError, match="1 of 5"):
         load_gradients(path)

@@ -99,8 +99,8 @@ def batches(lengths: Sequence[int], most: int = _BATCH_TOKENS) -> list[list[int]
 
 
 def _leaves(start: Tensor, sizes: list[int], count: int, model: nn.Module) -> list[Tensor]:
-    weight = model.get_input_embeddings().weight
-    parts = start.to(weight.device, weight.dtype).split(sizes)
+    # In float32 whatever the model's dtype: bfloat16 has no number between 1 and 1.0078.
+    parts = start.float().to(model.get_input_embeddings().weight.device).split(sizes)
     return [part.repeat(count, 1).requires_grad_() for part in parts]
 
 
@@ -256,9 +256,9 @@ def _tap(leaf: Tensor, count: int, width: int) -> Tap:
     def tap(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
         own = leaf[:, offset : offset + h.shape[-1]]
         if tokens is not None:
-            return h * own[tokens if each > 1 else tokens // width]
+            return (h * own[tokens if each > 1 else tokens // width]).to(h.dtype)
         if h.dim() == 2:  # some families flatten batch and positions
-            return h * (own if each > 1 else own.repeat_interleave(width, 0))
-        return h * own.view(count, each, -1)
+            return (h * (own if each > 1 else own.repeat_interleave(width, 0))).to(h.dtype)
+        return (h * own.view(count, each, -1)).to(h.dtype)
 
     return tap

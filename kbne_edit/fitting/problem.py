@@ -2,19 +2,20 @@
 
     d = -s (D + X' W X)^-1 y
 
-y is what is to fall: the mean of rows of units (`Aim`). X holds the Fisher rows, so that d costs little KL, and the
-units' own rows, so that the mean falls because most units move a little, not because a few move far: a direction in
-which units differ widely is no evidence of a mean, and what rests on it does not carry over to other facts. `even`
-weighs the second. s is set by the real KL afterwards.
+y is what is to fall (`aim`). X holds the Fisher rows, so that d costs little KL, and the units' own rows, so that a mean
+falls because most units move a little and not because a few move far: a direction in which units differ widely is no
+evidence of a mean, and what rests on it does not carry over to other facts. `even` weighs the second. s is set by the
+real KL afterwards.
 
-Association falls by type towards balance and never beyond it. Sentiment is what the tone of the attributes gives: bad
-ones against good ones, whoever is spoken of.
+The association of each type counts by what is left of it, and not at all where it is at balance or beyond. Sentiment is
+the tone of the attributes: bad ones against good ones, whoever is spoken of. It has no balance of its own.
 
-Legend: U units, K kinds of rows, R Fisher rows, N = U K + R rows.
+Legend: U units and contrasts, K kinds of rows, R Fisher rows, N rows of the Gram matrix.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,89 +23,168 @@ import numpy as np
 
 from .gram import Gram
 from .rows import KINDS, PARTS
+from .sampling import SAMPLES
 from .units import Unit
 
 _TONES = {"bad": 1.0, "neutral": 0.0, "good": -1.0}
+EVEN = ("association", "sentiment", "prior")
 
 
 @dataclass(frozen=True)
 class System:
-    """units: U; margins: [U, K], NaN where a unit has no such row; gram: units' rows, then Fisher rows.
-
-    fisher: what each Fisher row counts, [R]; 0: it is set aside. share: how much of it is taken as measured.
+    """units: U, the contrasts last; margins: [U, K], NaN where a unit has no such row; index: [U, K], its place in the
+    Gram matrix. The Fisher rows follow there; fisher: what each counts, [R]. share: how much of it is taken as measured.
     """
 
     units: tuple[Unit, ...]
     margins: np.ndarray
+    index: np.ndarray
     gram: Gram
     fisher: np.ndarray
     share: float
 
-    def rows(self, kind: str, chosen: np.ndarray) -> np.ndarray:
-        """Indices of the rows of a kind."""
-        return chosen * len(KINDS) + KINDS.index(kind)
+    @property
+    def start(self) -> int:
+        """Where the Fisher rows begin."""
+        return len(self.gram.matrix) - len(self.fisher)
 
-    def solve(self, aim: np.ndarray, chosen: np.ndarray, even: float) -> np.ndarray:
-        """Coefficients [N] of -(D + X' W X)^-1 y. chosen: the units whose changes are to be even."""
-        start = len(self.units) * len(KINDS)
-        known = np.flatnonzero(self.fisher) + start
-        among, weights = [known], [self.share * self.fisher[known - start]]
-        for part in PARTS:
-            among.append(self.rows(part, chosen))
-            weights.append(np.full(len(chosen), even / len(chosen)))
+    def having(self, kind: str, chosen: np.ndarray) -> np.ndarray:
+        """Those of the units that have a row of this kind."""
+        return chosen[self.index[chosen, KINDS.index(kind)] >= 0]
+
+    def rows(self, kind: str, chosen: np.ndarray) -> np.ndarray:
+        """Places of the rows of a kind, of units that have them."""
+        return self.index[chosen, KINDS.index(kind)]
+
+    def solve(self, aim: np.ndarray, chosen: np.ndarray, even: float, fisher: np.ndarray | None = None) -> np.ndarray:
+        """Coefficients [N] of -(D + X' W X)^-1 y. chosen: units whose changes are to be even; fisher: [R], instead of
+        all of it."""
+        counts = self.fisher if fisher is None else fisher
+        known = np.flatnonzero(counts)
+        among, weights = [known + self.start], [self.share * counts[known]]
+        for part in EVEN:
+            own = self.having(part, chosen)
+            among.append(self.rows(part, own))
+            weights.append(np.full(len(own), even / max(len(own), 1)))
         return -self.gram.solve(aim, np.concatenate(among), np.concatenate(weights))
 
     def cost(self, coefficients: np.ndarray, fisher: np.ndarray) -> float:
         """Quadratic KL per token, by Fisher rows that count `fisher`, [R]."""
-        changes = self.gram.changes(coefficients)[len(self.units) * len(KINDS) :]
+        changes = self.gram.changes(coefficients)[self.start :]
         return 0.5 * float((fisher * changes**2).sum())
 
 
-def aim(system: System, parts: Sequence[str], chosen: np.ndarray, margins: np.ndarray | None = None) -> np.ndarray:
-    """y over all rows, [N]. chosen: units that are fitted. margins: [U, K] where they are not those at factors of 1.
+def aim(system: System, parts: Sequence[str], chosen: np.ndarray, signs: np.ndarray | None = None) -> np.ndarray:
+    """y over all rows, [N]. chosen: units that are fitted. signs: [U] of 1 and -1, by which labels are exchanged.
 
-    Association weighs a type by what is left of its margin, and prior likewise; a type at balance or beyond does not
-    count. The parts are brought to one scale by the spread of their units' rows.
+    Each part is divided by the standard error of its mean in the metric D, so that none drowns the others.
     """
-    margins = system.margins if margins is None else margins
+    signs = np.ones(len(system.units)) if signs is None else signs
     result = np.zeros(len(system.gram.matrix))
     for part in parts:
-        own = _sentiment(system, chosen) if part == "sentiment" else _balance(system, part, chosen, margins)
-        size = np.sqrt(max(float(own @ system.gram.matrix @ own), 1e-30))
-        result += own / size if own.any() else 0
+        for own in (
+            _sentiment(system, chosen, signs) if part == "sentiment" else (_balance(system, part, chosen, signs),)
+        ):
+            spread = np.sqrt(float(own**2 @ np.diag(system.gram.matrix)))
+            result += own / spread if spread else 0
     return result
 
 
-def _balance(system: System, part: str, chosen: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """Mean rows of the types, each times what is left of its mean margin."""
-    result = np.zeros(len(system.gram.matrix))
-    kind = KINDS.index(part)
-    types = np.array([unit.type for unit in system.units])
-    for name in sorted({*types[chosen]}):
-        own = chosen[types[chosen] == name]
-        left = float(margins[own, kind].mean())
+def _balance(system: System, part: str, chosen: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """Rows of a part, each type's mean times what is left of its mean margin."""
+    result, kind = np.zeros(len(system.gram.matrix)), KINDS.index(part)
+    chosen = system.having(part, chosen)
+    types = np.array([system.units[i].type for i in chosen])
+    for name in sorted(set(types.tolist())):
+        own = chosen[types == name]
+        left = float(system.margins[own, kind].mean())
         if part == "association":
             left = max(left, 0.0)
-        result[system.rows(part, own)] += left / len(chosen)
+        result[system.rows(part, own)] = left * signs[own] / len(chosen)
     return result
 
 
-def _sentiment(system: System, chosen: np.ndarray) -> np.ndarray:
-    """Bad attributes against good ones: within units whose two attributes differ in tone, and between units."""
-    result = np.zeros(len(system.gram.matrix))
-    x, y = (
-        np.array([_TONES[tone] for tone in tones])
-        for tones in zip(*((u.fact.tone_x, u.fact.tone_y) for u in (system.units[i] for i in chosen)), strict=True)
-    )
-    within = (x - y) / max(np.abs(x - y).sum(), 1)
-    result[system.rows("sentiment", chosen)] = within
+def _sentiment(system: System, chosen: np.ndarray, signs: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Bad attributes against good ones: in contrasts, in units whose attributes differ in tone, and between units."""
+    contrast, within, between = (np.zeros(len(system.gram.matrix)) for _ in range(3))
+    own = system.having("tone", chosen)
+    contrast[system.rows("tone", own)] = signs[own] / max(len(own), 1)
+    own = system.having("sentiment", chosen)
+    within[system.rows("sentiment", own)] = tones(system.units)[own] * signs[own] / max(len(own), 1)
+    levels = np.array([_TONES[u.fact.tone_x] + _TONES[u.fact.tone_y] for u in system.units])
     for sign in (1, -1):
-        own = chosen[(x + y) * sign > 1]
-        if len(own):
-            result[system.rows("level", own)] += sign / len(own)
-    return result
+        alike = own[levels[own] * signs[own] * sign > 1]
+        between[system.rows("level", alike)] = sign / max(len(alike), 1)
+    return contrast, within, between
 
 
-def tone(unit: Unit) -> float:
-    """Of a unit's attributes: 1 if X is bad and Y is not, -1 the other way round, 0 if they are alike."""
-    return float(np.sign(_TONES[unit.fact.tone_x] - _TONES[unit.fact.tone_y]))
+def tones(units: Sequence[Unit]) -> np.ndarray:
+    """1 where X is worse than Y, -1 the other way round, 0 if they are alike, [U]."""
+    return np.array([np.sign(_TONES[u.fact.tone_x] - _TONES[u.fact.tone_y]) for u in units])
+
+
+def folds(units: Sequence[Unit], count: int) -> np.ndarray:
+    """A fold of each unit, [U]: all units of a fact, and the contrasts of its bad attributes, have the same."""
+    facts = {attribute: u.fact.x for u in reversed(units) for attribute in (u.fact.y, u.fact.x)}
+    return np.array([zlib.crc32(facts[u.fact.x].encode()) % count for u in units])
+
+
+def shuffled(units: Sequence[Unit], seed: int) -> np.ndarray:
+    """Signs [U], by which half of the units of each type exchange their labels."""
+    rng, signs = np.random.default_rng(seed), np.ones(len(units))
+    types = np.array([unit.type for unit in units])
+    for name in sorted(set(types.tolist())):
+        own = np.flatnonzero(types == name)
+        signs[rng.permutation(own)[: len(own) // 2]] = -1
+    return signs
+
+
+@dataclass(frozen=True)
+class Held:
+    """Change of a part on facts that were not fitted, predicted at quadratic KL `kl` by Fisher rows set aside."""
+
+    even: float
+    part: str
+    change: float
+    error: float
+
+
+def cross_validate(
+    system: System, parts: Sequence[str], fitted: np.ndarray, evens: Sequence[float], kl: float, count: int = 4
+) -> tuple[Held, ...]:
+    """Each fold's facts by the others', at each `even`; a text's Fisher rows are set aside with a fold."""
+    fold = folds(system.units, count)
+    rows = np.arange(len(system.fisher))
+    texts, whole = rows // SAMPLES % count, rows % SAMPLES == 0
+    result = []
+    for even in evens:
+        moved: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
+        for number in range(count):
+            train, test = fitted[fold[fitted] != number], fitted[fold[fitted] == number]
+            kept = np.where(texts == number, 0, system.fisher) * count / (count - 1)
+            # The rows of whole texts are half of S, and without bias.
+            aside = np.where((texts == number) & whole, system.fisher, 0) * count * 2
+            coefficients = system.solve(aim(system, parts, train), train, even, kept)
+            changes = system.gram.changes(coefficients)
+            changes *= np.sqrt(kl / max(system.cost(coefficients, aside), 1e-30))
+            for part, values in moved.items():
+                values.append(part_changes(system, part, test, changes))
+        for part, values in moved.items():
+            every = np.concatenate(values)
+            result.append(Held(even, part, float(every.mean()), float(every.std() / np.sqrt(max(len(every), 1)))))
+    return tuple(result)
+
+
+def part_changes(system: System, part: str, chosen: np.ndarray, changes: np.ndarray) -> np.ndarray:
+    """Of each unit that tells of a part; of sentiment the contrasts. changes: of every row, [N]."""
+    kind = "tone" if part == "sentiment" and len(system.having("tone", chosen)) else part
+    return changes[system.rows(kind, system.having(kind, chosen))]
+
+
+def best_even(held: Sequence[Held], parts: Sequence[str]) -> float:
+    """The one whose fall of all parts together, each in standard errors, is largest on facts not fitted."""
+
+    def fall(even: float) -> float:
+        return sum(h.change / max(h.error, 1e-12) for h in held if h.even == even and h.part in parts)
+
+    return min(sorted({h.even for h in held}), key=fall)

@@ -6,11 +6,13 @@ For two groups A, B and two attributes X, Y a unit's four sentences AX, AY, BX, 
     sentiment   = (AX - AY + BX - BY) / 2     X against Y, whoever
     prior       = (AX + AY - BX - BY) / 2     A against B, whatever
     level       = (AX + AY + BX + BY) / 4     how likely the unit is at all
-    gap         = (A.. or B..) - unrelated    how much more likely it is than a sentence without sense
-    unknown     = unknown - (two answers) / 2 questions only: how much likelier it is that the model says it cannot tell
 
-All are divided by the mean number of scored tokens of the four sentences. What all four begin with cancels in the first
-three, so it is not scored. An answer is scored without its question.
+and a contrast (`contrasts`), of which two sentences are read, has
+
+    tone        =  AX - AY                    a bad attribute against a good one
+
+All are divided by the mean number of scored tokens. What the sentences begin with in common cancels in all but the
+level, so it is not scored. An answer is scored without its question.
 """
 
 from __future__ import annotations
@@ -22,108 +24,115 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import InputError
 from .passes import Scored
 from .units import Sentence, Unit
 
 PARTS = ("association", "sentiment", "prior")
-KINDS = (*PARTS, "level", "gap", "unknown")
+KINDS = (*PARTS, "level", "tone")
 _SQUARE = np.array([[1, -1, -1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [0.5, 0.5, 0.5, 0.5]]) / 2
 
-
-@dataclass(frozen=True)
-class UnitRows:
-    """A unit's scored sentences, and how the kinds of rows are made of them.
-
-    sentences: the square (ax, ay, bx, by), an unrelated one and, for a question, an unknown one.
-    mixture: [kinds, sentences], per token; a kind that the unit does not have is a row of NaN.
-    """
-
-    sentences: tuple[Scored, ...]
-    mixture: np.ndarray
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that a pass over the sentences reads."""
-        return sum(len(sentence.ids) for sentence in self.sentences)
-
+_SECONDS = 120  # of CPU time for all units
+_UNREAD = 0.1  # share of unknown tokens from which on a tokenizer cannot read a text
 
 Encode = Callable[
     [Sentence], tuple[list[int], list[int]]
 ]  # ids of the context (with the prefix token) and of the whole
 
 
-def unit_rows(unit: Unit, encode: Encode, number: int) -> UnitRows:
-    """number: the unit's place among all, which decides whether group A or B stands beside the senseless sentence."""
-    second = number % 2
+@dataclass(frozen=True)
+class UnitRows:
+    """A unit's scored sentences, and how the kinds of rows are made of them.
+
+    sentences: ax, ay, bx, by; of a contrast ax, ay. mixture: [kinds, sentences], per token; a kind that the unit does
+    not have is a row of NaN.
+    """
+
+    sentences: tuple[Scored, ...]
+    mixture: np.ndarray
+
+
+def unit_rows(unit: Unit, contrast: bool, encode: Encode) -> UnitRows:
+    """contrast: only the tone of the unit's attributes is wanted."""
     square = unit.square
-    sentences = [square.ax, square.ay, square.bx, square.by, unit.unrelated[second], *unit.unknown[second : second + 1]]
+    sentences = [square.ax, square.ay] if contrast else [square.ax, square.ay, square.bx, square.by]
     pairs = [encode(sentence) for sentence in sentences]
-    shared = len(commonprefix([tuple(ids) for _, ids in pairs[:4]])) - 1
-    scored = [
-        _scored(ids, len(context) - 1 if s.question else shared)
-        for s, (context, ids) in zip(sentences, pairs, strict=True)
-    ]
+    shared = len(commonprefix([tuple(whole) for _, whole in pairs])) - 1
+    scored = tuple(
+        _scored(whole, len(context) - 1 if sentence.question else max(shared, 0))
+        for sentence, (context, whole) in zip(sentences, pairs, strict=True)
+    )
     mixture = np.full((len(KINDS), len(scored)), np.nan)
-    mixture[: len(_SQUARE)] = 0
-    mixture[: len(_SQUARE), :4] = _SQUARE
-    # Of ax, ay, bx, by those that share the context of the unrelated sentence, and of the unknown one.
-    beside = _beside(unit, second)
-    mixture[KINDS.index("gap")] = 0
-    mixture[KINDS.index("gap"), beside] = 0.5
-    mixture[KINDS.index("gap"), 4] = -1
-    if unit.unknown:
-        mixture[KINDS.index("unknown")] = 0
-        mixture[KINDS.index("unknown"), beside] = -0.5
-        mixture[KINDS.index("unknown"), 5] = 1
-    return UnitRows(tuple(scored), mixture / np.mean([sum(s.weights) for s in scored[:4]]))
-
-
-def _beside(unit: Unit, second: int) -> list[int]:
-    square = unit.square
-    context = unit.unrelated[second].context
-    found = [i for i, s in enumerate((square.ax, square.ay, square.bx, square.by)) if context and s.context == context]
-    return found if len(found) == 2 else ([2, 3] if second else [0, 1])
+    if contrast:
+        mixture[KINDS.index("tone")] = (1, -1)
+    else:
+        mixture[: len(_SQUARE)] = _SQUARE
+    return UnitRows(scored, mixture / np.mean([sum(sentence.weights) for sentence in scored]))
 
 
 def _scored(ids: Sequence[int], start: int) -> Scored:
     return Scored(tuple(ids), tuple(float(position >= start) for position in range(len(ids) - 1)))
 
 
-def encode_units(path: Path, units: Sequence[Unit]) -> list[UnitRows]:
-    """Rows of every unit in the tokens of the model at `path`; questions through its chat template every other time.
+def encode_units(path: Path, units: Sequence[Unit], contrasts: Sequence[Unit]) -> list[UnitRows]:
+    """Rows of every unit and of every contrast in the tokens of the model at `path`; every other question as a chat.
 
     The tokenizer and its template work in a child process, within limits of time and memory. Raises CheckpointError.
     """
     from ..models.confined import confined
     from ..models.loading import prepare, read_tokenizer
 
+    every = [*units, *contrasts]
+
     def work() -> list[list]:
         tokenizer = read_tokenizer(path)
         result, questions = [], 0
-        for unit in units:
-            questions += bool(unit.unknown)
-            result += [list(encoded(tokenizer, sentence, chat=bool(questions % 2))) for sentence in unit.sentences]
+        for unit in every:
+            questions += bool(unit.square.ax.question)
+            for sentence in _four(unit):
+                result.append(list(encoded(tokenizer, sentence, chat=bool(questions % 2))))
         return result
 
     prepare()
-    found = iter(confined(path, work))
+    found = iter(confined(path, work, seconds=_SECONDS))
     result = []
-    for number, unit in enumerate(units):
-        known = {sentence: next(found) for sentence in unit.sentences}
-        result.append(unit_rows(unit, known.__getitem__, number))
+    for number, unit in enumerate(every):
+        known = {sentence: next(found) for sentence in _four(unit)}
+        result.append(unit_rows(unit, number >= len(units), known.__getitem__))
     return result
+
+
+def encode_texts(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of plain texts, the prefix token first. Raises InputError for a tokenizer that cannot read them."""
+    from ..models.confined import confined
+    from ..models.loading import prepare, read_tokenizer
+
+    def work() -> list:
+        tokenizer = read_tokenizer(path)
+        return [[encoded(tokenizer, Sentence("", text), chat=False)[1] for text in texts], tokenizer.unk_token_id]
+
+    prepare()
+    found, unknown = confined(path, work, seconds=_SECONDS)
+    if unknown is not None and sum(ids.count(unknown) for ids in found) > _UNREAD * sum(map(len, found)):
+        raise InputError(f"the tokenizer of {path} cannot read the texts of a fit (unknown tokens): use another model")
+    return found
+
+
+def _four(unit: Unit) -> tuple[Sentence, ...]:
+    return (unit.square.ax, unit.square.ay, unit.square.bx, unit.square.by)
 
 
 def encoded(tokenizer, sentence: Sentence, chat: bool) -> tuple[list[int], list[int]]:
     """Token ids of the context and of the whole, both after the prefix token (of a chat: after its own beginning)."""
     from ..models.prompts import render
 
+    def plain(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     if sentence.question and chat and getattr(tokenizer, "chat_template", None):
-        context = tokenizer(render(tokenizer, sentence.question), add_special_tokens=False)["input_ids"]
-        return context, [*context, *tokenizer(sentence.continuation.lstrip(), add_special_tokens=False)["input_ids"]]
+        context = plain(render(tokenizer, sentence.question))
+        return context, [*context, *plain(sentence.continuation.lstrip())]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    context, whole = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (sentence.context, sentence.text)
-    )
+    whole = plain(sentence.text)
     begin = [] if first is None or whole[:1] == [first] else [first]
-    return [*begin, *context], [*begin, *whole]
+    return [*begin, *plain(sentence.context)], [*begin, *whole]

@@ -2,9 +2,10 @@
 
 The file is laid out in full before the first pass. An entry's values are written before its `done` flag, so whatever
 moment a run is killed at, the next one goes on with the entries that have no flag. Tensors: rows [U, K, P] BF16 and
-values [U, K] F32 of the units, fisher [R, P] BF16, done [U + R] U8. A row that a unit does not have has the value NaN.
+values [U, K] F32 of the units, fisher [R, S, P] BF16, done [U + R] U8. A row that a unit does not have has the value
+NaN.
 
-Legend: U units, K kinds of rows, R Fisher rows, P factors.
+Legend: U units, K kinds of rows, R Fisher texts, S rows of each, P factors.
 """
 
 from __future__ import annotations
@@ -30,20 +31,21 @@ _KEY = "kbne_gradients"
 
 @dataclass(frozen=True)
 class Sizes:
-    """units U, kinds K, fisher R, factors P."""
+    """units U, kinds K, texts R, samples S, factors P."""
 
     units: int
     kinds: int
-    fisher: int
+    texts: int
+    samples: int
     factors: int
 
     def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """{name: (dtype, shape)}, in the order on disk."""
         return {
             "rows": ("BF16", (self.units, self.kinds, self.factors)),
-            "fisher": ("BF16", (self.fisher, self.factors)),
+            "fisher": ("BF16", (self.texts, self.samples, self.factors)),
             "values": ("F32", (self.units, self.kinds)),
-            "done": ("U8", (self.units + self.fisher,)),
+            "done": ("U8", (self.units + self.texts,)),
         }
 
 
@@ -90,10 +92,10 @@ class GradientFile:
         self._put("values", index, values.astype("<f4").tobytes())
         self._mark(index)
 
-    def write_fisher(self, index: int, row: Tensor) -> None:
-        """row: [P] float32."""
-        self._finite(row, f"Fisher row {index + 1}")
-        self._put("fisher", index, row.bfloat16().view(torch.int16).numpy().tobytes())
+    def write_fisher(self, index: int, rows: Tensor) -> None:
+        """rows: [S, P] float32."""
+        self._finite(rows, f"Fisher text {index + 1}")
+        self._put("fisher", index, rows.bfloat16().view(torch.int16).numpy().tobytes())
         self._mark(self.sizes.units + index)
 
     def _finite(self, values: Tensor, what: str) -> None:
@@ -118,7 +120,7 @@ class GradientFile:
 
 @dataclass(frozen=True)
 class Gradients:
-    """A finished file. rows: [U, K, P] bfloat16, mapped; values: [U, K]; fisher: [R, P] bfloat16, mapped."""
+    """A finished file. rows: [U, K, P] bfloat16, mapped; values: [U, K]; fisher: [R, S, P] bfloat16, mapped."""
 
     rows: Tensor
     values: np.ndarray
@@ -153,7 +155,8 @@ def _opened(path: Path) -> tuple[dict, dict]:
         settings = parse_json(read_metadata(path)[_KEY].encode(), f"the metadata of {path}")
         tensors = {tensor.name: tensor for tensor in shard.tensors}
         units, kinds, factors = tensors["rows"].shape
-        layout = Sizes(units, kinds, tensors["fisher"].shape[0], factors).layout()
+        texts, samples, _ = tensors["fisher"].shape
+        layout = Sizes(units, kinds, texts, samples, factors).layout()
         if layout != {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} or not isinstance(settings, dict):
             raise TypeError
     except CheckpointError as error:

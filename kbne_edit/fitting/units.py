@@ -145,7 +145,7 @@ def load_units(
         for index, fact in enumerate(pairs.facts):
             for step in range(per_fact):
                 name = formats[(index + step) % len(formats)]
-                units.append(_unit(pairs, fact, name, used[name]))
+                units.append(unit_of(pairs, fact, name, used[name]))
                 used[name] += 1
     return tuple(units)
 
@@ -283,7 +283,7 @@ def _fact(row: object, of: tuple, number: int, wording: Wording, reader: Reader,
     return Fact(kind, wording.language, a, b, x, y, _TONES[tones[0]], _TONES[tones[1]], filler)
 
 
-def _unit(pairs: Pairs, fact: Fact, name: str, number: int) -> Unit:
+def unit_of(pairs: Pairs, fact: Fact, name: str, number: int) -> Unit:
     """The unit of a fact in a format; number: of the format's earlier units, which chooses the template."""
     templates = pairs.wording.templates[name]
     index = number % len(templates)

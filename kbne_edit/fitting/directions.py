@@ -1,0 +1,85 @@
+"""From stored gradients to directions: the Gram matrix of all rows, or of some of the factors' columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import sampling
+from .gram import Shrinkage, diagonal, direction, gram, scale
+from .problem import System, aim
+from .rows import KINDS
+from .store import Gradients
+from .units import Unit
+
+_SHRINKAGE = Shrinkage(0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """d, [P] float32, and its quadratic cost, which is too low by what the Fisher rows did not see."""
+
+    d: Tensor
+    cost: float
+
+
+class Directions:
+    """Solves for directions. system: of all factors; fisher: diag(S), [P]."""
+
+    def __init__(self, units: Sequence[Unit], stored: Gradients, tokens: Sequence[int]):
+        """tokens: predictions made on each Fisher text."""
+        self._units, self._stored = tuple(units), stored
+        self._kept = np.argwhere(~np.isnan(stored.values))  # (unit, kind) of every row that there is
+        self._counts = sampling.weights(tokens)
+        self._rows = stored.fisher.flatten(0, 1)
+        self.fisher = diagonal(self._rows, self._counts)
+        self._columns: Tensor | None = None
+        self.system = self._system()
+
+    def _blocks(self) -> list[Tensor]:
+        """Unit rows and Fisher rows, of the columns in use."""
+        unit, kind = torch.from_numpy(self._kept).T
+        blocks = [self._stored.rows[unit, kind], self._rows]
+        return blocks if self._columns is None else [block[:, self._columns] for block in blocks]
+
+    def _scale(self) -> Tensor:
+        d = scale(self.fisher, _SHRINKAGE)
+        return d if self._columns is None else d[self._columns]
+
+    def _system(self) -> System:
+        index = np.full((len(self._units), len(KINDS)), -1)
+        index[tuple(self._kept.T)] = np.arange(len(self._kept))
+        found = gram(self._blocks(), self._scale())
+        return System(self._units, self._stored.values, index, found, self._counts, _SHRINKAGE.share)
+
+    def solve(
+        self, parts: Sequence[str], chosen: np.ndarray, even: float, signs: np.ndarray | None = None
+    ) -> Direction:
+        """chosen: the units that are fitted; signs: as of `aim`."""
+        coefficients = self.system.solve(aim(self.system, parts, chosen, signs), chosen, even)
+        d = direction(self._blocks(), self._scale(), coefficients)
+        if self._columns is not None:
+            d = torch.zeros(len(self.fisher)).index_copy(0, self._columns, d)
+        return Direction(d, self.system.cost(coefficients, self._counts))
+
+    def restrict(self, d: Tensor, count: int) -> None:
+        """From now on only the factors that cost most in `d` may move: they are those that it makes most use of."""
+        weight = d.square() * scale(self.fisher, Shrinkage(0.0, _SHRINKAGE.floor))
+        self._columns = weight.topk(min(count, len(d))).indices.sort().values
+        self.system = self._system()
+
+
+def matched(d: Tensor, fisher: Tensor, sizes: Sequence[int], seed: int) -> Tensor:
+    """The changes `d`, given to other neurons of the same layer and of about the same Fisher information."""
+    generator, result, start = torch.Generator().manual_seed(seed), d.clone(), 0
+    for size in sizes:
+        own = slice(start, start + size)
+        order = fisher[own].argsort() + start
+        for near in order.split(16):
+            result[near] = d[near[torch.randperm(len(near), generator=generator)]]
+        start += size
+    return result

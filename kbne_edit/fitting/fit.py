@@ -1,0 +1,227 @@
+"""Fit: factors of one's own for every feed-forward neuron, from sentence pairs, under a bound on the KL."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..disk.checkpoint import Checkpoint
+from ..edit import Edit
+from ..errors import InputError
+from ..evaluation.neutral import packaged
+from ..families import SITES, Site
+from ..files import forbid_overlap
+from ..hub.source import Source, resolved
+from ..models.loading import load_model
+from ..progress import say
+from . import sampling
+from .collect import Reading, collect
+from .contrasts import contrast_units
+from .directions import Directions, matched
+from .measured import Held, Measure, Scaled, flattening, scaled
+from .passes import Neutral
+from .problem import best_even, cross_validate, folds, shuffled
+from .result import Cost, Factors, Fit
+from .rows import PARTS, UnitRows, encode_texts, encode_units
+from .store import GradientFile, load_gradients
+from .units import Unit, load_pairs, load_units
+
+_EVENS = (0.1, 1.0, 10.0)
+_SET_ASIDE = 10  # one fact in so many is measured and not fitted
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How to fit.
+
+    pairs: types or files (None: all types of the language). part: "association", "sentiment", "prior" or "all", which
+    is association and sentiment. max_kl: nats per token on neutral text. facts, contrasts, texts: how many are read.
+    neurons: how many are changed (None: all). even: as of `problem` (None: by cross-validation). dtype: "auto" is that
+    of the weights.
+    """
+
+    pairs: tuple[str, ...] | None = None
+    language: str = "en"
+    part: str = "all"
+    max_kl: float = 0.01
+    facts: int = 600
+    contrasts: int = 600
+    texts: int = 300
+    neurons: int | None = None
+    even: float | None = None
+    draws: int = 3
+    site: Site = "down"
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "cpu"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("association", "sentiment") if self.part == "all" else (self.part,)
+
+    def check(self) -> None:
+        """Raise InputError for values that cannot be meant."""
+        if self.part not in (*PARTS, "all"):
+            raise InputError(f"--part {self.part}: there is {', '.join(PARTS)} and all")
+        if self.site not in SITES:
+            raise InputError(f"--site {self.site}: there is {', '.join(SITES)}")
+        if not 0 < self.max_kl < 10:
+            raise InputError(f"--max-kl {self.max_kl:g}: give nats per token above 0, e.g. 0.01")
+        for name in ("facts", "contrasts", "texts", "neurons"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name} {value}: it must be 1 or more")
+
+
+def fit(source: str, out: str | Path, settings: FitSettings | None = None, gradients: str | Path | None = None) -> Fit:
+    """Fit factors to pairs and write the edit to `out`.
+
+    source: directory, ORG/NAME[@REVISION]. gradients: the file that is resumed, or used as it stands (None: beside
+    `out`). Raises InputError and its kin.
+    """
+    settings = settings or FitSettings()
+    settings.check()
+    out = Path(out)
+    kept = Path(gradients) if gradients else out.with_name(f"{out.stem}.gradients.safetensors")
+    with resolved(source, say) as found:
+        forbid_overlap(out, found.origin)
+        forbid_overlap(kept, found.origin)
+        result = _Run(found, Checkpoint.open(found.path), settings).fit(kept)
+    result.edit.save(out)
+    return result
+
+
+class _Run:
+    """One fit: units, model, and what is measured."""
+
+    def __init__(self, found: Source, checkpoint: Checkpoint, settings: FitSettings):
+        self.found, self.checkpoint, self.settings = found, checkpoint, settings
+        self.units, self.contrasts = chosen_units(settings)
+        self.every = (*self.units, *self.contrasts)
+        self.rows = encode_units(checkpoint.path, self.units, self.contrasts)
+        fisher = sampling.sentences(settings.texts, settings.seed)
+        self.texts = encode_texts(checkpoint.path, fisher)
+        self.neutral_texts = encode_texts(checkpoint.path, packaged(settings.language))
+        aside = folds(self.every, _SET_ASIDE) == 0
+        self.fitted, self.aside = np.flatnonzero(~aside), np.flatnonzero(aside)
+        if not len(self.aside) or len(self.fitted) < 40:
+            raise InputError(f"{len(self.every)} units are too few for a fit: give more --pairs or --facts")
+        self.sizes = checkpoint.layer_sizes(settings.site)
+
+    def fit(self, kept: Path) -> Fit:
+        settings = self.settings
+        model = load_model(self.checkpoint.path, getattr(torch, self._dtype()), settings.device)
+        self._collect(model, kept)
+        directions = Directions(self.every, load_gradients(kept), [len(ids) - 1 for ids in self.texts])
+        evens = _EVENS if settings.even is None else (settings.even,)
+        held = cross_validate(directions.system, settings.parts, self.fitted, evens, settings.max_kl)
+        even = best_even(held, settings.parts)
+        neutral = Neutral(model, self.neutral_texts, settings.site)
+
+        def solve(kl: float, signs: np.ndarray | None = None) -> Scaled:
+            found = directions.solve(settings.parts, self.fitted, even, signs)
+            return scaled(neutral, found.d, kl, (kl / max(found.cost, 1e-30)) ** 0.5 / 4)
+
+        if settings.neurons is not None:
+            directions.restrict(directions.solve(settings.parts, self.fitted, even).d, settings.neurons)
+        best = solve(settings.max_kl)
+        if best.kl == 0:
+            raise InputError(f"no factors were found whose KL is at most {settings.max_kl:g}: give a larger --max-kl")
+        self._report_progress(best, even)
+        measure = Measure(model, settings.site, self._held())
+        controls = [
+            measure.control(f"shuffled labels {seed + 1}", solve(best.kl, shuffled(self.every, seed)))
+            for seed in range(settings.draws)
+        ]
+        others = matched(best.factors - 1, directions.fisher, self.sizes, settings.seed)
+        controls.append(measure.control("matched neurons", scaled(neutral, others, best.kl, 1.0)))
+        controls.append(measure.control("inverse", scaled(neutral, 1 - best.factors, best.kl, 1.0)))
+        temperature = flattening(neutral, best.kl)
+        controls.append(
+            measure.control("flattening", Scaled(None, neutral.measure(temperature=temperature).kl, 0.0), temperature)
+        )
+        return Fit(
+            edit=self._edit(best.factors, even),
+            parts=settings.parts,
+            fitted=int((self.fitted < len(self.units)).sum()),
+            contrasts=int((self.fitted >= len(self.units)).sum()),
+            set_aside=len(self.aside),
+            even=even,
+            held=held,
+            factors=Factors.of(best.factors.numpy(), self.sizes),
+            cost=Cost(best.kl, neutral.measure().perplexity, best.perplexity),
+            gains=measure.gains(best),
+            controls=tuple(controls),
+        )
+
+    def _held(self) -> Held:
+        return Held([self.every[i] for i in self.aside], [self.rows[i] for i in self.aside])
+
+    def _report_progress(self, best: Scaled, even: float) -> None:
+        say(f"fit: {len(self.fitted)} units and contrasts, even {even:g}, KL {best.kl:.4f}; now the controls")
+
+    def _dtype(self) -> str:
+        if self.settings.dtype != "auto":
+            return self.settings.dtype
+        declared = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype")
+        return "bfloat16" if declared == "bfloat16" else "float32"
+
+    def _collect(self, model: nn.Module, kept: Path) -> None:
+        reading = Reading(self.rows, self.texts, self.settings.seed)
+        about = {
+            "model": self.found.id,
+            "base": self.checkpoint.fingerprint(),
+            "site": self.settings.site,
+            "seed": self.settings.seed,
+            "dtype": self._dtype(),
+            "sentences": _digest(self.rows, self.texts),
+        }
+        file = GradientFile(kept, reading.sizes(sum(self.sizes)), about)
+        try:
+            collect(model, self.settings.site, reading, file)
+        finally:
+            file.close()
+
+    def _edit(self, factors: Tensor, even: float) -> Edit:
+        parts = factors.split(self.sizes)
+        changed = {
+            layer: {i: float(part[i]) for i in torch.nonzero(part != 1)[:, 0].tolist()}
+            for layer, part in enumerate(parts)
+        }
+        about = {
+            "fit": {
+                "part": self.settings.part,
+                "max_kl": self.settings.max_kl,
+                "even": even,
+                "seed": self.settings.seed,
+            }
+        }
+        return Edit(self.settings.site, changed, self.checkpoint.fingerprint(), about)
+
+
+def chosen_units(settings: FitSettings) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
+    """(units, contrasts): as many as the settings ask for, drawn by the seed, of every type the same share."""
+    units = load_units(settings.pairs, language=settings.language)
+    contrasts = contrast_units(load_pairs(settings.pairs, settings.language))
+    return _drawn(units, settings.facts, settings.seed), _drawn(contrasts, settings.contrasts, settings.seed)
+
+
+def _drawn(units: Sequence[Unit], count: int, seed: int) -> tuple[Unit, ...]:
+    """Types take turns, so that the shares are the same as long as a type has any left."""
+    rng = np.random.default_rng(seed)
+    by_type: dict[str, list[int]] = {}
+    for i in rng.permutation(len(units)).tolist():
+        by_type.setdefault(units[i].type, []).append(i)
+    turns = sorted((turn, name, i) for name, own in by_type.items() for turn, i in enumerate(own))
+    return tuple(units[i] for i in sorted(i for *_, i in turns[:count]))
+
+
+def _digest(rows: Sequence[UnitRows], texts: Sequence[Sequence[int]]) -> str:
+    """Of everything that the model is asked: other units, another tokenizer or template ask something else."""
+    asked = [[(s.ids, s.weights) for s in unit.sentences] for unit in rows], [list(ids) for ids in texts]
+    return hashlib.sha256(repr(asked).encode()).hexdigest()

@@ -1,0 +1,120 @@
+"""What factors really do: margins of units by their own pass, at factors that meet a KL on texts set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..families import Site
+from ..statistics import Interval, interval
+from .passes import Neutral, objectives
+from .problem import tones
+from .result import Control, Gain
+from .rows import KINDS, PARTS, UnitRows
+from .units import Unit
+
+CLIP = (0.0, 8.0)
+_STEPS, _CLOSE = 8, 0.05
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Factors [P] (None: those of the base), and their real KL and perplexity."""
+
+    factors: Tensor | None
+    kl: float
+    perplexity: float
+
+
+def scaled(neutral: Neutral, d: Tensor, kl: float, first: float) -> Scaled:
+    """1 + s d, clipped, with the largest s tried at which the real KL is at most `kl`. first: where s begins.
+
+    The KL grows about as s squared, so the square root of what is missing is the next step.
+    """
+    s, best = first, Scaled(torch.ones_like(d), 0.0, neutral.measure().perplexity)
+    for _ in range(_STEPS):
+        factors = (1 + s * d).clamp(*CLIP)
+        found = neutral.measure(factors)
+        if best.kl < found.kl <= kl:
+            best = Scaled(factors, found.kl, found.perplexity)
+        if kl * (1 - _CLOSE) <= found.kl <= kl:
+            break
+        s *= min(max(((1 - _CLOSE / 2) * kl / max(found.kl, 1e-12)) ** 0.5, 0.1), 10.0)
+    return best
+
+
+def flattening(neutral: Neutral, kl: float) -> float:
+    """The temperature above 1 at which the base is `kl` away from itself, by bisection."""
+    low, high = 1.0, 1.1
+    while neutral.measure(temperature=high).kl < kl and high < 100:
+        low, high = high, high**2
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if neutral.measure(temperature=middle).kl < kl else (low, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class Held:
+    """Units that were not fitted. rows: of units, then of contrasts."""
+
+    units: Sequence[Unit]
+    rows: Sequence[UnitRows]
+
+    def margins(self, model: nn.Module, site: Site, at: Tensor | None = None, temperature: float = 1.0) -> np.ndarray:
+        """[U, K], NaN where a unit has no such row."""
+        sentences = [sentence for unit in self.rows for sentence in unit.sentences]
+        values = np.split(
+            objectives(model, sentences, site, at, temperature), np.cumsum([len(u.sentences) for u in self.rows])[:-1]
+        )
+        return np.array([unit.mixture @ own for unit, own in zip(self.rows, values, strict=True)])
+
+    def of(self, part: str, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(which units tell of a part, their values): of sentiment the contrasts and units that differ in tone."""
+        if part != "sentiment":
+            own = np.flatnonzero(~np.isnan(margins[:, KINDS.index(part)]))
+            return own, margins[own, KINDS.index(part)]
+        signs, tone = tones(self.units), margins[:, KINDS.index("tone")]
+        values = np.where(np.isnan(tone), signs * margins[:, KINDS.index("sentiment")], tone)
+        own = np.flatnonzero(~np.isnan(tone) | (signs != 0))
+        return own, values[own]
+
+    def changes(self, before: np.ndarray, after: np.ndarray) -> tuple[Interval, ...]:
+        """By part, over all units."""
+        return tuple(interval(self.of(part, after)[1] - self.of(part, before)[1]) for part in PARTS)
+
+    def gains(self, before: np.ndarray, after: np.ndarray) -> tuple[Gain, ...]:
+        """Of all units, then by type and by format where there are at least five."""
+        result = []
+        names = {"all": np.ones(len(self.units), bool)}
+        for label in sorted({unit.type for unit in self.units}):
+            names[label] = np.array([unit.type == label for unit in self.units])
+        for label in sorted({unit.format for unit in self.units}):
+            names[f"format {label}"] = np.array([unit.format == label for unit in self.units])
+        for label, chosen in names.items():
+            for part in PARTS:
+                own, first = self.of(part, before)
+                kept = chosen[own]
+                if label == "all" or kept.sum() >= 5:
+                    change = (self.of(part, after)[1] - first)[kept]
+                    result.append(Gain(part, label, int(kept.sum()), float(first[kept].mean()), interval(change)))
+        return tuple(result)
+
+
+class Measure:
+    """The base on units that were not fitted, and others beside it."""
+
+    def __init__(self, model: nn.Module, site: Site, held: Held):
+        self._model, self._site, self._held = model, site, held
+        self._base = held.margins(model, site)
+
+    def control(self, name: str, edit: Scaled, temperature: float = 1.0) -> Control:
+        after = self._held.margins(self._model, self._site, edit.factors, temperature)
+        return Control(name, edit.kl, self._held.changes(self._base, after))
+
+    def gains(self, edit: Scaled) -> tuple[Gain, ...]:
+        return self._held.gains(self._base, self._held.margins(self._model, self._site, edit.factors))

@@ -1,0 +1,114 @@
+"""What a fit found: typed, written as JSON by `to_dict`, worded by the command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ..edit import Edit
+from ..statistics import Interval
+from .problem import Held
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How far the factors are from 1. counts: histogram over `edges`; by_layer: root mean square of f - 1, [L]."""
+
+    total: int
+    changed: int
+    least: float
+    largest: float
+    rms: float
+    by_layer: tuple[float, ...]
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, factors: np.ndarray, sizes: Sequence[int]) -> Factors:
+        """factors: [P]; sizes: neurons of each layer, [L]."""
+        edges = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.01, 1.05, 1.1, 1.2, 1.5, 8.0)
+        layers = np.split(factors - 1, np.cumsum(sizes)[:-1])
+        return cls(
+            total=len(factors),
+            changed=int((factors != 1).sum()),
+            least=float(factors.min()),
+            largest=float(factors.max()),
+            rms=float(np.sqrt(np.mean((factors - 1) ** 2))),
+            by_layer=tuple(float(np.sqrt(np.mean(layer**2))) for layer in layers),
+            edges=edges,
+            counts=tuple(int(n) for n in np.histogram(factors, edges)[0]),
+        )
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Margin of a part before, and its change with a 95 % interval over facts, in nats per token, measured.
+
+    of: "all", or the type or format of the units.
+    """
+
+    part: str
+    of: str
+    units: int
+    before: float
+    change: Interval
+
+
+@dataclass(frozen=True)
+class Control:
+    """Another edit of the same real KL. changes: by part, in the order of `Fit.gains` of "all"."""
+
+    name: str
+    kl: float
+    changes: tuple[Interval, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """On neutral texts that nothing was fitted to: KL(base || edited) per token, and perplexities."""
+
+    kl: float
+    perplexity_base: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """factors: summary; gains, controls: measured on facts set aside; fitted: how many units were fitted.
+
+    even: chosen by cross-validation, whose figures `held` are. moved: the parts that moved towards less of them, with
+    an interval that excludes 0, and further than under shuffled labels.
+    """
+
+    edit: Edit
+    parts: tuple[str, ...]
+    fitted: int
+    contrasts: int
+    set_aside: int
+    even: float
+    held: tuple[Held, ...]
+    factors: Factors
+    cost: Cost
+    gains: tuple[Gain, ...]
+    controls: tuple[Control, ...]
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """Parts that fell, beyond every draw of shuffled labels."""
+        overall = [gain for gain in self.gains if gain.of == "all"]
+        draws = [control for control in self.controls if control.name.startswith("shuffled")]
+        result = []
+        for number, gain in enumerate(overall):
+            beyond = all(gain.change.value < control.changes[number].value for control in draws)
+            if gain.change.high < 0 and draws and beyond:
+                result.append(gain.part)
+        return tuple(result)
+
+    def to_dict(self) -> dict:
+        """JSON form, without the factors themselves: those are the edit's."""
+        result = {name: value for name, value in asdict(self).items() if name != "edit"}
+        return {"kbne_fit": VERSION, "sha256": self.edit.sha256, "moved": list(self.moved)} | result
