@@ -18,6 +18,7 @@ from ..progress import show_progress
 _COMMANDS = {
     "bake": "locate the neurons, fold the factors, prove the result",
     "locate": "attribute questions to neurons, into a scores file",
+    "fit": "fit factors to sentence pairs, so that stereotypes become less likely",
     "select": "choose neurons from a scores file (no model needed)",
     "stability": "how far a selection depends on which questions were asked",
     "verify": "prove that a directory is its base with an edit",

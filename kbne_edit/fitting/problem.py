@@ -2,10 +2,10 @@
 
     d = -s (D + X' W X)^-1 y
 
-y is what is to fall (`aim`). X holds the Fisher rows, so that d costs little KL, and the units' own rows, so that a mean
-falls because most units move a little and not because a few move far: a direction in which units differ widely is no
-evidence of a mean, and what rests on it does not carry over to other facts. `even` weighs the second. s is set by the
-real KL afterwards.
+y is what is to fall (`aim`). X holds the Fisher rows, so that d costs little KL, and the units' own rows, so that a
+mean falls because most units move a little and not because a few move far: a direction in which units differ widely is
+no evidence of a mean, and what rests on it does not carry over to other facts. `even` weighs the second. s is set by
+the real KL afterwards.
 
 The association of each type counts by what is left of it, and not at all where it is at balance or beyond. Sentiment is
 the tone of the attributes: bad ones against good ones, whoever is spoken of. It has no balance of its own.
@@ -32,8 +32,11 @@ EVEN = ("association", "sentiment", "prior")
 
 @dataclass(frozen=True)
 class System:
-    """units: U, the contrasts last; margins: [U, K], NaN where a unit has no such row; index: [U, K], its place in the
-    Gram matrix. The Fisher rows follow there; fisher: what each counts, [R]. share: how much of it is taken as measured.
+    """Rows and what is known of them.
+
+    units: U, the contrasts last. margins: [U, K], NaN where a unit has no such row. index: [U, K], a row's place in the
+    Gram matrix (-1: none), where the Fisher rows follow. fisher: what each of those counts, [R]; share: how much of
+    the Fisher information is taken as measured.
     """
 
     units: tuple[Unit, ...]

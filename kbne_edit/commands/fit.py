@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from . import options
+
+if TYPE_CHECKING:
+    from ..fitting.result import Control, Fit, Gain
+    from ..statistics import Interval
+
+PART = click.Choice(["association", "sentiment", "prior", "all"])
+
+
+@click.command("fit")
+@options.SOURCE
+@options.out("Edit to write, e.g. edit.json. The gradients are kept beside it.")
+@click.option("--pairs", multiple=True, metavar="NAME|FILE", help="Facts to fit; repeatable.  [default: all of ours]")
+@click.option("--language", default="en", show_default=True, help="Of the pairs that come with the package.")
+@click.option("--part", type=PART, default="all", show_default=True, help="What is to fall.")
+@click.option("--max-kl", type=float, default=0.01, show_default=True, help="Budget, in nats per token.")
+@click.option("--neurons", type=int, help="How many may change.  [default: all]")
+@click.option("--facts", type=int, default=600, show_default=True, help="Facts to read.")
+@click.option("--contrasts", type=int, default=600, show_default=True, help="Contrasts of bad and good attributes.")
+@click.option("--texts", type=int, default=300, show_default=True, help="Everyday texts for the cost of factors.")
+@click.option(
+    "--gradients", type=click.Path(path_type=Path), help="File to keep, resume and reuse.  [default: by --out]"
+)
+@click.option("--draws", type=int, default=3, show_default=True, help="Draws of shuffled labels.")
+@click.option("--site", type=click.Choice(["down", "gate"]), default="down", show_default=True, help="Where to scale.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@options.JSON
+def command(source, out, pairs, gradients, as_json, **values) -> None:
+    """Fit a factor of its own to every neuron, so that stereotyped sentences become less likely than their opposites.
+
+    \b
+    association: group and attribute together: the stereotype itself
+    sentiment:   bad attributes against good ones, whoever is spoken of
+    prior:       one group against the other, whatever is said
+    all:         association and sentiment
+
+    One fact in ten is set aside and measured. `evaluate --edit` measures the edit on public benchmarks.
+    """
+    from ..fitting.fit import FitSettings, fit
+
+    found = fit(source, out, FitSettings(pairs=pairs or None, **values), gradients)
+    shell = options.shell
+    steps = [
+        f"written: {out}",
+        "next: " + shell("kbne-edit", "evaluate", "--in", source, "--edit", out),
+        "      " + shell("kbne-edit", "bake", "--in", source, "--edit", out, "--out", "DIR"),
+    ]
+    options.show(found.to_dict(), as_json, [*lines(found), *steps])
+
+
+def lines(found: Fit) -> list[str]:
+    """The result, for a reader."""
+    factors, cost = found.factors, found.cost
+    return [
+        f"fitted to {found.fitted} facts and {found.contrasts} contrasts; {found.set_aside} units set aside",
+        f"factors: {factors.changed} of {factors.total} changed, {factors.least:.3f} to {factors.largest:.3f}, "
+        f"root mean square change {factors.rms:.4f}",
+        f"cost on neutral text: KL {cost.kl:.4f}, perplexity {cost.perplexity_base:.2f} to {cost.perplexity:.2f}",
+        f"cross-validation (facts not fitted, predicted): {_held(found)}",
+        "measured on the units set aside (nats per token, 95 % over units):",
+        *(_gain(gain) for gain in found.gains if gain.of == "all"),
+        *(_control(control, found.gains) for control in found.controls),
+        "by type and format:",
+        *(_gain(gain) for gain in found.gains if gain.of != "all" and gain.part in found.parts),
+        verdict(found),
+    ]
+
+
+def verdict(found: Fit) -> str:
+    """The parts that moved, by name: a shift of sentiment alone is not less stereotyping."""
+    if not found.moved:
+        return "result: no part moved beyond shuffled labels on units that were not fitted"
+    moved = " and ".join(found.moved)
+    if "association" in found.moved:
+        return f"result: less {moved}, beyond shuffled labels, on units that were not fitted"
+    return f"result: less {moved}, beyond shuffled labels; the association of groups and attributes did not move"
+
+
+def _held(found: Fit) -> str:
+    shown = (f"even {h.even:g} {h.part} {h.change:+.4f} ± {h.error:.4f}" for h in found.held if h.part in found.parts)
+    return "; ".join(shown)
+
+
+def _gain(gain: Gain) -> str:
+    return f"  {gain.of}: {gain.part} {gain.before:+.4f}, change {_interval(gain.change)} ({gain.units} units)"
+
+
+def _control(control: Control, gains: tuple[Gain, ...]) -> str:
+    parts = [gain.part for gain in gains if gain.of == "all"]
+    changes = (f"{part} {_interval(change)}" for part, change in zip(parts, control.changes, strict=True))
+    return f"  control, {control.name} (KL {control.kl:.4f}): " + ", ".join(changes)
+
+
+def _interval(values: Interval) -> str:
+    return f"{values.value:+.4f} [{values.low:+.4f}, {values.high:+.4f}]"

@@ -1,0 +1,143 @@
+"""A whole fit on a tiny model: the budget, the edit, what is measured, resuming; against the hooked model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from chat import save_chat
+from click.testing import CliRunner
+
+from kbne_edit import Edit, FitSettings, InputError, fit, hooked
+from kbne_edit.commands import cli
+from kbne_edit.evaluation.neutral import packaged
+from kbne_edit.fitting.fit import chosen_units
+from kbne_edit.fitting.problem import folds, shuffled
+from kbne_edit.fitting.rows import KINDS, encode_texts, encode_units
+from kbne_edit.models.loading import load_model
+
+SETTINGS = FitSettings(facts=30, contrasts=36, texts=8, max_kl=0.02, draws=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_chat(tmp_path_factory.mktemp("fit") / "model")
+
+
+@pytest.fixture(scope="module")
+def fitted(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fitted") / "edit.json"
+    return out, fit(str(model), out, SETTINGS)
+
+
+def log_probabilities(model, ids):
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    return logits, logits[range(len(ids) - 1), list(ids[1:])]
+
+
+def test_the_budget_is_met_by_the_real_kl(model, fitted):
+    """KL and perplexity by the model's own passes, one text at a time."""
+    out, found = fitted
+    lm, edit = load_model(model, torch.float32), Edit.load(out)
+    texts = encode_texts(model, packaged("en"))
+    base = [log_probabilities(lm, ids) for ids in texts]
+    with hooked(lm, edit):
+        edited = [log_probabilities(lm, ids) for ids in texts]
+    kl = [(p.exp() * (p - q)).sum(-1) for (p, _), (q, _) in zip(base, edited, strict=True)]
+    assert found.cost.kl == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
+    assert 0.9 * SETTINGS.max_kl < found.cost.kl <= SETTINGS.max_kl
+    perplexity = float((-torch.cat([picked for _, picked in edited]).mean()).exp())
+    assert found.cost.perplexity == pytest.approx(perplexity, rel=1e-4)
+
+
+def test_margins_are_those_of_the_hooked_model(model, fitted):
+    """Of the units set aside, by their own log-probabilities; and the fitted ones fall."""
+    out, found = fitted
+    lm = load_model(model, torch.float32)
+    units, contrasts = chosen_units(SETTINGS)
+    every, rows = [*units, *contrasts], encode_units(model, units, contrasts)
+    aside = folds(every, 10) == 0
+    assert found.set_aside == aside.sum() and found.fitted + found.contrasts == (~aside).sum()
+
+    def margins():
+        result = []
+        for unit in rows:
+            values = [float((log_probabilities(lm, s.ids)[1] * torch.tensor(s.weights)).sum()) for s in unit.sentences]
+            result.append(unit.mixture @ values)
+        return np.array(result)
+
+    before = margins()
+    with hooked(lm, Edit.load(out)):
+        change = margins() - before
+    kind = KINDS.index("association")
+    gain = next(g for g in found.gains if (g.of, g.part) == ("all", "association"))
+    own = aside & ~np.isnan(change[:, kind])
+    assert gain.units == own.sum()
+    assert gain.before == pytest.approx(before[own, kind].mean(), abs=1e-5)
+    assert gain.change.value == pytest.approx(change[own, kind].mean(), abs=1e-5)
+    fitted_tone = change[~aside, KINDS.index("tone")]
+    assert np.nanmean(fitted_tone) < -2 * np.nanstd(fitted_tone) / np.sqrt((~np.isnan(fitted_tone)).sum())
+
+
+def test_controls_have_the_same_kl(fitted):
+    _, found = fitted
+    names = [control.name for control in found.controls]
+    assert names == ["shuffled labels 1", "matched neurons", "inverse", "flattening"]
+    for control in found.controls:
+        assert 0.8 * found.cost.kl < control.kl < 1.1 * found.cost.kl
+
+
+def test_a_file_of_gradients_serves_again_and_the_result_is_the_same(model, fitted, tmp_path):
+    out, found = fitted
+    gradients = out.with_name("edit.gradients.safetensors")
+    stamp = gradients.stat().st_mtime_ns
+    again = fit(str(model), tmp_path / "again.json", SETTINGS, gradients)
+    assert gradients.stat().st_mtime_ns == stamp  # nothing was written
+    assert again.edit.sha256 == found.edit.sha256 and again.to_dict() == found.to_dict()
+    few = fit(str(model), tmp_path / "few.json", FitSettings(**vars(SETTINGS) | {"neurons": 9}), gradients)
+    assert few.factors.changed <= 9 and few.edit.num_neurons <= 9 and few.cost.kl <= SETTINGS.max_kl
+    one = fit(str(model), tmp_path / "one.json", FitSettings(**vars(SETTINGS) | {"part": "association"}), gradients)
+    assert one.parts == ("association",) and one.edit.sha256 != found.edit.sha256
+
+
+def test_the_command_prints_what_was_found(model, fitted, tmp_path):
+    out, found = fitted
+    gradients = str(out.with_name("edit.gradients.safetensors"))
+    options = ["--facts", "30", "--contrasts", "36", "--texts", "8", "--max-kl", "0.02", "--draws", "1", "--gradients"]
+    command = ["fit", "--in", str(model), "--out", str(tmp_path / "edit.json"), *options, gradients]
+    shown = CliRunner().invoke(cli, [*command, "--json"])
+    data = json.loads(shown.stdout)
+    assert data["sha256"] == found.edit.sha256 and data["moved"] == list(found.moved)
+    text = CliRunner().invoke(cli, command).stdout
+    assert f"KL {found.cost.kl:.4f}" in text and "result: " in text and "control, shuffled labels 1" in text
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"part": "all of it"}, "--part"),
+        ({"max_kl": 0.0}, "--max-kl"),
+        ({"facts": 0}, "--facts"),
+        ({"facts": 3, "contrasts": 2}, "too few"),
+    ],
+)
+def test_settings_that_cannot_be_meant(model, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        fit(str(model), tmp_path / "edit.json", FitSettings(**vars(SETTINGS) | change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_shuffled_labels_are_balanced_within_types_and_folds_keep_facts_together():
+    units, contrasts = chosen_units(FitSettings(facts=200, contrasts=100))
+    signs, types = shuffled(units, 1), np.array([unit.type for unit in units])
+    for name in set(types.tolist()):
+        assert abs(signs[types == name].sum()) <= 1
+    fold = folds([*units, *contrasts], 5)
+    by_fact = {}
+    for unit, number in zip(units, fold, strict=False):
+        assert by_fact.setdefault((unit.fact.x, unit.fact.y), number) == number
+    for unit, number in zip(contrasts, fold[len(units) :], strict=True):
+        of_facts = {found for (x, y), found in by_fact.items() if unit.fact.x in (x, y)}
+        assert not of_facts or number in of_facts
+    assert len(set(fold.tolist())) == 5
