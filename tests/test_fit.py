@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from kbne_edit import Edit, FitSettings, InputError, fit, hooked
 from kbne_edit.commands import cli
+from kbne_edit.commands.fit import lines
 from kbne_edit.evaluation.neutral import packaged
 from kbne_edit.fitting.fit import chosen_units
 from kbne_edit.fitting.problem import folds, shuffled
@@ -89,28 +90,27 @@ def test_controls_have_the_same_kl(fitted):
 
 
 def test_a_file_of_gradients_serves_again_and_the_result_is_the_same(model, fitted, tmp_path):
+    """By the command; and what it prints without --json is what was found."""
     out, found = fitted
     gradients = out.with_name("edit.gradients.safetensors")
     stamp = gradients.stat().st_mtime_ns
-    again = fit(str(model), tmp_path / "again.json", SETTINGS, gradients)
+    options = ["--facts", "30", "--contrasts", "36", "--texts", "8", "--max-kl", "0.02", "--draws", "1", "--json"]
+    command = ["fit", "--in", str(model), "--out", str(tmp_path / "edit.json"), "--gradients", str(gradients)]
+    data = json.loads(CliRunner().invoke(cli, [*command, *options]).stdout)
     assert gradients.stat().st_mtime_ns == stamp  # nothing was written
-    assert again.edit.sha256 == found.edit.sha256 and again.to_dict() == found.to_dict()
-    few = fit(str(model), tmp_path / "few.json", FitSettings(**vars(SETTINGS) | {"neurons": 9}), gradients)
-    assert few.factors.changed <= 9 and few.edit.num_neurons <= 9 and few.cost.kl <= SETTINGS.max_kl
-    one = fit(str(model), tmp_path / "one.json", FitSettings(**vars(SETTINGS) | {"part": "association"}), gradients)
-    assert one.parts == ("association",) and one.edit.sha256 != found.edit.sha256
+    assert data["sha256"] == found.edit.sha256
+    assert data == json.loads(json.dumps(found.to_dict()))
+    text = "\n".join(lines(found))
+    assert f"KL {found.cost.kl:.4f}" in text and "control, shuffled labels 1" in text
+    assert all(part in text.splitlines()[-1] for part in found.moved)
 
 
-def test_the_command_prints_what_was_found(model, fitted, tmp_path):
+def test_few_neurons_of_one_part(model, fitted, tmp_path):
     out, found = fitted
-    gradients = str(out.with_name("edit.gradients.safetensors"))
-    options = ["--facts", "30", "--contrasts", "36", "--texts", "8", "--max-kl", "0.02", "--draws", "1", "--gradients"]
-    command = ["fit", "--in", str(model), "--out", str(tmp_path / "edit.json"), *options, gradients]
-    shown = CliRunner().invoke(cli, [*command, "--json"])
-    data = json.loads(shown.stdout)
-    assert data["sha256"] == found.edit.sha256 and data["moved"] == list(found.moved)
-    text = CliRunner().invoke(cli, command).stdout
-    assert f"KL {found.cost.kl:.4f}" in text and "result: " in text and "control, shuffled labels 1" in text
+    settings = FitSettings(**vars(SETTINGS) | {"neurons": 9, "part": "association", "even": 1.0})
+    few = fit(str(model), tmp_path / "few.json", settings, out.with_name("edit.gradients.safetensors"))
+    assert few.factors.changed == few.edit.num_neurons and 1 <= few.edit.num_neurons <= 9
+    assert few.cost.kl <= SETTINGS.max_kl and few.parts == ("association",) and few.even == 1.0
 
 
 @pytest.mark.parametrize(

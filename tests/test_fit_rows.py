@@ -87,13 +87,15 @@ def fill(file, entries):
     for entry in entries:
         if entry < 3:
             file.write_unit(entry, torch.full((2, 5), entry + 0.5), np.array([entry, np.nan]))
+        elif entry == 5:
+            file.write_likelihood(torch.full((5,), 0.25))
         else:
             file.write_fisher(entry - 3, torch.full((1, 5), -1.0 - entry))
 
 
 def test_a_file_is_resumed_to_the_same_bytes(tmp_path):
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    for path, steps in ((whole, [range(5)]), (parts, [(1,), (4, 0), (2, 3)])):
+    for path, steps in ((whole, [range(6)]), (parts, [(1,), (4, 0), (2, 5, 3)])):
         for step in steps:
             file = GradientFile(path, SIZES, SETTINGS)
             assert file.done.sum() == (0 if path == whole or step == (1,) else 1 if step == (4, 0) else 3)
@@ -103,7 +105,7 @@ def test_a_file_is_resumed_to_the_same_bytes(tmp_path):
     found = load_gradients(whole)
     assert found.rows.shape == (3, 2, 5) and found.rows[2].unique().tolist() == [2.5]
     assert found.fisher[1].unique().tolist() == [-5.0] and found.values[1, 0] == 1 and np.isnan(found.values[1, 1])
-    assert found.settings == SETTINGS
+    assert found.settings == SETTINGS and found.likelihood.unique().tolist() == [0.25]
 
 
 def test_what_is_no_finished_file_of_these_settings_is_refused(tmp_path):
@@ -115,7 +117,7 @@ def test_what_is_no_finished_file_of_these_settings_is_refused(tmp_path):
     with pytest.raises(ScoresError, match="no numbers"):
         file.write_fisher(0, torch.full((1, 5), torch.nan))
     file.close()
-    with pytest.raises(ScoresError, match="1 of 5"):
+    with pytest.raises(ScoresError, match="1 of 6"):
         load_gradients(path)
     with pytest.raises(ScoresError, match="begun with another"):
         GradientFile(path, SIZES, SETTINGS | {"seed": 1})

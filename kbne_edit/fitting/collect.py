@@ -36,6 +36,8 @@ def collect(model: nn.Module, site: Site, reading: Reading, file: GradientFile) 
     """Fill in what the file does not hold yet. Raises ScoresError where the model overflows, OutputError."""
     _units(model, site, reading, file)
     _fisher(model, site, reading, file)
+    if not file.done[-1]:
+        file.write_likelihood(_likelihood(model, site, reading.texts))
 
 
 def _units(model: nn.Module, site: Site, reading: Reading, file: GradientFile) -> None:
@@ -70,6 +72,14 @@ def _fisher(model: nn.Module, site: Site, reading: Reading, file: GradientFile) 
                     i = group[own]
                     file.write_fisher(i, sampling.samples(found, len(scored[i].weights), i, reading.seed))
             update(len(group))
+
+
+def _likelihood(model: nn.Module, site: Site, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Gradient of the mean log-probability per token of the texts' own tokens, [P]."""
+    total = sum(len(ids) - 1 for ids in texts)
+    scored = [Scored(tuple(ids), (1 / total,) * (len(ids) - 1)) for ids in texts]
+    with progress("fit: likelihood", len(texts), "text") as update:
+        return sum(batch.gradients.sum(0) for batch in gradients(model, scored, site, done=update))
 
 
 def _collected(model: nn.Module, sentences: list[Scored], site: Site) -> tuple[np.ndarray, Tensor]:

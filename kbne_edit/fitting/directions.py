@@ -41,9 +41,9 @@ class Directions:
         self.system = self._system()
 
     def _blocks(self) -> list[Tensor]:
-        """Unit rows and Fisher rows, of the columns in use."""
+        """Unit rows, Fisher rows and the likelihood's, of the columns in use."""
         unit, kind = torch.from_numpy(self._kept).T
-        blocks = [self._stored.rows[unit, kind], self._rows]
+        blocks = [self._stored.rows[unit, kind], self._rows, self._stored.likelihood[None]]
         return blocks if self._columns is None else [block[:, self._columns] for block in blocks]
 
     def _scale(self) -> Tensor:

@@ -23,7 +23,8 @@ from ..families import Site, end
 from ..models.hooks import Tap, tapped
 from ..models.places import Place, decoder_layers, places
 
-_BATCH_TOKENS, _HEAD_BLOCK = 1024, 64
+_BATCH_TOKENS = 1024
+_LOGITS = 1 << 23  # of one block of the head: it makes [K, V] logits, and reads its weights each time
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _backward(
     hidden = _hidden(model, where, padded, len(batch), leaves)
     values, back = torch.zeros(len(batch), dtype=torch.float64), []
     parts = (hidden.detach(), padded.weight, padded.target, padded.row)
-    for block, counts, wanted, owner in zip(*(x.split(_HEAD_BLOCK) for x in parts), strict=True):
+    for block, counts, wanted, owner in zip(*(x.split(_block(model)) for x in parts), strict=True):
         block.requires_grad_()
         logits = head(model, block[None])
         wanted = wanted if draw is None else _drawn(logits.detach(), draw)
@@ -172,7 +173,7 @@ def objectives(
         padded = _Padded(batch, leaves[0].device)
         hidden = _hidden(model, (layers, site), padded, len(batch), leaves)
         parts = (hidden, padded.weight, padded.target, padded.row)
-        for block, counts, wanted, owner in zip(*(x.split(_HEAD_BLOCK) for x in parts), strict=True):
+        for block, counts, wanted, owner in zip(*(x.split(_block(model)) for x in parts), strict=True):
             logits = head(model, block[None]) / temperature
             terms = counts * (logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
             np.add.at(result, np.array(index)[owner.cpu().numpy()], terms.double().cpu().numpy())
@@ -211,13 +212,18 @@ class Neutral:
         """at: factors [P] (None: the base). temperature: divides the edited logits."""
         kl, loss, count = 0.0, 0.0, 0
         for base, (hidden, target) in zip(self._base, self._passes(at), strict=True):
-            for p, q, wanted in zip(*(x.split(_HEAD_BLOCK) for x in (base, hidden, target)), strict=True):
+            for p, q, wanted in zip(*(x.split(_block(self._model)) for x in (base, hidden, target)), strict=True):
                 p = head(self._model, p[None]).double().log_softmax(-1)
                 q = (head(self._model, q[None]).double() / temperature).log_softmax(-1)
                 kl += float((p.exp() * (p - q)).sum())
                 loss -= float(q.gather(1, wanted[:, None]).sum())
                 count += len(wanted)
         return Divergence(kl / count, float(np.exp(loss / count)))
+
+
+def _block(model: nn.Module) -> int:
+    """How many positions go through the head at once."""
+    return max(64, _LOGITS // model.get_output_embeddings().weight.shape[0])
 
 
 class _Reached(Exception):

@@ -27,7 +27,7 @@ from .sampling import SAMPLES
 from .units import Unit
 
 _TONES = {"bad": 1.0, "neutral": 0.0, "good": -1.0}
-EVEN = ("association", "sentiment", "prior")
+_HOLD = 1e3  # how firmly the likelihood of everyday texts is held, against the metric D
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class System:
     """Rows and what is known of them.
 
     units: U, the contrasts last. margins: [U, K], NaN where a unit has no such row. index: [U, K], a row's place in the
-    Gram matrix (-1: none), where the Fisher rows follow. fisher: what each of those counts, [R]; share: how much of
-    the Fisher information is taken as measured.
+    Gram matrix (-1: none), where the Fisher rows follow, and last the likelihood of everyday texts, which is held.
+    fisher: what each Fisher row counts, [R]; share: how much of the Fisher information is taken as measured.
     """
 
     units: tuple[Unit, ...]
@@ -49,7 +49,7 @@ class System:
     @property
     def start(self) -> int:
         """Where the Fisher rows begin."""
-        return len(self.gram.matrix) - len(self.fisher)
+        return len(self.gram.matrix) - len(self.fisher) - 1
 
     def having(self, kind: str, chosen: np.ndarray) -> np.ndarray:
         """Those of the units that have a row of this kind."""
@@ -65,15 +65,18 @@ class System:
         counts = self.fisher if fisher is None else fisher
         known = np.flatnonzero(counts)
         among, weights = [known + self.start], [self.share * counts[known]]
-        for part in EVEN:
+        for part in PARTS:
             own = self.having(part, chosen)
             among.append(self.rows(part, own))
             weights.append(np.full(len(own), even / max(len(own), 1)))
+        last = len(self.gram.matrix) - 1
+        among.append(np.array([last]))
+        weights.append(np.array([_HOLD / max(self.gram.matrix[last, last], 1e-30)]))
         return -self.gram.solve(aim, np.concatenate(among), np.concatenate(weights))
 
     def cost(self, coefficients: np.ndarray, fisher: np.ndarray) -> float:
         """Quadratic KL per token, by Fisher rows that count `fisher`, [R]."""
-        changes = self.gram.changes(coefficients)[self.start :]
+        changes = self.gram.changes(coefficients)[self.start : -1]
         return 0.5 * float((fisher * changes**2).sum())
 
 

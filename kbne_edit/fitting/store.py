@@ -2,8 +2,8 @@
 
 The file is laid out in full before the first pass. An entry's values are written before its `done` flag, so whatever
 moment a run is killed at, the next one goes on with the entries that have no flag. Tensors: rows [U, K, P] BF16 and
-values [U, K] F32 of the units, fisher [R, S, P] BF16, done [U + R] U8. A row that a unit does not have has the value
-NaN.
+values [U, K] F32 of the units, fisher [R, S, P] BF16, likelihood [P] BF16 (of the Fisher texts), done [U + R + 1] U8.
+A row that a unit does not have has the value NaN.
 
 Legend: U units, K kinds of rows, R Fisher texts, S rows of each, P factors.
 """
@@ -44,16 +44,17 @@ class Sizes:
         return {
             "rows": ("BF16", (self.units, self.kinds, self.factors)),
             "fisher": ("BF16", (self.texts, self.samples, self.factors)),
+            "likelihood": ("BF16", (self.factors,)),
             "values": ("F32", (self.units, self.kinds)),
-            "done": ("U8", (self.units + self.texts,)),
+            "done": ("U8", (self.units + self.texts + 1,)),
         }
 
 
 class GradientFile:
     """Writes and reads the file in place; locked until `close`.
 
-    done: [U + R], which entries are finished. Raises OutputError if it cannot be written or another run is writing it,
-    ScoresError if it was begun with other settings.
+    done: [U + R + 1], which entries are finished. Raises OutputError if it cannot be written or another run is writing
+    it, ScoresError if it was begun with other settings.
     """
 
     def __init__(self, path: Path, sizes: Sizes, settings: dict):
@@ -98,6 +99,12 @@ class GradientFile:
         self._put("fisher", index, rows.bfloat16().view(torch.int16).numpy().tobytes())
         self._mark(self.sizes.units + index)
 
+    def write_likelihood(self, row: Tensor) -> None:
+        """The gradient of the texts' mean log-probability per token, [P] float32."""
+        self._finite(row, "the texts")
+        self._put("likelihood", 0, row.bfloat16().view(torch.int16).numpy().tobytes())
+        self._mark(self.sizes.units + self.sizes.texts)
+
     def _finite(self, values: Tensor, what: str) -> None:
         if not torch.isfinite(values).all():
             raise ScoresError(f"{what} has gradients that are no numbers: the model overflows, try --dtype float32")
@@ -120,11 +127,14 @@ class GradientFile:
 
 @dataclass(frozen=True)
 class Gradients:
-    """A finished file. rows: [U, K, P] bfloat16, mapped; values: [U, K]; fisher: [R, S, P] bfloat16, mapped."""
+    """A finished file. rows: [U, K, P] bfloat16, mapped; values: [U, K]; fisher: [R, S, P], likelihood: [P],
+    both bfloat16.
+    """
 
     rows: Tensor
     values: np.ndarray
     fisher: Tensor
+    likelihood: Tensor
     settings: dict
 
 
@@ -134,11 +144,11 @@ def load_gradients(path: Path) -> Gradients:
     done = _mapped(path, tensors["done"])
     if not done.all():
         raise ScoresError(f"{path} is unfinished ({int(done.sum())} of {len(done)} done): run fit again")
-    rows, fisher = (
+    rows, fisher, likelihood = (
         torch.from_numpy(np.array(_mapped(path, tensors[name]), copy=False)).view(torch.bfloat16)
-        for name in ("rows", "fisher")
+        for name in ("rows", "fisher", "likelihood")
     )
-    return Gradients(rows, np.array(_mapped(path, tensors["values"])), fisher, settings)
+    return Gradients(rows, np.array(_mapped(path, tensors["values"])), fisher, likelihood, settings)
 
 
 _NUMPY = {"BF16": "<i2", "F32": "<f4", "U8": "u1"}
