@@ -14,7 +14,7 @@ from kbne_edit.disk.manifest import FileRecord, Manifest
 from kbne_edit.errors import CheckpointError, ProofError
 from kbne_edit.hub.licences import metadata_in
 from kbne_edit.reporting.card import card_of
-from kbne_edit.reporting.contents import build
+from kbne_edit.reporting.contents import report
 from tiny import tiny_model
 
 DEMO = Path(__file__).resolve().parent.parent / "kbne_edit" / "demo"
@@ -142,7 +142,7 @@ def test_push_proves_again_where_it_has_the_base(debiased, tmp_path):
 def test_neither_pushed_nor_reported_with_a_foreign_file(name, debiased, tmp_path):
     forged = shutil.copytree(debiased, tmp_path / "forged")
     forge_file(random.Random(3), forged, name)
-    for use in (lambda: push(forged, "org/other", dry_run=True), lambda: build(forged)):
+    for use in (lambda: push(forged, "org/other", dry_run=True), lambda: report(forged)):
         with pytest.raises(CheckpointError):
             use()
 
