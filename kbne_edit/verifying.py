@@ -8,20 +8,24 @@ from .disk.manifest import Manifest
 from .edit import Edit
 from .folding.plan import Plan
 from .folding.rewrite import Progress
+from .hub.source import resolved
+from .progress import say
 from .proofs.outcome import Proofs
 from .proofs.verify import verify as prove
 from .reporting.card import card_fault
 
 
 def verify(
-    base_dir: str | Path,
+    source: str | Path,
     baked_dir: str | Path,
     *,
     edit: Edit | None = None,
     behaviour: bool = True,
     progress: Progress | None = None,
 ) -> Proofs:
-    """Both proofs that `baked_dir` is `base_dir` with an edit folded in; also for a directory made elsewhere.
+    """Both proofs that `baked_dir` is the base `source` with an edit folded in; also for a directory made elsewhere.
+
+    source: a directory, ORG/NAME[@REVISION], or "demo".
 
     The edit is `edit`, or the manifest's, or else recovered from the weights themselves. Nothing is believed because
     the output says so: all that it may hold is known by rule and compared with the base. Only what its own run measured
@@ -34,4 +38,5 @@ def verify(
         fault = card_fault(Path(baked_dir), manifest, plan.checkpoint.path)
         return (fault,) if fault else ()
 
-    return prove(base_dir, baked_dir, edit=edit, behaviour=behaviour, progress=progress, also=card)
+    with resolved(str(source), say) as base:
+        return prove(base.path, baked_dir, edit=edit, behaviour=behaviour, progress=progress, also=card)
