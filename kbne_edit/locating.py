@@ -245,7 +245,10 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
     if settings.device != "cpu" or need <= budget:
         say(f"loading {checkpoint.path} in {settings.dtype}")
         device = f"cuda:{LOCAL_RANK}" if settings.device == "cuda" and LOCAL_SIZE > 1 else settings.device
-        return Resident(load_model(checkpoint.path, dtype, device))
+        graphs = memory.GRAPHS
+        if settings.memory:
+            graphs = min(graphs, budget - memory.in_memory(checkpoint, dtype.itemsize) - memory.OVERHEAD)
+        return Resident(load_model(checkpoint.path, dtype, device), max(graphs, 1.0))
     if checkpoint.gguf is not None:
         raise InputError(
             f"{checkpoint.path} takes {need / 1e9:.1f} GB dequantised, {budget / 1e9:.1f} GB are free, and GGUF files "

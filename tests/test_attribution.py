@@ -227,23 +227,98 @@ def test_unknown_quadrature(bad):
 def test_half_the_rows_where_memory_runs_out(monkeypatch):
     from kbne_edit.attribution import rows
 
-    model, whole = tiny_model("llama"), rows.head
+    model, whole = tiny_model("llama"), rows.objective
     sizes = []
 
-    def small_device(model, hidden):
+    def small_device(model, hidden, *rest):
         if hidden.shape[1] > 12:
             raise torch.OutOfMemoryError("no room")
         sizes.append(hidden.shape[1])
-        return whole(model, hidden)
+        return whole(model, hidden, *rest)
 
-    monkeypatch.setattr(rows, "head", small_device)
+    monkeypatch.setattr(rows, "objective", small_device)
     got = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], quadrature="gauss-4")
-    monkeypatch.setattr(rows, "head", whole)
+    monkeypatch.setattr(rows, "objective", whole)
     want = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], quadrature="gauss-4")
     assert max(sizes) == 12 and (got - want).abs().max() <= 1e-6 * want.abs().max()
-    monkeypatch.setattr(rows, "head", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    monkeypatch.setattr(rows, "objective", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(InputError, match="rows of one layer"):
         attribute(model, [PROMPT], [ANSWER])
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere", "granite", "gemma2", "phi"])
+def test_the_head_in_blocks(name, monkeypatch):
+    """Value and gradient of both objectives against plain logits and autograd; some models scale or cap logits."""
+    from kbne_edit.attribution import head
+
+    monkeypatch.setattr(head, "_BLOCK", 13)
+    model, generator = tiny_model(name), torch.Generator().manual_seed(2)
+    hidden = torch.randn(1, 9, 32, generator=generator)
+    owner, answers, others = np.array([0, 1, 1, 0, 2, 2, 0, 1, 2]), [[11, 12, 50], [3], [40, 96]], [[5], [6, 7, 8], [0]]
+    for wrong in (None, others):
+        mine, plain = (hidden.clone().requires_grad_() for _ in range(2))
+        value = head.objective(model, mine, owner, head.Surfaces(answers), wrong and head.Surfaces(wrong))
+        p = head.head(model, plain).softmax(-1)
+        right = torch.stack([p[row, answers[q]].sum() for row, q in enumerate(owner)])
+        want = right
+        if wrong:
+            want = torch.log(right / torch.stack([p[row, wrong[q]].sum() for row, q in enumerate(owner)]))
+        value.sum().backward()
+        want.sum().backward()
+        assert torch.allclose(value, want, rtol=1e-5)
+        assert (mine.grad - plain.grad).abs().max() <= 1e-5 * plain.grad.abs().max()
+    assert head.is_plain(model, hidden) == (name not in ("cohere", "gemma2"))
+
+
+def test_answers_of_unequal_length_side_by_side():
+    """As many surfaces as each has, no token more: side by side as alone."""
+    model, prompts, answers = tiny_model("llama"), [PROMPT, PROMPT[:4], PROMPT[2:]], [[11, 12, 13], [20], [0, 7]]
+    together = list(attributions(model, prompts, answers))
+    for prompt, answer, got in zip(prompts, answers, together, strict=True):
+        (alone,) = attributions(model, [prompt], [answer])
+        with torch.no_grad():
+            p = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+        assert got.p == pytest.approx(float(p[answer].sum()), rel=1e-5) and alone.p == pytest.approx(got.p, rel=1e-6)
+        assert (got.scores - alone.scores).abs().max() <= 1e-5 * alone.scores.abs().max()
+
+
+@pytest.mark.parametrize("quadrature", ["gauss", "gauss-5", "riemann-7"])
+@pytest.mark.parametrize("other", [None, [[20, 21]]])
+def test_the_value_at_zero_and_the_residual(quadrature, other):
+    """p_zero against the model with h = 0 at the last position; the residual by its definition, from these."""
+    from kbne_edit.models.places import places
+
+    model = tiny_model("llama")
+    (result,) = attributions(model, [PROMPT], [ANSWER], quadrature=quadrature, other_ids=other)
+
+    def value():
+        with torch.no_grad():
+            p = model(torch.tensor([PROMPT])).logits[0, -1].double().softmax(-1)
+        return float(torch.log(p[ANSWER].sum() / p[other[0]].sum())) if other else float(p[ANSWER].sum())
+
+    def put(_, args):
+        h = args[0].clone()
+        h[:, -1] = 0
+        return (h, *args[1:])
+
+    whole, largest = value(), result.scores.abs().max().item()
+    for layer, ((module, *_),) in enumerate(places(model, "down")):
+        with module.register_forward_pre_hook(put):
+            zero = value()
+        assert result.p_zero[layer] == pytest.approx(zero, rel=1e-5)
+        gap = abs(result.scores[layer].double().sum().item() - (whole - zero)) / largest
+        assert result.residual[layer] == pytest.approx(gap, abs=2e-5)
+
+
+@pytest.mark.parametrize("graphs", [0, 30_000, 1e9])
+def test_layers_are_computed_again_where_graphs_take_too_much(graphs):
+    """Whatever is held and whatever is computed twice, the scores have the same bytes."""
+    from kbne_edit.attribution.gradients import Resident
+
+    model, prompts, answers = tiny_model("qwen2_moe"), [PROMPT, PROMPT[:4]], [ANSWER, [13]]
+    got = list(attributions(Resident(model, graphs), prompts, answers))
+    want = attribute(model, prompts, answers)
+    assert all(torch.equal(result.scores, scores) for result, scores in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize(

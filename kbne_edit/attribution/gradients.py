@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..families import Site
 from ..models.masks import longest
-from ..models.memory import ROWS
+from ..models.memory import GRAPHS, ROWS
 from ..models.places import decoder_layers, is_recurrent, post_norm
 from ..progress import say
 from .quadrature import Adaptive, Fixed, Found, Path, quadrature
@@ -56,7 +56,8 @@ class Attribution:
 
 
 class Layers(Protocol):
-    """Who supplies a model's layers. model: everything else is resident; keep: the layers are, too.
+    """Who supplies a model's layers. model: everything else is resident; graphs: bytes that layers' graphs may take
+    between the way up and the way down; those beyond are computed again.
 
     up, down: yield (index, layer) in order, each layer ready to compute until the next one is asked for.
     group: how many of the packs may be on their way at once; packs: their own tokens; rows, bare: the tokens of each
@@ -64,7 +65,7 @@ class Layers(Protocol):
     """
 
     model: nn.Module
-    keep: bool
+    graphs: float
     max_rows: float
 
     def up(self) -> Iterable[tuple[int, nn.Module]]: ...
@@ -73,12 +74,10 @@ class Layers(Protocol):
 
 
 class Resident:
-    """A model that is in memory (or spread over devices by a dispatcher)."""
+    """A model that is in memory (or spread over devices by a dispatcher). graphs: as of `Layers`."""
 
-    keep = True
-
-    def __init__(self, model: nn.Module):
-        self.model, self.max_rows = model, ROWS
+    def __init__(self, model: nn.Module, graphs: float = GRAPHS):
+        self.model, self.graphs, self.max_rows = model, graphs, ROWS
 
     def up(self):
         return enumerate(decoder_layers(self.model))
@@ -188,7 +187,7 @@ def _unpacked(
     arrived: Callable[[Tensor], None] | None,
 ) -> Iterator[Attribution]:
     """Question by question, of a model whose rows cannot be packed. Raises InputError if it is not in memory."""
-    if not layers.keep:
+    if not layers.graphs:
         raise InputError("a model with recurrent layers is attributed in memory only: pass a larger --memory")
     with _still(layers.model):
         for question in questions:
@@ -317,7 +316,7 @@ def _halves(wanted: Wanted) -> tuple[Wanted, Wanted]:
 
 def sweep(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool) -> list[list[dict[int, Found]]]:
     """One way up and one way down for these rows; who has not climbed yet goes ahead of them. bare: as of `Rows`."""
-    rows = [Rows(pack, request, layers.keep, bare) if bare or any(request) else None for pack, request in wanted]
+    rows = [Rows(pack, request, layers.graphs, bare) if bare or any(request) else None for pack, request in wanted]
     going = [batch for batch in rows if batch]
     for index, layer in layers.up():
         for traveller in climbing:

@@ -20,23 +20,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from inspect import signature
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ..families import Site
 from ..models.bounds import check_numbers, check_tokens
-from ..models.hooks import replaced, tapped
+from ..models.hooks import tapped
 from ..models.masks import attention_mask
-from ..models.places import decoder_layers, is_recurrent, num_neurons, places, post_norm
+from ..models.memory import activations
+from ..models.places import decoder_layers, num_neurons, places, post_norm
+from .calls import Call, call_of, new_cache
+from .head import Surfaces, head, objective, of_logits
 from .quadrature import Found
-
-_HEAD_ROWS = 192  # rows that go through the head at once: it makes [R, V] logits, and reads its weights each time
 
 
 class Tokens(NamedTuple):
@@ -79,17 +77,17 @@ class Segment:
         self.model, self.tokens = model, tokens
         earlier = before.context if before else NONE
         self.context = earlier.before(tokens)
-        self.cache = _cache(decoder_layers(model), before.cache if before else None, len(earlier.ids))
+        self.cache = new_cache(decoder_layers(model), before.cache if before else None, len(earlier.ids))
         self._mask = _mask_of(model, tokens, self.context)
 
     def climb(self, index: int, layer: nn.Module) -> None:
         """Go through layer `index`; at layer 0, start anew."""
-        first, call = _call(self.model, index, self.tokens, self._mask, self.cache)
+        first, call = call_of(self.model, index, self.tokens.ids, self.tokens.depth, self._mask, self.cache)
         if index == 0:
             self.hidden = first
         self._run(index, layer, call)
 
-    def _run(self, index: int, layer: nn.Module, call: _Call) -> None:
+    def _run(self, index: int, layer: nn.Module, call: Call) -> None:
         with torch.no_grad():
             self.hidden = call.run(layer, self.hidden)
 
@@ -136,15 +134,17 @@ class Pack(Segment):
         )
         self.count, self.positions = len(lengths), positions
         self.site, self.places, self.neurons = site, places(model, site), num_neurons(model)
+        weight = model.get_input_embeddings().weight
+        self.hidden_size, self.itemsize = weight.shape[-1], weight.element_size()
         self._norm = post_norm(model)
         # Where each question's last tokens stand, [Q, N].
         self.last = torch.tensor(np.cumsum(lengths))[:, None] + torch.arange(-positions, 0)
-        self._answers, self._others = _Answers(answer_ids), other_ids and _Answers(other_ids)
+        self._answers, self._others = Surfaces(answer_ids), other_ids and Surfaces(other_ids)
         self.base: list[Tensor]  # the last positions' input to each layer, [1, Q, D]
         self.gradient: Tensor | None = None
         self.arrived: Callable[[Tensor], None] | None = None  # called with next_token
 
-    def _run(self, index: int, layer: nn.Module, call: _Call) -> None:
+    def _run(self, index: int, layer: nn.Module, call: Call) -> None:
         if index == 0:
             self.base, self.h = [], torch.zeros(len(self.places), *self.last.shape, self.neurons)
             self.turns = None if self._norm is None else torch.zeros(len(self.places), self.count)
@@ -170,9 +170,9 @@ class Pack(Segment):
     def arrive(self) -> None:
         """The head, once the last layer is done."""
         with torch.no_grad():
-            logits = torch.cat([head(self.model, part) for part in _parts(self.hidden[:, self.last[:, -1]])])
+            logits = head(self.model, self.hidden[:, self.last[:, -1]])
         check_numbers(logits, self.model, "the base")
-        self.value = self.objective(logits, np.arange(self.count)).tolist()
+        self.value = of_logits(logits, np.arange(self.count), self._answers, self._others).tolist()
         self.next_token = logits.softmax(-1).cpu()
         if self.arrived:
             self.arrived(self.next_token)
@@ -185,39 +185,44 @@ class Pack(Segment):
         whose, row, fork = (np.repeat(x, self.positions) for x in (owner, np.arange(len(owner)), depth[:, 0]))
         return Tokens(self.tokens.ids[last].ravel(), whose, depth.ravel(), row, fork)
 
-    def objective(self, logits: Tensor, owner: np.ndarray) -> Tensor:
-        """What is attributed. logits: [R, V], row by row of the questions `owner` -> [R]."""
-        answer = self._answers.logsumexp(logits, owner)
-        if self._others:
-            return answer - self._others.logsumexp(logits, owner)
-        return torch.exp(answer - torch.logsumexp(logits, -1))
+    def objective(self, hidden: Tensor, owner: np.ndarray) -> Tensor:
+        """What is attributed, [R]. hidden: the last layer's output for rows of the questions `owner`, [1, R, D]."""
+        return objective(self.model, hidden, owner, self._answers, self._others)
 
 
 class Rows:
     """Rows of some layers of a pack's questions: up through the layers, through the head, and down again.
 
     gammas: per question {layer: [n]}. bare: one row per question more, in which nothing is scaled; its gradients at all
-    layers are those at gamma = 1, and become the pack's. keep: hold each layer's graph on the way up, so that nothing
-    is computed twice; otherwise only the layer's input is held and the layer is computed again on the way down, so
-    that its weights and activations can be let go.
+    layers are those at gamma = 1, and become the pack's. graphs: bytes that the layers' graphs may take on the way up;
+    of as many of the last layers as that holds they are kept, so that nothing is computed twice. Of the others only
+    the input is held, and the layer is computed again on the way down.
     """
 
-    def __init__(self, pack: Pack, gammas: Sequence[dict[int, Tensor]], keep: bool, bare: bool):
-        self.pack, self._gammas, self._keep, self._each = pack, gammas, keep, pack.positions
+    def __init__(self, pack: Pack, gammas: Sequence[dict[int, Tensor]], graphs: float, bare: bool):
+        self.pack, self._gammas, self._each = pack, gammas, pack.positions
         self._bare, self._lowest = pack.count if bare else 0, 0 if bare else min(min(g) for g in gammas if g)
+        self._kept = self._first_kept(graphs)  # layers from here on keep their graph
         self._hidden: Tensor | None = None
         self._owner = np.zeros(0, int)  # of each row; its tokens stand side by side
         self._start: dict[int, int] = {}  # of the layer's own rows
         self._held: dict[int, _Held | Tensor] = {}
-        self._cache = _cache(decoder_layers(pack.model), pack.cache, len(pack.context.ids), keep=False)
+        self._cache = new_cache(decoder_layers(pack.model), pack.cache, len(pack.context.ids), keep=False)
         self.gradients: dict[int, Tensor] = {}  # of the layer's own rows
+
+    def _first_kept(self, graphs: float) -> int:
+        count, size = len(self.pack.places), self.pack.hidden_size
+        new = [sum(len(gammas.get(index, ())) for gammas in self._gammas) for index in range(count)]
+        rows = self._each * (self._bare + np.cumsum(new))
+        needs = [activations(float(n), size, self.pack.itemsize) for n in rows[::-1]]  # from the last layer down
+        return count - int(np.searchsorted(np.cumsum(needs), graphs, "right"))
 
     def up(self, index: int, layer: nn.Module) -> None:
         """Append the rows of layer `index`, if any, and go through it."""
         if index < self._lowest:
             return
         self._append(index)
-        if self._keep:
+        if index >= self._kept:
             with torch.enable_grad():
                 self._held[index] = held = self._run(index, layer, self._hidden)
             self._hidden = held.output.detach()
@@ -258,30 +263,26 @@ class Rows:
 
         tokens = pack.rows(self._owner[: hidden.shape[1] // self._each])
         mask = _mask_of(pack.model, tokens, pack.context.before(tokens))
-        _, call = _call(pack.model, index, tokens, mask, self._cache)
+        _, call = call_of(pack.model, index, tokens.ids, tokens.depth, mask, self._cache)
         with tapped(pack.places[index], pack.site, tap):
             return _Held(hidden, own, bare, call.run(layer, hidden))
 
     def head(self) -> None:
         """The objective of every row, and its gradient with respect to the last layer's output."""
-        values, gradients, start, last = [], [], 0, slice(self._each - 1, None, self._each)
-        for part in _parts(self._hidden[:, last]):
-            owner = self._owner[start : start + part.shape[1]]
-            with torch.enable_grad():
-                part = part.detach().requires_grad_()
-                value = self.pack.objective(head(self.pack.model, part), owner)
-                gradients.append(torch.autograd.grad(value.sum(), part)[0])
-            values.append(value.detach().cpu())
-            start += part.shape[1]
-        self._gradient, self._values = torch.zeros_like(self._hidden), torch.cat(values)
-        self._gradient[:, last], self._hidden = torch.cat(gradients, 1), None
+        last = slice(self._each - 1, None, self._each)
+        with torch.enable_grad():
+            part = self._hidden[:, last].detach().requires_grad_()
+            value = self.pack.objective(part, self._owner)
+            (gradient,) = torch.autograd.grad(value.sum(), part)
+        self._gradient, self._values = torch.zeros_like(self._hidden), value.detach().cpu()
+        self._gradient[:, last], self._hidden = gradient, None
 
     def down(self, index: int, layer: nn.Module) -> None:
         """The gradient one layer further down; at a layer that has rows, with respect to their h."""
         if index < self._lowest:
             return
         held = self._held.pop(index)
-        if not self._keep:
+        if index < self._kept:
             with torch.enable_grad():
                 held = self._run(index, layer, held)
         leaves, inputs = [*held.own, *held.bare], [held.input] if index > self._lowest else []
@@ -338,136 +339,6 @@ def _eps(norm: nn.Module) -> float:
     return next(getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name))
 
 
-class _Answers:
-    """Token ids of each question's answer, of unlike number."""
-
-    def __init__(self, answer_ids: Sequence[Sequence[int]]):
-        self.ids = [list(ids) for ids in answer_ids]
-        width = max(map(len, self.ids))
-        self._padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in self.ids])
-        self._absent = torch.tensor([[False] * len(ids) + [True] * (width - len(ids)) for ids in self.ids])
-
-    def logsumexp(self, logits: Tensor, owner: np.ndarray) -> Tensor:
-        """Over the answer of each row's question. logits: [R, V] -> [R]."""
-        ids, absent = (table[torch.from_numpy(owner)].to(logits.device) for table in (self._padded, self._absent))
-        return torch.logsumexp(logits.gather(1, ids).masked_fill(absent, -torch.inf), -1)
-
-
-# ----------------------------------------------------------------------------------------------- the model's own code
-
-
-class _Layer(DynamicLayer):
-    """One layer's keys and values: those of the segments before, then this segment's.
-
-    Its length is known before the layer has run, since the model asks for it while it prepares masks. Sliding windows
-    are left to the mask, so a prompt's keys and values are all kept. keep: False forgets what a pass adds.
-    """
-
-    def __init__(self, before: _Layer | None, length: int, keep: bool):
-        super().__init__()
-        self.before, self.length, self.keep = before, length, keep
-
-    def get_seq_length(self, *_) -> int:
-        return self.length
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if self.keep:
-            self.keys, self.values, self.is_initialized = key_states, value_states, True
-        earlier = self.before.chain() if self.before else []
-        keys, values = zip(*earlier, (key_states, value_states), strict=True)
-        return torch.cat(keys, -2), torch.cat(values, -2)
-
-    def chain(self) -> list[tuple[Tensor, Tensor]]:
-        """(keys, values) of the segments before and of this one."""
-        return [*(self.before.chain() if self.before else []), (self.keys, self.values)]
-
-
-def _cache(layers: nn.ModuleList, before: DynamicCache | None, length: int, keep: bool = True) -> DynamicCache:
-    cache = DynamicCache()
-    earlier = before.layers if before else [None] * len(layers)
-    cache.layers = [_Layer(old, length, keep) for old in earlier]
-    return cache
-
-
-class _Call(NamedTuple):
-    """How the model calls one layer, apart from the hidden states."""
-
-    args: tuple
-    kwargs: dict
-
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output  # some architectures wrap it
-
-
-class _Reached(Exception):
-    """Leaves the model's forward pass at a layer. call: how the model calls it; hidden: what it gives to it."""
-
-    def __init__(self, hidden: Tensor, call: _Call):
-        self.hidden, self.call = hidden, call
-
-
-def _call(
-    model: nn.Module, index: int, tokens: Tokens, mask: Tensor | dict, cache: DynamicCache
-) -> tuple[Tensor, _Call]:
-    """(the embedded tokens, how the model calls layer `index` for them), without running a layer."""
-
-    def note(*args, **kwargs):
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        raise _Reached(hidden, _Call(args, kwargs))
-
-    layers = decoder_layers(model)
-    try:
-        with torch.no_grad(), replaced(layers[:index], _passed), replaced([layers[index]], note):
-            positions = _tensor(model, tokens.depth[None])
-            _forward(model, tokens.ids[None], cache, attention_mask=mask, position_ids=positions)
-    except _Reached as reached:
-        return reached.hidden, reached.call
-    raise AssertionError(f"{type(model).__name__} did not call layer {index}")
-
-
 def _mask_of(model: nn.Module, tokens: Tokens, context: Tokens) -> Tensor | dict:
     """What each of `tokens`, the last of their context, attends to."""
     return attention_mask(model, context.seen_by(tokens), tokens.depth, context.depth)
-
-
-def _passed(*args, **kwargs) -> Tensor:
-    """A layer that does nothing."""
-    return (args[0] if args else kwargs["hidden_states"]).as_subclass(_Output)
-
-
-def _tensor(model: nn.Module, values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values).to(model.get_input_embeddings().weight.device)
-
-
-def _forward(model: nn.Module, ids: np.ndarray, cache: DynamicCache, **kwargs):
-    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    return model(input_ids=_tensor(model, ids), **{name: cache}, use_cache=True, logits_to_keep=1, **kwargs)
-
-
-class _Output(Tensor):
-    """A layer's output for models that take it bare and for models that take the first entry of a tuple."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
-
-    def __getitem__(self, index):
-        return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
-
-    def __iter__(self):
-        return iter((self, None))  # Bamba unpacks a layer's output and its attention weights
-
-
-def _parts(hidden: Tensor) -> Sequence[Tensor]:
-    return hidden.split(_HEAD_ROWS, 1)
-
-
-def head(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Everything after the last layer, by the model's own code: [1, R, D] -> logits [R, V] float32."""
-    layers, rows = decoder_layers(model), hidden.reshape(-1, 1, hidden.shape[-1])
-    with replaced(layers, lambda *args, **kwargs: rows.as_subclass(_Output)):
-        ids = np.zeros((len(rows), 1), int)
-        if is_recurrent(model):  # their caches hold states, which no layer is there to make
-            logits = model(input_ids=_tensor(model, ids), use_cache=False, logits_to_keep=1)
-        else:
-            logits = _forward(model, ids, _cache(layers, None, 0, keep=False))
-    return logits.logits[:, -1].float()

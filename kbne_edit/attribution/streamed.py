@@ -42,7 +42,7 @@ class Streamed:
     even one question fits the budget.
     """
 
-    keep = False
+    graphs = 0  # the weights are gone before the way down
     max_rows = float("inf")  # bounded by the budget already
 
     def __init__(self, checkpoint: Checkpoint, memory: float):

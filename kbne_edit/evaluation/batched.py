@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attribution.rows import head
+from ..attribution.head import head
 from ..edit import Edit
 from ..errors import InputError
 from ..families import end

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attribution.rows import head
+from ..attribution.head import head
 from ..errors import InputError
 from ..families import Site, end
 from ..models.hooks import Tap, tapped

@@ -13,7 +13,8 @@ from ..families import hidden_size, num_layers
 OVERHEAD = 0.7e9  # the interpreter, torch, activations, and what the allocator holds
 SHARE = 0.7  # of the free memory that a model may take: activations, the allocator and others need some, too
 
-ROWS = 768  # that go through a layer side by side: enough for the full rate of matrix products
+ROWS = 512  # that go through a layer side by side: enough for nearly the full rate of matrix products
+GRAPHS = 1e9  # what the graphs of a model's layers may take; those beyond are computed again
 LAYERS_HELD = 2.5  # layer by layer: the one that computes, the next one, and what is read of it
 
 
@@ -62,7 +63,7 @@ def activations(rows: float, size: float, itemsize: int = 4) -> float:
 def needed(checkpoint: Checkpoint, itemsize: int = 4) -> float:
     """What attribution takes with the whole model in memory; the rows grow with depth, so half of them on average."""
     graph = num_layers(checkpoint.config) * activations(ROWS / 2, hidden_size(checkpoint.config), itemsize)
-    return in_memory(checkpoint, itemsize) + graph + OVERHEAD
+    return in_memory(checkpoint, itemsize) + min(graph, GRAPHS) + OVERHEAD
 
 
 def streamed(outside: float, layer: float, rows: float, size: float) -> float:

@@ -1,0 +1,111 @@
+"""The model's own code, one layer at a time: how the model itself would call a layer, and with which cache."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..models.hooks import replaced
+from ..models.places import decoder_layers
+
+
+class CacheLayer(DynamicLayer):
+    """One layer's keys and values: those of the segments before, then this segment's.
+
+    Its length is known before the layer has run, since the model asks for it while it prepares masks. Sliding windows
+    are left to the mask, so a prompt's keys and values are all kept. keep: False forgets what a pass adds.
+    """
+
+    def __init__(self, before: CacheLayer | None, length: int, keep: bool):
+        super().__init__()
+        self.before, self.length, self.keep = before, length, keep
+
+    def get_seq_length(self, *_) -> int:
+        return self.length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.keep:
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
+        earlier = self.before.chain() if self.before else []
+        keys, values = zip(*earlier, (key_states, value_states), strict=True)
+        return torch.cat(keys, -2), torch.cat(values, -2)
+
+    def chain(self) -> list[tuple[Tensor, Tensor]]:
+        """(keys, values) of the segments before and of this one."""
+        return [*(self.before.chain() if self.before else []), (self.keys, self.values)]
+
+
+def new_cache(layers: nn.ModuleList, before: DynamicCache | None, length: int, keep: bool = True) -> DynamicCache:
+    cache = DynamicCache()
+    earlier = before.layers if before else [None] * len(layers)
+    cache.layers = [CacheLayer(old, length, keep) for old in earlier]
+    return cache
+
+
+class Call(NamedTuple):
+    """How the model calls one layer, apart from the hidden states."""
+
+    args: tuple
+    kwargs: dict
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        output = layer(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output  # some architectures wrap it
+
+
+class _Reached(Exception):
+    """Leaves the model's forward pass at a layer. call: how the model calls it; hidden: what it gives to it."""
+
+    def __init__(self, hidden: Tensor, call: Call):
+        self.hidden, self.call = hidden, call
+
+
+def call_of(
+    model: nn.Module, index: int, ids: np.ndarray, depth: np.ndarray, mask: Tensor | dict, cache: DynamicCache
+) -> tuple[Tensor, Call]:
+    """(the embedded tokens, how the model calls layer `index` for these tokens, [N] each), without running a layer."""
+
+    def note(*args, **kwargs):
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        raise _Reached(hidden, Call(args, kwargs))
+
+    layers = decoder_layers(model)
+    try:
+        with torch.no_grad(), replaced(layers[:index], _passed), replaced([layers[index]], note):
+            positions = on_device(model, depth[None])
+            forward(model, ids[None], cache, attention_mask=mask, position_ids=positions)
+    except _Reached as reached:
+        return reached.hidden, reached.call
+    raise AssertionError(f"{type(model).__name__} did not call layer {index}")
+
+
+def _passed(*args, **kwargs) -> Tensor:
+    """A layer that does nothing."""
+    return (args[0] if args else kwargs["hidden_states"]).as_subclass(Output)
+
+
+def on_device(model: nn.Module, values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).to(model.get_input_embeddings().weight.device)
+
+
+def forward(model: nn.Module, ids: np.ndarray, cache: DynamicCache, **kwargs):
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    return model(input_ids=on_device(model, ids), **{name: cache}, use_cache=True, logits_to_keep=1, **kwargs)
+
+
+class Output(Tensor):
+    """A layer's output for models that take it bare and for models that take the first entry of a tuple."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+
+    def __getitem__(self, index):
+        return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
+
+    def __iter__(self):
+        return iter((self, None))  # Bamba unpacks a layer's output and its attention weights

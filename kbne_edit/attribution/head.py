@@ -1,0 +1,147 @@
+"""From the last layer's output to what is attributed: norm, head, softmax over the vocabulary.
+
+The gradient of log sum exp(W z) with respect to z is W's rows, weighted by their probabilities. Value and gradient come
+from one sweep over blocks of W, as attention does it over keys: a block's logits meet the same rows of W again while
+those are in the processor's cache, and no tensor [R, V] ever exists.
+
+Legend: R rows, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..models.hooks import replaced
+from ..models.places import decoder_layers, is_recurrent
+from .calls import Output, forward, new_cache, on_device
+
+_BLOCK = 4096  # rows of W at a time: 8 MB of logits with 512 rows
+_ROWS = 192  # rows at a time where the model does more to its logits than a product: it makes [R, V] of them
+
+
+class Surfaces:
+    """Token ids of each question's answer, of unlike number."""
+
+    def __init__(self, answer_ids: Sequence[Sequence[int]]):
+        self.ids = [list(ids) for ids in answer_ids]
+        width = max(map(len, self.ids))
+        self._padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in self.ids])
+        self._absent = torch.tensor([[False] * len(ids) + [True] * (width - len(ids)) for ids in self.ids])
+
+    def logsumexp(self, logits: Tensor, owner: np.ndarray, among: Tensor | None = None) -> Tensor:
+        """Over the answer of each row's question. logits: [R, V], or of the tokens `among` alone, sorted -> [R]."""
+        padded = self._padded if among is None else torch.searchsorted(among, self._padded).clamp_max(len(among) - 1)
+        ids, absent = (table[torch.from_numpy(owner)].to(logits.device) for table in (padded, self._absent))
+        return torch.logsumexp(logits.gather(1, ids).masked_fill(absent, -torch.inf), -1)
+
+
+def objective(
+    model: nn.Module, hidden: Tensor, owner: np.ndarray, answers: Surfaces, others: Surfaces | None
+) -> Tensor:
+    """What is attributed, of the last layer's outputs [1, R, D], row by row of the questions `owner` -> [R].
+
+    The probability of the answer; with `others` its log-odds against them, for which the rest of the vocabulary does
+    not matter. Differentiable by `hidden`.
+    """
+    if not is_plain(model, hidden):
+        parts = [slice(start, start + _ROWS) for start in range(0, len(owner), _ROWS)]
+        return torch.cat([of_logits(head(model, hidden[:, part]), owner[part], answers, others) for part in parts])
+    z, output = before_head(model, hidden), model.get_output_embeddings()
+    weight, bias = output.weight, getattr(output, "bias", None)
+    ids = torch.tensor(sorted({i for table in (answers, others) if table for row in table.ids for i in row}))
+    known = nn.functional.linear(z, weight[ids], None if bias is None else bias[ids])
+    answer = answers.logsumexp(known, owner, ids)
+    if others:
+        return answer - others.logsumexp(known, owner, ids)
+    return torch.exp(answer - LogSumExp.apply(z, weight, bias))
+
+
+def of_logits(logits: Tensor, owner: np.ndarray, answers: Surfaces, others: Surfaces | None) -> Tensor:
+    """`objective` from logits [R, V]."""
+    answer = answers.logsumexp(logits, owner)
+    if others:
+        return answer - others.logsumexp(logits, owner)
+    return torch.exp(answer - torch.logsumexp(logits, -1))
+
+
+class LogSumExp(torch.autograd.Function):
+    """log sum_v exp(W z + b)_v of each row, [R]. z: [R, D]; weight: [V, D]; bias: [V] or None."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        largest = torch.full((len(z), 1), -torch.inf, device=z.device)
+        total, mean = torch.zeros_like(largest), torch.zeros_like(z)
+        for start in range(0, len(weight), _BLOCK):
+            block = weight[start : start + _BLOCK]
+            logits = nn.functional.linear(z, block, None if bias is None else bias[start : start + _BLOCK])
+            new = torch.maximum(largest, logits.amax(1, keepdim=True))
+            shrink = (largest - new).exp_()
+            logits.sub_(new).exp_()
+            total.mul_(shrink).add_(logits.sum(1, keepdim=True))
+            mean.mul_(shrink).addmm_(logits, block)
+            largest = new
+        ctx.save_for_backward(mean.div_(total))
+        return (largest + total.log()).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (mean,) = ctx.saved_tensors
+        return gradient[:, None] * mean, None, None
+
+
+_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def is_plain(model: nn.Module, hidden: Tensor) -> bool:
+    """Whether logits are a float32 product with the head's weight, and nothing after it (no scale, no soft cap).
+
+    Tried once per model, with known numbers in place of the head's output: configurations call what follows by many
+    names. hidden: [1, R, D].
+    """
+    if model not in _plain:
+        output = model.get_output_embeddings()
+        plain = isinstance(output, nn.Linear) and output.weight.dtype == torch.float32 and not output.weight.is_meta
+        if plain:
+            known = torch.linspace(-100, 100, len(output.weight), device=output.weight.device)
+            with torch.no_grad(), replaced([output], lambda z, *args, **kwargs: known.expand(*z.shape[:-1], -1)):
+                plain = torch.equal(head(model, hidden[:, :1].detach())[0], known)
+        _plain[model] = plain
+    return _plain[model]
+
+
+class _AtHead(Exception):
+    """Leaves the model's forward pass at its head. hidden: what the head is given."""
+
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+
+
+def before_head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """What the model gives to its head for these outputs of the last layer: [1, R, D] -> [R, D]."""
+
+    def leave(hidden: Tensor, *args, **kwargs):
+        raise _AtHead(hidden)
+
+    try:
+        with replaced([model.get_output_embeddings()], leave):
+            head(model, hidden)
+    except _AtHead as reached:
+        return reached.hidden.reshape(-1, reached.hidden.shape[-1])
+    raise AssertionError(f"{type(model).__name__} did not call its head")
+
+
+def head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Everything after the last layer, by the model's own code: [1, R, D] -> logits [R, V] float32."""
+    layers, rows = decoder_layers(model), hidden.reshape(-1, 1, hidden.shape[-1])
+    ids = np.zeros((len(rows), 1), int)
+    with replaced(layers, lambda *args, **kwargs: rows.as_subclass(Output)):
+        if is_recurrent(model):  # their caches hold states, which no layer is there to make
+            logits = model(input_ids=on_device(model, ids), use_cache=False, logits_to_keep=1)
+        else:
+            logits = forward(model, ids, new_cache(layers, None, 0, keep=False))
+    return logits.logits[:, -1].float()
