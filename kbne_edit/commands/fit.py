@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -34,7 +34,9 @@ PART = click.Choice(["association", "sentiment", "prior", "all"])
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @options.JSON
-def command(source, out, pairs, gradients, as_json, **values) -> None:
+def command(
+    source: str, out: Path, pairs: tuple[str, ...], gradients: Path | None, as_json: bool, **values: Any
+) -> None:
     """Fit a factor of its own to every neuron, so that stereotyped sentences become less likely than their opposites.
 
     \b

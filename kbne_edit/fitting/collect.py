@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..families import Site
 from ..progress import progress
 from . import sampling
-from .passes import Scored, gradients
+from .passes import Scored, gradients, layer_sizes
 from .rows import KINDS, UnitRows
 from .store import GradientFile, Sizes
 
@@ -79,13 +79,13 @@ def _likelihood(model: nn.Module, site: Site, texts: Sequence[Sequence[int]]) ->
     total = sum(len(ids) - 1 for ids in texts)
     scored = [Scored(tuple(ids), (1 / total,) * (len(ids) - 1)) for ids in texts]
     with progress("fit: likelihood", len(texts), "text") as update:
-        return sum(batch.gradients.sum(0) for batch in gradients(model, scored, site, done=update))
+        found = [batch.gradients.sum(0) for batch in gradients(model, scored, site, done=update)]
+    return torch.stack(found).sum(0)
 
 
 def _collected(model: nn.Module, sentences: list[Scored], site: Site) -> tuple[np.ndarray, Tensor]:
-    values, rows = np.zeros(len(sentences)), None
+    values, rows = np.zeros(len(sentences)), torch.zeros(len(sentences), sum(layer_sizes(model, site)))
     for batch in gradients(model, sentences, site):
-        rows = torch.zeros(len(sentences), batch.gradients.shape[1]) if rows is None else rows
         values[batch.index], rows[batch.index] = batch.values, batch.gradients
     return values, rows
 

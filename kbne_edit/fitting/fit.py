@@ -27,7 +27,7 @@ from .directions import Directions, matched
 from .measured import Held, Measure, Scaled, flattening, scaled
 from .passes import Neutral
 from .problem import best_even, cross_validate, folds, shuffled
-from .result import Cost, Factors, Fit
+from .result import Control, Cost, Factors, Fit
 from .rows import PARTS, UnitRows, encode_texts, encode_units
 from .store import GradientFile, load_gradients
 from .units import Unit, load_pairs, load_units
@@ -132,19 +132,11 @@ class _Run:
         best = solve(settings.max_kl)
         if best.kl == 0:
             raise InputError(f"no factors were found whose KL is at most {settings.max_kl:g}: give a larger --max-kl")
-        self._report_progress(best, even)
-        measure = Measure(model, settings.site, self._held())
-        controls = [
-            measure.control(f"shuffled labels {seed + 1}", solve(best.kl, shuffled(self.every, seed)))
-            for seed in range(settings.draws)
-        ]
-        others = matched(best.factors - 1, directions.fisher, self.sizes, settings.seed)
-        controls.append(measure.control("matched neurons", scaled(neutral, others, best.kl, 1.0)))
-        controls.append(measure.control("inverse", scaled(neutral, 1 - best.factors, best.kl, 1.0)))
-        temperature = flattening(neutral, best.kl)
-        controls.append(
-            measure.control("flattening", Scaled(None, neutral.measure(temperature=temperature).kl, 0.0), temperature)
-        )
+        say(f"fit: {len(self.fitted)} units and contrasts, even {even:g}, KL {best.kl:.4f}; now the controls")
+        shuffles = [solve(best.kl, shuffled(self.every, seed)) for seed in range(settings.draws)]
+        measure = Measure(model, settings.site, Held([self.every[i] for i in self.aside], self._rows_aside()))
+        controls = [measure.control(f"shuffled labels {i}", found) for i, found in enumerate(shuffles, 1)]
+        controls += self._others(best, neutral, measure, directions.fisher)
         return Fit(
             edit=self._edit(best.factors, even),
             parts=settings.parts,
@@ -159,11 +151,21 @@ class _Run:
             controls=tuple(controls),
         )
 
-    def _held(self) -> Held:
-        return Held([self.every[i] for i in self.aside], [self.rows[i] for i in self.aside])
+    def _others(self, best: Scaled, neutral: Neutral, measure: Measure, fisher: Tensor) -> list[Control]:
+        """Controls that need no labels: other neurons, the inverse, a flattening, each at the KL of `best`."""
+        changes = best.factors - 1
+        elsewhere = matched(changes, fisher, self.sizes, self.settings.seed)
+        temperature = flattening(neutral, best.kl)
+        flat = neutral.measure(temperature=temperature)
+        bare = Scaled(torch.ones_like(changes), flat.kl, flat.perplexity)
+        return [
+            measure.control("matched neurons", scaled(neutral, elsewhere, best.kl, 1.0)),
+            measure.control("inverse", scaled(neutral, -changes, best.kl, 1.0)),
+            measure.control("flattening", bare, temperature),
+        ]
 
-    def _report_progress(self, best: Scaled, even: float) -> None:
-        say(f"fit: {len(self.fitted)} units and contrasts, even {even:g}, KL {best.kl:.4f}; now the controls")
+    def _rows_aside(self) -> list[UnitRows]:
+        return [self.rows[i] for i in self.aside]
 
     def _dtype(self) -> str:
         if self.settings.dtype != "auto":

@@ -75,8 +75,8 @@ def gram(blocks: Sequence[Tensor], d: Tensor) -> Gram:
         part = slice(int(columns[0]), int(columns[-1]) + 1)
         rows = torch.cat([block[:, part].float() for block in blocks]) / d[part].sqrt()
         matrix.addmm_(rows, rows.T)
-    matrix = matrix.double().numpy()
-    return Gram((matrix + matrix.T) / 2)
+    full = matrix.double().numpy()
+    return Gram((full + full.T) / 2)
 
 
 def direction(blocks: Sequence[Tensor], d: Tensor, coefficients: np.ndarray) -> Tensor:

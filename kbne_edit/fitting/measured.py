@@ -23,9 +23,9 @@ _STEPS, _CLOSE = 8, 0.05
 
 @dataclass(frozen=True)
 class Scaled:
-    """Factors [P] (None: those of the base), and their real KL and perplexity."""
+    """Factors [P], and their real KL and perplexity."""
 
-    factors: Tensor | None
+    factors: Tensor
     kl: float
     perplexity: float
 

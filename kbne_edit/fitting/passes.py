@@ -197,7 +197,8 @@ class Neutral:
         self._base = [hidden for hidden, _ in self._passes(None)]
 
     @torch.no_grad()
-    def _passes(self, at: Tensor | None):
+    def _passes(self, at: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(last layer's output, tokens to predict) of each batch."""
         layers = places(self._model, self._site)
         sizes = [end(layer) for layer in layers]
         start = torch.ones(sum(sizes)) if at is None else at
@@ -234,7 +235,7 @@ def last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
     """The last layer's output [B, T, D]. ids: [B, T]."""
     found = []
 
-    def leave(module, args, output):
+    def leave(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
         raise _Reached
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,7 +123,7 @@ def _four(unit: Unit) -> tuple[Sentence, ...]:
     return (unit.square.ax, unit.square.ay, unit.square.bx, unit.square.by)
 
 
-def encoded(tokenizer, sentence: Sentence, chat: bool) -> tuple[list[int], list[int]]:
+def encoded(tokenizer: Any, sentence: Sentence, chat: bool) -> tuple[list[int], list[int]]:
     """Token ids of the context and of the whole, both after the prefix token (of a chat: after its own beginning)."""
     from ..models.prompts import render
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..disk.publishing import claim, write_errors
-from ..disk.tensors import Shard, header_bytes, read_metadata
+from ..disk.tensors import Shard, TensorInfo, header_bytes, read_metadata
 from ..errors import CheckpointError, ScoresError
 from ..files import parse_json
 
@@ -154,12 +154,12 @@ def load_gradients(path: Path) -> Gradients:
 _NUMPY = {"BF16": "<i2", "F32": "<f4", "U8": "u1"}
 
 
-def _mapped(path: Path, tensor) -> np.ndarray:
+def _mapped(path: Path, tensor: TensorInfo) -> np.ndarray:
     # "c": pages are read on demand and nothing is written back; torch wants memory that may be written to.
     return np.memmap(path, _NUMPY[tensor.dtype], "c", tensor.start, tensor.shape)
 
 
-def _opened(path: Path) -> tuple[dict, dict]:
+def _opened(path: Path) -> tuple[dict[str, TensorInfo], dict]:
     try:
         shard = Shard.open(path)
         settings = parse_json(read_metadata(path)[_KEY].encode(), f"the metadata of {path}")
