@@ -287,7 +287,7 @@ def command_trial(command):
         return None, "hangs", ""
     error = result.stderr.decode("utf-8", "backslashreplace")
     lines = [line for line in error.splitlines() if line.startswith(("error:", "Error:"))]
-    fine = result.returncode in (0, 1) and not lines or result.returncode == 2 and len(lines) == 1
+    fine = result.returncode in (0, 1) and not lines or result.returncode in (2, 3) and len(lines) == 1
     return result.returncode, None if fine and "Traceback" not in error else f"not one line: {error[-300:]}", error
 
 

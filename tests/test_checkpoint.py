@@ -1,6 +1,9 @@
 """Directories as they are found: indexes that do not fit, files that are no part of the model, many shards."""
 
+import errno
+import fcntl
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from kbne_edit import Edit, bake, fold, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
-from kbne_edit.errors import CheckpointError
+from kbne_edit.errors import CheckpointError, OutputError
 from tiny import tiny_model
 
 EDIT = Edit("down", {0: {3: 2.0}, 1: {7: 4.0}})
@@ -203,3 +206,39 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     command = [sys.executable, "-c", FEW_FILES, *map(str, folders)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
     assert result.returncode == 0, result.stderr
+
+
+# --------------------------------------------------------------------------------------------------- clones, many cores
+
+
+def test_a_clone_and_many_cores_give_the_same_bytes(base, tmp_path, monkeypatch):
+    """A file system that can clone, simulated by a copy: only what changes is written over it."""
+    fold(base, EDIT, tmp_path / "plain")
+    cloned = []
+
+    def clone(target, request, source):
+        os.lseek(source, 0, os.SEEK_SET)
+        data = os.pread(source, os.fstat(source).st_size, 0)
+        os.pwrite(target, data, 0)
+        cloned.append(len(data))
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    fold(base, EDIT, tmp_path / "cloned")
+    monkeypatch.undo()
+    assert len(cloned) >= len(list(base.iterdir()))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    fold(base, EDIT, tmp_path / "wide")
+    files = [{path.name: path.read_bytes() for path in (tmp_path / f).iterdir()} for f in ("plain", "cloned", "wide")]
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_clone_that_finds_the_disk_full_is_no_reason_to_write(number, base, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "ioctl", full)
+    with pytest.raises(OutputError, match=os.strerror(number)) as caught:
+        fold(base, EDIT, tmp_path / "out")
+    assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..disk.checkpoint import Checkpoint
-from ..disk.hashing import file_hash, in_background
+from ..disk.hashing import at_once, file_hash, in_background
 from ..disk.manifest import FileRecord, Manifest, OldShard
 from ..disk.names import INDEX, UNDO
 from ..disk.publishing import create, staged, sync
@@ -55,7 +55,7 @@ def fold_into(plan: Plan, part: Path, progress: Progress | None = None) -> Manif
     forbid_links_out(checkpoint.path, carry)
     old = headers(checkpoint) if plan.files else {}
     kept: Kept = {}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2 * at_once()) as pool:
         if plan.files:
             files, resharded = _write_new_shards(plan, part, kept, pool, progress)
         else:
@@ -80,14 +80,16 @@ def _write_shards(
     plan: Plan, part: Path, kept: Kept, pool: ThreadPoolExecutor, progress: Progress | None
 ) -> dict[str, FileRecord]:
     """The weights in the base's own files."""
-    files = {}
-    with in_background() as submit:
-        for shard in plan.checkpoint.shards:
-            with create(part / shard.path.name, shard.path) as out:
-                before, after = rewrite(shard, plan.targets, out, kept, pool, progress)
-            files[shard.path.name] = FileRecord(before, after)
-            submit(sync, part / shard.path.name)
-    return files
+
+    def write(shard: Shard) -> tuple[str, FileRecord]:
+        with create(part / shard.path.name, shard.path) as out:
+            before, after = rewrite(shard, plan.targets, out, kept, pool, progress)
+        submit(sync, part / shard.path.name)
+        return shard.path.name, FileRecord(before, after)
+
+    # One shard keeps two cores busy: one reads and scales, two hash.
+    with in_background() as submit, ThreadPoolExecutor(at_once()) as writers:
+        return dict(writers.map(write, plan.checkpoint.shards))
 
 
 def _write_new_shards(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,19 +50,43 @@ def rewrite(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
 ) -> tuple[str, str]:
-    """Copy one file with its targets scaled. Returns SHA-256 of what was read and of what was written."""
+    """Copy one file with its targets scaled. Returns SHA-256 of what was read and of what was written.
+
+    Where the file system can, the new file begins as a clone of the old one, and only what changes is written.
+    Rejected where it cannot: copying by the kernel first (copy_file_range), since writing beside the hashing costs
+    less time than copying before it.
+    """
     digests = TwoDigests(pool)
     with open_input(shard.path) as file:
+        cloned = _clone(file, out)
         for tensor, start, end in chunks(shard.path, shard.tensors, targets):
             old = file.read(end - start)
             if len(old) != end - start:
                 raise CheckpointError(f"{shard.path} became shorter while it was read: start again")
             new = old if tensor is None else scaled(old, tensor, start, targets[tensor.name], undo)
             digests.update(old, new)
-            out.write(new)
+            if not cloned:
+                out.write(new)
+            elif new is not old:
+                out.seek(start)
+                out.write(new)
             if progress:
                 progress(len(new))
     return digests.hexdigests()
+
+
+_FICLONE = 0x40049409  # ioctl of Linux: share all blocks of another file until one of the two is written to
+
+
+def _clone(file: BinaryIO, out: BinaryIO) -> bool:
+    """Make the empty file `out` a clone of `file`. False where the file system has no clones, or out is no file."""
+    try:
+        fcntl.ioctl(out.fileno(), _FICLONE, file.fileno())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        return False
+    return True
 
 
 def assemble(
