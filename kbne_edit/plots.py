@@ -131,7 +131,8 @@ def intervals(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     def at(value: float) -> float:
         return (left + right) / 2 + (right - left) / 2 * 0.94 * value / reach
 
-    body = []
+    bottom = top + 44 * len(rows)
+    body = [_line(at(0), top, at(0), bottom, "axis")]  # first, so that names stand before it
     for place, (name, (mean, low, high)) in enumerate(rows):
         y = top + 44 * place + 30
         body += [
@@ -140,8 +141,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
             _dot(at(mean), y, "second" if place else "first", 4 if place else 6),
         ]
         body += [_line(at(end), y - 5, at(end), y + 5, "bar") for end in (low, high)]
-    bottom = top + 44 * len(rows)
-    body += [_line(at(0), top, at(0), bottom, "axis"), _text(at(0), bottom + 16, "0, no change", "middle", "quiet")]
+    body += [_text(at(0), bottom + 16, "0, no change", "middle", "quiet")]
     body += [_text(at(-reach), bottom + 16, f"{-reach:+.3g}", "start", "quiet")]
     body += [_text(at(reach), bottom + 16, f"{reach:+.3g}", "end", "quiet")]
     said = "; ".join(f"{name}: {mean:+.4f}, from {low:+.4f} to {high:+.4f}" for name, (mean, low, high) in rows)

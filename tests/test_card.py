@@ -1,6 +1,7 @@
 """The card of a baked directory: valid metadata, bytes that depend on the manifest alone, the base's card kept."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,17 @@ from huggingface_hub import ModelCard
 
 from hub import card_faults
 from kbne_edit import Edit, bake, fold, revert, verify
+from kbne_edit.attribution.answers import Answers, AttributionSummary, Tally
+from kbne_edit.disk.manifest import Manifest, Origin, RecipeRecord
 from kbne_edit.errors import CheckpointError
+from kbne_edit.evaluation.cost import Continuation, Cost
+from kbne_edit.evaluation.effect import Change, Effect, RandomDraws
+from kbne_edit.evaluation.verdict import Part, Verdict
 from kbne_edit.hub.licences import notices
+from kbne_edit.proofs.outcome import FileProof, Proofs
 from kbne_edit.reporting.card import build
 from kbne_edit.selection.summary import SelectionSummary, Shared
+from kbne_edit.statistics import Interval
 from tiny import tiny_model
 
 EDIT = Edit("down", {1: {5: 2.0, 9: 2.0}, 2: {1: 4.0}})
@@ -89,22 +97,102 @@ def test_it_says_what_the_run_did_and_did_not_do(weights, tmp_path):
     assert "Whether this model shows less bias than its base: it was not measured" in text
 
 
+def _manifest(**parts):
+    """A manifest as a run writes it."""
+    summary = {key: value.to_dict() for key, value in parts.items() if hasattr(value, "to_dict")}
+    proofs = Proofs(FileProof(EDIT, "manifest", 3, 1, 2))
+    about = {"source": Origin("org/base", "abc"), "recipe": RecipeRecord("demo", "0" * 64)}
+    return Manifest(EDIT, {}, summary=summary, proofs=proofs.to_dict(), **about | parts.get("about", {})).as_read()
+
+
 def test_it_says_that_held_out_controls_use_the_neurons_too():
-    """A manifest as a run writes it, with a selection that unseen controls use in part."""
     found = SelectionSummary("paper", 8, 0.1, (0,), {}, {}, 5, 0, (Shared(1, 8), Shared(2, 7)))
-    manifest = {
-        "tool": "kbne-edit",
-        "source": {"id": "base", "commit": None},
-        "edit": EDIT.to_dict(),
-        "files": {},
-        "recipe": {"name": "demo"},
-        "proofs": {"tensors": 3, "edited": 1, "behaviour": None},
-        "summary": {"selection": found.to_dict()},
-    }
-    said = build(manifest, {})
+    said = build(_manifest(selection=found), {})
     assert "none of the edit's is" in said and "20% are among as many that this half uses most" in said
-    manifest["summary"]["selection"] = replace(found, unseen=(Shared(0, 8), Shared(0, 7))).to_dict()
-    assert "uses most" not in build(manifest, {})
+    said = build(_manifest(selection=replace(found, unseen=(Shared(0, 8), Shared(0, 7)))), {})
+    assert "uses most" not in said
+
+
+def _effect(aim="balance"):
+    draws = RandomDraws(24, Interval(0, -1, 1), Interval(0, -1, 1), Interval(-0.1, -0.2, -0.05), 12, 0, 24, -0.01, 0.02)
+    lower = Interval(-0.0123, -0.02, -0.01)
+    shares = Change(0.7, 0.6), Change(0.31, 0.25), Change(0.42, 0.33)
+    return Effect(aim, 24, 12, *shares, Interval(-0.0456, -0.06, -0.03), lower, draws)
+
+
+def _cost(kl=0.01):
+    flat = Interval(1.0, 1.0, 1.01)
+    items = (Continuation("probe", "a", "b", "c"),)
+    return Cost(
+        "package", 64, Interval(kl, kl, kl), Interval(20, 19, 21), Interval(20, 19, 21), flat, continuations=items
+    )
+
+
+@pytest.mark.parametrize("aim, value, change", [("balance", "0.33", "-0.0123"), ("avoid", "0.25", "-0.0456")])
+def test_tag_and_metrics_need_a_verdict_that_passes(aim, value, change):
+    """Of what is to be avoided, the metric is the signed score and its signed change."""
+    card = ModelCard(build(_manifest(effect=_effect(aim), cost=_cost()), {}))
+    (index,) = card.data.to_dict()["model-index"]
+    metrics = {entry["type"]: entry["value"] for entry in index["results"][0]["metrics"]}
+    names = (
+        ("mean_score", "mean_score_change") if aim == "avoid" else ("mean_absolute_score", "mean_absolute_score_change")
+    )
+    assert [metrics[name] for name in names] == [float(value), float(change)]
+    assert "bias-mitigation" in card.data.tags
+    for cost in (_cost(kl=0.5), None):  # an effect that costs too much, or of which nobody knows what it costs
+        said = build(_manifest(effect=_effect(aim), cost=cost), {})
+        assert "bias-mitigation" not in said and "model-index" not in said
+
+
+def test_use_cost_and_contact_are_said():
+    said = build(_manifest(effect=_effect(), cost=_cost()), {})
+    assert "## Use" in said and "Out of scope: decisions about people" in said and "Community tab" in said
+    assert "KL from the base 0.01 nats per token" in said and "1 of 1 greedy continuations change" in said
+    passed = Verdict(*[Part("PASS", "a reason")] * 5)
+    assert "Research on this edit" in said and "Research on this edit" not in build(_manifest(verdict=passed), {})
+
+
+def test_not_measured_never_reads_like_no_effect():
+    said = build(_manifest(), {})
+    assert "That is not “no effect”" in said and "No effect" not in said and "| NOT MEASURED | Is there less" in said
+    assert "Its cost was not measured" in build(_manifest(effect=_effect()), {})
+    assert "Its effect on bias was not measured" in build(_manifest(cost=_cost()), {})
+
+
+def test_a_constant_answer_is_warned_of():
+    tallies = {"yes": Tally(9, 9), "no": Tally(0, 9)}
+    found = Answers(Tally(9, 18), Tally(9, 18), tallies, {}, Interval(0.5, 0.4, 0.6), "yes", None)
+    said = build(_manifest(attribution=AttributionSummary(found, 0.01, 4.0)), {})
+    assert "> Caution: the base does no better than one answer (yes) to every question" in said
+    found = replace(found, constant=None)
+    assert "Caution" not in build(_manifest(attribution=AttributionSummary(found, 0.01, 4.0)), {})
+
+
+HOSTILE = "[x](javascript:alert(1)) <img src=x onerror=alert(2)> `|` ![y](//evil) \n# Heading\n<script>"
+
+
+@pytest.mark.parametrize("where", ["recipe", "source", "commit", "tool", "licence", "link", "answer", "reason"])
+def test_names_from_files_are_text_and_nothing_else(where):
+    """Rendered by a Markdown library: no link, image, script or heading comes from a name."""
+    markdown = pytest.importorskip("markdown")
+    about = {
+        "recipe": {"recipe": RecipeRecord(HOSTILE, "0" * 64)},
+        "source": {"source": Origin(HOSTILE)},
+        "commit": {"source": Origin(HOSTILE, HOSTILE)},
+        "tool": {"tool": HOSTILE},
+    }.get(where, {})
+    metadata = {"licence": {"license": HOSTILE}, "link": {"license": "other", "license_link": "javascript:alert(1)"}}
+    tallies = {HOSTILE if where == "answer" else "yes": Tally(9, 9)}
+    found = Answers(Tally(9, 18), Tally(9, 18), tallies, {}, Interval(0.5, 0.4, 0.6), next(iter(tallies)), None)
+    parts = {"attribution": AttributionSummary(found, 0.01, 4.0), "effect": _effect(), "about": about}
+    if where == "reason":
+        parts["verdict"] = Verdict(*[Part("NO EVIDENCE", HOSTILE)] * 5)
+    card = ModelCard(build(_manifest(**parts), metadata.get(where, {})))
+    plain = ModelCard(build(_manifest(**parts | {"about": {}}), {}))
+    shown = markdown.markdown(card.text, extensions=["tables", "fenced_code"])
+    assert not re.search(r"<(script|img)|href=\"(javascript|//)", shown)
+    assert shown.count("<h2>") == plain.text.count("\n## ") and shown.count("<h1>") == 1
+    assert "javascript:" not in str(card.data.to_dict().get("license_link", ""))
 
 
 def test_the_same_input_gives_the_same_card_wherever_it_lies(weights, tmp_path):

@@ -238,10 +238,10 @@ def _tokens(checkpoint: Checkpoint, edit: Edit, rows: Sequence[NeuronRow]) -> di
     shown = {place: kept[place] for row in rows if (place := (row.layer, row.neuron)) in kept}
     found = written(checkpoint, shown, set(texts) if texts else None, TOKENS)
 
-    def named(pairs: list) -> tuple[Token, ...]:
+    def named(pairs: list[tuple[int, float]]) -> tuple[Token, ...]:
         return tuple(Token(index, texts[index] if texts else None, z) for index, z in pairs)
 
-    return found and {neuron: Tokens(named(up), named(down)) for neuron, (up, down) in found.items()}
+    return {neuron: Tokens(named(up), named(down)) for neuron, (up, down) in found.items()} if found else None
 
 
 def _with_tokens(rows: Sequence[NeuronRow], tokens: dict[Neuron, Tokens] | None) -> tuple[NeuronRow, ...]:

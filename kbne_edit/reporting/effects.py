@@ -35,7 +35,7 @@ def _effect(report: Report) -> list[str]:
             plots.intervals(list(named.items())),
             f"Change of the score{'' if avoids else ', absolute unless said'}, with 95 % bootstrap intervals over "
             f"{effect.twins} twins. Left of the line is less {'of what is unwanted' if avoids else 'bias'} by this "
-            "measure. The first row is the edit, the others are controls.",
+            "measure. The large disc is the edit; the others are its controls, and what sets it apart from them.",
             table("Change of the score", ["what", "mean", "from", "to"], rows),
         ),
         *_draws(effect),

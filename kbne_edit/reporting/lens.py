@@ -7,6 +7,7 @@ Each token gets a z-score over the vocabulary, since the norm's division makes t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def _folded(column: np.ndarray, checkpoint: Checkpoint, end: Readout) -> np.ndar
     return column * (checkpoint.read_plain(end.norm) + np.float32(end.offset))
 
 
-def _rows(checkpoint: Checkpoint, name: str):
+def _rows(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first row, rows as float32 [r, D]) of a matrix, piece by piece; a quantised one at once."""
     if name not in checkpoint.tensors or (checkpoint.layout and checkpoint.layout.matrix_of(name)):
         yield 0, checkpoint.read_plain(name)

@@ -8,6 +8,7 @@ from ..evaluation.cost import Cost
 from ..evaluation.effect import Effect
 from ..evaluation.verdict import Verdict, verdict_of
 from ..selection.summary import SelectionSummary
+from ..statistics import Interval
 
 KNOWN = {"selection", "attribution", "effect", "cost", "verdict"}
 
@@ -30,13 +31,17 @@ class Measured:
     def of(cls, summary: dict | None) -> Measured:
         """Raises KeyError, TypeError or ValueError for figures of another form."""
         summary = summary or {}
-        kinds = {"effect": Effect, "cost": Cost, "selection": SelectionSummary}
-        parts = {name: kind.from_dict(summary[name]) for name, kind in kinds.items() if name in summary}
-        verdict = Verdict.from_dict(summary["verdict"]) if "verdict" in summary else verdict_of(**parts)
-        return cls(verdict, **parts, further=tuple(sorted(set(summary) - KNOWN)))
+        effect = Effect.from_dict(summary["effect"]) if "effect" in summary else None
+        cost = Cost.from_dict(summary["cost"]) if "cost" in summary else None
+        selection = SelectionSummary.from_dict(summary["selection"]) if "selection" in summary else None
+        if "verdict" in summary:
+            verdict = Verdict.from_dict(summary["verdict"])
+        else:
+            verdict = verdict_of(effect=effect, cost=cost, selection=selection)
+        return cls(verdict, effect, cost, selection, tuple(sorted(set(summary) - KNOWN)))
 
 
-def effect_rows(effect: Effect) -> dict[str, tuple[float, float, float]]:
+def effect_rows(effect: Effect) -> dict[str, Interval]:
     """{what: change with its interval}, of the edit and of its controls; nats per token."""
     random = effect.random
     rows = {
