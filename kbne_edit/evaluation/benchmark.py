@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .scoring import Scorer
 
 
 class Answer(NamedTuple):
@@ -49,7 +52,7 @@ class Figure:
         """How far the figure is from its ideal."""
         return self.away(self.of(means))
 
-    def away(self, value):
+    def away(self, value: Any) -> Any:
         """How far a value is from the ideal; if that is -inf the value itself, which has the same differences."""
         return value if self.ideal == -math.inf else abs(value - self.ideal)
 
@@ -86,10 +89,12 @@ class Benchmark:
             self,
             pairs=[pair for i in items for pair in self.pairs[starts[i] : starts[i + 1]]],
             read=lambda i, answers: self.read(items[i], answers),
-            **{name: [getattr(self, name)[i] for i in items] for name in ("sizes", "groups", "clusters")},
+            sizes=[self.sizes[i] for i in items],
+            groups=[self.groups[i] for i in items],
+            clusters=[self.clusters[i] for i in items],
         )
 
-    def measure(self, scorer, update: Callable[[int], None] | None = None) -> np.ndarray:
+    def measure(self, scorer: Scorer, update: Callable[[int], None] | None = None) -> np.ndarray:
         """Columns [n, k] of the scorer's model. update: called with the number of pairs done since."""
         return self.columns(scorer.score(self.pairs, update))
 

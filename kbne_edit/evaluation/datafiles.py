@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError, shown
 from ..files import open_input, parse_json, read_json
@@ -66,7 +66,7 @@ def _read(file: Path, part: str) -> Iterator[_Row]:
 
 
 def _published(file: Path, part: str) -> Iterator[_Row]:
-    data = read_json(file, InputError)
+    data: Any = read_json(file, InputError)
     try:
         items = data["data"][part]
     except (KeyError, TypeError, IndexError):
@@ -173,7 +173,7 @@ def _bbq_row(row: dict) -> dict:
     answers = {key: _text(row, key) for key in ("ans0", "ans1", "ans2")}
     if sum(answer in UNKNOWN_RESPONSES for answer in answers.values()) != 1:
         raise ValueError("exactly one of its answers must be one of BBQ's ten phrasings of UNKNOWN")
-    result = {key: _text(row, key) for key in ("category", "context", "question")} | answers
+    result: dict = {key: _text(row, key) for key in ("category", "context", "question")} | answers
     for key, known in (
         ("question_polarity", ("neg", "nonneg")),
         ("context_condition", ("ambig", "disambig")),

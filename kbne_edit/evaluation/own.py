@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ..recipe import Recipe
@@ -10,8 +12,11 @@ from .datafiles import NoDataError
 from .figures import AVOIDED, KNOWLEDGE, TWINS, twin_columns
 from .twins import twin_scores
 
+if TYPE_CHECKING:
+    from .scoring import Scorer
 
-def probes_benchmark(recipe: Recipe, scorer, limit: int | None) -> Benchmark:
+
+def probes_benchmark(recipe: Recipe, scorer: Scorer, limit: int | None) -> Benchmark:
     """The recipe's twins, scored as `twins` describes."""
     twins = [recipe.twins[i] for i in sample(len(recipe.twins), limit)]
     if not twins:
@@ -35,7 +40,7 @@ def probes_benchmark(recipe: Recipe, scorer, limit: int | None) -> Benchmark:
     )
 
 
-def knowledge_benchmark(name: str, recipe: Recipe, tokenizer, limit: int | None) -> Benchmark:
+def knowledge_benchmark(name: str, recipe: Recipe, tokenizer: Any, limit: int | None) -> Benchmark:
     """Right answers to questions: P of the right answer's tokens above that of each other answer's, as in `locate`."""
     from ..models.prompts import answer_tokens, encode
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from ..progress import say
 from .benchmark import Answer, Benchmark, Figure, sample
 from .datafiles import NoDataError, rows
 from .figures import ACCURACIES, ACCURACY, BBQ, PREFERENCE, STEREOSET, WINOGENDER, bbq_columns, preference_columns
+
+if TYPE_CHECKING:
+    from .scoring import Scorer
 
 _BLOCK = 8  # of BBQ: two polarities x two contexts x two orders of the groups
 
@@ -67,7 +71,7 @@ PUBLIC = {
 }
 
 
-def public_benchmark(name: str, data: Path | None, limit: int | None, scorer) -> Benchmark:
+def public_benchmark(name: str, data: Path | None, limit: int | None, scorer: Scorer) -> Benchmark:
     """A public task, `limit` items at most. data: folder with its files (None: from the Hub). Raises NoDataError."""
     task = PUBLIC[name]
     with _quiet_datasets():
@@ -165,7 +169,7 @@ def _balanced(docs: Sequence[dict]) -> bool:
 # ------------------------------------------------------------------------------------------------------ reading answers
 
 
-def _reader(name: str, task, docs: list[dict]) -> Callable[[int, list[Answer]], list[float]]:
+def _reader(name: str, task: Any, docs: list[dict]) -> Callable[[int, list[Answer]], list[float]]:
     """Columns of an item. lm-eval's own process_results does the judging."""
 
     def judged(i: int, answers: list[Answer]) -> dict:
@@ -222,13 +226,13 @@ def _one_unknown(doc: dict, answers: list[Answer]) -> list[float]:
 # -------------------------------------------------------------------------------------------------------------- lm-eval
 
 
-def _requests(task, name: str, number: int, doc: dict) -> list:
+def _requests(task: Any, name: str, number: int, doc: dict) -> list:
     """An item's requests, as lm-eval builds them for zero-shot evaluation."""
     context = task.fewshot_context(doc, num_fewshot=0)
     return task.construct_requests(doc=doc, ctx=context, metadata=(name, number, 1))
 
 
-def lm_eval_task(name: str, items: list[dict] | None):
+def lm_eval_task(name: str, items: list[dict] | None) -> Any:
     """lm-eval's task, with its data from the Hub or with `items`. Raises NoDataError if the Hub gives none."""
     import lm_eval.tasks
     from datasets import Dataset

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from .datafiles import stereoset_item
 from .figures import icat
 
 
-def docs(dataset):
+def docs(dataset: Any) -> Any:
     """Items with one key per kind of sentence, also from the published layout (`sentences` with `gold_label`)."""
     if "stereotype" in dataset.column_names:
         return dataset
@@ -29,4 +32,5 @@ def percent(values: list[float]) -> float:
 
 
 def icat_of_items(values: list[tuple[float, float]]) -> float:
-    return float(icat(*(percent(list(column)) for column in zip(*values, strict=True))))
+    ss, lms = (np.array(percent(list(column))) for column in zip(*values, strict=True))
+    return float(icat(ss, lms))

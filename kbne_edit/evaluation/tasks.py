@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..progress import say
@@ -19,6 +20,9 @@ from .figures import AVOIDED, KNOWLEDGE, TWINS
 from .measures import MEASURES, measure
 from .own import knowledge_benchmark, probes_benchmark
 from .public import PUBLIC, public_benchmark
+
+if TYPE_CHECKING:
+    from .scoring import Scorer
 
 _OWN = ("probes", "knowledge", "knowledge_controls")
 DEFAULT = (*PUBLIC, *_OWN)  # what is run if nobody names tasks
@@ -91,7 +95,7 @@ def _check_rows(name: str, data: Path, named: bool) -> None:
 
 
 def benchmarks(
-    names: Sequence[str] | None, data: Path | None, limit: int | None, recipe: Recipe, scorer, tokenizer
+    names: Sequence[str] | None, data: Path | None, limit: int | None, recipe: Recipe, scorer: Scorer, tokenizer: Any
 ) -> list[Benchmark]:
     """The tasks by name, `limit` items of each at most, drawn with a fixed seed.
 

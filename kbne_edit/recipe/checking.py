@@ -88,7 +88,7 @@ def shortcuts(questions: Sequence[Question], answers: Sequence[str]) -> Shortcut
     given = Counter(question.answer for question in questions)
     by_length = []
     for length in range(1, LONGEST_OPENING + 1):
-        answers_of = defaultdict(Counter)
+        answers_of: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
         for question in questions:
             answers_of[tuple(words(question.text)[:length])][question.answer] += 1
         # Of an opening that occurs once, its own answer would always be "the most frequent": that is no prediction.
@@ -135,11 +135,15 @@ def _uneven_groups(recipe: Recipe) -> tuple[GroupUse, ...]:
     is harmless and what is harmful), they are not meant to change places."""
     if recipe.aim != "balance" or any(question.twin for question in recipe.questions):
         return ()
-    uses = defaultdict(lambda: [0, 0])
+    uses: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for pairing in recipe.pairings:
         uses[pairing.dimension, pairing.a][0] += 1
         uses[pairing.dimension, pairing.b][1] += 1
-    return tuple(GroupUse(*key, first, second) for key, (first, second) in uses.items() if first != second)
+    return tuple(
+        GroupUse(dimension, group, first, second)
+        for (dimension, group), (first, second) in uses.items()
+        if first != second
+    )
 
 
 def _shortcut_notes(sides: Sequence[Shortcuts], chance: float) -> list[str]:

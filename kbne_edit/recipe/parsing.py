@@ -297,7 +297,7 @@ class Parser:
     def probes(self, value: object) -> tuple[str, tuple[Twin, ...]]:
         """(aim, twins)."""
         items = value.get("items", []) if isinstance(value, dict) else None
-        if not isinstance(items, list):
+        if not isinstance(value, dict) or not isinstance(items, list):
             self.fault("probes must be a mapping with items")
             return "balance", ()
         self.unknown(value, {"aim", "items"}, "probes")

@@ -8,6 +8,7 @@ an edit was made with.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ...recipe import load_recipe, recipe_names
 from ..benchmark import Benchmark
@@ -15,8 +16,11 @@ from ..datafiles import NoDataError
 from ..own import probes_benchmark
 from .content import require_readable
 
+if TYPE_CHECKING:
+    from ..scoring import Scorer
 
-def associations_benchmark(language: str, scorer, tokenizer, limit: int | None) -> Benchmark:
+
+def associations_benchmark(language: str, scorer: Scorer, tokenizer: Any, limit: int | None) -> Benchmark:
     """The twins of a language. Raises NoDataError."""
     name = "social-bias" if language == "en" else f"social-bias-{language}"
     if name not in recipe_names():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Prompt:
             raise InputError("prompt needs exactly chat and plain")
         return cls(text(data["chat"], "prompt.chat"), text(data["plain"], "prompt.plain"))
 
-    def encode(self, tokenizer, fields: Mapping[str, str]) -> list[int]:
+    def encode(self, tokenizer: Any, fields: Mapping[str, str]) -> list[int]:
         """Token ids [T], through the chat template where the tokenizer has one."""
         from ...models.prompts import render
 
@@ -38,7 +39,7 @@ class Prompt:
             return tokenizer(render(tokenizer, fill(self.chat, fields)), add_special_tokens=False)["input_ids"]
         return tokenizer(fill(self.plain, fields))["input_ids"]
 
-    def reply(self, tokenizer, words: str) -> list[int]:
+    def reply(self, tokenizer: Any, words: str) -> list[int]:
         """Token ids of a reply to the encoded prompt: after a plain prompt it begins with a space."""
         spaced = words if getattr(tokenizer, "chat_template", None) else f" {words}"
         return tokenizer(spaced, add_special_tokens=False)["input_ids"]
@@ -90,7 +91,7 @@ def mapping(value: object, where: str) -> dict:
     return value
 
 
-def require_readable(name: str, tokenizer, words: Sequence[str]) -> None:
+def require_readable(name: str, tokenizer: Any, words: Sequence[str]) -> None:
     """Raise NoDataError for a tokenizer that does not know the words (the demo's knows its own small world only)."""
     if tokenizer.unk_token_id is None:
         return
@@ -99,6 +100,6 @@ def require_readable(name: str, tokenizer, words: Sequence[str]) -> None:
         raise NoDataError(f"{name}: the model's tokenizer cannot read its texts")
 
 
-def logsum(values: Sequence[float]) -> float:
+def logsum(values: Sequence[float] | np.ndarray) -> float:
     """log of the sum of exp: of log-probabilities, that of any of them."""
     return float(np.logaddexp.reduce(np.asarray(values, float)))

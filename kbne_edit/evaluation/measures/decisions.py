@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -145,7 +146,7 @@ def _by_dimension(groups: Mapping[str, Sequence[str]], starts: Mapping[str, slic
 
 
 def decisions_benchmark(
-    language: str, tokenizer, limit: int | None, *, by_name: bool = False, quick: bool = False
+    language: str, tokenizer: Any, limit: int | None, *, by_name: bool = False, quick: bool = False
 ) -> Benchmark:
     """Decisions about people whose group is stated, or told by their given names.
 
@@ -177,21 +178,21 @@ def _stated(content: Decisions, groups: Mapping[str, Sequence[str]]) -> list[lis
     return [[_Person(fill(content.stated, {"person": person}), next(column)) for person in words]]
 
 
-def _named(content: Decisions, tokenizer) -> list[list[_Person]]:
+def _named(content: Decisions, tokenizer: Any) -> list[list[_Person]]:
     """One list a slot, of the i-th name of every group."""
-    chosen = [alike(names, tokenizer) for names in equal_lengths(content.names, tokenizer)]
+    chosen = [alike(names) for names in equal_lengths(content.names, tokenizer)]
     return [
         [_Person(fill(content.named, {"person": names[slot]}), group) for group, names in enumerate(chosen)]
         for slot in range(NAMES_USED)
     ]
 
 
-def name_tokens(name: str, tokenizer) -> int:
+def name_tokens(name: str, tokenizer: Any) -> int:
     """Tokens of a name within a sentence."""
     return len(tokenizer(f" {name}", add_special_tokens=False)["input_ids"])
 
 
-def equal_lengths(names: Mapping[str, Sequence[str]], tokenizer) -> list[list[tuple[int, str]]]:
+def equal_lengths(names: Mapping[str, Sequence[str]], tokenizer: Any) -> list[list[tuple[int, str]]]:
     """The names of each group, each with its distance from the length that most groups can offer."""
     lengths = {group: [name_tokens(name, tokenizer) for name in of] for group, of in names.items()}
     every = sorted({n for of in lengths.values() for n in of})
@@ -199,7 +200,7 @@ def equal_lengths(names: Mapping[str, Sequence[str]], tokenizer) -> list[list[tu
     return [[(abs(n - best), name) for n, name in zip(lengths[group], of, strict=True)] for group, of in names.items()]
 
 
-def alike(names: Sequence[tuple[int, str]], tokenizer) -> list[str]:
+def alike(names: Sequence[tuple[int, str]]) -> list[str]:
     """The eight names nearest to the common length, in their order."""
     ranked = sorted(range(len(names)), key=lambda i: (names[i][0], i))[:NAMES_USED]
     return [names[i][1] for i in sorted(ranked)]
@@ -207,7 +208,7 @@ def alike(names: Sequence[tuple[int, str]], tokenizer) -> list[str]:
 
 def _benchmark(
     content: Decisions,
-    tokenizer,
+    tokenizer: Any,
     items: Sequence[tuple[Scenario, Sequence[_Person]]],
     groups: Mapping[str, Sequence[str]],
     name: str,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def help_figures(groups: Sequence[str]) -> tuple[Figure, ...]:
     return tuple(figures)
 
 
-def help_benchmark(language: str, tokenizer, limit: int | None) -> Benchmark:
+def help_benchmark(language: str, tokenizer: Any, limit: int | None) -> Benchmark:
     """Requests of both kinds with every group; an item is a request. limit: as many of each kind as of the other."""
     content = Help.from_dict(read_content("help", language))
     require_readable("help_parity", tokenizer, content.requests["harmless"])

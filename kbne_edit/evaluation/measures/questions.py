@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class Story:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """A question about a story. right: of `options`, by number; biased: likewise."""
 
     story: str
@@ -62,7 +63,7 @@ class _Item:
     cluster: str
 
 
-def questions_benchmark(language: str, tokenizer, limit: int | None) -> Benchmark:
+def questions_benchmark(language: str, tokenizer: Any, limit: int | None) -> Benchmark:
     """The stories of a language by whole blocks, `limit` items at most (but one block). Raises NoDataError."""
     data = read_content("questions", language)
     prompt, unknowns = Prompt.from_dict(data.get("prompt")), texts(data.get("unknown"), "unknown")
@@ -98,20 +99,21 @@ def questions_benchmark(language: str, tokenizer, limit: int | None) -> Benchmar
     )
 
 
-def block(story: Story, unknown: str, number: int) -> list[_Item]:
+def block(story: Story, unknown: str, number: int) -> list[Item]:
     """The eight items of a story. number: of the story; the order of the options turns with it and with the item."""
-    items = []
+    items: list[Item] = []
     for order, clear, positive in product((0, 1), (False, True), (False, True)):
         first, second = story.groups[order], story.groups[1 - order]
         fields: Mapping[str, str] = {"a": first, "b": second, "A": capital(first), "B": capital(second)}
         told = f"{story.facts} {story.tells}" if clear else story.facts
         turn = (number + len(items)) % 3
-        options = (first, second, unknown)
-        options = options[turn:] + options[:turn]
+        listed = [first, second, unknown]
+        one, two, three = listed[turn:] + listed[:turn]
+        options = (one, two, three)
         answer = (second if positive else first) if clear else unknown
         biased = story.groups[1] if positive else story.groups[0]
         items.append(
-            _Item(
+            Item(
                 story=fill(told, fields),
                 question=story.positive if positive else story.negative,
                 options=options,

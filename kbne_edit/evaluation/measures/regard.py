@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..benchmark import Answer, Benchmark, Figure, sample
 from .content import capital, fill, logsum, mapping, read_content, require_readable, text, texts
+
+if TYPE_CHECKING:
+    from ..scoring import Scorer
 
 _SOURCE = "kbne-edit, docs/measures/regard_parity.md; after BOLD, arXiv:2101.11718, and HolisticBias, arXiv:2205.09209"
 SAMPLES, TOKENS = 10, 16  # continuations of each beginning and group, and their length
@@ -99,31 +103,31 @@ def regard_figures(groups: Sequence[str]) -> tuple[Figure, ...]:
 class OpenEnded(Benchmark):
     """A benchmark whose requests are what the model itself has written: they are made anew for every model."""
 
-    content: Regard | None = None
-    prefixes: Sequence[str] = ()
-    samples: int = SAMPLES
+    content: Regard = field(kw_only=True)
+    prefixes: tuple[str, ...] = field(kw_only=True)
+    samples: int = field(kw_only=True)
 
     def take(self, items: Sequence[int]) -> OpenEnded:
         return open_ended(self.content, [self.prefixes[i] for i in items], self.samples)
 
-    def measure(self, scorer, update: Callable[[int], None] | None = None) -> np.ndarray:
+    def measure(self, scorer: Scorer, update: Callable[[int], None] | None = None) -> np.ndarray:
         """Columns [n, 2 G]. Continuations are drawn with fixed seeds, the same for every group and model."""
         return np.array([self._item(scorer, prefix, number) for number, prefix in enumerate(self.prefixes)])
 
-    def _item(self, scorer, prefix: str, number: int) -> list[float]:
+    def _item(self, scorer: Scorer, prefix: str, number: int) -> list[float]:
         content = self.content
         begun = [content.beginning(prefix, words) for words in content.groups.values()]
-        rows = [scorer.tokenizer(words)["input_ids"] for words in begun for _ in range(self.samples)]
+        rows = [scorer.tokenizer(start)["input_ids"] for start in begun for _ in range(self.samples)]
         seeds = [number * self.samples + k for _ in begun for k in range(self.samples)]
         drawn = continuations(scorer, rows, seeds)
-        told = [f"{begun[i // self.samples]}{words}" for i, words in enumerate(drawn)]
-        masked = [f"{content.beginning(prefix, content.masked)}{words}" for words in drawn]
+        told = [f"{begun[i // self.samples]}{continued}" for i, continued in enumerate(drawn)]
+        masked = [f"{content.beginning(prefix, content.masked)}{continued}" for continued in drawn]
         regard = np.subtract(self._judged(scorer, told), self._judged(scorer, masked))
-        words = np.array([content.by_words(words) for words in drawn], float)
-        of_groups = (values.reshape(len(begun), self.samples).mean(1) for values in (regard, words))
+        balance = np.array([content.by_words(continued) for continued in drawn], float)
+        of_groups = (values.reshape(len(begun), self.samples).mean(1) for values in (regard, balance))
         return [float(value) for values in of_groups for value in values]
 
-    def _judged(self, scorer, told: Sequence[str]) -> np.ndarray:
+    def _judged(self, scorer: Scorer, told: Sequence[str]) -> np.ndarray:
         """log P(good) - log P(bad) of each text. [texts]"""
         content = self.content
         words = (*content.good, *content.bad)
@@ -134,7 +138,7 @@ class OpenEnded(Benchmark):
         return np.array([logsum(row[:good]) - logsum(row[good:]) for row in logp])
 
 
-def regard_benchmark(language: str, tokenizer, limit: int | None, samples: int = SAMPLES) -> OpenEnded:
+def regard_benchmark(language: str, tokenizer: Any, limit: int | None, samples: int = SAMPLES) -> OpenEnded:
     """The beginnings of a language, `limit` at most. Raises NoDataError."""
     content = Regard.from_dict(read_content("regard", language))
     require_readable("regard_parity", tokenizer, [content.beginning(p, content.masked) for p in content.prefixes])
@@ -160,7 +164,9 @@ def open_ended(content: Regard, prefixes: Sequence[str], samples: int) -> OpenEn
     )
 
 
-def continuations(scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int = TOKENS) -> list[str]:
+def continuations(
+    scorer: Scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int = TOKENS
+) -> list[str]:
     """What the model writes after each row of token ids, drawn from its distribution; rows of one seed draw alike."""
     result: list[str] = []
     for start in range(0, len(rows), _ROWS):
@@ -169,7 +175,7 @@ def continuations(scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], t
     return result
 
 
-def _draw(scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int) -> list[str]:
+def _draw(scorer: Scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int) -> list[str]:
     """Rows are padded on the left. A token is where the running sum of probabilities passes a number of the seed's."""
     import torch
 
@@ -197,6 +203,6 @@ def _draw(scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], tokens: i
     return [_until_end(tokenizer, row) for row in torch.cat(drawn, 1).tolist()]
 
 
-def _until_end(tokenizer, ids: list[int]) -> str:
+def _until_end(tokenizer: Any, ids: list[int]) -> str:
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
     return tokenizer.decode(ids[:end], skip_special_tokens=True).split("\n")[0]
