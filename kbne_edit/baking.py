@@ -12,9 +12,10 @@ from .disk.manifest import Manifest, Origin, RecipeRecord
 from .disk.publishing import check_out, staged
 from .distributed import RANK
 from .edit import Edit
-from .errors import CheckpointError, InputError, ProofError
+from .errors import CheckpointError, InputError, ProofError, shown
 from .evaluation.impact import NOT_MEASURED, Impact, impact_of, recipe_of
 from .evaluation.verdict import Verdict, verdict_of
+from .families import family_of
 from .files import forbid_links_out, forbid_overlap, work_folder
 from .folding.adapter import check_form, load_edit, write_adapter
 from .folding.delta import manifest_of, write_delta
@@ -166,6 +167,9 @@ def bake(
         return None
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
+        if family_of(checkpoint.config).inferred:
+            kind = shown(checkpoint.config["model_type"])
+            say(f"note: {kind} is not in the table of architectures; its neurons were inferred from its modules")
         for note in checkpoint.notes:
             say(f"note: {note}")
         if left := private_files(checkpoint.path):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from .errors import FamilyError, shown
+from .structure import structure_of
 
 Site = Literal["down", "gate"]
 SITES: tuple[Site, ...] = ("down", "gate")
@@ -40,6 +41,7 @@ class Family:
     centred: bool = False  # the final norm takes the mean off its input
     one_plus: bool = False  # the final norm multiplies by 1 + its weight
     recurrent: bool = False  # some layers hand a state from token to token: rows of tokens cannot be packed
+    inferred: bool = False  # not in the table: read off the modules that transformers builds
 
     def module(self, site: Site) -> str:
         """Path of the site's module below a decoder layer. Raises FamilyError where the family has no gate."""
@@ -162,8 +164,6 @@ def family_of(config: dict) -> Family:
             raise FamilyError(f"{model_type} is an {kind} model: kbne-edit edits decoder-only (causal) language models")
     if config.get("is_encoder_decoder"):
         raise FamilyError(f"{shown(model_type)} is an encoder-decoder: kbne-edit edits decoder-only language models")
-    if config.get("alibi"):  # its position table is cut for the prompt's batch, and rows of one batch entry do not fit
-        raise FamilyError(f"{shown(model_type)}: ALiBi positions are not supported, only its rotary variants are")
     if model_type in _RECURRENT.split():
         raise FamilyError(
             f"{model_type} has layers that hand a state from token to token (recurrent, linear attention, "
@@ -172,21 +172,37 @@ def family_of(config: dict) -> Family:
         )
     part = config if model_type in FAMILIES else text_part(config)
     if part.get("model_type") not in FAMILIES:
-        raise FamilyError(
-            f"unknown architecture {shown(model_type)} ({_architectures(config)}); known: "
-            f"{', '.join(sorted(FAMILIES))}. "
-            "To add one: a line in kbne_edit/families.py and a tiny configuration in tests/tiny.py"
-        )
+        return _inferred(config)
     if part["model_type"] == "granitemoehybrid" and part.get("num_local_experts"):
         raise FamilyError("granitemoehybrid with routed experts is not supported, only its dense variant is")
-    if part.get("num_kv_shared_layers"):  # layers are computed one by one, and these need what others have computed
-        raise FamilyError(f"{shown(model_type)}: layers that share keys and values are not supported, use one without")
     family = FAMILIES[part["model_type"]]
+    # Keys and values of another layer, and a table of positions made for the prompt, are lost where layers run by
+    # themselves: such models run whole, as recurrent ones do.
+    if part.get("num_kv_shared_layers") or part.get("alibi"):
+        family = replace(family, recurrent=True)
     if part.get("enable_moe_block"):  # Gemma 4 may have experts beside the dense block, which every token takes
         family = replace(family, experts="experts", expert_down="experts.down_proj", shared=family.down)
     if part is config:
         return family
     return replace(family, layers=f"model.{_TEXT_MODEL.get(model_type, 'language_model')}.layers")
+
+
+def _inferred(config: dict) -> Family:
+    """The family of an architecture that is in no table, read off its modules. Raises FamilyError.
+
+    Whether its layers hand a state on is not known, so it is treated as if they did.
+    """
+    try:
+        if text_part(config):
+            raise FamilyError("it has a part besides its language model")
+        structure = structure_of(config)
+    except FamilyError as error:
+        raise FamilyError(
+            f"unknown architecture {shown(config['model_type'])} ({_architectures(config)}), and its structure is not "
+            f"one that could be inferred ({error}); known: {', '.join(sorted(FAMILIES))}. "
+            "To add one: a line in kbne_edit/families.py and a tiny configuration in tests/tiny.py"
+        ) from None
+    return Family(structure.layers, structure.down, conv1d=structure.conv1d, recurrent=True, inferred=True)
 
 
 def text_part(config: dict) -> dict:
@@ -209,7 +225,7 @@ def _architectures(config: dict) -> str:
 
 def num_layers(config: dict) -> int:
     """L, whatever the family calls it."""
-    return _size(config, "number of layers", "num_hidden_layers", "n_layer", "num_layers")
+    return _size(config, "number of layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def hidden_size(config: dict) -> int:

@@ -58,6 +58,14 @@ def architectures() -> str:
     known = f"{len(FAMILIES)} architectures. A multimodal checkpoint whose text part is one of them is taken, too: the "
     known += "text part is edited, the rest carried over bit for bit. Tested: "
     known += ", ".join(f"`{name}`" for name in text_parts()) + ".\n"
+    known += (
+        "\nAn architecture that is in no table is inferred, where transformers can build it: the one projection that "
+    )
+    known += (
+        "closes each layer's block is taken, the site is down, and both proofs hold for it as for any other. `bake` "
+    )
+    known += "says that it was inferred. Models that share keys and values between layers (Gemma 4 E2B and E4B) and "
+    known += "Falcon with ALiBi are computed whole, prompt by prompt, as those with recurrent layers are.\n"
     refused = ["## Refused, with the reason\n", "| architecture | reason |", "|---|---|"]
     refused += [f"| {', '.join(f'`{name}`' for name in names)} | {reason} |" for reason, names in REFUSED.items()]
     return "\n".join([head, known, *rows, "", *refused, ""])

@@ -315,8 +315,6 @@ WRONG = {
     "long name": (lambda b: _config(b, model_type="x" * 9000, architectures=["y" * 9000]), "unknown architecture 'xxx"),
     "unknown": (lambda b: _config(b, model_type="newarch"), "unknown architecture 'newarch'"),
     "recurrent": (lambda b: _config(b, model_type="mamba2"), "mamba2 has layers that hand a state from token to token"),
-    "shared keys": (lambda b: _config(b, model_type="gemma4_text", num_kv_shared_layers=1), "share keys and values"),
-    "alibi": (lambda b: _config(b, model_type="falcon", alibi=True), "ALiBi"),
     "adapter": (_adapter, "adapter"),
     "pth": (_pth, ".pth"),
     "pickle": (_evil_bin, "nothing of it was run"),

@@ -13,13 +13,13 @@ from kbne_edit.evaluation.batched import score_edits
 from kbne_edit.models.loading import load_model
 from kbne_edit.models.places import is_recurrent
 from kbne_edit.models.trees import Tree, logits_at
-from tiny import HYBRIDS, tiny_model
+from tiny import HYBRIDS, INFERRED, WHOLE_PROMPTS, tiny_model
 
 PROMPTS, ANSWERS = [[5, 9, 40, 7, 8], [7, 8, 9, 10, 11, 30]], [[11, 12], [13]]
 EDIT = Edit("down", {0: {3: 2.0, 17: 4.0}, 2: {40: 0.5}})
 
 
-@pytest.fixture(params=HYBRIDS)
+@pytest.fixture(params=[*HYBRIDS, *INFERRED, *WHOLE_PROMPTS])
 def hybrid(request, tmp_path):
     model = tiny_model(request.param)
     model.save_pretrained(tmp_path / "base")

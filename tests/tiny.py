@@ -241,12 +241,31 @@ HYBRIDS: dict[str, dict] = {
     "qwen3_next": _MOE | _LINEAR | dict(shared_expert_intermediate_size=40, decoder_sparse_step=1),
     "qwen3_5_moe_text": _MOE | _LINEAR | dict(shared_expert_intermediate_size=40),
 }
+# In no table: their structure is read off the modules. ALiBi and shared keys and values are computed whole, too.
+INFERRED: dict[str, dict] = {
+    "biogpt": _NEOX,
+    "diffllama": _LLAMA | dict(num_key_value_heads=4),
+    "gpt_neox_japanese": _NEOX | dict(intermediate_multiple_size=2),
+    "mpt": _COMMON | dict(d_model=32, n_heads=4, n_layers=3, expansion_ratio=2, max_seq_len=64),
+}
+WHOLE_PROMPTS: dict[str, dict] = {
+    "falcon-alibi": FAMILIES["falcon"] | dict(alibi=True),
+    "gemma4_text-shared": _GEMMA4
+    | dict(
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97,
+    ),
+}
 WHOLE = MULTIMODAL | MULTIMODAL_MIXTURES | TEXT_ALONE
 
 
 def tiny_config(name: str):
     model_type, *_ = name.split("-")
-    return AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES | HYBRIDS | WHOLE)[name])
+    return AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES | HYBRIDS | INFERRED | WHOLE_PROMPTS | WHOLE)[name])
 
 
 def auto_class(name: str):
