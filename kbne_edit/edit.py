@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,54 +159,6 @@ class Edit:
         """Read an edit. Raises EditError."""
         data = read_json(path, EditError, "an edit is a file that `kbne-edit bake` or `select` wrote")
         return cls.from_dict(data, str(path))
-
-
-def compare(edits: Sequence[tuple[str, Edit]]) -> dict:
-    """Named edits side by side, and each pair of them: shared neurons, Jaccard index, shared ones of other factors.
-
-    Returns {"edits": […], "pairs": […], "notes": […]}. notes: what makes a comparison doubtful.
-    """
-    notes = []
-    if len({edit.base for _, edit in edits if edit.base}) > 1:
-        notes.append("note: made for different models, whose neurons have only their numbers in common")
-    if len({edit.site for _, edit in edits}) > 1:
-        notes.append("note: at different sites, where the same factor does different things")
-    return {
-        "edits": [
-            {
-                "name": name,
-                "site": edit.site,
-                "neurons": edit.num_neurons,
-                "factors": edit.distinct_factors,
-                "layers": {layer: len(found) for layer, found in edit.factors.items()},
-                "base": edit.base,
-            }
-            for name, edit in edits
-        ],
-        "pairs": [_pair(*a, *b) for a, b in combinations(edits, 2)],
-        "notes": notes,
-    }
-
-
-def _pair(name_a: str, edit_a: Edit, name_b: str, edit_b: Edit) -> dict:
-    a, b = (
-        {(layer, neuron): factor for layer, found in edit.factors.items() for neuron, factor in found.items()}
-        for edit in (edit_a, edit_b)
-    )
-    shared, either = sorted(a.keys() & b.keys()), a.keys() | b.keys()
-    return {
-        "a": name_a,
-        "b": name_b,
-        "shared": len(shared),
-        "only_a": len(a) - len(shared),
-        "only_b": len(b) - len(shared),
-        "jaccard": len(shared) / len(either) if either else 1.0,
-        "differing": [
-            {"layer": layer, "neuron": neuron, "a": a[layer, neuron], "b": b[layer, neuron]}
-            for layer, neuron in shared
-            if a[layer, neuron] != b[layer, neuron]
-        ],
-    }
 
 
 def _number(key: str) -> int:

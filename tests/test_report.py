@@ -15,10 +15,9 @@ import torch
 from manifests import read_manifest, write_manifest
 from safetensors.numpy import save_file
 
-from kbne_edit import Edit, bake, fold, load_scores
+from kbne_edit import Edit, bake, compare, fold, load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
-from kbne_edit.edit import compare
-from kbne_edit.errors import CheckpointError
+from kbne_edit.errors import CheckpointError, InputError
 from kbne_edit.evaluation.effect import Change as Pair
 from kbne_edit.evaluation.verdict import Part
 from kbne_edit.models.places import places
@@ -319,6 +318,7 @@ def test_an_adapter_and_a_delta_have_a_report(form, tmp_path):
     assert (found.form, data["model"]["layers"], data["edit"]["neurons"]) == (form, None, 3)
     assert data["edit"]["layers"] == [{"layer": 1, "neurons": 2}, {"layer": 2, "neurons": 1}]
     assert found.hashes.checked
+    assert compare(tmp_path / "out", edit).pairs[0].jaccard == 1
     page = found.html()
     assert "3 feed-forward neurons in 2 layers" in page and "Not measured" in page and "No tokens are shown" in page
 
@@ -349,7 +349,8 @@ def test_another_selection_than_the_one_on_record_is_said(copy, debiased):
     edit = json.loads(json.dumps(read_manifest(copy)["edit"]))
     edit["found"]["select"]["tau"] = 0.3
     resealed(copy, edit=edit)
-    report = valid(contents.report(copy, debiased.parent / "debiased.work" / "scores.safetensors"))
+    scores = debiased.parent / "debiased.work" / "scores.safetensors"
+    report = valid(contents.report(copy, scores, hashes=False))
     assert not report["selection"]["reproduced"] and report["verdicts"][-1]["state"] == "warning"
 
 
@@ -492,9 +493,11 @@ def test_a_7b_sized_edit_is_a_page_below_three_megabytes(tmp_path):
 
 def test_compare_against_sets(tmp_path, debiased):
     a, b = Edit("down", {0: {1: 2.0, 2: 2.0}, 3: {7: 2.0}}), Edit("down", {0: {2: 3.0, 5: 2.0}, 3: {7: 2.0}})
-    (pair,) = compare([("a", a), ("b", b)])["pairs"]
-    assert (pair["shared"], pair["only_a"], pair["only_b"], pair["jaccard"]) == (2, 1, 1, 0.5)
-    assert pair["differing"] == [{"layer": 0, "neuron": 2, "a": 2.0, "b": 3.0}]
+    (pair,) = compare(a, b).pairs
+    assert (pair.shared, pair.only_a, pair.only_b, pair.jaccard) == (2, 1, 1, 0.5)
+    assert compare(a, b).to_dict()["pairs"][0]["differing"] == ({"layer": 0, "neuron": 2, "a": 2.0, "b": 3.0},)
+    with pytest.raises(InputError, match="two edits or more"):
+        compare(a)
     a.save(tmp_path / "a.json")
     Edit("gate", {0: {2: 2.0}}, base="0" * 64).save(tmp_path / "b.json")
     done = run("compare", tmp_path / "a.json", tmp_path / "b.json", debiased, "--json")
