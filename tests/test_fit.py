@@ -7,6 +7,7 @@ import pytest
 import torch
 from chat import save_chat
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from kbne_edit import Edit, FitSettings, InputError, fit, hooked
 from kbne_edit.commands import cli
@@ -141,3 +142,25 @@ def test_shuffled_labels_are_balanced_within_types_and_folds_keep_facts_together
         of_facts = {found for (x, y), found in by_fact.items() if unit.fact.x in (x, y)}
         assert not of_facts or number in of_facts
     assert len(set(fold.tolist())) == 5
+
+
+def test_bake_folds_what_fit_found(model, fitted, tmp_path, monkeypatch):
+    """Every column of the written down-projections is the base's times its factor."""
+    out, _ = fitted
+
+    def stand_in(source, path):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(out.read_bytes())
+
+    monkeypatch.setattr("kbne_edit.fitting.fit.fit", stand_in)
+    command = ["bake", "--in", str(model), "--out", str(tmp_path / "out"), "--fit", "--no-measure", "--no-behaviour"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    base, baked = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    for layer, factors in Edit.load(out).factors.items():
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        scale = torch.tensor([factors.get(i, 1.0) for i in range(base[name].shape[1])])
+        assert torch.allclose(baked[name], base[name] * scale, rtol=1e-6)
+        assert not torch.equal(baked[name], base[name])
+    refused = CliRunner().invoke(cli, [*command[:4], str(tmp_path / "other"), "--fit", "--edit", str(out)])
+    assert isinstance(refused.exception, InputError) and "not both" in str(refused.exception)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Fold this edit.json, or the IA3 adapter in this folder, instead of locating.",
 )
+@click.option("--fit", "fitted", is_flag=True, help="Fold factors fitted to sentence pairs, as `fit` finds them.")
 @click.option(
     "--as",
     "form",
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
 @options.JSON
 @options.VERBOSE
 @options.OVERWRITE
-def command(source: str, out: Path, require: tuple[str, ...], as_json: bool, verbose: bool, **given: Any) -> None:
+def command(
+    source: str, out: Path, fitted: bool, require: tuple[str, ...], as_json: bool, verbose: bool, **given: Any
+) -> None:
     """Locate know-bias neurons, fold their factors into the weights, and prove the result.
 
     With no option it does what the paper does: 48 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
@@ -53,6 +56,8 @@ def command(source: str, out: Path, require: tuple[str, ...], as_json: bool, ver
 
     own = {name: given.pop(name) for name in _OWN}
     behaviour, measure = not given.pop("no_behaviour"), not given.pop("no_measure")
+    if fitted:
+        own["edit"] = _fitted(source, out, own["edit"], own["work"])
     result = bake(source, out, options.settings(**given), behaviour=behaviour, measure=measure, **own)
     if result:  # None in all but the first of several processes
         options.show(result.to_dict(), as_json, _lines(result, verbose))
@@ -61,6 +66,19 @@ def command(source: str, out: Path, require: tuple[str, ...], as_json: bool, ver
 
 
 _OWN = ("edit", "form", "shard_size", "skip_inexact", "work", "dry_run", "overwrite")  # the rest says how to locate
+
+
+def _fitted(source: str, out: Path, edit: Path | None, work: Path | None) -> Path:
+    """An edit fitted with the defaults of `kbne-edit fit`, in the work folder, where its gradients are kept."""
+    from ..errors import InputError
+    from ..files import work_folder
+    from ..fitting.fit import fit
+
+    if edit:
+        raise InputError("bake takes --fit or --edit, not both")
+    path = (work or work_folder(out)) / "fitted.json"
+    fit(source, path)
+    return path
 
 
 def _lines(result: BakeResult, verbose: bool) -> list[str]:
