@@ -162,7 +162,8 @@ def test_a_model_without_error_has_no_bias_on_a_sample(limit):
     assert scores(one_by_one)["bias, disambiguated"] != 0  # or the test could not fail
 
 
-def test_blocks_are_whole_and_biased(capsys):
+def test_blocks_are_whole_and_biased(caplog):
+    caplog.set_level("INFO", "kbne_edit")
     docs = _large(64)
     assert bbq_blocks(docs, None) == list(range(64))
     assert bbq_blocks(docs, 3) == bbq_blocks(docs, 15) and len(bbq_blocks(docs, 3)) == 8  # one block at least
@@ -173,7 +174,7 @@ def test_blocks_are_whole_and_biased(capsys):
     docs[19] = docs[19] | {"biased_answers": []}
     del docs[40:44]  # half of a block
     assert bbq_blocks(docs, None) == [*range(8, 16), *range(24, 40), *range(44, 60)]
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "left out 3 items without a biased answer, and 3 of 8 blocks" in said
     with pytest.raises(InputError, match="no whole block"):
         bbq_blocks(docs[:3], None)
