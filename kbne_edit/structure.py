@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _MIXERS = re.compile(r"Attention|Attn|Mamba|Mixer|Conv(?!1D)|SSM|DeltaNet|Recurrent|RWKV|Retention|Router|Gate$|Norm")
 
 
+_MOST, _MOST_WIDE = 4096, 1 << 24  # of layers, heads, experts; of sizes and vocabularies
+
+
 class Structure(NamedTuple):
     """layers: path of the layer list below the causal model; down: of the projection below a layer; conv1d: of GPT-2's
     kind, [in, out].
@@ -64,6 +67,10 @@ def _built(config: dict) -> nn.Module:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    for key, value in config.items():  # each layer, head and expert is built: a forged count would take for ever
+        most = _MOST if re.search(r"layer|block|head|expert|depth|group", key) else _MOST_WIDE
+        if isinstance(value, int) and value > most:
+            raise FamilyError(f"config.json says {shown(key)}: {shown(value)}, which no model has")
     try:
         settings = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
         with torch.device("meta"):

@@ -41,6 +41,7 @@ def test_an_inferred_family_says_so(name):
         (AutoConfig.for_model("ernie", num_hidden_layers=2).to_dict(), "encoder"),
         ({"model_type": "biogpt", "text_config": {"model_type": "biogpt"}}, "a part besides its language model"),
         ({"model_type": "biogpt", "num_hidden_layers": "many"}, "transformers cannot build it"),
+        ({"model_type": "biogpt", "num_hidden_layers": 10**9}, "'num_hidden_layers': 1000000000, which no model has"),
     ],
 )
 def test_what_cannot_be_inferred_is_refused_with_the_reason(config, reason):
