@@ -28,6 +28,7 @@ from kbne_edit.attribution.scores import Scores
 from kbne_edit.errors import EditError, InputError, OutputError
 from kbne_edit.evaluation import neutral
 from kbne_edit.evaluation.benchmark import Benchmark
+from kbne_edit.evaluation.effect import DRAWS
 from kbne_edit.evaluation.figures import ACCURACY, AVOIDED, PREFERENCE
 from kbne_edit.evaluation.result import results_of
 from kbne_edit.evaluation.runs import Run as EvaluationRun
@@ -456,7 +457,7 @@ def test_the_choice_follows_its_rule(tuned):
     assert {p["edit"] for p in points if p["front"]} == best and best
     in_turn = sorted((p for p in points if p["front"]), key=lambda p: p["bias"][0])
     held = [p["beyond_random"] and p["beyond_random"][2] < 0 and p["as_good"] == 0 for p in in_turn]
-    assert all(p["draws"] == 24 for p, good in zip(in_turn, held, strict=True) if good)
+    assert all(p["draws"] == DRAWS for p, good in zip(in_turn, held, strict=True) if good)
     first = held.index(True)
     assert in_turn[first]["edit"] == result["chosen"]
     assert all(p["beyond_random"] is None for p in in_turn[first + 1 :])  # none was tried after it

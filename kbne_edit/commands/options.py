@@ -164,7 +164,7 @@ def evaluating(command):
             click.option(
                 "--draws",
                 type=click.IntRange(1),
-                default=24,
+                default=39,
                 show_default=True,
                 help="Draws of random neurons; fewer than 19 are no evidence.",
             ),

@@ -6,7 +6,7 @@ twins leaves out 0); it changes by more than under every one of at least 19 draw
 if the model were merely flattened, at a temperature with the same KL from the base on neutral text.
 
 If the edit were as good as random, each of it and its draws would be equally likely to be the lowest: "below all of
-24" is said in 1 of 25 such cases. Rejected: an interval of the difference to the mean of a few draws, resampling
+39" is said in 1 of 40 such cases. Rejected: an interval of the difference to the mean of a few draws, resampling
 probes alone. It leaves out how much draws differ, and was wrong in 9 to 29 % of the cases.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FEWEST = 6  # twins that can tell an effect at 5 %: if five paired items have one sign, p is 1/16
 FEWEST_DRAWS = 19  # with fewer, "below all of them" is said of a random edit in more than 5 of 100 cases
-DRAWS = 24
+DRAWS = 39  # "below all of them" is then said of a random edit in 2.5 of 100 cases
 DRAW_TWINS = 24  # twins on which draws are measured: what draws differ by, not items, is what hides an effect there
 _BLOCK = 8  # draws at once; if one of them does as well, and one worse, no more are needed
 
