@@ -22,14 +22,14 @@ from . import options
 )
 @click.option("--no-hash", is_flag=True, help="Do not compare the files with their hashes; the page says so.")
 @options.JSON
-def command(edited, out, scores, tuning, no_hash, as_json) -> None:
+def command(edited: Path, out: Path, scores: Path | None, tuning: Path | None, no_hash: bool, as_json: bool) -> None:
     """Write one page on a checkpoint, an adapter or a delta, for those who must judge it. No model is loaded."""
     from ..files import forbid_overlap, write_text
     from ..progress import say
     from ..reporting.contents import report
     from ..reporting.wording import STATES
 
-    forbid_overlap(out, edited, *filter(None, [scores, tuning]))
+    forbid_overlap(out, edited, *(path for path in (scores, tuning) if path))
     found = report(edited, scores, tuning, hashes=not no_hash, say=say)
     write_text(out, found.html())
     lines = [f"{line.about}: {STATES[line.state]}. {line.text}" for line in found.verdicts]

@@ -101,7 +101,7 @@ def build(manifest: Manifest, metadata: dict) -> str:
     languages = [code for code in _listed(metadata.get("language")) if re.fullmatch("[a-z]{2,3}|multilingual", code)]
     adapter = not manifest.is_checkpoint
     published = card.source.commit is not None
-    data = ModelCardData(
+    data = ModelCardData(  # type: ignore[arg-type]
         base_model=card.source.id if published else None,
         language=languages or None,
         library_name=_LIBRARIES[manifest.form],
@@ -113,7 +113,7 @@ def build(manifest: Manifest, metadata: dict) -> str:
         ],
         model_name=f"{card.name}, know-bias neurons scaled" if effect else None,
         eval_results=_results(effect, card.recipe) if effect else None,
-        **_carried(metadata),  # type: ignore[arg-type]
+        **_carried(metadata),
         **({"base_model_relation": "adapter" if adapter else "finetune"} if published else {}),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text_of(card, metadata)}\n"))
