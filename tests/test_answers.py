@@ -6,7 +6,7 @@ import torch
 from chat import SURFACES, TEMPLATE, chat_model, save_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kbne_edit import Settings, load_scores, locate
+from kbne_edit import Edit, Settings, bake, load_scores, locate
 from kbne_edit.attribution.answers import SMALL, Answers, AttributionSummary, Mass, Tally
 from kbne_edit.attribution.scores import Scores
 from kbne_edit.errors import CheckpointError, InputError
@@ -150,7 +150,7 @@ def test_a_base_that_gives_no_numbers(tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e7)
     model.save_pretrained(path)
-    with pytest.raises(InputError, match="the base gives .* in place of logits, in float16: try --dtype float32"):
+    with pytest.raises(InputError, match="the base gives .* in place of logits, in float16: float32 may hold"):
         locate(str(path), tmp_path / "s.safetensors", Settings(recipe="social-bias", questions=24, dtype="float16"))
 
 
@@ -161,3 +161,22 @@ def test_templates_decide_whether_scores_are_taken_up(tmp_path):
     (path / "chat_template.jinja").write_text(TEMPLATE.replace("Answer with yes or no.", "Be brief."))
     with pytest.raises(InputError, match="begun with another model, recipe or setting"):
         locate(str(path), out, ASKED)
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 270}, {"max_position_embeddings": 16}])
+def test_a_proof_of_a_model_that_cannot_be_asked(changes, tmp_path):
+    """One line, where the forward pass would end in an IndexError."""
+    path = save_chat(tmp_path / "m", **changes)
+    with pytest.raises(InputError, match="embeddings for 270 tokens|the model takes 16"):
+        bake(str(path), tmp_path / "out", edit=Edit("down", {0: {1: 2.0}}), measure=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_proof_of_a_base_that_gives_no_numbers(tmp_path):
+    path, model = save_chat(tmp_path / "m"), chat_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(path)
+    with pytest.raises(InputError, match="the base gives NaN in place of logits, in float32: its weights are damaged"):
+        bake(str(path), tmp_path / "out", edit=Edit("down", {1: {1: 2.0}}), measure=False)
+    assert not (tmp_path / "out").exists()

@@ -36,5 +36,5 @@ def check_numbers(logits: Tensor, model: nn.Module, whose: str = "the model") ->
     if not torch.isfinite(logits).all():
         kind = "NaN" if torch.isnan(logits).any() else "infinite values"
         dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-        cure = "its weights are damaged" if dtype == "float32" else "try --dtype float32"
+        cure = "its weights are damaged, or too large" if dtype == "float32" else "float32 may hold its activations"
         raise InputError(f"{whose} gives {kind} in place of logits, in {dtype}: {cure}")

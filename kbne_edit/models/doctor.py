@@ -82,8 +82,10 @@ def _largest(free: float, disk: float) -> dict[str, float]:
     """Parameters of the largest model for each mode. Folding takes no memory to speak of, but room for the output."""
     room = max(memory.SHARE * free - memory.OVERHEAD, 0)
     part = _OUTSIDE + (1 - _OUTSIDE) * memory.LAYERS_HELD / _LAYERS
+    # Graphs of the layers take what their rows need, up to a limit.
+    whole = max(_fitting(room, 1, _LAYERS * memory.ROWS / 2), (room - memory.GRAPHS) / 4)
     return {
-        "in memory": _fitting(room, 1, _LAYERS * memory.ROWS / 2),
+        "in memory": whole,
         "layer by layer": _fitting(room, part, memory.ROWS),
         "fold": disk / 2,
     }

@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from ..folding.exact import moved
 from ..folding.plan import Plan
 from ..folding.target import Target
+from ..models.bounds import check_numbers, check_tokens
 from ..models.dequantised import own_dtype
 from ..models.libraries import library, load_by_library
 from ..models.loading import foreign, load_model, load_tokenizer
@@ -88,6 +89,8 @@ def _run(model, probes: list[list[int]], tokens: int = 0) -> Outcome:
 
     logits, texts, routes = [], [], []
     experts = [p.module for found in places(model, "down") for p in found if p.experts]
+    for ids in probes:
+        check_tokens(model, ids, [len(ids) - 1])
     with torch.no_grad():
         for ids in probes:
             routed: list[torch.Tensor] = []
@@ -119,9 +122,19 @@ def _whole_model(plan: Plan, baked: Checkpoint, dtype: torch.dtype, own: torch.d
         for seed in range(0 if edit.exact else _NOISE_DRAWS):
             with rounding_noise(model, edit, own, seed):
                 noise = max(noise, logit_difference(_run(model, probes), reference))
+    _forbid_nonsense(model, probes, reference)
     del model
     got = _run(load_model(baked.path, dtype), probes, tokens)
     return _compared("whole model", dtype, reference, got, None if edit.exact else noise)
+
+
+def _forbid_nonsense(model, probes: list[list[int]], reference: Outcome) -> None:
+    """Raise InputError where the hooked model gives no numbers, of the base if that gives none either."""
+    import torch
+
+    if not np.isfinite(reference.logits).all():
+        check_numbers(torch.from_numpy(_run(model, probes).logits), model, "the base")
+        check_numbers(torch.from_numpy(reference.logits), model, "the model with this edit")
 
 
 def _whole_quantised(plan: Plan, baked: Checkpoint, dtype: torch.dtype) -> BehaviourProof:
