@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import EditError, one_line, shown
 from .families import SITES, Site
@@ -38,7 +38,7 @@ class Edit:
     site: Site
     factors: dict[int, dict[int, float]]
     base: str | None = None
-    found: dict = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.site not in SITES:
@@ -127,7 +127,7 @@ class Edit:
 
         return apply_(model, self)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """JSON form. Keys are strings there; numbers are written so that they read back to the same value."""
         factors = {str(layer): {str(n): f for n, f in neurons.items()} for layer, neurons in self.factors.items()}
         return {"kbne_edit": VERSION, "site": self.site, "base": self.base, "found": self.found, "factors": factors}
@@ -146,7 +146,7 @@ class Edit:
             raise EditError(f"{where}: factors must be an object of objects, {{layer: {{neuron: factor}}}}")
         try:
             parsed = {_number(layer): {_number(n): f for n, f in neurons.items()} for layer, neurons in factors.items()}
-            return cls(data.get("site"), parsed, base, found)
+            return cls(cast(Site, data.get("site")), parsed, base, found)  # checked on construction
         except EditError as error:
             raise EditError(f"{where}: {error}") from None
 

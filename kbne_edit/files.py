@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from .errors import CheckpointError, InputError, OutputError, of_the_machine, short, shown
 
@@ -36,7 +36,7 @@ class _Input(io.FileIO):
     def _error(self, reason: str | None) -> InputError:
         return self._kind(f"cannot read {self._path}: {reason}")
 
-    def readinto(self, buffer) -> int | None:
+    def readinto(self, buffer: Any) -> int | None:
         try:
             return super().readinto(buffer)
         except OSError as error:
@@ -54,13 +54,13 @@ def open_input(path: str | Path, kind: type[InputError] = CheckpointError) -> Bi
     return io.BufferedReader(_Input(Path(path), kind))
 
 
-def read_json(path: str | Path, kind: type[InputError] = CheckpointError, cure: str = "download it again") -> object:
+def read_json(path: str | Path, kind: type[InputError] = CheckpointError, cure: str = "download it again") -> Any:
     """The JSON document in a file. Raises `kind`."""
     with open_input(path, kind) as file:
         return parse_json(file.read(MOST_JSON + 1), str(path), kind, cure)
 
 
-def parse_json(raw: bytes, where: str, kind: type[InputError] = CheckpointError, cure: str = "") -> object:
+def parse_json(raw: bytes, where: str, kind: type[InputError] = CheckpointError, cure: str = "") -> Any:
     """JSON that is UTF-8, of bearable size and depth, and gives no key twice. Raises `kind` that names `where`."""
     try:
         if raw.startswith(LFS_POINTER):

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .disk.checkpoint import Checkpoint
 from .disk.hashing import file_hash
@@ -170,7 +171,7 @@ def _prove_again(directory: Path, manifest: Manifest, base: str | Path) -> None:
 
 def _of_the_base(manifest: Manifest) -> list[str]:
     """What to consider before an adapter or a delta is published whose base nobody else can find."""
-    if manifest.is_checkpoint or manifest.source.commit:
+    if manifest.is_checkpoint or manifest.source is None or manifest.source.commit:
         return []
     return [f"its base was a local directory, {manifest.source.id}: nobody else can tell which model it is for"]
 
@@ -192,7 +193,7 @@ def _send(result: PushResult, directory: Path, files: dict[str, str], message: s
     there = api.model_info(name, timeout=TIMEOUT)
     if private and not there.private:
         raise OutputError(f"{name} exists and is public: make it private on its page first, or choose another name")
-    held = {file.rfilename for file in there.siblings}
+    held = {file.rfilename for file in there.siblings or ()}
     if other := sorted(file for file in held - set(files) if is_weights(file)):
         raise OutputError(
             f"{name} holds other weights already ({other[0]}), which a loader could take instead: "
@@ -211,7 +212,7 @@ def _send(result: PushResult, directory: Path, files: dict[str, str], message: s
     return replace(result, commit=commit.oid, url=url)
 
 
-def _differing(api, name: str, commit: str, directory: Path, files: dict[str, str]) -> list[str]:
+def _differing(api: Any, name: str, commit: str, directory: Path, files: dict[str, str]) -> list[str]:
     """Files that are not as they were sent, by the Hub's own hashes: SHA-256 of large files, git's of the others."""
     listed = api.list_repo_tree(name, recursive=True, revision=commit)
     held = {e.path: e.lfs.sha256 if e.lfs else e.blob_id for e in listed if hasattr(e, "blob_id")}

@@ -77,7 +77,12 @@ def bake(cli, edit):
     return lambda source, **kw: cli("bake", "--in", source, "--edit", edit, "--out", "out", "--no-behaviour", **kw)
 
 
+# The network or the Hub failed, and nothing that was asked is wrong.
+FAILING = ("the Hub answers", "cannot be reached", "HF_HUB_OFFLINE is set")
+
+
 def _refused(result, *parts, status=2):
+    status = 3 if any(text in result.stderr for text in FAILING) else status
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == status and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
     assert all(part in lines[0] for part in parts), lines[0]

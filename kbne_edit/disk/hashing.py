@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..files import open_input
 
@@ -35,8 +36,8 @@ class TwoDigests:
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool = pool
         self._before = hashlib.sha256()
-        self._after = None
-        self._jobs: list[Future] = []
+        self._after: Any = None
+        self._jobs: list[Future[Any]] = []
 
     def update(self, before: bytes, after: bytes) -> None:
         """Take the next piece of both; pass the same object twice where they are equal."""
@@ -58,12 +59,12 @@ class TwoDigests:
 
 
 @contextmanager
-def in_background() -> Iterator[Callable[..., Future]]:
+def in_background() -> Iterator[Callable[..., Future[Any]]]:
     """A thread for work that nobody waits for before the end, where its errors are raised."""
     pool = ThreadPoolExecutor(1)
-    jobs: list[Future] = []
+    jobs: list[Future[Any]] = []
 
-    def submit(work: Callable, path: Path) -> Future:
+    def submit(work: Callable[[Path], Any], path: Path) -> Future[Any]:
         jobs.append(pool.submit(work, path))
         return jobs[-1]
 

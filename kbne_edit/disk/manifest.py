@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..edit import Edit
@@ -35,11 +36,11 @@ class Origin:
     def __str__(self) -> str:
         return f"{self.id}@{self.commit}" if self.commit else self.id
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"id": self.id, "commit": self.commit}
 
     @classmethod
-    def from_dict(cls, data: dict) -> Origin:
+    def from_dict(cls, data: dict[str, Any]) -> Origin:
         """Raises TypeError, KeyError."""
         if set(data) != {"id", "commit"}:
             raise TypeError
@@ -57,11 +58,11 @@ class FileRecord:
     after: str
     base_name: str | None = None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"in": self.before, "out": self.after} | ({"base": self.base_name} if self.base_name else {})
 
     @classmethod
-    def from_dict(cls, data: dict) -> FileRecord:
+    def from_dict(cls, data: dict[str, Any]) -> FileRecord:
         """Raises TypeError, KeyError."""
         name = data.get("base")
         if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
@@ -78,11 +79,11 @@ class OldShard:
     before: str
     into: tuple[str, ...]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"in": self.before, "into": list(self.into)}
 
     @classmethod
-    def from_dict(cls, data: dict) -> OldShard:
+    def from_dict(cls, data: dict[str, Any]) -> OldShard:
         """Raises TypeError, KeyError."""
         if set(data) != {"in", "into"}:
             raise TypeError
@@ -96,7 +97,7 @@ class RecipeRecord:
     name: str
     sha256: str
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "sha256": self.sha256}
 
 
@@ -120,8 +121,8 @@ class Manifest:
     resharded: dict[str, OldShard] = field(default_factory=dict)
     source: Origin | None = None
     recipe: RecipeRecord | None = None
-    proofs: dict | None = None
-    summary: dict | None = None
+    proofs: dict[str, Any] | None = None
+    summary: dict[str, Any] | None = None
     sealed: bool = field(default=True, compare=False)
 
     def __repr__(self) -> str:
@@ -135,9 +136,9 @@ class Manifest:
         """The same, with one more file."""
         return replace(self, files=dict(sorted((self.files | {name: record}).items())))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """JSON form, without the seal."""
-        data: dict = {"kbne_manifest": VERSION, "tool": self.tool}
+        data: dict[str, Any] = {"kbne_manifest": VERSION, "tool": self.tool}
         if not self.is_checkpoint:
             data["form"] = self.form
         data["edit"] = self.edit.to_dict()
@@ -159,7 +160,7 @@ class Manifest:
         return data
 
     @classmethod
-    def from_dict(cls, data: object, where: str = MANIFEST) -> Manifest:
+    def from_dict(cls, data: Any, where: str = MANIFEST) -> Manifest:
         """Inverse of `to_dict`, for data with the seal or without. Raises CheckpointError that names `where`."""
         try:
             return cls._parsed(data, where)
@@ -167,7 +168,7 @@ class Manifest:
             raise CheckpointError(f"{where} is damaged: it is no manifest that kbne-edit wrote") from None
 
     @classmethod
-    def _parsed(cls, data: dict, where: str) -> Manifest:
+    def _parsed(cls, data: dict[str, Any], where: str) -> Manifest:
         if type(data["kbne_manifest"]) is not int or data["kbne_manifest"] != VERSION or set(data) - _KEYS:
             raise TypeError
         form = data.get("form", "checkpoint")
@@ -247,7 +248,7 @@ _KEYS = {
 }
 
 
-def _seal(data: dict) -> str:
+def _seal(data: dict[str, Any]) -> str:
     """SHA-256 of the manifest's text, the seal left out."""
     return hashlib.sha256(json_text({k: v for k, v in data.items() if k != "sha256"}).encode()).hexdigest()
 
@@ -264,13 +265,13 @@ def _texts(values: object) -> tuple[str, ...]:
     return tuple(_text(value) for value in values)
 
 
-def _object(value: object) -> dict | None:
+def _object(value: object) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise TypeError
     return value
 
 
-def _recipe(data: object) -> RecipeRecord | None:
+def _recipe(data: Any) -> RecipeRecord | None:
     if data is not None and set(data) != {"name", "sha256"}:
         raise TypeError
     return None if data is None else RecipeRecord(_text(data["name"]), _text(data["sha256"]))

@@ -132,7 +132,7 @@ def _check_replaceable(given: Path, out: Path) -> None:
 def _listed(out: Path) -> set[str]:
     """Files that the manifest of an earlier output names."""
     with suppress(KbneError, AttributeError, TypeError):
-        return set(read_json(out / MANIFEST)["files"])  # type: ignore[index]
+        return set(read_json(out / MANIFEST)["files"])
     return set()
 
 
@@ -262,7 +262,7 @@ def write_errors(out: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         cure = {errno.ENOSPC: "free some space or choose another --out", errno.EDQUOT: "your quota is used up"}
-        advice = cure.get(error.errno, "check the path and its permissions")
+        advice = cure.get(error.errno or 0, "check the path and its permissions")
         failure = OutputError(f"cannot write {out}: {error.strerror or error} ({advice})")
         raise of_the_machine(failure, error.errno) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from ..errors import FamilyError, shown
 from ..families import Family, Site, end, family_of, hidden_size, num_layers, unknown_family_hint
 from .layouts.codecs import Codec, codec_of
 from .tensors import TensorInfo
+
+Shapes = dict[str, tuple[int, ...]]  # of tensors on disk, by name
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Slot:
         return self.view or tensor.shape
 
 
-def slots(shapes: dict[str, tuple[int, ...]], config: dict, site: Site) -> dict[int, list[Slot]]:
+def slots(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], site: Site) -> dict[int, list[Slot]]:
     """Where each layer's factors go: {layer: [Slot, …]} (a gate projection's bias is a slot of its own).
 
     `shapes` maps tensor names on disk to shapes. Raises FamilyError if a layer's tensor is absent or ambiguous.
@@ -93,7 +95,7 @@ def _decoder(shapes: Iterable[str], family: Family, count: int) -> dict[int, dic
             f"{len(whole)} parts of this checkpoint could be the decoder: "
             f"{', '.join(f'{prefix}{stem}' for prefix in sorted(whole)[:3])}. Remove the others from the checkpoint"
         )
-    best = whole[0] if whole else max(stacks, key=stacks.__len__, default="")
+    best = whole[0] if whole else max(stacks, key=lambda prefix: len(stacks[prefix]), default="")
     return stacks.get(best, {})
 
 
@@ -105,7 +107,9 @@ def layer_sizes(by_layer: dict[int, list[Slot]]) -> list[int]:
 _OTHER_PARTS = re.compile(r"(?:^|[._])(?:vision|visual|audio)")  # towers have layers, too; only the text is edited
 
 
-def _dense_slots(own: dict[str, str], shapes: dict, layer: int, family: Family, site: Site) -> list[Slot]:
+def _dense_slots(
+    own: dict[str, str], shapes: dict[str, tuple[int, ...]], layer: int, family: Family, site: Site
+) -> list[Slot]:
     """own: {name below the layer: full name}."""
     # W_down is [D, F] in nn.Linear and [F, D] in Conv1D; W_gate is [F, D], packed [2 F, D] with the gate first.
     axis, share = (0 if site == "gate" or family.conv1d else 1), (2 if site == "gate" and family.packed else 1)
@@ -117,7 +121,9 @@ def _dense_slots(own: dict[str, str], shapes: dict, layer: int, family: Family, 
     return result if result and result[0].tensor.endswith("weight") else []
 
 
-def _expert_slots(own: dict[str, str], shapes: dict, layer: int, family: Family, size: int) -> list[Slot]:
+def _expert_slots(
+    own: dict[str, str], shapes: dict[str, tuple[int, ...]], layer: int, family: Family, size: int
+) -> list[Slot]:
     """own: as of `_dense_slots`; size: D."""
     if family.experts is None:
         return []
@@ -156,12 +162,12 @@ _NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layer_norm")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 
-def readout(shapes: dict[str, tuple[int, ...]], config: dict) -> Readout | None:
+def readout(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> Readout | None:
     """The final norm and the unembedding on disk; None where the last layer's output does not fit the unembedding."""
     family = family_of(config)
     first = slots(shapes, config, "down")[0][0].tensor
     stem = family.layers.rpartition(".")[2]
-    prefix = re.match(rf"((?:.*\.)?){stem}\.0\.", first)[1]
+    prefix = first[: first.rindex(f"{stem}.0.")]
     heads = [name for name in shapes if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)]
     tied = [name for part in _EMBEDDINGS if (name := f"{prefix}{part}.weight") in shapes]
     norms = [name for part in _NORMS if (name := f"{prefix}{part}.weight") in shapes]
@@ -170,7 +176,7 @@ def readout(shapes: dict[str, tuple[int, ...]], config: dict) -> Readout | None:
     return Readout((heads or tied)[0], norms[0] if norms else None, float(family.one_plus), family.centred)
 
 
-def _shape(name: str, shapes: dict, dimensions: int) -> tuple[int, ...]:
+def _shape(name: str, shapes: dict[str, tuple[int, ...]], dimensions: int) -> tuple[int, ...]:
     if len(shapes[name]) != dimensions:
         raise FamilyError(f"{name} has shape {list(shapes[name])}; {dimensions} dimensions expected")
     return shapes[name]

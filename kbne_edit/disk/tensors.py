@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: dict[str, str] | None) -> bytes:
     """All of a safetensors file before the data. tensors: (name, dtype, shape, bytes) in the order of the data."""
-    header, position = {"__metadata__": metadata} if metadata else {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
     for name, dtype, shape, size in tensors:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
@@ -122,7 +124,9 @@ def read_raw(shard: Shard, tensor: TensorInfo) -> bytes:
         return file.read(tensor.end - tensor.start)
 
 
-def write_tensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]], metadata: dict | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, tuple[str, np.ndarray]], metadata: dict[str, Any] | None = None
+) -> None:
     """A safetensors file of {name: (dtype, values as stored)}. metadata: {text: text}."""
     ordered = sorted(tensors.items(), key=lambda item: (item[1][0] == "U8", item[0]))  # bytes last: they align nothing
     head = header_bytes(((name, dtype, array.shape, array.nbytes) for name, (dtype, array) in ordered), metadata)

@@ -120,7 +120,8 @@ def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Edit:
     check_form("peft", checkpoint)
     if not (folder / _WEIGHTS).is_file():
         raise EditError(f"{folder} has no {_WEIGHTS}: save the adapter again with PEFT (safe_serialization)")
-    shard, known, sites = Shard.open(folder / _WEIGHTS), {v.key: v for v in _vectors(checkpoint)}, {}
+    shard, known = Shard.open(folder / _WEIGHTS), {v.key: v for v in _vectors(checkpoint)}
+    sites: dict[Site, dict[int, dict[int, float]]] = {}
     for tensor in shard.tensors:
         values = to_float(read_array(shard, tensor), tensor.dtype)
         if tensor.name.endswith(".ia3_l") and (values == 1).all():
@@ -136,5 +137,5 @@ def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Edit:
     if len(sites) != 1:
         what = "both sites, and an edit has one" if sites else "nothing"
         raise EditError(f"{folder} scales {what}: train it with target_modules and feedforward_modules at one of them")
-    ((site, factors),) = sites.items()
-    return Edit(site, factors, read_metadata(folder / _WEIGHTS).get("kbne_base"), {"adapter": folder.resolve().name})
+    ((site, layers),) = sites.items()
+    return Edit(site, layers, read_metadata(folder / _WEIGHTS).get("kbne_base"), {"adapter": folder.resolve().name})

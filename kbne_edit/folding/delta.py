@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +19,8 @@ from ..edit import Edit
 from ..errors import CheckpointError, EditError, ProofError
 from ..files import open_input, parse_json
 from .columns import Columns, delta_path, kept_dtype, write_columns
-from .fold import Kept
 from .plan import Plan
-from .rewrite import Progress, pieces, rewrite, scaled
+from .rewrite import Kept, Progress, pieces, rewrite, scaled
 
 VERSION = 1
 
@@ -38,8 +38,8 @@ class DeltaRecord:
     source: Origin
     weights: FileRecord | None = None
 
-    def to_dict(self) -> dict:
-        data = {
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
             "kbne_delta": VERSION,
             "edit": self.edit.to_dict(),
             "files": {name: {"in": record.before, "out": record.after} for name, record in self.files.items()},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def _paired(checkpoint: Checkpoint, target: Target) -> tuple[list[Target], np.nd
     factors[inverse, target.index % 2] = target.factors
     made = replace(target, expert=where[0], index=where[1], factors=factors)
     whole = np.memmap(shard.path, codec.storage, "r", tensor.start, shape)
-    exact = codec.exact(whole[made.where], factors[:, None, :]).all(1)  # [k, 2]
+    exact: Any = np.asarray(codec.exact(whole[made.where], factors[:, None, :])).all(1)  # [k, 2]
     return [made], ~exact[inverse, target.index % 2]
 
 

@@ -19,9 +19,7 @@ from ..edit import Edit
 from ..files import forbid_links_out, forbid_overlap
 from .columns import FOLD_KEY, kept_dtype, write_columns
 from .plan import Plan
-from .rewrite import Progress, assemble, rewrite
-
-Kept = dict[str, list[np.ndarray]]  # of each edited tensor what the undo file keeps, chunk by chunk
+from .rewrite import Kept, Progress, assemble, rewrite
 
 
 def fold(

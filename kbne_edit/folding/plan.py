@@ -7,7 +7,7 @@ rounded once to its own dtype (arXiv:2601.21864 scales h at run time; here the w
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Step:
     neurons: tuple[int, ...]
     factors: tuple[float, ...]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "tensor": self.tensor,
             "file": self.file,
@@ -107,7 +107,7 @@ class Plan:
         targets = {name: replace(target, values=columns[name]) for name, target in self.targets.items()}
         return replace(self, targets=targets)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"steps": [step.to_dict() for step in self.steps], "files": [file.name for file in self.files]}
 
 

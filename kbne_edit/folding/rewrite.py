@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from ..files import open_input
 from .plan import Plan
 from .target import Target
 
+Kept = dict[str, list[np.ndarray]]  # of each edited tensor what the undo file keeps, chunk by chunk
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
 
 
@@ -46,7 +47,7 @@ def rewrite(
     shard: Shard,
     targets: dict[str, Target],
     out: BinaryIO,
-    undo: dict,
+    undo: Kept,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
 ) -> tuple[str, str]:
@@ -93,7 +94,7 @@ def assemble(
     new: NewShard,
     plan: Plan,
     out: BinaryIO,
-    undo: dict,
+    undo: Kept,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
 ) -> str:
@@ -121,7 +122,9 @@ def assemble(
     return digests.hexdigests()[1]
 
 
-def _place(raw: bytes, tensor: TensorInfo, start: int, target: Target) -> tuple[np.ndarray, tuple, slice | np.ndarray]:
+def _place(
+    raw: bytes, tensor: TensorInfo, start: int, target: Target
+) -> tuple[np.ndarray, tuple[Any, ...], slice | np.ndarray]:
     """(rows, where, kept) of a chunk of whole rows that begins at byte `start` of the file.
 
     rows: a copy that can be written; where: the target's neurons in it; kept: which rows of the undo tensor those are.
@@ -140,7 +143,7 @@ def _place(raw: bytes, tensor: TensorInfo, start: int, target: Target) -> tuple[
     return rows, (row[inside] - first, *between, index[inside]), inside
 
 
-def scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: dict) -> bytes:
+def scaled(raw: bytes, tensor: TensorInfo, start: int, target: Target, undo: Kept) -> bytes:
     """Scale the target's neurons in a chunk of whole rows, and keep what was there in `undo`."""
     rows, where, kept = _place(raw, tensor, start, target)
     old = rows[where]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..disk.checkpoint import Checkpoint
 from ..disk.hashing import file_hash
@@ -27,7 +28,7 @@ class RevertResult:
     files: int
     left_out: tuple[str, ...]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"version": 1, "files": self.files, "left_out": list(self.left_out)}
 
 

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..errors import InputError, of_the_machine
 
@@ -53,7 +54,7 @@ def _chain(failure: BaseException) -> list[BaseException]:
     return chain
 
 
-def _answer(failure: BaseException):
+def _answer(failure: BaseException) -> Any:
     """The Hub's answer behind a failure, an HfHubHTTPError; None if there was no answer."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -80,7 +81,7 @@ def _explain(failure: BaseException, name: str, revision: str | None, writing: b
     return f"{name}: the {what} failed ({_first_line(failure)}): run the same command again"
 
 
-def _explain_answer(answer, name: str, revision: str | None, writing: bool) -> str:
+def _explain_answer(answer: Any, name: str, revision: str | None, writing: bool) -> str:
     """One line for an answer that refuses. The client's own text is not shown: it can hold signed addresses."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (

@@ -105,8 +105,8 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
                 raise
             say(f"{name}: the Hub does not answer; taking the copy in the cache, commit {folder.name}")
             return Source(folder, folder, name, folder.name)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-        weights = _weights(sizes, lambda index: _index(name, info.sha, index))
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        weights = _weights(sizes, lambda index: _index(name, str(info.sha), index))
         if not weights:
             return _instead(name, revision, sizes, say)
         wanted = _wanted(weights, sizes)
@@ -227,7 +227,7 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
     """The checkpoint at `path` with its .bin weights as safetensors, in `folder`."""
     tables = [read_bin(file) for file in bins]
     last = {name: number for number, table in enumerate(tables) for name in table}  # as transformers: the last one wins
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (file, table) in enumerate(zip(bins, tables, strict=True)):
         name = SINGLE if len(bins) == 1 else f"model-{number + 1:05}-of-{len(bins):05}.safetensors"
         kept = {tensor: place for tensor, place in table.items() if last[tensor] == number}

@@ -53,7 +53,7 @@ def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]
         own = getattr(torch, own_dtype(plan.checkpoint))
         return tuple(_whole_quantised(plan, baked, dtype) for dtype in dict.fromkeys((torch.float32, own)))
     first = next(iter(plan.targets))
-    own = getattr(torch, DTYPES[plan.checkpoint.tensors[first][1].dtype].torch)
+    own = getattr(torch, DTYPES[plan.checkpoint.tensors[first][1].dtype].torch or "float32")
     return tuple(_whole_model(plan, baked, dtype, own) for dtype in dict.fromkeys((torch.float32, own)))
 
 
@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
     routes: list[np.ndarray]
 
 
-def _run(model, probes: list[list[int]], tokens: int = 0) -> Outcome:
+def _run(model: Any, probes: list[list[int]], tokens: int = 0) -> Outcome:
     """Logits and routes of the probes, and greedy continuations of `tokens` tokens."""
     import torch
 
@@ -252,6 +252,8 @@ def _site_by_site(plan: Plan, baked: Checkpoint) -> BehaviourProof:
         scale = np.ones(len(old), np.float32)
         scale[index] = target.factors
         x = np.random.default_rng(0).standard_normal((8, old.shape[edit.site == "gate"]), np.float32)
+        reference: Any
+        spread: Any
         if edit.site == "down":
             reference, got = (x * scale) @ old, x @ new
             spread = np.sqrt(((x * scale)[:, index] ** 2) @ (old[index] ** 2))
@@ -281,10 +283,9 @@ def _rows_by_rows(plan: Plan, baked: Checkpoint) -> BehaviourProof:
     """
     worst, noise, equal, rows = 0.0, 0.0, True, 0
     for target in plan.targets.values():
-        pair = [_plain_rows(checkpoint, target) for checkpoint in (plan.checkpoint, baked)]
-        if pair[0] is None or pair[1] is None:
+        old, new = (_plain_rows(checkpoint, target) for checkpoint in (plan.checkpoint, baked))
+        if old is None or new is None:
             continue
-        old, new = pair
         scale = np.ones(len(old), np.float32)
         for neuron, factor in plan.edit.factors[target.slot.layer].items():
             if 0 <= neuron - target.slot.offset < len(old):

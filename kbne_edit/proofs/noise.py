@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,20 +58,22 @@ class _Noise:
     @contextmanager
     def _added_to_experts(self) -> Iterator[None]:
         """The hooks run the experts by a forward pass of their own: the same, with a look at its inputs and outputs."""
-        hooks, scaled = vars(self._place.module)["forward"], {}
+        hooks = vars(self._place.module)["forward"]
+        scaled: dict[int, Tensor] = {}
 
-        def tap(expert, tokens, h):
+        def tap(expert: int, tokens: Tensor, h: Tensor) -> Tensor:
             scaled[expert] = hooks.keywords["tap"](expert, tokens, h)
             return scaled[expert]
 
-        def after(expert, tokens, output):
+        def after(expert: int, tokens: Tensor, output: Tensor) -> Tensor:
             return self._expert(expert, scaled.pop(expert), output)
 
         with replaced([self._place.module], partial(hooks.func, *hooks.args, tap=tap, after=after)):
             yield
 
     def _dense(self, x: Tensor, output: Tensor) -> Tensor:
-        module, x, index = self._place.module, x.float(), self._index
+        module: Any = self._place.module
+        x, index = x.float(), self._index
         weight = module.weight.float() if hasattr(module, "nf") else module.weight.float().T  # [in, out]
         if self._site == "down":  # x is scaled already
             return self._moved(output, (x[..., index].square() @ weight[index].square()).sqrt())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ..edit import Edit
 
@@ -61,7 +61,7 @@ class BehaviourProof:
     greedy: float | None = None
     rerouted: float | None = None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         data = {
             "dtype": self.dtype,
             "how": self.how,
@@ -75,7 +75,7 @@ class BehaviourProof:
         return data | {key: value for key, value in optional.items() if value is not None}
 
     @classmethod
-    def from_dict(cls, data: dict) -> BehaviourProof:
+    def from_dict(cls, data: dict[str, Any]) -> BehaviourProof:
         """Raises KeyError, TypeError, ValueError."""
         return cls(
             dtype=str(data["dtype"]),
@@ -132,7 +132,7 @@ class Proofs:
             return ""
         return "second" if self.files.holds else "first"
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """JSON form, as the manifest records it."""
         files, edit = self.files, self.files.edit
         return {
@@ -149,7 +149,7 @@ class Proofs:
         }
 
     @classmethod
-    def from_dict(cls, data: dict, edit: Edit) -> Proofs:
+    def from_dict(cls, data: dict[str, Any], edit: Edit) -> Proofs:
         """Proofs on record. edit: the one that the same record has. Raises KeyError, TypeError, ValueError."""
         behaviour = data["behaviour"]
         files = FileProof(

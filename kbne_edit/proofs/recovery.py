@@ -59,8 +59,8 @@ def _why_none(base: Checkpoint, baked: Checkpoint) -> str:
             old, new = base.tensors[name][1].dtype, baked.tensors[name][1].dtype
             return f"stores {shown(name)} as {new}, which {base.path} stores as {old}, so no factor can be read off"
         if baked.shapes[name] != base.shapes[name]:
-            old, new = list(base.shapes[name]), list(baked.shapes[name])
-            return f"has {shown(name)} in the shape {new}, which in {base.path} is {old}"
+            shapes = list(baked.shapes[name]), list(base.shapes[name])
+            return f"has {shown(name)} in the shape {shapes[0]}, which in {base.path} is {shapes[1]}"
     return f"no neuron of {base.path} is scaled in it"
 
 
