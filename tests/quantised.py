@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -150,8 +151,10 @@ def _rewritten(out: Path, settings: dict, matrices, kind: str = "llama", dtype=t
 
     matrices: a weight to (its tensors, what they stand for). Returns the latter, {name: [O, I] float32}.
     """
-    model = plain(kind, dtype, **sizes)
-    model.save_pretrained(out)
+    if (demo := sizes.pop("model", None)) is not None:  # a folder to quantise instead
+        shutil.copytree(demo, out, dirs_exist_ok=True)
+    else:
+        plain(kind, dtype, **sizes).save_pretrained(out)
     tensors, wanted = load_file(out / "model.safetensors"), {}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         parts, wanted[name.removesuffix(".weight")] = matrices(tensors.pop(name).float())

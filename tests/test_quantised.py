@@ -2,6 +2,7 @@
 
 import filecmp
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantised
-from kbne_edit import apply, bake, fold, revert, verify
+from kbne_edit import Settings, apply, bake, fold, load_scores, locate, revert, verify
 from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.edit import Edit
 from kbne_edit.errors import EditError, FamilyError, InputError
 from kbne_edit.folding.plan import Plan
+from kbne_edit.hub.source import DEMO
 from kbne_edit.models.loading import load_model
 from kbne_edit.proofs.behaviour import behaviour_proof
 
@@ -424,6 +426,25 @@ def test_streamed_layers_are_the_resident_ones(checkpoints):
         for (name, got), wanted in zip(layer.named_parameters(), model.model.layers[index].parameters(), strict=True):
             assert torch.equal(got, wanted), name
     assert 0 < streamed.bytes_read < sum(p.numel() for p in model.parameters()) * 2
+
+
+def test_the_whole_line(tmp_path):
+    """Located, folded, proven and measured on the quantised model itself; its scores are those of its plain twin."""
+    base, twin = tmp_path / "base", tmp_path / "twin"
+    wanted = quantised.write("gptq/w4", base, group=16, model=DEMO)
+    shutil.copytree(DEMO, twin)
+    tensors = load_file(twin / "model.safetensors")
+    tensors |= {f"{name}.weight": value for name, value in wanted.items()}
+    save_file(tensors, twin / "model.safetensors", {"format": "pt"})
+    settings = Settings(recipe="demo", questions=9)
+    result = bake(str(base), tmp_path / "out", settings)
+    assert result.proofs.both_held and result.edit.num_neurons > 0
+    assert result.impact.effect is not None or result.impact.cost is not None
+    locate(str(twin), tmp_path / "twin.safetensors", settings)
+    own, other = (
+        load_scores(path) for path in (tmp_path / "out.work" / "scores.safetensors", tmp_path / "twin.safetensors")
+    )
+    np.testing.assert_allclose(own.values, other.values, atol=1e-6)
 
 
 def test_layers_that_are_not_quantised_keep_their_columns(checkpoints, tmp_path):
