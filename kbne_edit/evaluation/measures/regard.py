@@ -9,6 +9,7 @@ Legend: B rows generated at once, G groups, T tokens.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -186,15 +187,15 @@ def _draw(scorer: Scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], t
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     numbers = np.stack([np.random.default_rng(seed).random(tokens) for seed in seeds])
+    # transformers renamed the argument and the field of the result.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     drawn = []
     cache = None
     with torch.inference_mode():
         for step in range(tokens):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-            cache = out.past_key_values
+            out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache})
+            cache = out[name]
             running = out.logits[:, -1].double().softmax(-1).cumsum(-1)
             goal = torch.tensor(numbers[:, step : step + 1], device=device) * running[:, -1:]
             ids = torch.searchsorted(running, goal).clamp(max=running.shape[-1] - 1)
