@@ -180,3 +180,18 @@ def test_a_proof_of_a_base_that_gives_no_numbers(tmp_path):
     with pytest.raises(InputError, match="the base gives NaN in place of logits, in float32: its weights are damaged"):
         bake(str(path), tmp_path / "out", edit=Edit("down", {1: {1: 2.0}}), measure=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scores_file_of_an_earlier_version(tmp_path):
+    """Without the probability of all answers, which two answers give all the same."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "s.safetensors"
+    new = locate("demo", path, Settings(recipe="demo", questions=9, quadrature="gauss-2"))
+    with safe_open(path, "np") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    del tensors["p_answers"]
+    save_file(tensors, path, about)
+    old = load_scores(path)
+    assert (old.values == new.values).all() and np.allclose(old.p_answers, new.p_answers, rtol=1e-6)

@@ -61,3 +61,22 @@ def test_too_small_a_budget_is_said(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="at least .* GB"):
         next(attributions(Streamed(Checkpoint.open(tmp_path), 1e6), PROMPTS, ANSWERS))
+
+
+def test_a_budget_half_a_question_short_is_refused(tmp_path):
+    """What one question keeps, counted in float32 by hand: its tokens, and its rows' inputs and gradients."""
+    from kbne_edit.models import memory
+
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    tokens, rows, bare, size, neurons, layers = 40, [3, 3, 3], 1, 32, 48, 3
+    held = sum((n + bare) * (layers - index) for index, n in enumerate(rows)) * size
+    question = 4 * (held + (sum(rows) + 3 * layers * bare) * neurons + 2 * tokens * size * layers)
+    layer = 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    outside = 4 * sum(parameter.numel() for parameter in model.parameters()) - layers * layer
+    other = memory.streamed(outside, layer, tokens + sum(rows) + bare, size)
+    for share, fit in ((1.01, 1), (1.5, 1), (2.01, 2)):
+        assert Streamed(checkpoint, other + share * question).group([[tokens]] * 3, rows, bare) == fit
+    with pytest.raises(InputError, match="at least"):
+        Streamed(checkpoint, other + 0.5 * question).group([[tokens]] * 3, rows, bare)

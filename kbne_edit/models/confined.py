@@ -23,7 +23,7 @@ from .memory import kilobytes
 
 SECONDS, BYTES = 10, 2 << 30
 _MOST = 1 << 28  # bytes of a result
-_WAIT = 12  # times the limit that a child may take by the clock: it is counted in CPU time: machines are busy
+_WAIT = 30  # times the limit by the clock: it counts CPU time, of which a busy machine gives little
 
 
 def confined(path: Path, work: Callable[..., Any], *args: Any, seconds: int = SECONDS, memory: int = BYTES) -> Any:
