@@ -406,6 +406,21 @@ def test_the_gate_site(checkpoints, tmp_path):
     assert np.array_equal(new.read_plain(name.replace("gate", "up")), old.read_plain(name.replace("gate", "up")))
 
 
+@pytest.mark.parametrize("site", ["down", "gate"])
+def test_gate_and_up_in_one_matrix(site, tmp_path):
+    """phi3: the rows of up follow those of the gate."""
+    wanted = quantised.write("gptq/w4", tmp_path / "base", kind="phi3", num_hidden_layers=2)
+    fold(tmp_path / "base", replace(edit_of(2.0), site=site), tmp_path / "out")
+    first = 0 if site == "gate" else quantised.SIZES["intermediate_size"]
+    wanted["model.layers.0.mlp.gate_up_proj"][[first + neuron for neuron in NEURONS]] *= 2
+    wanted["model.layers.1.mlp.gate_up_proj"][first + 3] *= 2
+    found = Checkpoint.open(tmp_path / "out")
+    for name, value in wanted.items():
+        assert torch.equal(torch.tensor(found.read_plain(f"{name}.weight")), value), name
+    proofs = verify(tmp_path / "base", tmp_path / "out")
+    assert proofs.ok and all(proof.bit_equal for proof in proofs.behaviour)
+
+
 def test_biases_of_up_are_multiplied_as_well(checkpoints, tmp_path):
     base, edit = checkpoints("gptq/w4", mlp_bias=True), edit_of(2.0)
     fold(base, edit, tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..disk.checkpoint import Checkpoint
@@ -50,7 +51,8 @@ def load_by_library(checkpoint: Checkpoint, dtype: torch.dtype, native: bool) ->
     native: as the library runs it where activations are quantised as well, not with its weights as numbers.
     """
     path = checkpoint.path
-    with foreign(path):
+    with foreign(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers says that our options add to those of config.json
         config = load_config(path)
         model, report = model_class(config).from_pretrained(
             path,
