@@ -360,3 +360,13 @@ def test_a_constant_answer_is_no_better_than_chance():
     yes = np.array(["yes"] * 30 + ["no"] * 10)
     assert Balanced.of((yes == "yes").astype(float), yes).constant
     assert Balanced.of(np.ones(40), yes)[::3] == (1.0, 0.5) and not Balanced.of(np.ones(40), yes).constant
+
+
+def test_neutral_texts_are_taken_from_all_over_the_list():
+    from kbne_edit.evaluation.neutral import NeutralText
+
+    text = NeutralText("package", tuple(map(str, range(40))), [[0] * 11] * 40)
+    assert text.targets == 400 and text.within(400) == text.within(9999) == text
+    some = text.within(100)
+    assert some.targets == 100 and some.texts[0] == "0" and some.texts[-1] == "39" and len(set(some.texts)) == 10
+    assert text.within(1).texts == ("0",)

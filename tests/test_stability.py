@@ -155,3 +155,10 @@ def _write(path, values):
     for q, row in enumerate(values):
         writer.write(q, Row(row, p=1, p_best_wrong=0, p_answers=1, p_zero=0, residual=0, nodes=4))
     writer.close()
+
+
+def test_another_seed_draws_other_questions():
+    first, second = (resample(_scores(_ten()), draws=20, seed=seed) for seed in (0, 1))
+    assert any((a.questions != b.questions).any() for a, b in zip(first.drawn, second.drawn, strict=True))
+    again = resample(_scores(_ten()), draws=20, seed=1)
+    assert all((a.questions == b.questions).all() for a, b in zip(again.drawn, second.drawn, strict=True))

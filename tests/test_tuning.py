@@ -1023,3 +1023,17 @@ def test_marks_out_of_bounds_are_squares():
     drawing = pareto([(1e-3, -0.1, True, True, False), (1e-2, -0.2, False, False, False)], "<margin>")
     assert drawing.count('class="second"') == 1 == drawing.count('class="first"') and "&lt;margin&gt;" in drawing
     ElementTree.fromstring(drawing)
+
+
+def test_a_model_that_gives_no_numbers_is_refused(scores, tmp_path, monkeypatch):
+    """Columns that are not finite, as an edited model of a narrow dtype may give them."""
+    monkeypatch.setattr(Benchmark, "measure", lambda self, scorer, update=None: np.full((len(self.sizes), 4), np.nan))
+    with pytest.raises(InputError, match="gives no numbers"):
+        tune("demo", scores, tmp_path / "out", **ASKED)
+
+
+def test_clusters_known_from_another_task_count_for_its_halves():
+    """Two tasks that share all clusters but four: those four are dealt so that the second is halved, too."""
+    stories = [f"s{i}" for i in range(12)]
+    dev, test = _sides([_mark("a", stories, [""] * 12), _mark("b", stories[:8] + list("wxyz"), [""] * 12)])
+    assert len(dev["a"]) == len(test["a"]) == 6 and abs(len(dev["b"]) - len(test["b"])) <= 1

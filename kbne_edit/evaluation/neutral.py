@@ -45,6 +45,12 @@ class NeutralText:
         """How many tokens are predicted."""
         return sum(len(row) - 1 for row in self.rows)
 
+    def within(self, targets: int) -> NeutralText:
+        """Texts from all over the list that predict about so many tokens; all, where they predict less."""
+        count = min(len(self.texts), max(round(len(self.texts) * targets / max(self.targets, 1)), 1))
+        place = np.unique(np.linspace(0, len(self.texts) - 1, count).round().astype(int)).tolist()
+        return NeutralText(self.origin, tuple(self.texts[i] for i in place), [self.rows[i] for i in place])
+
 
 def packaged(language: str) -> tuple[str, ...]:
     """The texts of a language, () if the package has none."""
