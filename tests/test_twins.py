@@ -160,3 +160,34 @@ def test_answers_that_differ_in_case_are_one(answers):
     assert "answers must list two or more different answers" in faults(
         recipe(answers=answers, questions={"items": items})
     )
+
+
+def test_a_sentence_stands_behind_the_token_that_begins_a_text(chatty):
+    """Also where the tokenizer puts none there: then the first word counts, and evaluate and bake score alike."""
+    import torch
+
+    from kbne_edit.evaluation.batched import margins_of_edits
+    from kbne_edit.evaluation.own import probes_benchmark
+    from kbne_edit.evaluation.scoring import Scorer
+    from kbne_edit.models.loading import load_model, load_tokenizer
+
+    model, tokenizer = load_model(chatty, torch.float32), load_tokenizer(chatty)
+    recipe = Recipe.from_dict(recipe_of_twins())
+
+    class Bare:
+        bos_token_id = tokenizer.bos_token_id
+
+        def __call__(self, text):
+            return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+    scorer = Scorer(model, tokenizer)
+    mark = probes_benchmark(recipe, scorer, None)
+    expected = mark.columns(scorer.score(mark.pairs))[:, 1]
+    for of in (tokenizer, Bare()):
+        margins = margins_of_edits(model, of, recipe.probes, [None])[0]
+        assert twin_scores(recipe.twins, margins) == pytest.approx(expected, abs=2e-5)
+
+
+def recipe_of_twins():
+    second = TEMPLATE | {"groups": ["Women", "Men"], "first": "{group} sing.", "second": "{group} lift stones."}
+    return recipe(TEMPLATE, second)
