@@ -320,6 +320,7 @@ def proof_lines(proofs: dict) -> list[str]:
         lines = ["proof 1, the file is the edit: FAILS"] + [f"  {fault}" for fault in proofs["faults"][:10]]
         if len(proofs["faults"]) > 10:
             lines.append(f"  and {len(proofs['faults']) - 10} more")
+    lines += [f"  note: {note}" for note in proofs.get("notes", [])[:10]]
     for entry in proofs["behaviour"] or []:
         verdict = "holds" if entry["ok"] else "FAILS"
         if entry["bit_equal"]:
