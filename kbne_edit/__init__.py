@@ -18,6 +18,7 @@ _PUBLIC = {
     "ProofError": "errors",
     "attribute": "attribution.gradients",
     "debias": "debiasing",
+    "doctor": "diagnosing",
     "evaluate": "evaluation.evaluate",
     "Fit": "fitting.result",
     "FitSettings": "fitting.fit",

@@ -39,8 +39,8 @@ def test_the_mode_is_the_one_that_bake_takes(more, mode, checkpoint, devices, mo
     count = sum(p.numel() for p in tiny_model("llama").parameters())
     taken = 4 * count + 3 * memory.activations(memory.ROWS / 2, 32) + memory.OVERHEAD
     monkeypatch.setattr(memory, "available", lambda: (taken + more) / memory.SHARE)
-    found = doctor.examine(checkpoint)
-    assert found["model"]["attribution"] == mode and found["model"]["parameters"] == count
+    model = doctor.examine(checkpoint).model
+    assert model.attribution == mode and model.parameters == count
     assert isinstance(locating._supplier(checkpoint, locating.Settings()), Streamed) == (mode == "layer by layer")
 
 
@@ -61,7 +61,7 @@ def test_layer_by_layer_takes_what_the_streamed_model_says(name, question, tmp_p
     """The budget that leaves nothing for a question is the one that `doctor` names."""
     tiny_model(name).save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    need = doctor.examine(checkpoint)["model"]["memory"]["layer by layer"]
+    need = doctor.examine(checkpoint).model.memory["layer by layer"]
     rows = [4] * 3
     with pytest.raises(InputError, match="at least"):
         Streamed(checkpoint, need).group([[4]], rows, 1)

@@ -25,7 +25,7 @@ tuning
 reporting
 locating
 verifying
-baking applying pushing asking debiasing comparing
+baking applying pushing asking debiasing comparing diagnosing
 commands
 """
 METHODS = {("edit.py", "models")}  # Edit.hooks and Edit.apply_, which import when they are called

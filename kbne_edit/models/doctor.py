@@ -9,11 +9,18 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..disk.checkpoint import Checkpoint
 from ..families import family_of, hidden_size
 from . import memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEEDED = ("torch", "transformers", "safetensors", "huggingface-hub")
 OPTIONAL = {"accelerate": "--device auto", "peft": "loading what --as peft writes"}
@@ -22,24 +29,74 @@ _OUTSIDE, _LAYERS = 0.03, 80
 _SIZE, _SECONDS = 1024, 0.2  # of the matrices, and of one measurement
 
 
-def examine(checkpoint: Checkpoint | None = None) -> dict:
-    """All of it as plain values. Sizes in bytes, models in parameters, rates in operations per second (two for each
-    multiplication with its addition). With a checkpoint also how `bake` would treat it; raises FamilyError if it could
-    not.
+@dataclass(frozen=True)
+class Device:
+    """A device of torch. memory: bytes, None where it is the machine's. rates: of matrix products, by kind.
+
+    Rates are operations per second, two for each multiplication with its addition. Attribution computes in float32 even
+    where bfloat16 is faster. Rejected: exact products from three bfloat16 parts of each float32 number. torch rounds
+    the output of a bfloat16 product on a CPU; through oneDNN's own conversion of float32 inputs it is exact, and took
+    1.2 to 2.5 times as long as float32 on a processor with AMX.
     """
+
+    name: str
+    memory: int | None
+    rates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How `bake` would treat a model. Sizes in bytes.
+
+    memory: what attribution takes "in memory" and "layer by layer", and the "budget". attribution: which of the two, or
+    "too large". second_proof: "whole model" or "site by site". fits_here: whether the free disk holds the output.
+    """
+
+    architecture: str
+    parameters: int
+    bytes: int
+    memory: dict[str, float]
+    attribution: str
+    second_proof: str
+    fits_here: bool
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What this machine can do. Sizes in bytes, models in parameters.
+
+    versions: of libraries, None where one is not installed. disk: free "here" and in the folder for temporary files,
+    "temp". largest: parameters of the largest model for attribution "in memory" and "layer by layer", and for "fold".
+    model: of the checkpoint that was asked for.
+    """
+
+    versions: dict[str, str | None]
+    cores: int | None
+    memory: float
+    disk: dict[str, int]
+    devices: dict[str, Device]
+    largest: dict[str, float]
+    model: Treatment | None = None
+
+    def to_dict(self) -> dict:
+        record = asdict(self)
+        return record if self.model else {key: value for key, value in record.items() if key != "model"}
+
+
+def examine(checkpoint: Checkpoint | None = None) -> Diagnosis:
+    """Look at this machine; with a checkpoint also at how `bake` would treat it. Raises FamilyError if it could not."""
     free = memory.available()
     folders = {"here": os.getcwd(), "temp": tempfile.gettempdir()}
-    result = {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in (*NEEDED, *OPTIONAL)},
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory": free,
-        "disk": {place: shutil.disk_usage(path).free for place, path in folders.items()},
-        "devices": _devices(),
-    }
-    result["largest"] = _largest(free, result["disk"]["here"])
-    if checkpoint:
-        result["model"] = _model(checkpoint, free)
-    return result
+    disk = {place: shutil.disk_usage(path).free for place, path in folders.items()}
+    return Diagnosis(
+        {"python": platform.python_version()} | {name: _version(name) for name in (*NEEDED, *OPTIONAL)},
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        free,
+        disk,
+        _devices(),
+        _largest(free, disk["here"]),
+        _model(checkpoint, free) if checkpoint else None,
+    )
 
 
 def _version(name: str) -> str | None:
@@ -49,8 +106,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _devices() -> dict[str, dict]:
-    """{device of torch: name, memory, rates}; memory is None where it is the machine's."""
+def _devices() -> dict[str, Device]:
     import torch
 
     found = {"cpu": (platform.processor() or platform.machine(), None)}
@@ -59,21 +115,27 @@ def _devices() -> dict[str, dict]:
         found[f"cuda:{index}"] = (about.name, about.total_memory)
     if torch.backends.mps.is_available():
         found["mps"] = ("Apple GPU", None)
-    return {
-        device: {"name": name, "memory": size, "rates": {kind: _rate(device, kind) for kind in ("float32", "bfloat16")}}
-        for device, (name, size) in found.items()
-    }
+    return {device: Device(name, size, _rates(device)) for device, (name, size) in found.items()}
 
 
-def _rate(device: str, dtype: str) -> float:
-    """Operations per second of a matrix product, after one to warm up."""
+@cache
+def _rates(device: str) -> dict[str, float]:
+    """Measured once in a process."""
     import torch
 
-    a, count = torch.ones(_SIZE, _SIZE, dtype=getattr(torch, dtype), device=device), 0
-    (a @ a).sum().item()  # reading a value waits for the device
-    start = time.perf_counter()
+    a = torch.ones(_SIZE, _SIZE, device=device)
+    half = a.bfloat16()
+
+    ways = {"float32": lambda: a @ a, "bfloat16": lambda: half @ half}
+    return {kind: _rate(way) for kind, way in ways.items()}
+
+
+def _rate(product: Callable[[], Tensor]) -> float:
+    """Operations per second of a product of two matrices, after one to warm up."""
+    product().sum().item()  # reading a value waits for the device
+    count, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < _SECONDS or not count:
-        (a @ a)[0, 0].item()
+        product()[0, 0].item()
         count += 1
     return 2 * _SIZE**3 * count / passed
 
@@ -97,7 +159,7 @@ def _fitting(room: float, part: float, rows: float) -> float:
     return ((math.sqrt(per_root**2 + 16 * part * room) - per_root) / (8 * part)) ** 2
 
 
-def _model(checkpoint: Checkpoint, free: float) -> dict:
+def _model(checkpoint: Checkpoint, free: float) -> Treatment:
     """What `bake` would do with a checkpoint, and what that takes."""
     stem = "blk" if checkpoint.gguf else family_of(checkpoint.config).layers.rsplit(".", 1)[-1]
     sizes = []
@@ -109,12 +171,13 @@ def _model(checkpoint: Checkpoint, free: float) -> dict:
     streamed = memory.streamed(4 * outside, 4 * max(sizes), memory.ROWS, hidden_size(checkpoint.config))
     budget = memory.SHARE * free
     mode = "in memory" if whole <= budget else "layer by layer" if streamed <= budget else "too large"
-    return {
-        "architecture": checkpoint.config["model_type"],
-        "parameters": memory.in_memory(checkpoint, 1),
-        "bytes": sum(shard.size for shard in checkpoint.shards),
-        "memory": {"in memory": whole, "layer by layer": streamed, "budget": budget},
-        "attribution": mode,
-        "second_proof": "whole model" if memory.in_memory(checkpoint) <= budget else "site by site",
-        "fits_here": sum(shard.size for shard in checkpoint.shards) < shutil.disk_usage(Path.cwd()).free,
-    }
+    size = sum(shard.size for shard in checkpoint.shards)
+    return Treatment(
+        checkpoint.config["model_type"],
+        memory.in_memory(checkpoint, 1),
+        size,
+        {"in memory": whole, "layer by layer": streamed, "budget": budget},
+        mode,
+        "whole model" if memory.in_memory(checkpoint) <= budget else "site by site",
+        size < shutil.disk_usage(Path.cwd()).free,
+    )
