@@ -823,7 +823,7 @@ def test_command_with_tops(scores, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--factors", "2,x"], "'2,x': numbers with commas between"),
+        (["--factors", "2,x"], "'2,x': give numbers separated by commas"),
         (["--factors", "1"], "1.0 is no value for factors"),
         (["--tops", "0"], "0.0 is no value for tops"),
         (["--tasks", "nonsense"], "there is no task nonsense"),

@@ -18,19 +18,19 @@ from ..progress import show_progress
 _COMMANDS = {
     "bake": "locate the neurons, fold the factors, prove the result",
     "locate": "attribute questions to neurons, into a scores file",
-    "fit": "fit factors to sentence pairs, so that stereotypes become less likely",
+    "fit": "fit factors to sentence pairs, to lower the preference for stereotypes",
     "select": "choose neurons from a scores file (no model needed)",
-    "stability": "how far a selection depends on which questions were asked",
+    "stability": "show how far a selection depends on which questions are asked",
     "verify": "prove that a directory is its base with an edit",
     "apply": "put a delta into a copy of its base",
-    "report": "write one page on a baked directory, for those who must judge it",
-    "ask": "ask an edited model, and its base beside it",
+    "report": "write one page about a baked directory, for reviewers and auditors",
+    "ask": "show the replies of an edited model, beside those of its base",
     "compare": "put two or more edits side by side",
     "revert": "restore the base from a baked directory alone",
-    "push": "publish what was baked on the Hub, once its hashes and proofs are in order",
+    "push": "publish a baked directory on the Hub, after checking its hashes and proofs",
     "evaluate": "measure an edit on benchmarks, beside its controls",
     "tune": "choose factor and thresholds on one half of the items, confirm them once on the other",
-    "recipes": "list, show, check or begin recipes",
+    "recipes": "list, show, check or create recipes",
     "doctor": "show what this machine can do, and how it would treat a model",
 }
 
@@ -93,7 +93,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: nothing was published; run the same command again to go on", err=True)
+        click.echo("interrupted: nothing was published; run the same command again to resume", err=True)
         sys.exit(130)
     except KbneError as error:
         _fail(str(error), error.exit_code)

@@ -15,13 +15,13 @@ from .findings import cost_lines, effect_lines, measuring, verdict_lines
 @options.out("Directory of the new checkpoint.")
 @options.SHARD_SIZE
 @options.NO_BEHAVIOUR
-@click.option("--recipe", help="Whose probes measure the effect.  [default: that of the delta; else social-bias]")
+@click.option("--recipe", help="Recipe whose probes measure the effect.  [default: that of the delta, or social-bias]")
 @measuring
 @options.JSON
 @options.VERBOSE
 @options.OVERWRITE
 def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Put the edited columns of DELTA (from `bake --as delta`) into a copy of its base, and prove the result."""
+    """Put the edited columns of DELTA, written by `bake --as delta`, into a copy of its base, and prove the result."""
     from ..applying import apply
     from ..disk.checkpoint import Checkpoint
     from ..disk.manifest import Origin

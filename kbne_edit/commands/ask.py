@@ -20,17 +20,23 @@ _MOST_BYTES = 1 << 20  # of a file of prompts
 @click.command("ask")
 @click.argument("directory", required=False)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@click.option("--against", metavar="MODEL", help="The base, asked beside: a directory, ORG/NAME[@REVISION], or demo.")
-@click.option("--in", "source", metavar="MODEL", help="With --edit: the base that the edit is applied to, by hooks.")
-@click.option("--edit", "edit_path", type=click.Path(path_type=Path), help="An edit.json; nothing is baked.")
-@click.option("--file", "file", type=click.Path(path_type=Path), help="One prompt a line.")
-@click.option("--max-tokens", type=click.IntRange(1), default=60, show_default=True, help="Length of a reply.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws, at a temperature above 0.")
-@click.option("--plain", is_flag=True, help="Leave the chat template out: the model goes on with the prompt.")
+@click.option(
+    "--against", metavar="MODEL", help="The base, to show its replies too: a directory, ORG/NAME[@REVISION], or demo."
+)
+@click.option("--in", "source", metavar="MODEL", help="With --edit: the base, to which hooks apply the edit.")
+@click.option("--edit", "edit_path", type=click.Path(path_type=Path), help="An edit.json to apply by hooks.")
+@click.option("--file", "file", type=click.Path(path_type=Path), help="File with one prompt per line.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=60, show_default=True, help="Maximum length of a reply, in tokens."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="Sampling temperature; 0 is greedy."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for sampling at a temperature above 0.")
+@click.option("--plain", is_flag=True, help="Leave out the chat template: the model continues the prompt.")
 @options.JSON
 def command(directory: str | None, prompts: tuple[str, ...], plain: bool, as_json: bool, **given: Any) -> None:
-    """Ask an edited model, and its base beside it.
+    """Show the replies of an edited model, beside those of its base.
 
     \b
     kbne-edit ask ./debiased --against MODEL "The nurse told the doctor that"
@@ -57,7 +63,7 @@ def command(directory: str | None, prompts: tuple[str, ...], plain: bool, as_jso
             speakers = [s for opener in openers(model, against, edit) for s in stack.enter_context(opener())]
             return _chat(speakers, sampling, plain)
     if not every:
-        raise click.UsageError("there is no prompt: give one, or --file, or ask on a terminal")
+        raise click.UsageError("there is no prompt: give one, pass --file, or run the command on a terminal")
     replies = ask(model, every, against=against, edit=edit, sampling=sampling, plain=plain)
     options.show({"version": 1, "replies": [reply.to_dict() for reply in replies]}, as_json, _lines(replies))
     return None

@@ -21,25 +21,32 @@ if TYPE_CHECKING:
 @click.option(
     "--edit",
     type=click.Path(path_type=Path),
-    help="Fold this edit.json, or the IA3 adapter in this folder, instead of locating.",
+    help="Fold this edit.json, or the IA3 adapter in this folder. Nothing is located then.",
 )
-@click.option("--fit", "fitted", is_flag=True, help="Fold factors fitted to sentence pairs, as `fit` finds them.")
+@click.option(
+    "--fit",
+    "fitted",
+    is_flag=True,
+    help="Fold factors that `fit` computes from sentence pairs. Nothing is located then.",
+)
 @click.option(
     "--as",
     "form",
     type=click.Choice(["checkpoint", "peft", "delta"]),
     default="checkpoint",
     show_default=True,
-    help="What OUT holds: the model; an IA3 adapter for PEFT; the edited columns alone.",
+    help="Form of OUT: the model, an IA3 adapter for PEFT, or only the edited columns.",
 )
 @options.SHARD_SIZE
 @click.option(
     "--skip-inexact",
     is_flag=True,
-    help="Of a quantised model, leave out neurons that cannot take their factor exactly.  [default: refuse]",
+    help="Leave out neurons of a quantised model that cannot take their factor exactly.  [default: refuse]",
 )
-@click.option("--work", type=click.Path(path_type=Path), help="Keeps scores and edit, to resume.  [default: OUT.work]")
-@click.option("--dry-run", is_flag=True, help="Print what would be folded, and write no checkpoint.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Folder for scores and edit, to resume from.  [default: OUT.work]"
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan of the fold, and write no checkpoint.")
 @options.NO_BEHAVIOUR
 @measuring
 @options.JSON
@@ -50,7 +57,7 @@ def command(
 ) -> None:
     """Locate know-bias neurons, fold their factors into the weights, and prove the result.
 
-    With no option it does what the paper does: 48 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
+    The defaults follow the paper: 48 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
     """
     from ..baking import bake
 

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 @click.command("doctor")
-@click.option("--in", "source", metavar="MODEL", help="Also how bake would treat this model (downloaded if need be).")
+@click.option(
+    "--in", "source", metavar="MODEL", help="Also show how bake would treat this model. It is downloaded if necessary."
+)
 @options.JSON
 def command(source, as_json) -> None:
     """Show what this machine can do: versions, memory, devices, disk, speed, the largest model for each mode."""

@@ -18,17 +18,23 @@ if TYPE_CHECKING:
 
 @click.command("evaluate")
 @options.SOURCE
-@click.option("--edit", "edit_path", type=click.Path(path_type=Path), help="Evaluate this edit.json, by hooks.")
+@click.option("--edit", "edit_path", type=click.Path(path_type=Path), help="Evaluate this edit.json, applied by hooks.")
 @click.option("--baked", type=click.Path(path_type=Path), help="Evaluate this baked directory.")
 @options.evaluating
 @EXPLAIN
-@click.option("--recipe", help="Whose questions are asked.  [default: social-bias; the demo has its own]")
-@click.option("--scores", type=click.Path(path_type=Path), help="Scores file: adds the neurons of its controls.")
+@click.option(
+    "--recipe", help="Recipe that supplies questions and probes.  [default: social-bias; the demo has its own]"
+)
+@click.option(
+    "--scores",
+    type=click.Path(path_type=Path),
+    help="Scores file. Adds the neurons of its control questions as a control.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the result as JSON to this file.")
 @REQUIRE
 @options.JSON
 def command(source, edit_path, tasks, out, require, as_json, **values) -> None:
-    """Does the edit work, is it about bias, and what does it cost? Base and edit on the same items, beside controls.
+    """Measure what an edit does to bias and capability. Base, edit and controls are measured on the same items.
 
     \b
     Bias:        stereoset_intrasentence, stereoset_intersentence, crows_pairs, bbq, winogender, probes
@@ -38,7 +44,7 @@ def command(source, edit_path, tasks, out, require, as_json, **values) -> None:
                  decisions, decisions_names, associations (also with _de, _fr, _es, _zh), questions, help_parity,
                  regard_parity
 
-    Without --edit and --baked the base alone is measured. Needs lm-eval: pip install 'kbne-edit[eval]'.
+    Without --edit or --baked, only the base is measured. Needs lm-eval: pip install 'kbne-edit[eval]'.
     """
     from ..edit import Edit
     from ..errors import OutputError

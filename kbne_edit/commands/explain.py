@@ -34,5 +34,5 @@ EXPLAIN = click.option(
     is_eager=True,
     expose_value=False,
     callback=_explain,
-    help="Print what each figure of these tasks means, and stop; `all` for every task.",
+    help="Print what each figure of these tasks means, and exit. `all` explains every task.",
 )

@@ -37,14 +37,14 @@ REQUIRE = click.option(
     "--require",
     metavar="PARTS",
     callback=_parts,
-    help="Exit with status 4 unless these pass: effect,specific,cost,answers,proofs.",
+    help="Exit with status 4 unless these parts of the verdict pass, e.g. effect,specific,cost,answers,proofs.",
 )
 
 
 def measuring(command: Command) -> Command:
     """Options of commands that measure effect and cost."""
     no_measure = click.option(
-        "--no-measure", is_flag=True, help="Skip effect and cost: the verdict says that they were not measured."
+        "--no-measure", is_flag=True, help="Do not measure effect and cost. The verdict then says so."
     )
     return no_measure(REQUIRE(command))
 

@@ -17,35 +17,55 @@ PART = click.Choice(["association", "sentiment", "prior", "all"])
 @click.command("fit")
 @options.SOURCE
 @options.out("Edit to write, e.g. edit.json. The gradients are kept beside it.")
-@click.option("--pairs", multiple=True, metavar="NAME|FILE", help="Facts to fit; repeatable.  [default: all of ours]")
-@click.option("--language", default="en", show_default=True, help="Of the pairs that come with the package.")
-@click.option("--part", type=PART, default="all", show_default=True, help="What is to fall.")
-@click.option("--max-kl", type=float, default=0.01, show_default=True, help="Budget, in nats per token.")
-@click.option("--neurons", type=int, help="How many may change.  [default: all]")
-@click.option("--facts", type=int, default=600, show_default=True, help="Facts to read.")
-@click.option("--contrasts", type=int, default=600, show_default=True, help="Contrasts of bad and good attributes.")
-@click.option("--texts", type=int, default=300, show_default=True, help="Everyday texts for the cost of factors.")
 @click.option(
-    "--gradients", type=click.Path(path_type=Path), help="File to keep, resume and reuse.  [default: by --out]"
+    "--pairs", multiple=True, metavar="NAME|FILE", help="Facts to fit; repeatable.  [default: all of the package]"
 )
-@click.option("--draws", type=int, default=3, show_default=True, help="Draws of shuffled labels.")
+@click.option("--language", default="en", show_default=True, help="Language of the package's pairs.")
+@click.option("--part", type=PART, default="all", show_default=True, help="Which part of the margin to lower.")
+@click.option(
+    "--max-kl", type=float, default=0.01, show_default=True, help="Bound on the KL from the base, in nats per token."
+)
+@click.option("--neurons", type=int, help="Number of neurons that may change.  [default: all]")
+@click.option("--facts", type=int, default=600, show_default=True, help="Number of facts to read.")
+@click.option(
+    "--contrasts", type=int, default=600, show_default=True, help="Number of contrasts of bad and good attributes."
+)
+@click.option(
+    "--texts",
+    type=int,
+    default=300,
+    show_default=True,
+    help="Number of everyday texts that measure the cost of factors.",
+)
+@click.option(
+    "--gradients",
+    type=click.Path(path_type=Path),
+    help="File for the gradients, to resume and reuse.  [default: beside --out]",
+)
+@click.option("--draws", type=int, default=3, show_default=True, help="Number of draws of shuffled labels.")
 @click.option("--site", type=click.Choice(["down", "gate"]), default="down", show_default=True, help="Where to scale.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Data type of the model.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Torch device.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of every draw.")
 @options.JSON
 def command(
     source: str, out: Path, pairs: tuple[str, ...], gradients: Path | None, as_json: bool, **values: Any
 ) -> None:
-    """Fit a factor of its own to every neuron, so that stereotyped sentences become less likely than their opposites.
+    """Fit a separate factor for every neuron, to lower the preference for stereotyped sentences.
 
     \b
-    association: group and attribute together: the stereotype itself
-    sentiment:   bad attributes against good ones, whoever is spoken of
-    prior:       one group against the other, whatever is said
+    association: group and attribute together, the stereotype itself
+    sentiment:   bad attributes against good ones, whichever the group
+    prior:       one group against the other, whatever the attribute
     all:         association and sentiment
 
-    One fact in ten is set aside and measured. `evaluate --edit` measures the edit on public benchmarks.
+    One fact in ten is not fitted but measured. `evaluate --edit` measures the edit on public benchmarks.
     """
     from ..fitting.fit import FitSettings, fit
 

@@ -25,12 +25,14 @@ SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Di
 SHARD_SIZE = click.option(
     "--shard-size",
     metavar="SIZE",
-    help="Cut the weights into files of at most this size, e.g. 5GB.  [default: the files of MODEL]",
+    help="Split the weights into files of at most this size, e.g. 5GB.  [default: as in MODEL]",
 )
-NO_BEHAVIOUR = click.option("--no-behaviour", is_flag=True, help="Skip the second proof (it loads the model).")
+NO_BEHAVIOUR = click.option("--no-behaviour", is_flag=True, help="Skip the second proof, which loads the model.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Also how it was found, and each figure.")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+VERBOSE = click.option(
+    "-v", "--verbose", is_flag=True, help="Also print how the neurons were located, and each figure."
+)
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 
 def out(help: str):
@@ -45,62 +47,66 @@ def locating(command):
             click.option(
                 "--questions",
                 type=int,
-                help="How many of the recipe's questions (one of its subsets).  [default: the largest of at most 48]",
+                help="Number of questions; must be one of the recipe's subsets.  [default: the largest of at most 48]",
             ),
             click.option(
                 "--site",
                 type=click.Choice(["down", "gate"]),
                 default="down",
                 show_default=True,
-                help="Input of the down-projection, or output of the gate projection.",
+                help="Where to scale: input of the down-projection, or output of the gate projection.",
             ),
             click.option(
                 "--quadrature",
                 default="gauss",
                 show_default=True,
-                help="gauss (refined until complete), gauss-N, riemann-N (riemann-20: the published sum).",
+                help="gauss (refined until complete), gauss-N, or riemann-N (riemann-20 is the published sum).",
             ),
             click.option(
                 "--objective",
                 type=click.Choice(["probability", "log-odds"]),
                 default="probability",
                 show_default=True,
-                help="What is attributed: P of the right answer, or its log-odds.",
+                help="Attribute the probability of the right answer, or its log-odds.",
             ),
             click.option(
                 "--positions",
                 type=click.IntRange(1),
                 default=1,
                 show_default=True,
-                help="How many of a prompt's last positions are scaled and scored; each adds as much work.",
+                help="Number of last positions of a prompt to scale and score. The work grows in proportion.",
             ),
             click.option(
                 "--prompt",
                 type=click.Choice(["chat", "plain"]),
                 default="chat",
                 show_default=True,
-                help="Through the chat template where there is one, or plain.",
+                help="Use the chat template if the model has one, or plain text.",
             ),
             click.option(
                 "--before",
                 default="",
                 metavar="TEXT",
-                help="Put before each question: a conversation, steps of reasoning.",
+                help="Text before each question: a conversation, or steps of reasoning.",
             ),
-            click.option("--answers", metavar="JSON", help='Surface tokens by hand: {"yes": ["Yes"], "no": ["No"]}.'),
+            click.option(
+                "--answers",
+                metavar="JSON",
+                help='Tokens that count as each answer, e.g. {"yes": ["Yes"], "no": ["No"]}.',
+            ),
             click.option("--device", default="cpu", show_default=True, help="Torch device for the attribution."),
             click.option(
                 "--dtype",
                 type=click.Choice(["float32", "bfloat16", "float16"]),
                 default="float32",
                 show_default=True,
-                help="Compute type of the attribution.",
+                help="Data type of the attribution.",
             ),
             click.option(
                 "--memory",
                 metavar="SIZE",
-                help="What the attribution may use, e.g. 8GB; a model that does not "
-                "fit is read layer by layer.  [default: most of what is free]",
+                help="Memory for the attribution, e.g. 8GB. A model that does not fit "
+                "is read layer by layer.  [default: most of the free memory]",
             ),
         ]
     ):
@@ -114,20 +120,24 @@ def selecting(command):
         [
             click.option("--rule", type=click.Choice(RULES), help="Selection rule.  [default: the recipe's, paper]"),
             click.option(
-                "--tau", type=click.FloatRange(0, 1), help="Share of a question's largest score.  [default: 0.1]"
+                "--tau",
+                type=click.FloatRange(0, 1),
+                help="Threshold: share of a question's largest score.  [default: 0.1]",
             ),
             click.option(
-                "--beta", type=click.FloatRange(0, 1), help="Share of a dimension's questions.  [default: 0.1]"
+                "--beta",
+                type=click.FloatRange(0, 1),
+                help="Share of a dimension's questions that a neuron must reach.  [default: 0.1]",
             ),
             click.option(
                 "--top",
                 type=click.FloatRange(0, 1),
-                help="In place of --tau: so large a share of all neurons, "
-                "the largest.  [default of the specific rule: 0.002]",
+                help="Instead of --tau: keep this share of all neurons, the largest "
+                "scores first.  [default: 0.002 with --rule specific]",
             ),
-            click.option("--combine", type=click.Choice(COMBINE), help="Over dimensions.  [default: union]"),
+            click.option("--combine", type=click.Choice(COMBINE), help="How to combine dimensions.  [default: union]"),
             click.option(
-                "--dimensions", metavar="NAMES", help="Only questions of these, commas between.  [default: all]"
+                "--dimensions", metavar="NAMES", help="Use only these dimensions, separated by commas.  [default: all]"
             ),
             click.option(
                 "--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"
@@ -136,14 +146,14 @@ def selecting(command):
                 "--same-sign",
                 is_flag=True,
                 default=None,
-                help="Keep only neurons that help the right answer whichever answer is right.",
+                help="Keep only neurons that help the right answer, whichever answer that is.",
             ),
             click.option(
                 "--min-stability",
                 type=click.FloatRange(0, 1),
-                help="Keep neurons that at least this share of 200 resamples of the questions selects.",
+                help="Keep neurons that are selected in at least this share of 200 resamples of the questions.",
             ),
-            click.option("--drop-wrong", is_flag=True, help="Leave out questions that the model answers wrongly."),
+            click.option("--drop-wrong", is_flag=True, help="Leave out questions that the model answers incorrectly."),
         ]
     ):
         command = option(command)
@@ -154,26 +164,30 @@ def evaluating(command):
     """What is measured, and beside which controls."""
     for option in reversed(
         [
-            click.option("--tasks", help="Names with commas between.  [default: all that there are data for]"),
+            click.option("--tasks", help="Names, separated by commas.  [default: all that have data]"),
             click.option(
-                "--data", type=click.Path(path_type=Path), help="Folder with the tasks' files.  [default: from the Hub]"
+                "--data",
+                type=click.Path(path_type=Path),
+                help="Folder with the tasks' files.  [default: download from the Hub]",
             ),
             click.option(
-                "--limit", type=click.IntRange(1), help="Items of each task, drawn with a fixed seed.  [default: all]"
+                "--limit",
+                type=click.IntRange(1),
+                help="Number of items of each task, drawn with a fixed seed.  [default: all]",
             ),
             click.option(
                 "--draws",
                 type=click.IntRange(1),
                 default=39,
                 show_default=True,
-                help="Draws of random neurons; fewer than 19 are no evidence.",
+                help="Number of draws of random neurons. Fewer than 19 give no evidence.",
             ),
             click.option(
                 "--margin",
                 type=click.FloatRange(0, 100, min_open=True),
                 default=5.0,
                 show_default=True,
-                help="Points of accuracy that a capability must not lose.",
+                help="Loss of capability that must be excluded, in points of accuracy.",
             ),
             click.option("--device", default="cpu", show_default=True, help="Torch device."),
             click.option(
@@ -181,7 +195,7 @@ def evaluating(command):
                 type=click.Choice(["float32", "bfloat16", "float16"]),
                 default="float32",
                 show_default=True,
-                help="Compute type.",
+                help="Data type of the computation.",
             ),
         ]
     ):
@@ -207,7 +221,7 @@ def settings(answers: str | None = None, **values):
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
-    """Names with commas between."""
+    """Names, separated by commas."""
     return tuple(name.strip() for name in text.split(",")) if text is not None else None
 
 

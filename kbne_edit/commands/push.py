@@ -10,13 +10,13 @@ from . import options
 @click.command("push")
 @click.argument("baked", type=click.Path(path_type=Path))
 @click.argument("name", metavar="ORG/NAME")
-@click.option("--in", "base", metavar="MODEL", help="Its base: prove again, here and now, before it is sent.")
-@click.option("--private", is_flag=True, help="Make the repository a private one.")
-@click.option("--create-pr", is_flag=True, help="Propose the files to a repository that exists.")
-@click.option("--dry-run", is_flag=True, help="Check, list files and sizes, and send nothing.")
+@click.option("--in", "base", metavar="MODEL", help="The base of BAKED: prove BAKED against it again before sending.")
+@click.option("--private", is_flag=True, help="Create the repository as private.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request in an existing repository.")
+@click.option("--dry-run", is_flag=True, help="Check and list the files; send nothing.")
 @options.JSON
 def command(baked, name, base, private, create_pr, dry_run, as_json) -> None:
-    """Publish on the Hub what `bake` or `apply` wrote, once its files and proofs are found in order."""
+    """Publish on the Hub what `bake` or `apply` wrote. Files and proofs are checked first."""
     from contextlib import nullcontext
 
     from ..hub.source import resolved
@@ -24,7 +24,9 @@ def command(baked, name, base, private, create_pr, dry_run, as_json) -> None:
     from ..pushing import push
 
     if private and create_pr:
-        raise click.UsageError("--create-pr proposes to a repository that exists: --private has no place there")
+        raise click.UsageError(
+            "--create-pr needs an existing repository, and --private creates one: leave one of them out"
+        )
     total = sum(path.stat().st_size for path in baked.rglob("*") if path.is_file())
     with resolved(base, say) if base else nullcontext() as source, progress("checking hashes", total, "B") as update:
         result = push(

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @click.group("recipes")
 def command() -> None:
-    """List, show, check or begin recipes."""
+    """List, show, check or create recipes."""
 
 
 @command.command("list")
 @options.JSON
 def list_(as_json) -> None:
-    """The recipes that come with the package."""
+    """List the recipes of the package."""
     from ..recipe import load_recipe, recipe_names
 
     rows, lines = {}, []
@@ -34,10 +34,10 @@ def list_(as_json) -> None:
 
 @command.command()
 @click.argument("recipe")
-@click.option("--questions", type=int, help="Only the first ones; of pairs, the first units.")
+@click.option("--questions", type=int, help="Show only this many questions, or units of pairs.")
 @options.JSON
 def show(recipe, questions, as_json) -> None:
-    """Every question of a recipe as it is asked, with its right answer; of pairs (pairs/en/gender) every sentence."""
+    """Show the questions of a recipe with their right answers, or the sentences of pairs (pairs/en/gender)."""
     from ..recipe import load_recipe
     from . import pairs
 
@@ -51,10 +51,10 @@ def show(recipe, questions, as_json) -> None:
 
 @command.command()
 @click.argument("recipe")
-@click.option("--data", type=click.Path(path_type=Path), help="For pairs: folder of benchmarks, to count the overlap.")
+@click.option("--data", type=click.Path(path_type=Path), help="For pairs: folder of benchmarks to compare with.")
 @options.JSON
 def check(recipe, data, as_json) -> None:
-    """Report every fault of a recipe at once, and what could be had of it without understanding.
+    """Report every fault of a recipe at once, and how much a model could answer without understanding.
 
     That is: how often a constant answer or the opening words are right, whether questions and controls are equally
     long, whether groups and subsets are balanced, and the twins of each dimension. Or checks pairs: pairs, pairs/en,
@@ -93,7 +93,7 @@ def _check_lines(source: str, checked: RecipeCheck) -> list[str]:
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: NAME.yaml]")
 def new(name, out) -> None:
-    """Write an annotated skeleton of a recipe: in order as it stands, to be changed to your subject."""
+    """Write an annotated skeleton of a recipe. It is valid as it stands; change it to your subject."""
     from ..recipe import new_recipe
 
     out = out or Path(f"{name}.yaml")

@@ -13,17 +13,17 @@ from . import options
 @click.option(
     "--scores",
     type=click.Path(path_type=Path),
-    help="Scores of its run.  [default: EDITED.work/scores.safetensors, if it fits]",
+    help="Scores file of the run that made EDITED.  [default: EDITED.work/scores.safetensors, if it matches]",
 )
 @click.option(
     "--tuning",
     type=click.Path(path_type=Path),
-    help="The tune.json that chose its edit.  [default: EDITED.work/tune.json, if it did]",
+    help="The tune.json that chose the edit.  [default: EDITED.work/tune.json, if it matches]",
 )
-@click.option("--no-hash", is_flag=True, help="Do not compare the files with their hashes; the page says so.")
+@click.option("--no-hash", is_flag=True, help="Do not compare the files with their hashes. The page says so.")
 @options.JSON
 def command(edited: Path, out: Path, scores: Path | None, tuning: Path | None, no_hash: bool, as_json: bool) -> None:
-    """Write one page on a checkpoint, an adapter or a delta, for those who must judge it. No model is loaded."""
+    """Write one page about an edited checkpoint, adapter or delta, for reviewers and auditors. No model is loaded."""
     from ..files import forbid_overlap, write_text
     from ..progress import say
     from ..reporting.contents import report

@@ -10,11 +10,11 @@ from . import options
 @click.command("select")
 @click.argument("scores", type=click.Path(path_type=Path))
 @options.out("Edit file to write, e.g. edit.json.")
-@click.option("--recipe", help="Whose thresholds are the defaults.  [default: the recipe of the scores]")
+@click.option("--recipe", help="Recipe that supplies the default thresholds.  [default: the recipe of the scores]")
 @options.selecting
 @options.JSON
 def command(scores, out, recipe, as_json, **values) -> None:
-    """Choose neurons from kept scores, with other thresholds or another rule. Takes no model."""
+    """Choose neurons from a scores file, with other thresholds or another rule. Needs no model."""
     from ..attribution.scores import load_scores
     from ..files import forbid_overlap
     from ..locating import choose

@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 
 @click.command("stability")
 @click.argument("scores", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--recipe", help="Whose thresholds are the defaults.  [default: the recipe of the first scores]")
-@click.option("--draws", type=click.IntRange(1), default=200, show_default=True, help="Resamples of the questions.")
+@click.option(
+    "--recipe", help="Recipe that supplies the default thresholds.  [default: the recipe of the first scores]"
+)
+@click.option(
+    "--draws", type=click.IntRange(1), default=200, show_default=True, help="Number of resamples of the questions."
+)
 @options.selecting
 @options.JSON
 def command(scores, recipe, draws, as_json, **values) -> None:
-    """How far the selection depends on which questions were asked; of several SCORES also how they agree.
+    """Show how far a selection depends on which questions are asked. Of several SCORES, also show how far they agree.
 
-    Other wordings, prompts, languages and contexts are other scores files of the same model: see `locate`.
+    To compare wordings, prompts, languages or contexts, make one scores file of each with `locate`.
     """
     from ..attribution.scores import load_scores
     from ..locating import choosing

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Values(click.ParamType):
-    """Values with commas between."""
+    """Values, separated by commas."""
 
     name = "LIST"
 
@@ -27,57 +27,63 @@ class _Values(click.ParamType):
         try:
             return tuple(self._kind(part.strip()) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r}: numbers with commas between are needed", param, ctx)
+            self.fail(f"{value!r}: give numbers separated by commas", param, ctx)
 
 
 @click.command("tune")
 @options.SOURCE
 @click.argument("scores", nargs=-1, required=True, type=click.Path(path_type=Path))
-@options.out("Folder for everything: journal, tune.json, pareto.svg, edit.json; an interrupted run is continued.")
-@click.option("--factors", type=_Values(float), help="Multipliers.  [default: 0.5,1.5,2,3,4]")
+@options.out("Folder for journal, tune.json, pareto.svg and edit.json. An interrupted run resumes from it.")
+@click.option("--factors", type=_Values(float), help="Factors to try.  [default: 0.5,1.5,2,3,4]")
 @click.option(
     "--taus",
     type=_Values(float),
-    help="Shares of a question's largest score.  [default: 0.05,0.1,0.2; with --tops none]",
+    help="Values of tau to try.  [default: 0.05,0.1,0.2; none with --tops]",
 )
-@click.option("--tops", type=_Values(float), help="Shares of all neurons: ranks, each in place of a tau.")
-@click.option("--betas", type=_Values(float), help="Shares of a dimension's questions.  [default: 0.1]")
-@click.option("--rules", type=_Values(str), help="Selection rules.  [default: all that the scores allow]")
-@click.option("--combine", "combines", type=_Values(str), help="Over dimensions.  [default: union]")
-@click.option("--per-dimension", is_flag=True, help="A factor for each dimension, 1 (left alone) among them.")
+@click.option("--tops", type=_Values(float), help="Values of top to try, each instead of a tau.")
+@click.option("--betas", type=_Values(float), help="Values of beta to try.  [default: 0.1]")
+@click.option("--rules", type=_Values(str), help="Selection rules to try.  [default: all that the scores allow]")
+@click.option("--combine", "combines", type=_Values(str), help="Ways to combine dimensions.  [default: union]")
+@click.option(
+    "--per-dimension", is_flag=True, help="Try a separate factor for each dimension; 1 (no change) is one of them."
+)
 @click.option(
     "--trials",
     type=click.IntRange(1),
     default=60,
     show_default=True,
-    help="Edits to try at most: a larger space is sampled by Optuna, not tried in full.",
+    help="Maximum number of edits to try. Optuna samples a larger space.",
 )
 @click.option(
     "--figure",
-    help="Of the bias tasks: what is to come nearer to its ideal.  [default: absolute margin; "
-    "unwanted margin of probes that are to be avoided]",
+    help="Figure of the bias tasks to improve.  [default: absolute margin, or unwanted margin "
+    "where a recipe's aim is `avoid`]",
 )
 @click.option(
     "--max-kl",
     type=click.FloatRange(0, min_open=True),
-    help="Most KL from the base on neutral text, nats per token.  [default: no bound]",
+    help="Bound on the KL from the base on neutral text, nats per token.  [default: none]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split and the sampler.")
-@click.option("--dev-only", is_flag=True, help="Stop before the test half is scored: the space may still be changed.")
-@click.option("--recipe", help="Whose questions are asked.  [default: the recipe of the scores]")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the split and of the sampler."
+)
+@click.option(
+    "--dev-only", is_flag=True, help="Stop before the test half is scored, so that the space may still change."
+)
+@click.option("--recipe", help="Recipe that supplies questions and probes.  [default: the recipe of the scores]")
 @options.evaluating
 @REQUIRE
 @options.JSON
 def command(source, scores, out, tasks, require, as_json, per_dimension, **values) -> None:
     """Choose factor, thresholds, rule and site on one half of the items, and confirm the choice once on the other.
 
-    SCORES are files of `locate` on the model, one for each site. Every edit is measured by hooks on the dev half. Of
-    those within bounds (--margin, --max-kl) and on the Pareto front (bias against KL on neutral text) the one with the
-    least bias is chosen that does better than each draw of random neurons; if there is none, the test half stays
-    unused. It is scored once, for the chosen edit: OUT then confirms no other choice. How often the same data was used
-    is kept beside SCORES, and corrected for.
+    SCORES are files of `locate` on the model, one for each site. Every edit is measured by hooks on the dev half.
+    Candidates are the edits within bounds (--margin, --max-kl), on the Pareto front of bias and KL on neutral text,
+    and better than each draw of random neurons. The one with the least bias is chosen. If there is none, the test half
+    stays unused. Otherwise it is scored once, for the chosen edit, and OUT cannot confirm another choice. The number
+    of uses of the same data is kept beside SCORES, and the threshold is corrected for it.
 
-    A bias task is needed, and a capability task (where there is none, the recipe's questions bound the loss).
+    At least one bias task is needed. Without a capability task, the recipe's questions bound the loss.
 
     \b
     Needs lm-eval, and Optuna for spaces larger than --trials: pip install 'kbne-edit[tune]'.

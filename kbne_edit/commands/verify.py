@@ -14,12 +14,12 @@ from . import options
     "--edit",
     "edit_path",
     type=click.Path(path_type=Path),
-    help="The edit.  [default: the manifest's, or recovered from the weights]",
+    help="The edit to prove.  [default: that of the manifest, or recovered from the weights]",
 )
 @options.NO_BEHAVIOUR
 @options.JSON
 def command(source, baked, edit_path, no_behaviour, as_json) -> int:
-    """Prove that BAKED is the model --in with an edit folded in, and nothing else. Exit status 1 if not."""
+    """Prove that --baked is --in with an edit folded in, and nothing else. The exit status is 1 if it is not."""
     from ..disk.checkpoint import Checkpoint
     from ..edit import Edit
     from ..hub.source import resolved

@@ -216,7 +216,7 @@ def next_command(verdict: Verdict, model: str, out: str) -> tuple[str, str]:
     if verdict.ship == "ship":
         return "show it to those who must judge it", f"kbne-edit report {out} --out {out}.html"
     if verdict.answers.state == "FAIL":
-        return "see whether this model can answer at all", f"kbne-edit doctor {model}"
+        return "see whether this model can answer at all", f"kbne-edit doctor --in {model}"
     if verdict.cost.state == "FAIL":
         return "fewer neurons cost less", f"kbne-edit bake --in {model} --rule specific --out {out}-specific"
     if verdict.specific.state == "FAIL":
