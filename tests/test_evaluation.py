@@ -14,6 +14,7 @@ import bench_data
 from bench_data import avoiding
 from kbne_edit import Edit, fold, hooked, load_recipe
 from kbne_edit import evaluate as public_evaluate
+from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import InputError, ScoresError
 from kbne_edit.evaluation import neutral
 from kbne_edit.evaluation.benchmark import Benchmark
@@ -627,7 +628,7 @@ def test_non_inferiority_is_the_lower_end_of_the_paired_change():
     assert loss_of(before, after, 5.0, 0.0, four).lowest < found[5.0].lowest  # two clusters lost: less is known
 
 
-def test_control_neurons_come_from_the_control_questions(data, tmp_path):
+def test_control_neurons_come_from_the_control_questions(data, tmp_path, monkeypatch):
     from kbne_edit import locate
     from kbne_edit.locating import Settings
     from kbne_edit.selection.select import selection
@@ -641,6 +642,10 @@ def test_control_neurons_come_from_the_control_questions(data, tmp_path):
     edit = selection(scores, "contrastive").edit
     report = evaluate("demo", edit=edit, scores=tmp_path / "s.safetensors", draws=1, tasks=["knowledge"])
     assert report["controls"]["control questions"] == edit.num_neurons
+    monkeypatch.setattr(Checkpoint, "fingerprint", lambda self: "0" * 64)
+    with pytest.raises(ScoresError, match="another model or site"):
+        evaluate("demo", edit=Edit("down", {1: {3: 2.0}}), scores=tmp_path / "s.safetensors", tasks=["knowledge"])
+    monkeypatch.undo()
     with pytest.raises(ScoresError, match="another model or site"):
         evaluate("demo", edit=Edit("gate", {1: {3: 2.0}}), scores=tmp_path / "s.safetensors", tasks=["knowledge"])
 
