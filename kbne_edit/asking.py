@@ -101,7 +101,7 @@ def openers(source: str, against: str | None, edit: Edit | None) -> list[Opener]
     """
     if edit is not None:
         if against is not None:
-            raise InputError("an edit is asked against the model that it is applied to: leave `against` out")
+            raise InputError("with an edit, the base is the model itself: leave out `against`")
         return [partial(_hooked_speakers, source, edit)]
     models = [] if against is None else [("base", against)]
     return [partial(_speaker, name, place) for name, place in [*models, ("edited", source)]]

@@ -65,7 +65,7 @@ class Edit:
 
     @property
     def exact(self) -> bool:
-        """True if every factor is a power of two: then fold and hooks agree bit for bit (method, section 5)."""
+        """True if every factor is a power of two: then fold and hooks agree bit for bit (docs/method.md, section 5)."""
         return all(f != 0 and abs(math.frexp(f)[0]) == 0.5 for f in self.distinct_factors)
 
     @property
@@ -176,5 +176,5 @@ def _index(value: object, what: str) -> int:
 
 def _factor(value: object, layer: int, neuron: int) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 2.0**64:
-        raise EditError(f"edit: factor {shown(value)} of neuron {neuron} in layer {layer} is not a number of use")
+        raise EditError(f"edit: factor {shown(value)} of neuron {neuron} in layer {layer} is not a usable number")
     return float(value)

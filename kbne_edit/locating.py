@@ -256,7 +256,7 @@ def _supplier(checkpoint: Checkpoint, settings: Settings):
         )
     if settings.dtype != "float32":
         raise InputError(f"--dtype {settings.dtype} needs the model in memory ({need / 1e9:.1f} GB): use float32")
-    say(f"{checkpoint.path} takes {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used: going layer by layer")
+    say(f"{checkpoint.path} takes {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used: reading it layer by layer")
     return Streamed(checkpoint, budget)
 
 

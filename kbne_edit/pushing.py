@@ -100,7 +100,7 @@ def push(
     """
     directory = Path(directory)
     if name.count("/") != 1 or not all(name.split("/")):
-        raise OutputError(f"{name!r} is no name on the Hub: give ORG/NAME, or your user name and a name")
+        raise OutputError(f"{name!r} is not a name on the Hub: give ORG/NAME, or your user name and a name")
     manifest = _manifest(directory)
     if manifest.source and name == manifest.source.id and not create_pr:
         raise OutputError(f"{name} is the base itself: push to a name of your own, or propose with --create-pr")
@@ -139,7 +139,7 @@ def _manifest(directory: Path) -> Manifest:
     for holds, proof in zip(held, ("the file is the edit", "the model behaves as the hooks"), strict=True):
         if not holds:
             raise ProofError(
-                f"{directory / MANIFEST} does not say that the proof held that {proof}: "
+                f"{directory / MANIFEST} does not record the proof that {proof}: "
                 "`kbne-edit bake`, without --no-behaviour, proves and records both"
             )
     return manifest
@@ -148,7 +148,7 @@ def _manifest(directory: Path) -> Manifest:
 def _checked(directory: Path, manifest: Manifest, progress: Progress | None) -> dict[str, str]:
     """{file: SHA-256} of all that the manifest knows, each as it says. Raises CheckpointError."""
     if faults := check_hashes(directory, manifest, progress):
-        raise CheckpointError(f"{directory}/{faults[0]}: take out what is not of the output, or bake again")
+        raise CheckpointError(f"{directory}/{faults[0]}: remove what does not belong to the output, or bake again")
     if fault := card_fault(directory, manifest):
         raise CheckpointError(f"{directory}: {fault}: bake again, and push the result")
     known = recorded_hashes(directory, manifest)
@@ -166,7 +166,7 @@ def _prove_again(directory: Path, manifest: Manifest, base: str | Path) -> None:
     fault = delta_fault(directory, plan) if manifest.form == "delta" else adapter_fault(directory, plan)
     fault = fault or card_fault(directory, manifest, plan.checkpoint.path)
     if fault:
-        raise ProofError(f"{directory} is not what it says of {base}, nothing was sent: {fault}")
+        raise ProofError(f"{directory} does not match its manifest and {base}, nothing was sent: {fault}")
 
 
 def _of_the_base(manifest: Manifest) -> list[str]:

@@ -55,17 +55,19 @@ def architectures() -> str:
         block += ", a shared expert" if family.shared else ""
         sites = "down, gate" if family.gate and not family.experts else "down"
         rows.append(f"| `{name}` | {block} | {sites} | {'no' if family.experts else 'yes'} |")
-    known = f"{len(FAMILIES)} architectures. A multimodal checkpoint whose text part is one of them is taken, too: the "
-    known += "text part is edited, the rest carried over bit for bit. Tested: "
+    known = (
+        f"{len(FAMILIES)} architectures. If the text part of a multimodal checkpoint is one of them, kbne-edit edits "
+    )
+    known += "the text part and copies the rest bit for bit. Tested: "
     known += ", ".join(f"`{name}`" for name in text_parts()) + ".\n"
     known += (
-        "\nAn architecture that is in no table is inferred, where transformers can build it: the one projection that "
+        "\nAn architecture that is not in the table is inferred if transformers can build it: kbne-edit takes the one "
     )
     known += (
-        "closes each layer's block is taken, the site is down, and both proofs hold for it as for any other. `bake` "
+        "projection that closes each layer's feed-forward block. The site is down, and both proofs apply as for any "
     )
-    known += "says that it was inferred. Models that share keys and values between layers (Gemma 4 E2B and E4B) and "
-    known += "Falcon with ALiBi are computed whole, prompt by prompt, as those with recurrent layers are.\n"
+    known += "other. `kbne-edit bake` prints a note. Models that share keys and values between layers (Gemma 4 E2B and "
+    known += "E4B), Falcon with ALiBi and models with recurrent layers are computed whole, prompt by prompt.\n"
     refused = ["## Refused, with the reason\n", "| architecture | reason |", "|---|---|"]
     refused += [f"| {', '.join(f'`{name}`' for name in names)} | {reason} |" for reason, names in REFUSED.items()]
     return "\n".join([head, known, *rows, "", *refused, ""])

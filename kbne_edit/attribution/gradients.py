@@ -1,14 +1,15 @@
-"""Integrated gradients of P(a*) with respect to feed-forward neurons (method, section 2).
+"""Integrated gradients of P(a*) with respect to feed-forward neurons (arXiv:2601.21864; docs/method.md, section 2).
 
-    score_i = h_i * integral_0^1 dP(a* | gamma h) / dh_i dgamma        for each layer alone, at the last position
+    score_i = h_i * integral_0^1 dP(a* | gamma h) / dh_i dgamma        each layer separately, at the last position
 
 At the last N positions instead, gamma scales h at all of them, and the score is the sum of theirs.
 
 Legend: Q questions, L layers, F neurons per layer, T positions, D hidden size, V vocabulary, R rows.
 
-Questions go up and down the layers in packs (`rows`), for the nodes that their quadrature asks for (`quadrature`). A
-model in memory takes one pack at a time and keeps each layer's graph; a model larger than memory (`streaming`) takes
-as many packs together as the budget holds, so that its weights are read twice for all of them. The beginning that all
+Questions pass through the layers forward and backward in packs (`rows`), for the nodes that their quadrature requests
+(`quadrature`). A
+model in memory takes one pack at a time and keeps each layer's graph; a model larger than memory (`streamed`) takes
+as many packs together as the budget holds, so that its weights are read twice for all of them. The prefix that all
 prompts share is computed once.
 """
 
@@ -246,14 +247,17 @@ def _settle(
     rules: list[list[Fixed | Adaptive]],
     arrived: Callable[[Tensor], None] | None,
 ) -> None:
-    """Packs go up and down together until every quadrature is content. stem: if it has not climbed yet."""
+    """Run the packs together, forward and backward, until no quadrature requests a node.
+
+    stem: the shared prefix, None if it was computed before.
+    """
     for pack in asked:
         pack.arrived = arrived
     climbing = [*([stem] if stem else []), *asked]
     bare = True
     refined = isinstance(rules[0][0], Adaptive)
     if refined and post_norm(layers.model):
-        # Their nodes lie where the norm saturates, which the prompts must have climbed to tell.
+        # Their nodes lie where the norm saturates, which is known only after the forward pass of the prompts.
         sweep(layers, climbing, [], bare=False)
         climbing = []
         for pack, of_pack in zip(asked, rules, strict=True):
@@ -289,7 +293,7 @@ def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool)
     divisible = any(len(request) > 1 for _, of_pack in wanted for request in of_pack)
     if not divisible and room < 0:
         most = longest(layers.model)
-        raise InputError(f"a prompt is too long: with its rows it has to fit into {most} tokens here. Shorten it")
+        raise InputError(f"a prompt is too long: with its rows it must fit into {most} tokens here: shorten it")
     if (sum(sizes) <= layers.max_rows and room >= 0) or not divisible:
         try:
             return sweep(layers, climbing, wanted, bare)
@@ -297,7 +301,7 @@ def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool)
             if not divisible:
                 raise InputError("out of memory with the rows of one layer: use --device cpu or --memory") from None
         layers.max_rows = sum(sizes) // 2
-        say(f"out of memory with {sum(sizes)} rows: going on with {layers.max_rows} at once")
+        say(f"out of memory with {sum(sizes)} rows: continuing with {layers.max_rows} at once")
     first, second = _halves(wanted)
     lower = _answer(layers, climbing, first, bare)
     upper = _answer(layers, [], second, False)
@@ -315,7 +319,10 @@ def _halves(wanted: Wanted) -> tuple[Wanted, Wanted]:
 
 
 def sweep(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool) -> list[list[dict[int, Found]]]:
-    """One way up and one way down for these rows; who has not climbed yet goes ahead of them. bare: as of `Rows`."""
+    """One forward and one backward pass for these rows.
+
+    climbing: segments without hidden states yet; in each layer they run before the rows. bare: as of `Rows`.
+    """
     rows = [Rows(pack, request, layers.graphs, bare) if bare or any(request) else None for pack, request in wanted]
     going = [batch for batch in rows if batch]
     for index, layer in layers.up():
@@ -353,7 +360,7 @@ def _finish(pack: Pack, slot: int, rule: Fixed | Adaptive) -> Attribution:
 
 
 def _attribution(h: Tensor, value: float, p: float, next_token: Tensor, rule: Fixed | Adaptive) -> Attribution:
-    """What a rule that is content gives for one question. h: [L, N, F]; value: what is attributed, at gamma = 1."""
+    """One question's attribution by a finished quadrature. h: [L, N, F]; value: what is attributed, at gamma = 1."""
     scores = (h * rule.gradients.view_as(h)).sum(1)
     largest = max(scores.abs().max().item(), 1e-30)
     residual = np.abs(scores.sum(1).double().numpy() - (value - rule.p_zero)) / largest

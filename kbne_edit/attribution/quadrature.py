@@ -1,13 +1,14 @@
-"""Quadrature of the path integral (method, section 2): which nodes to evaluate, and what they add up to.
+"""Quadrature of the path integral (docs/method.md, section 2): which nodes to evaluate, and their weighted sum.
 
 A quadrature asks for nodes layer by layer (`request`), takes what the model gave for them (`accept`), and asks again
-until it is content. It knows nothing of models, so one question or all of them can be evaluated between two rounds.
+until `request` returns {}. It does not depend on the model, so one question or all of them can be evaluated between two
+rounds.
 
 The default is Gauss-Lobatto, whose nodes include both ends: the gradient at gamma = 1 is that of the untouched prompt,
-which one row gives for all layers at once, and the value at gamma = 0, which completeness needs, comes with a gradient
-that counts. So a layer costs three rows at an accuracy of order 5, where Gauss-Legendre would take four. Where a norm
-follows the feed-forward block, all happens near gamma = 0 and the integrand falls off as 1 / gamma beyond: there the
-nodes lie on a `Path` in another variable.
+which one row gives for all layers at once. The value at gamma = 0, which completeness needs, comes with a gradient that
+the rule uses. So a layer costs three rows at an accuracy of order 5, where Gauss-Legendre would take four. Where a norm
+follows the feed-forward block, the integrand changes near gamma = 0 and falls off as 1 / gamma beyond; there the nodes
+lie on a `Path` in another variable.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class Fixed:
         self._layers, self.nodes, self.gradients = layers, np.full(layers, n), None
 
     def request(self) -> dict[int, Tensor]:
-        """The gammas at which each layer is to be evaluated next; {} once it is content."""
+        """The gammas at which each layer is to be evaluated next, {layer: gammas}; {} when no more are needed."""
         return dict.fromkeys(range(self._layers), self._x) if self.gradients is None else {}
 
     def accept(self, h: Tensor, at_one: Tensor, p: float, found: dict[int, Found]) -> None:
@@ -145,7 +146,7 @@ class Adaptive:
         self.nodes = np.zeros(layers, int)
 
     def request(self) -> dict[int, Tensor]:
-        """The gammas at which each layer is to be evaluated next; {} once it is content."""
+        """The gammas at which each layer is to be evaluated next, {layer: gammas}; {} when no more are needed."""
         return {layer: torch.tensor([self.paths[layer].gamma(s) for s in self._wanted(layer)]) for layer in self._todo}
 
     def _wanted(self, layer: int) -> list[float]:

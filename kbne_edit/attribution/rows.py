@@ -96,13 +96,13 @@ class Segment:
 
 
 def trunk(model: nn.Module, input_ids: Sequence[int]) -> Segment:
-    """The beginning that all prompts share."""
+    """The prefix that all prompts share."""
     count = len(input_ids)
     return Segment(model, Tokens.prompt(np.array(input_ids), np.full(count, -1), np.arange(count)))
 
 
 class Pack(Segment):
-    """Questions side by side, each with its tokens after the trunk. What is known once they have climbed:
+    """Questions side by side, each with its tokens after the shared prefix. Attributes, set by the forward pass:
 
     h: the site's values at the last N positions, [L, Q, N, F] float32 on the CPU; p: P(a*), [Q]; value: the objective
     (P(a*), or with `other_ids` the log-odds of a* against the other answers), [Q]; next_token: the model's

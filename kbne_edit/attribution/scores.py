@@ -73,7 +73,7 @@ def load_scores(path: str | Path) -> Scores:
         raise ScoresError(f"{path} is unfinished ({int(arrays['done'].sum())} questions done): run locate again")
     for name in ("p", "p_answers", "p_best_wrong", "residual", "scores"):
         if name in arrays and not all(np.isfinite(row).all() for row in arrays[name]):
-            raise ScoresError(f"{path} holds {name} that are no numbers: it is damaged, run locate again")
+            raise ScoresError(f"{path} holds values of {name} that are not numbers: it is damaged, run locate again")
     return Scores(
         arrays["scores"],
         arrays["p"],
@@ -226,7 +226,7 @@ class ScoresWriter:
             self.path.with_stem(f"{self.path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
             for text in (other, meta)
         )
-        say(f"{self.path} is of another model, recipe or setting: it is kept as {kept.name}")
+        say(f"{self.path} is of another model, recipe or setting: it was renamed to {kept.name}")
         with write_errors(self.path):
             os.rename(self.path, kept)
             if earlier.exists():
@@ -240,7 +240,7 @@ class ScoresWriter:
         values = {field.name: getattr(row, field.name) for field in fields(row) if field.name in self._tensors}
         if not all(np.isfinite(np.asarray(value)).all() for value in values.values()):
             raise ScoresError(
-                f"question {q + 1} has scores that are no numbers: the model overflows, try --dtype float32"
+                f"question {q + 1} has scores that are not numbers: the model overflows, try --dtype float32"
             )
         with write_errors(self.path):
             for name, value in sorted(values.items()):

@@ -49,7 +49,7 @@ class Bare:
 
 
 def settle(question: Question, rule: Fixed | Adaptive) -> Bare:
-    """Evaluate the nodes that the rule asks for until it is content."""
+    """Evaluate the nodes that the rule requests until it requests no more."""
     bare = _bare(question)
     while request := rule.request():
         found = {layer: _nodes(question, layer, gammas) for layer, gammas in request.items()}

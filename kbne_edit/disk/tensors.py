@@ -79,7 +79,9 @@ def _tensors(path: Path, header: object, data_start: int, size: int) -> tuple[Te
         for n in shape:
             count = min(count * n, 8 * size + 1)  # more than the file holds is too much: no product of huge numbers
         if end - start != (count * DTYPES[dtype].bits + 7) // 8:
-            raise CheckpointError(f"{path}: {shown(name)} has not the size that its shape demands: download it again")
+            raise CheckpointError(
+                f"{path}: {shown(name)} does not have the size that its shape requires: download it again"
+            )
         found.append(TensorInfo(name, dtype, shape, data_start + start, data_start + end))
     found.sort(key=lambda t: (t.start, t.end))
     position = data_start

@@ -79,7 +79,7 @@ class Scorer(HFLM):
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise InputError("out of memory for a single item: use a smaller --dtype, or --device cpu") from None
-            say(f"out of memory with {len(rows)} rows in a pass: going on with half")
+            say(f"out of memory with {len(rows)} rows in a pass: continuing with half")
             for half in (slice(0, len(rows) // 2), slice(len(rows) // 2, None)):
                 self._score_pack(rows[half], lookups[half], total, greedy)
             return

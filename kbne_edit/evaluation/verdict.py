@@ -91,7 +91,9 @@ def parts_of(text: str | Sequence[str]) -> tuple[str, ...]:
     """Names of parts, as `--require` takes them. Raises InputError."""
     names = tuple(name.strip() for name in (text.split(",") if isinstance(text, str) else text))
     if unknown := [name for name in names if name not in PARTS]:
-        raise InputError(f"--require: {', '.join(map(repr, unknown))} is no part of a verdict: {', '.join(PARTS)} are")
+        raise InputError(
+            f"--require: {', '.join(map(repr, unknown))} is not a part of a verdict; the parts are {', '.join(PARTS)}"
+        )
     return names
 
 

@@ -68,9 +68,9 @@ class FitSettings:
     def check(self) -> None:
         """Raise InputError for values that cannot be meant."""
         if self.part not in (*PARTS, "all"):
-            raise InputError(f"--part {self.part}: there is {', '.join(PARTS)} and all")
+            raise InputError(f"--part {self.part} is unknown: use {', '.join(PARTS)} or all")
         if self.site not in SITES:
-            raise InputError(f"--site {self.site}: there is {', '.join(SITES)}")
+            raise InputError(f"--site {self.site} is unknown: use {' or '.join(SITES)}")
         if not 0 < self.max_kl < 10:
             raise InputError(f"--max-kl {self.max_kl:g}: give nats per token above 0, e.g. 0.01")
         for name in ("facts", "contrasts", "texts", "neurons"):
@@ -132,7 +132,7 @@ class _Run:
         best = solve(settings.max_kl)
         if best.kl == 0:
             raise InputError(f"no factors were found whose KL is at most {settings.max_kl:g}: give a larger --max-kl")
-        say(f"fit: {len(self.fitted)} units and contrasts, even {even:g}, KL {best.kl:.4f}; now the controls")
+        say(f"fit: {len(self.fitted)} units and contrasts, even {even:g}, KL {best.kl:.4f}; measuring the controls")
         shuffles = [solve(best.kl, shuffled(self.every, seed)) for seed in range(settings.draws)]
         measure = Measure(model, settings.site, Held([self.every[i] for i in self.aside], self._rows_aside()))
         controls = [measure.control(f"shuffled labels {i}", found) for i, found in enumerate(shuffles, 1)]

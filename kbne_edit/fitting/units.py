@@ -136,7 +136,7 @@ def load_units(
     leaves the earlier units as they are. Raises RecipeError with all faults of a file.
     """
     if unknown := [name for name in formats if name not in FORMATS]:
-        raise InputError(f"{shown(unknown[0])} is no format of units: {', '.join(FORMATS)} are")
+        raise InputError(f"{shown(unknown[0])} is not a format of units: use {', '.join(FORMATS)}")
     if not formats or not 1 <= per_fact <= len(formats):
         raise InputError(f"{per_fact} formats per fact: there must be 1 to {max(1, len(formats))}, the formats given")
     units: list[Unit] = []

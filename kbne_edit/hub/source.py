@@ -81,7 +81,7 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
             return
         read_config(found.path)
         if bins := _bins(found.path):
-            say(f"{source} holds .bin weights: reading them without running any code, and going on in safetensors")
+            say(f"{source} holds .bin weights: converting them to safetensors, without running any code")
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kbne-"))
             found = replace(found, path=_converted(found.path, bins, Path(folder)))
         yield found

@@ -45,13 +45,13 @@ def confined(path: Path, work: Callable[..., Any], *args: Any, seconds: int = SE
         status = _end(pid)
     whose = f"the tokenizer or chat template of {path}"
     if answer is None or status in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise CheckpointError(f"{whose} takes more than {seconds} s, the limit: use another model, or mend it")
+        raise CheckpointError(f"{whose} takes more than {seconds} s, the limit: use another model, or repair it")
     kind, value = json.loads(answer) if answer else ("memory" if status == -signal.SIGABRT else "crash", None)
     if kind == "crash":
-        raise CheckpointError(f"{whose} ended its process (status {status}): use another model, or mend it")
+        raise CheckpointError(f"{whose} ended its process (status {status}): use another model, or repair it")
     if kind == "memory":
         raise CheckpointError(
-            f"{whose} takes more than {memory / (1 << 30):g} GB of memory, the limit: use another model, or mend it"
+            f"{whose} takes more than {memory / (1 << 30):g} GB of memory, the limit: use another model, or repair it"
         )
     if kind == "error":
         raise CheckpointError(f"transformers cannot use {path}: {value}")

@@ -57,4 +57,4 @@ def _require_gguf(file: Path) -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise InputError(f"reading {file} takes the gguf package: pip install 'kbne-edit[quantised]'") from None
+        raise InputError(f"reading {file} needs the gguf package: pip install 'kbne-edit[quantised]'") from None

@@ -1,4 +1,4 @@
-"""An edit at run time: the reference that the fold is measured against (method, section 4)."""
+"""An edit at run time: the reference that the fold must equal (docs/method.md, section 4)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def apply_(model: nn.Module, edit: Edit) -> nn.Module:
     ]
     for weight, *_ in targets:
         if not weight.is_floating_point() or weight.element_size() < 2 or weight.is_meta:
-            raise EditError(f"a weight is {weight.dtype}, no plain number in memory: edit before quantising")
+            raise EditError(f"a weight is {weight.dtype}, not a floating-point type: apply the edit before quantising")
     with torch.no_grad():
         for weight, axis, neurons, scale in targets:
             if weight.dim() == 3:  # all experts of a layer

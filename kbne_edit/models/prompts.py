@@ -148,7 +148,9 @@ def render(tokenizer, message: str) -> str:
         if _words(message) in _words(text):
             break
     else:
-        raise InputError(f"the chat template drops the question ({reason}): use --prompt plain, or mend the template")
+        raise InputError(
+            f"the chat template drops the question ({reason}): use --prompt plain, or correct the template"
+        )
     end = getattr(tokenizer, "eos_token", None)
     if end and text.rstrip().endswith(end):
         raise InputError(

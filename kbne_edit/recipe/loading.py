@@ -27,7 +27,7 @@ def _folder() -> Path:
 def new_recipe(name: str, path: str | Path) -> None:
     """Write an annotated skeleton, in order as it stands, to a file that is not there yet. Raises OutputError."""
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise InputError(f"{shown(name)} is no name for a recipe: letters, digits, - and _ are")
+        raise InputError(f"{shown(name)} is not a valid recipe name: use letters, digits, - and _")
     text = (_PACKAGE / "skeleton.yaml").read_text(encoding="utf-8")
     try:
         with open(path, "x", encoding="utf-8") as file:

@@ -46,7 +46,7 @@ class Journal:
             return
         head, *rest = lines
         if not isinstance(head, dict) or not all(isinstance(x, dict) and set(x) == {"key", "record"} for x in rest):
-            raise InputError(f"{self._path} is no journal of kbne-edit: {_CURE}")
+            raise InputError(f"{self._path} is not a journal of kbne-edit: {_CURE}")
         if other := sorted(key for key in {*settings, *head} if settings.get(key) != head.get(key)):
             raise InputError(
                 f"{self._path.parent} was begun with other settings ({', '.join(other)}): choose another --out"

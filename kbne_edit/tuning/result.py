@@ -129,7 +129,7 @@ class Tuning:
     def from_dict(cls, record: object, where: str = "tune.json") -> Tuning:
         """Inverse of `to_dict`, of earlier versions' records, too. Raises InputError."""
         if not isinstance(record, dict) or record.get("kbne_tune") != VERSION:
-            raise InputError(f"{where} is no result of `kbne-edit tune`")
+            raise InputError(f"{where} is not a result of `kbne-edit tune`")
         try:
             return cls._parsed(record)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):

@@ -193,10 +193,10 @@ def _stored(out: Path, choice: dict) -> Tuning | None:
     wanted = json.loads(json.dumps(choice))
     before = used.get("choice") if isinstance(used, dict) else None
     if not isinstance(before, dict):
-        raise InputError(f"{out / USED} is no file of kbne-edit: choose another --out")
+        raise InputError(f"{out / USED} is not a file of kbne-edit: choose another --out")
     if other := [key for key in wanted if before.get(key) != wanted[key]]:
         raise InputError(
-            f"{out}: its test split was used to confirm what another {', '.join(other)} chose, and confirms no second "
+            f"{out}: its test split was used for what another {', '.join(other)} chose, and cannot confirm another "
             "choice: use the same settings to see the result, or another --out and --seed for another split"
         )
     if not (out / RESULT).exists() or (stored := load_tuning(out / RESULT)).confirmation is None:

@@ -40,7 +40,7 @@ def count_use(scores: Sequence[Path], data: str, edit: str) -> int:
                 with write_errors(path), open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"data": data, "edit": edit}) + "\n")
             except OutputError as error:
-                say(f"how often this data was used is not kept: {error}")
+                say(f"cannot record how often this data was used: {error}")
         place = max(place, order.index(edit) + 1)
     return place
 

@@ -118,7 +118,7 @@ def layout_of(config: dict[str, Any], tensors: Mapping[str, Part], read: ReadTen
     for name in layout.shapes:
         if name not in matrices and tensors[name].dtype not in _PLAIN:
             raise CheckpointError(
-                f"{shown(name)} is stored as {tensors[name].dtype}, and no part of {method} explains it: "
+                f"{shown(name)} is stored as {tensors[name].dtype}, which {method} does not explain: "
                 "its scale is not known"
             )
     return layout
