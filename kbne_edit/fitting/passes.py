@@ -214,10 +214,10 @@ class Neutral:
         kl, loss, count = 0.0, 0.0, 0
         for base, (hidden, target) in zip(self._base, self._passes(at), strict=True):
             for p, q, wanted in zip(*(x.split(_block(self._model)) for x in (base, hidden, target)), strict=True):
-                p = head(self._model, p[None]).double().log_softmax(-1)
-                q = (head(self._model, q[None]).double() / temperature).log_softmax(-1)
-                kl += float((p.exp() * (p - q)).sum())
-                loss -= float(q.gather(1, wanted[:, None]).sum())
+                p = head(self._model, p[None]).log_softmax(-1)
+                q = (head(self._model, q[None]) / temperature).log_softmax(-1)
+                kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+                loss -= float(q.gather(1, wanted[:, None]).double().sum())
                 count += len(wanted)
         return Divergence(kl / count, float(np.exp(loss / count)))
 
