@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 Figure = Callable[[np.ndarray], np.ndarray]  # column means [..., k] -> the figure [...]
+Clusters = Sequence[object] | np.ndarray | None  # a name or number for each item, [n]
 
 _RESAMPLES = 2000
 _PERMUTATIONS = 9999  # with the observed one 10 000: the smallest p is 1e-4
@@ -54,7 +55,7 @@ def mean(columns: np.ndarray) -> np.ndarray:
 
 
 def interval(
-    columns: np.ndarray, figure: Figure = mean, resamples: int = _RESAMPLES, clusters: Sequence | None = None
+    columns: np.ndarray, figure: Figure = mean, resamples: int = _RESAMPLES, clusters: Clusters = None
 ) -> Interval:
     """A figure with its 95 % bootstrap interval over items, seeded. columns: [n] or [n, k]."""
     return pooled([Part(columns[:, None] if columns.ndim == 1 else columns, figure, clusters)], resamples)
@@ -71,7 +72,7 @@ class Part(NamedTuple):
 
     columns: np.ndarray
     figure: Figure = mean
-    clusters: Sequence | None = None
+    clusters: Clusters = None
 
 
 def pooled(parts: Sequence[Part], resamples: int = _RESAMPLES) -> Interval:
@@ -89,7 +90,7 @@ def pooled(parts: Sequence[Part], resamples: int = _RESAMPLES) -> Interval:
 
 
 def change(
-    before: Sequence[np.ndarray], after: Sequence[np.ndarray], figure: Figure = mean, clusters: Sequence | None = None
+    before: Sequence[np.ndarray], after: Sequence[np.ndarray], figure: Figure = mean, clusters: Clusters = None
 ) -> Interval:
     """Figure after less figure before, the same items drawn for all.
 
@@ -114,7 +115,7 @@ def change(
     return Interval(float(difference(sums.sum(0) / sizes.sum())), float(low), float(high))
 
 
-def _by_cluster(columns: np.ndarray, clusters: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
+def _by_cluster(columns: np.ndarray, clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:
     """(sums [m, k] of each cluster's items, their numbers [m])."""
     if clusters is None:
         return columns, np.ones(len(columns))
@@ -165,7 +166,7 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
     return min(1.0, 2 * tail / 2**changed)
 
 
-def least_change(before: np.ndarray, after: np.ndarray, clusters: Sequence | None = None) -> float:
+def least_change(before: np.ndarray, after: np.ndarray, clusters: Clusters = None) -> float:
     """Lower end of the 95 % interval of a paired change of shares, of two 0/1 columns [n].
 
     By Agresti and Min (2005), who add half an item to each of the four cells. It is for where the bootstrap is blind:
@@ -186,9 +187,7 @@ def wilson(k: float, n: float) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def permutation(
-    before: np.ndarray, after: np.ndarray, figure: Figure = mean, clusters: Sequence | None = None
-) -> float:
+def permutation(before: np.ndarray, after: np.ndarray, figure: Figure = mean, clusters: Clusters = None) -> float:
     """Two-sided p of figure(after) - figure(before), by exchanging before and after cluster by cluster, seeded.
 
     before, after: [n, k]. If the edit did nothing, each item's two rows could as well be the other way round.
