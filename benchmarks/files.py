@@ -39,7 +39,7 @@ def main():
         edit, copy, baked, kept = (folder / name for name in ("edit.json", "copy", "baked", "kept"))
         factors = {str(layer): {str(7 * n): 2.0 for n in range(8)} for layer in range(layers)}
         edit.write_text(json.dumps({"kbne_edit": 1, "site": "down", "factors": factors}))
-        fold = [*tool, "bake", "--in", model, "--edit", edit, "--no-behaviour"]
+        fold = [*tool, "bake", "--in", model, "--edit", edit, "--no-behaviour", "--no-measure"]
         pairs = {"bake --edit with its first proof / cp -r": (fold + ["--out", baked], ["cp", "-r", model, copy])}
         code = f"from kbne_edit import Edit, fold; fold({str(model)!r}, Edit.load({str(edit)!r}), {str(baked)!r})"
         pairs["fold() / cp -r"] = ([sys.executable, "-c", code], ["cp", "-r", model, copy])
