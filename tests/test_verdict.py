@@ -143,7 +143,7 @@ def test_nothing_measured_is_a_state_of_its_own():
 
 def test_required_parts_are_named():
     assert parts_of("effect, cost") == ("effect", "cost")
-    with pytest.raises(InputError, match="'speed' is no part"):
+    with pytest.raises(InputError, match="'speed' is not a part"):
         parts_of("effect,speed")
 
 

@@ -113,14 +113,14 @@ def verdict_of(
 
 def answers_part(answers: Answers | None, cost: Cost | None = None) -> Part:
     """By the attribution's answers, or where the edit was given by those that its cost was measured with."""
-    if answers is None and (cost is None or cost.balanced is None or cost.questions is None):
-        return Part("NOT MEASURED", "the base was not asked the questions")
-    if answers is None:
+    if answers is not None:
+        (right, total), (value, low, high) = answers.questions, answers.balanced
+        constant = repr(answers.constant) if answers.constant else ""
+    elif cost is not None and cost.balanced is not None and cost.questions is not None:
         (value, low, high, _), (total, right) = cost.balanced, cost.questions[:2]
         constant = "the same answer" if cost.balanced.constant else ""
     else:
-        (right, total), (value, low, high) = answers.questions, answers.balanced
-        constant = repr(answers.constant) if answers.constant else ""
+        return Part("NOT MEASURED", "the base was not asked the questions")
     shown = f"balanced accuracy {value:.0%} [{low:.0%}, {high:.0%}]"
     if answers and answers.mass and answers.mass.small:
         return Part("FAIL", f"the answers have {answers.mass.median:.1%} of the probability where one is due (median)")
