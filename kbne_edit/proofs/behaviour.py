@@ -90,7 +90,7 @@ def _run(model: Any, probes: list[list[int]], tokens: int = 0) -> Outcome:
     logits, texts, routes = [], [], []
     experts = [p.module for found in places(model, "down") for p in found if p.experts]
     for ids in probes:
-        check_tokens(model, ids, [len(ids) - 1])
+        check_tokens(model, ids, [len(ids) - 1 + tokens])  # the continuation takes positions, too
     with torch.no_grad():
         for ids in probes:
             routed: list[torch.Tensor] = []
