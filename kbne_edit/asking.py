@@ -76,7 +76,7 @@ def ask(
     source: an edited directory; with `edit`, the base, to which the edit is applied by hooks.
     against: the base of an edited directory (a path, ORG/NAME[@REVISION], or demo); None: it is not asked.
     plain: leave the chat template out. One model is in memory at a time.
-    Raises InputError and its kin.
+    Raises InputError or a subclass.
     """
     if not prompts:
         raise InputError("there is no prompt to ask")

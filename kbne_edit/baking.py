@@ -160,7 +160,7 @@ def bake(
     dry_run: stop before anything is written to `out`. behaviour: False leaves the second proof out. measure: False
     leaves effect and cost out; the verdict then says that they were not measured. skip_inexact: leave out the neurons
     of a quantised checkpoint that cannot take their factor without a loss, where there are any.
-    Raises InputError and its kin, ProofError (then nothing stands under `out`).
+    Raises InputError or a subclass; ProofError, and then nothing is written to `out`.
     """
     settings, out = settings or Settings(), Path(out)
     if edit is not None and RANK != 0:

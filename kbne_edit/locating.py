@@ -72,7 +72,7 @@ def locate(source: str, out: str | Path, settings: Settings | None = None) -> Sc
 
     source: a directory, ORG/NAME[@revision] on the Hub, or "demo". Of several processes (`torchrun`), each attributes
     its share and the first one writes; the others return None. Resumes where an interrupted run with the same settings
-    stopped; a finished file is returned as it is. Raises InputError and its kin.
+    stopped; a finished file is returned as it is. Raises InputError or a subclass.
     """
     settings = settings or Settings()
     with resolved(source, say) as base:

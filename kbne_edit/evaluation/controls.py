@@ -1,4 +1,4 @@
-"""Edits that an edit about bias must outdo, each with its kind."""
+"""Control edits, each with its kind: an edit about bias must exceed them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an edit costs: on text that speaks of no group, on the recipe's questions, and in what the model goes on to say.
+"""What an edit costs: on text that mentions no group, on the recipe's questions, and in greedy continuations.
 
 Legend: N predicted positions, D hidden size, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What an edit does to the recipe's probes, beside what as many random neurons do and what a mere flattening does.
+"""The effect of an edit on the recipe's probes, beside as many random neurons and a mere flattening.
 
 A twin's score s (`twins`) says which of two groups, or replies, a model prefers. With the aim "balance" |s| should
 fall; with "avoid", s itself. An edit has an effect if three things hold: the score changes (its 95 % interval over

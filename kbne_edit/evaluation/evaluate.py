@@ -1,8 +1,8 @@
 """What an edit does on benchmarks, beside its controls.
 
-An effect is about bias only if it goes beyond what else could have made it: as many random neurons, neurons found with
-questions that have nothing to do with bias, the same neurons turned down instead of up, and a mere flattening of the
-model's distribution (a temperature with the same KL from the base on neutral text).
+An effect is about bias only if it exceeds every other explanation: as many random neurons, neurons selected by
+unrelated questions, the same neurons with the inverse factor, and a mere flattening of the model's distribution (a
+temperature with the same KL from the base on neutral text).
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def evaluate(
     of each. recipe: of the questions. scores: a scores file, for the control neurons. draws: of random neurons, with
     fewer than 19 nothing is said to go beyond them. margin: in points of accuracy, the loss that a capability must
     exclude. Effect and cost are measured where the probes are among the tasks.
-    Raises InputError and its kin, also where lm-eval is not installed.
+    Raises InputError or a subclass, also if lm-eval is not installed.
     """
     import torch
 

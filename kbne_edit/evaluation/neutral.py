@@ -1,4 +1,4 @@
-"""Neutral text: what an edit costs where no person or group is spoken of, and how much it merely flattens.
+"""Neutral text: what an edit costs on text that mentions no person or group, and how far it merely flattens.
 
 The texts of each language lie in `neutral/LANGUAGE.txt`, one a line; lines that begin with # are comments.
 

@@ -1,7 +1,7 @@
 """What is evaluated: the public benchmarks, the recipe's own tasks, and the measures that come with the package.
 
 A task becomes a `Benchmark`: token pairs to score, and how an item's answers turn into columns of numbers, whose means
-the figures are made of (see `statistics`). The requests are built once, so every model is asked the same.
+the figures are made of (see `statistics`). The requests are built once, so every model gets the same.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def fit(source: str, out: str | Path, settings: FitSettings | None = None, gradi
     """Fit factors to pairs and write the edit to `out`.
 
     source: directory, ORG/NAME[@REVISION]. gradients: the file that is resumed, or used as it stands (None: beside
-    `out`). Raises InputError and its kin.
+    `out`). Raises InputError or a subclass.
     """
     settings = settings or FitSettings()
     settings.check()

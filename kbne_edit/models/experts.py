@@ -1,8 +1,8 @@
 """The forward pass of a module of routed experts, with a tap on h.
 
-transformers 5 keeps all experts of a layer in one module, so there is no projection per expert to hook. This is the
-pass that it calls "eager", expert by expert and operation by operation, so that it gives the same bits. Llama 4 has a
-pass of its own: its experts all take every token, times the router's weight, which is 0 for those it did not choose.
+transformers 5 keeps all experts of a layer in one module, so there is no projection per expert to hook. This
+module repeats its "eager" pass, expert by expert and operation by operation, so that the result is equal bit for bit.
+Llama 4 differs: each expert takes every token, times the router's weight, which is 0 for experts that were not chosen.
 """
 
 from __future__ import annotations

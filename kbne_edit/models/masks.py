@@ -1,7 +1,7 @@
 """What the tokens of a packed row may see: several sequences stand side by side in one row, and none sees another.
 
-transformers takes such a mask as it is, for every architecture of `families`. Where a model attends within a sliding
-window, or within the chunk in which a token stands, that is cut by position too.
+transformers applies such a mask unchanged for every architecture of `families`. Where a model attends within a sliding
+window or within a token's chunk, the mask applies that limit by position as well.
 """
 
 from __future__ import annotations

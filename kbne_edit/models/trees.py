@@ -1,12 +1,12 @@
-"""Many rows of tokens in one pass, with what neighbours begin with computed once.
+"""Many rows of tokens in one pass; prefixes that neighbouring rows share are computed once.
 
-Rows are packed into one long row as a *tree*: a token that several rows begin with stands there once, and attention
-sees the tokens on the way from the root only. Positions count from the root. So nothing is computed twice, nothing is
-padded, and a pass holds as many tokens as suits the machine. The output head and the normalisation over the
-vocabulary, a third of the work on a small model, are computed at kept positions only.
+Rows are packed into one long row as a *tree*: a shared prefix is stored once, and attention sees only the tokens on the
+path from the root. Positions count from the root. So nothing is computed twice or padded, and a pass holds as many
+tokens as suits the machine. The output head and the normalisation over the vocabulary, a third of the work on a small
+model, are computed at kept positions only.
 
-Rejected: a key/value cache of each beginning that its rows share. Beginnings of unlike length need batches of their
-own, and on a CPU some fifty passes over the weights cost as much as the tokens they save.
+Rejected: a key/value cache of each shared prefix. Prefixes of different length need separate batches, and on a CPU some
+fifty passes over the weights cost as much as the tokens that they save.
 
 Legend: N tokens of a tree, K kept positions, V vocabulary.
 """

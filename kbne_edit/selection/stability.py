@@ -1,6 +1,6 @@
 """How far a selection depends on what was asked: resampled questions, and other ways of asking.
 
-The literature leaves both open (generalisation and stability). Everything here is computed from kept scores; no model.
+Everything here is computed from scores files, without a model.
 """
 
 from __future__ import annotations

@@ -1,23 +1,23 @@
 """What each question votes for, by the rule.
 
 A neuron's share in a question is score / the largest score that the question has anywhere. A neuron counts for a
-question if its share exceeds tau and what the rule expects of it anyway:
+question if its share exceeds the level that the rule expects by more than tau:
 
-paper: nothing.
-contrastive: the level of matched controls, what at least beta of those with the same right answer (and the same form
-    where there are any) reach. Rejected: their mean, which keeps what few of them need much.
+paper: 0.
+contrastive: the share that at least beta of the matched controls reach, those with the same right answer (and the same
+    form if there are any). Rejected: their mean, which keeps neurons that few controls use strongly.
 paired: its share in the question's twin.
 
-It is kept for a dimension if it counts in at least beta of its questions. The fourth rule looks at all of them at once:
+It is kept for a dimension if it counts in at least beta of its questions. The fourth rule uses all of them at once:
 
 specific: kept are the neurons with the largest lower bound of the difference between the mean share in the dimension's
-    questions and in matched controls (`differences`), if it is above 0. tau and beta play no part.
+    questions and in matched controls (`differences`), if it is above 0. tau and beta are not used.
 
-top counts ranks in place of tau: a neuron counts (or is kept, by the specific rule) if it is among this share of all
+top uses ranks instead of tau: a neuron counts (or is kept, by the specific rule) if it is among this share of all
 neurons with the largest excess.
 
-A control is held against the other half of the controls (under the paired rule against one of its kind), so the overlap
-that is reported is with what the rule selects on controls it has not seen.
+A control is compared with the other half of the controls (under the paired rule with one of its kind), so the reported
+overlap is with what the rule selects on unseen controls.
 """
 
 from __future__ import annotations

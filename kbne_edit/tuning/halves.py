@@ -1,8 +1,8 @@
 """Two halves of what is evaluated: one to choose on (dev), one to confirm on (test).
 
-A half is dealt story by story, group by group: items that share a text (or a question, in BBQ) lie in the same half,
-also across tasks, and each half holds its share of every group. The order of dealing is that of a seeded hash of the
-story, so it does not depend on how the items were sorted.
+Items that share a text (or a question, in BBQ) form a story, which lies in one half, also across tasks. Each half holds
+its share of every group. Stories are ordered by a seeded hash, so the split does not depend on how the items are
+sorted.
 """
 
 from __future__ import annotations

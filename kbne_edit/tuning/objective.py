@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..evaluation.benchmark import Figure
     from .halves import Half
 
-FIGURES = ("absolute margin", "unwanted margin")  # what steers unless told otherwise
+FIGURES = ("absolute margin", "unwanted margin")  # default figures, in order of preference
 
 
 class Run(NamedTuple):

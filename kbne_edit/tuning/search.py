@@ -1,4 +1,4 @@
-"""Which edits a sweep tries: a full grid where it is small, else the points that Optuna's sampler asks for.
+"""Which edits a sweep tries: a full grid if it is small, else the points that Optuna's sampler proposes.
 
 A setting (site, rule, thresholds, factors) selects an edit from kept scores, without a model. Settings that select the
 same edit are one candidate, which is measured once.
@@ -30,7 +30,7 @@ Measure = Callable[[Edit], tuple[float, float, float]]
 
 @dataclass(frozen=True)
 class Space:
-    """What is tried. factors: 2 and 4 are exact, 1.5 and 3 lie between, 0.5 asks whether turning down does as well.
+    """What is tried. factors: by default 2 and 4, which fold exactly, 1.5 and 3 between them, and 0.5 as a reversal.
 
     rules: None for all that the scores allow. per_dimension: each dimension of the recipe has a factor of its own, 1
     (its neurons are left alone) among them. tops: shares of all neurons, each in place of a tau; taus: None for 0.05,

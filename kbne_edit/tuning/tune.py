@@ -1,13 +1,13 @@
 """Factors and thresholds chosen on one half of the items (dev), and confirmed once on the other (test).
 
-Every edit of the space is measured by hooks on the dev half alone. The choice: of the edits within bounds (a loss of
-capability excluded), and there on the Pareto front (bias against KL on neutral text), the one with the least bias that
-goes beyond random neurons. Only then is the test half scored: the chosen edit beside the controls of `evaluate`, once.
-OUT keeps a journal (a killed run goes on, and ends with the same bytes), the result, and a mark that the test half was
+Every edit of the space is measured by hooks on the dev half only. Candidates are the edits within bounds (a loss of
+capability is excluded), on the Pareto front of bias and KL on neutral text, and beyond random neurons. The candidate
+with the least bias is chosen. Then the test half is scored once: the chosen edit beside the controls of `evaluate`. OUT
+keeps a journal (a killed run resumes and ends with the same bytes), the result, and a record that the test half was
 used.
 
-The scores come from the recipe's questions: their tasks, `knowledge` and `knowledge_controls`, are not new to the
-neurons in either half. They bound the loss where no capability task is given, and never steer.
+The scores come from the recipe's questions, so the tasks `knowledge` and `knowledge_controls` are not unseen data in
+either half. They bound the loss where no capability task is given; they never decide the choice.
 """
 
 from __future__ import annotations
@@ -71,15 +71,20 @@ def tune(
 ) -> Tuning:
     """Choose an edit on dev, confirm it once on test; returns what OUT/tune.json holds.
 
-    scores: scores files of the model, one per site. out: the folder that keeps everything; a run with the same settings
-    goes on there, or returns the result that is there. space: what is tried, `trials` edits of it at most.
-    tasks, data, limit, recipe (None: that of the scores), device, dtype: as of `evaluate`. figure: of the bias tasks,
-    what is to come nearer to its ideal (None: the absolute margin; where only probes that are to be avoided have data,
-    the unwanted margin). margin: points of accuracy whose loss must be excluded; max_kl: bound of the KL from the base
-    on neutral text, nats per token (None: none). draws: of random neurons, of which the choice must
-    do better than each; with fewer than 19 nothing can be confirmed. seed: of the split and of the sampler.
+    source: directory, ORG/NAME[@REVISION] or demo.
+    scores: scores files of the model, one per site.
+    out: the folder of the run; a run with the same settings resumes there, or returns the result that is there.
+    space: what is tried, at most `trials` edits of it.
+    tasks, data, limit, recipe (None: that of the scores), device, dtype: as of `evaluate`.
+    figure: the figure of the bias tasks to bring nearer to its ideal. None: the absolute margin, or the unwanted margin
+        where only probes of recipes with the aim "avoid" have data.
+    margin: the loss that must be excluded, in points of accuracy.
+    max_kl: bound on the KL from the base on neutral text, nats per token; None: no bound.
+    draws: number of draws of random neurons; the choice must exceed each. Fewer than 19 confirm nothing.
+    seed: of the split and of the sampler.
     dev_only: stop before the test half is scored.
-    Raises InputError and its kin.
+
+    Raises InputError or a subclass.
     """
     import torch
 

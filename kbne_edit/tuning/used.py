@@ -1,7 +1,7 @@
 """How often data has confirmed an edit: a test half is new once per data, not once per folder or per split.
 
-The record lies beside the scores, one line of JSON for each edit that was put to the test. Every further edit that is
-put to the same data is one more look at it, and is corrected for.
+The record lies beside the scores, one line of JSON for each edit that was tested. Each further edit on the same data is
+one more look, and the threshold is corrected for it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def record_of(scores: Path) -> Path:
 
 
 def count_use(scores: Sequence[Path], data: str, edit: str) -> int:
-    """Note that an edit is put to the test on this data; which look at it this is, from 1.
+    """Record that an edit is tested on this data, and return the number of this look, from 1.
 
-    data, edit: their SHA-256. The same edit again is the same look. A record that cannot be read or written is said,
-    and not counted.
+    data, edit: their SHA-256. The same edit again is the same look. If the record cannot be read or written, a line
+    is printed, and nothing is counted.
     """
     place = 1
     for path in map(record_of, scores):
