@@ -53,7 +53,7 @@ class Scored:
 def sentence_ids(tokenizer, text: str) -> list[int]:
     """Token ids of a text behind the token that begins one, as lm-eval scores a text without a context.
 
-    Some tokenizers (Qwen's) put none there. The first word would not be scored, and the model read a sentence that
+    Some tokenizers (Qwen's) put none there. The first word would not be scored, and the model would read one that
     begins in the middle: on a 0.6B model the twins' scores then correlate .35 with those behind that token.
     """
     ids = tokenizer(text)["input_ids"]
