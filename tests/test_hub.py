@@ -497,7 +497,7 @@ def test_a_delta_from_the_hub(alone, hub, cli, content, tmp_path):
 
 def test_what_was_applied_is_pushed_as_what_was_baked(alone, hub, cli):
     result = cli("push", alone / "applied", "org/other", token=TOKEN)
-    assert result.returncode == 0 and "both proofs held" in result.stdout, result.stderr
+    assert result.returncode == 0 and "both proofs are on record" in result.stdout, result.stderr
     sent = hub.repos["org/other"].files
     assert ModelCard(sent["README.md"].decode()).data.base_model == "org/tiny"
     assert {k: v for k, v in sent.items() if k != ".gitattributes"} == {

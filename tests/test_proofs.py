@@ -113,5 +113,6 @@ def test_proofs_come_back_from_their_record():
     assert (failed.ok, failed.failed, failed.fault) == (False, "first", "x differs")
     second = Proofs(files, (BehaviourProof("float32", "whole model", False, False, 1.0, 0.1, 40),))
     assert (second.ok, second.failed, second.both_held) == (False, "second", False)
+    assert not Proofs.from_dict(data | {"file_proof": False}, files.edit).files.holds
     with pytest.raises(ValueError):
-        Proofs.from_dict(data | {"file_proof": False}, files.edit)
+        Proofs.from_dict(data | {"faults": ["x differs"]}, files.edit)

@@ -152,13 +152,16 @@ class Proofs:
     def from_dict(cls, data: dict[str, Any], edit: Edit) -> Proofs:
         """Proofs on record. edit: the one that the same record has. Raises KeyError, TypeError, ValueError."""
         behaviour = data["behaviour"]
+        faults = tuple(str(fault) for fault in data["faults"])
+        if not _flag(data["file_proof"]) and not faults:
+            faults = ("the first proof failed, by the record",)
         files = FileProof(
             edit=edit,
             edit_from=data["source"],
             tensors=int(data["tensors"]),
             edited=int(data["edited"]),
             files=int(data["files"]),
-            faults=tuple(str(fault) for fault in data["faults"]),
+            faults=faults,
             notes=tuple(str(note) for note in data.get("notes", ())),
         )
         if _flag(data["file_proof"]) != files.holds:
