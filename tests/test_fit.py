@@ -1,6 +1,7 @@
 """A whole fit on a tiny model: the budget, the edit, what is measured, resuming; against the hooked model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from kbne_edit.commands.fit import lines
 from kbne_edit.evaluation.neutral import packaged
 from kbne_edit.fitting.fit import chosen_units
 from kbne_edit.fitting.problem import folds, shuffled
+from kbne_edit.fitting.result import Control, Gain
 from kbne_edit.fitting.rows import KINDS, encode_texts, encode_units
 from kbne_edit.models.loading import load_model
+from kbne_edit.statistics import Interval
 
 SETTINGS = FitSettings(facts=30, contrasts=36, texts=8, max_kl=0.02, draws=1)
 
@@ -104,6 +107,22 @@ def test_a_file_of_gradients_serves_again_and_the_result_is_the_same(model, fitt
     text = "\n".join(lines(found))
     assert f"KL {found.cost.kl:.4f}" in text and "control, shuffled labels 1" in text
     assert all(part in text.splitlines()[-1] for part in found.moved)
+
+
+def test_what_moved_is_said_of_enough_units_and_beyond_every_shuffle(fitted):
+    _, found = fitted
+    assert found.moved == ()  # a handful of units was set aside
+    fall, small, rise = Interval(-0.2, -0.3, -0.1), Interval(-0.1, -0.2, -0.01), Interval(0.1, -0.1, 0.3)
+
+    def told(units, change, shuffles):
+        gains = tuple(Gain(part, "all", units, 0.1, rise) for part in ("sentiment", "prior"))
+        gains = (Gain("association", "all", units, 0.1, change), *gains)
+        controls = [Control(f"shuffled labels {i}", 0.01, (c, fall, fall)) for i, c in enumerate(shuffles, 1)]
+        return replace(found, gains=gains, controls=tuple(controls)).moved
+
+    assert told(20, fall, [small, rise]) == ("association",)
+    assert told(19, fall, [small, rise]) == told(20, rise, [rise]) == told(20, small, [rise, fall]) == ()
+    assert told(20, fall, []) == ()
 
 
 def test_few_neurons_of_one_part(model, fitted, tmp_path):

@@ -12,6 +12,7 @@ from ..statistics import Interval
 from .problem import Held
 
 VERSION = 1
+FEWEST = 20  # units set aside from which on a part may be said to have moved: an interval of two units is none
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ class Fit:
 
     @property
     def moved(self) -> tuple[str, ...]:
-        """Parts that fell, beyond every draw of shuffled labels."""
+        """Parts that fell, beyond every draw of shuffled labels, on enough units to tell."""
         overall = [gain for gain in self.gains if gain.of == "all"]
         draws = [control for control in self.controls if control.name.startswith("shuffled")]
         result = []
         for number, gain in enumerate(overall):
             beyond = all(gain.change.value < control.changes[number].value for control in draws)
-            if gain.change.high < 0 and draws and beyond:
+            if gain.units >= FEWEST and gain.change.high < 0 and draws and beyond:
                 result.append(gain.part)
         return tuple(result)
 
