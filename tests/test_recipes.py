@@ -333,6 +333,6 @@ def test_the_skeleton_overwrites_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../up", 'a"b', "a b", "-x", "a\nb"])
 def test_names_that_would_not_stand_in_a_file(name, tmp_path):
-    with pytest.raises(InputError, match="no name"):
+    with pytest.raises(InputError, match="valid recipe name"):
         new_recipe(name, tmp_path / "r.yaml")
     assert not (tmp_path / "r.yaml").exists()

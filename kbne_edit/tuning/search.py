@@ -54,7 +54,7 @@ class Space:
             if values is None or (not values and name in optional):
                 continue
             if not values or len(set(values)) != len(values):
-                raise InputError(f"the space needs distinct values: {name} is {shown(list(values))}")
+                raise InputError(f"the space needs values, each once: {name} is {shown(list(values))}")
             if wrong := [value for value in values if not good(value)]:
                 raise InputError(f"the space: {shown(wrong[0])} is no value for {name} ({allowed})")
 
