@@ -361,7 +361,7 @@ def _refused(result, message, tmp_path):
         (["--in", "base", "--edit", "other.json"], "another model"),
         (["--in", "base", "--edit", "one.json"], "change nothing"),
         (["--in", "base", "--edit", "broken.json"], "not JSON"),
-        (["--in", "base", "--edit", "edit.json", "--factor", "1e30"], "number of use"),
+        (["--in", "base", "--edit", "edit.json", "--factor", "1e30"], "usable number"),
         (["--in", "base", "--edit", "edit.json", "--site", "up"], "up"),
         (["--in", "demo", "--edit", "edit.json", "--tau", "7"], "tau"),
     ],

@@ -653,7 +653,7 @@ def test_the_test_half_is_scored_after_the_choice_and_once(scores, split, tmp_pa
     assert tune("demo", scores, tmp_path / "out", **ASKED) == result
     assert tune("demo", scores, tmp_path / "out", **ASKED, dev_only=True) == result and not spy.seen
     for change in (dict(space=Space(factors=(2.0,))), dict(margin=9.5), dict(draws=4), dict(trials=5)):
-        with pytest.raises(InputError, match="confirms no second choice"):
+        with pytest.raises(InputError, match="cannot confirm another choice"):
             tune("demo", scores, tmp_path / "out", **ASKED | change)
     assert not spy.seen
 
