@@ -211,7 +211,8 @@ def _next(result):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "form, commands", [("checkpoint", ["verify", "report", "revert"]), ("peft", ["bake"]), ("delta", ["apply"])]
+    "form, commands",
+    [("checkpoint", ["evaluate", "verify", "report", "revert"]), ("peft", ["bake"]), ("delta", ["apply"])],
 )
 def test_what_is_said_to_come_next_works_as_printed(form, commands, edit, shell, tmp_path):
     """Whatever the output is called: quotes, spaces, what the shell would expand, letters of any script."""

@@ -116,16 +116,10 @@ def _python(block, where):
         ('"path/to/out"', '"folded"'),
         ('"copa"', '"bbq"'),
         ("limit=200", f"limit=5, draws=1, {where}"),
-        ('"arc_easy"]', f'"arc_easy"], trials=2, draws=1, margin=45, {where}'),
     ):
         assert name in block
         block = block.replace(name, value)
-    found = {
-        "model": AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32),
-        "input_ids": [[5, 9, 40], [7, 8, 9, 10]],
-        "answer_ids": [[11], [12]],
-    }
-    shutil.rmtree("sweep", ignore_errors=True)
-    exec(compile(block, "README", "exec"), found)
-    assert found["report"].ok and found["scores"].shape == (2, 4, 192) and found["edit"].num_neurons
-    assert found["result"]["points"]
+    space = {"model": AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)}
+    exec(compile(block, "README", "exec"), space)
+    assert space["proofs"].ok and space["edit"].num_neurons == 2
+    assert {"crows_pairs", "bbq"} <= set(space["result"].to_dict()["tasks"])
