@@ -7,7 +7,7 @@ be read on a phone. Everything that comes from files is escaped.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -54,7 +54,9 @@ def _short(label: str, most: int = 13) -> str:
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
-def neuron_map(layers: int, width: int, edited: Sequence[tuple[int, int, bool | None]], others) -> str:
+def neuron_map(
+    layers: int, width: int, edited: Sequence[tuple[int, int, bool | None]], others: Iterable[tuple[int, int]]
+) -> str:
     """Layers downwards, neurons across. edited: (layer, neuron, selected by the controls too); others: (layer, neuron).
 
     Marks differ in shape as well as in colour: a disc, a square where the controls select it, a ring where not edited.
@@ -70,6 +72,7 @@ def neuron_map(layers: int, width: int, edited: Sequence[tuple[int, int, bool | 
         y = top + step * (layer + 0.5)
         body += [_text(34, y + 4, str(layer), "end", "quiet"), _line(44, y, 44 + span, y, "grid")]
     body += [_dot(*at(*place), "ring", 2) for place in others]
+    shared: int | None  # of one neuron, then their number
     for layer, neuron, shared in edited:
         x, y = at(layer, neuron)
         body.append(_rect(x - 3.5, y - 3.5, 7, 7, "second") if shared else _dot(x, y, "first", 4))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -33,12 +35,12 @@ class _Loader(yaml.SafeLoader):
     No aliases: a few lines of them describe more text than memory holds.
     """
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"aliases (*name) are not read, line {self.peek_event().start_mark.line + 1}")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         counts = Counter(str(key.value) for key, _ in node.value)
         if twice := sorted(key for key, count in counts.items() if count > 1):
             raise yaml.YAMLError(f"key {', '.join(twice)} stands twice in line {node.start_mark.line + 1}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     "--in", "source", metavar="MODEL", help="Also show how bake would treat this model. It is downloaded if necessary."
 )
 @options.JSON
-def command(source, as_json) -> None:
+def command(source: str | None, as_json: bool) -> None:
     """Show what this machine can do: versions, memory, devices, disk, speed, the largest model for each mode."""
     from ..diagnosing import doctor
 

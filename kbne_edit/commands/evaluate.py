@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the result as JSON to this file.")
 @REQUIRE
 @options.JSON
-def command(source, edit_path, tasks, out, require, as_json, **values) -> None:
+def command(
+    source: str,
+    edit_path: Path | None,
+    tasks: str | None,
+    out: Path | None,
+    require: tuple[str, ...],
+    as_json: bool,
+    **values: Any,
+) -> None:
     """Measure what an edit does to bias and capability. Base, edit and controls are measured on the same items.
 
     \b

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from ..evaluation.tasks import TaskNote
 
 
 def _explain(context: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -18,7 +23,7 @@ def _explain(context: click.Context, _: click.Parameter, value: str | None) -> N
     context.exit()
 
 
-def _lines(note) -> list[str]:
+def _lines(note: TaskNote) -> list[str]:
     lines = [f"{note.name} ({note.kind}; resampled by {note.clusters})"]
     for figure in note.figures:
         ideal = "" if figure.ideal is None else "; lower is better" if figure.ideal < 0 else f"; ideal {figure.ideal:g}"

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import click
 
 from . import options
@@ -10,7 +13,7 @@ from . import options
 @options.out("Scores file to write, e.g. scores.safetensors; an interrupted one is continued.")
 @options.locating
 @options.JSON
-def command(source, out, as_json, **values) -> None:
+def command(source: str, out: Path, as_json: bool, **values: Any) -> None:
     """Attribute a recipe's questions and controls to neurons; `select` turns the scores into an edit."""
     from ..attribution.answers import AttributionSummary
     from ..locating import locate

@@ -9,8 +9,9 @@ import shlex
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,7 +20,10 @@ from ..rule import COMBINE, RULES
 
 if TYPE_CHECKING:
     from ..attribution.answers import AttributionSummary
+    from ..locating import Settings
     from ..selection.summary import SelectionSummary
+
+Command = TypeVar("Command", bound=Callable)
 
 SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Directory, ORG/NAME[@REVISION], or demo.")
 SHARD_SIZE = click.option(
@@ -35,11 +39,11 @@ VERBOSE = click.option(
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 
-def out(help: str):
+def out(help: str) -> Callable[[Command], Command]:
     return click.option("--out", required=True, type=click.Path(path_type=Path), help=help)
 
 
-def locating(command):
+def locating(command: Command) -> Command:
     """What is asked, and how it is attributed."""
     for option in reversed(
         [
@@ -114,7 +118,7 @@ def locating(command):
     return command
 
 
-def selecting(command):
+def selecting(command: Command) -> Command:
     """Which neurons are kept."""
     for option in reversed(
         [
@@ -160,7 +164,7 @@ def selecting(command):
     return command
 
 
-def evaluating(command):
+def evaluating(command: Command) -> Command:
     """What is measured, and beside which controls."""
     for option in reversed(
         [
@@ -203,7 +207,7 @@ def evaluating(command):
     return command
 
 
-def settings(answers: str | None = None, **values):
+def settings(answers: str | None = None, **values: Any) -> Settings:
     """`Settings` from the options of a command."""
     from ..locating import Settings
 

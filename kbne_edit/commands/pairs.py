@@ -65,6 +65,7 @@ def check(source: str, data: Path | None, as_json: bool) -> None:
 
 def lines(report: UnitsReport) -> list[str]:
     """The report in words."""
+    counts: str | list[str]
     result = []
     for language in dict.fromkeys(row.language for row in report.types):
         rows = [row for row in report.types if row.language == language]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,7 +16,9 @@ from . import options
 @click.option("--create-pr", is_flag=True, help="Open a pull request in an existing repository.")
 @click.option("--dry-run", is_flag=True, help="Check and list the files; send nothing.")
 @options.JSON
-def command(baked, name, base, private, create_pr, dry_run, as_json) -> None:
+def command(
+    baked: Path, name: str, base: str | None, private: bool, create_pr: bool, dry_run: bool, as_json: bool
+) -> None:
     """Publish on the Hub what `bake` or `apply` wrote. Files and proofs are checked first."""
     from contextlib import nullcontext
 
@@ -29,7 +32,7 @@ def command(baked, name, base, private, create_pr, dry_run, as_json) -> None:
         )
     total = sum(path.stat().st_size for path in baked.rglob("*") if path.is_file())
     with resolved(base, say) if base else nullcontext() as source, progress("checking hashes", total, "B") as update:
-        result = push(
+        result: Any = push(
             baked,
             name,
             base=source.path if source else None,

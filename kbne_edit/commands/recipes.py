@@ -19,7 +19,7 @@ def command() -> None:
 
 @command.command("list")
 @options.JSON
-def list_(as_json) -> None:
+def list_(as_json: bool) -> None:
     """List the recipes of the package."""
     from ..recipe import load_recipe, recipe_names
 
@@ -36,7 +36,7 @@ def list_(as_json) -> None:
 @click.argument("recipe")
 @click.option("--questions", type=int, help="Show only this many questions, or units of pairs.")
 @options.JSON
-def show(recipe, questions, as_json) -> None:
+def show(recipe: str, questions: int | None, as_json: bool) -> None:
     """Show the questions of a recipe with their right answers, or the sentences of pairs (pairs/en/gender)."""
     from ..recipe import load_recipe
     from . import pairs
@@ -53,7 +53,7 @@ def show(recipe, questions, as_json) -> None:
 @click.argument("recipe")
 @click.option("--data", type=click.Path(path_type=Path), help="For pairs: folder of benchmarks to compare with.")
 @options.JSON
-def check(recipe, data, as_json) -> None:
+def check(recipe: str, data: Path | None, as_json: bool) -> None:
     """Report every fault of a recipe at once, and how much a model could answer without understanding.
 
     That is: how often a constant answer or the opening words are right, whether questions and controls are equally
@@ -92,7 +92,7 @@ def _check_lines(source: str, checked: RecipeCheck) -> list[str]:
 @command.command()
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: NAME.yaml]")
-def new(name, out) -> None:
+def new(name: str, out: Path | None) -> None:
     """Write an annotated skeleton of a recipe. It is valid as it stands; change it to your subject."""
     from ..recipe import new_recipe
 

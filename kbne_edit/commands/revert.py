@@ -12,7 +12,7 @@ from . import options
 @options.out("Directory for the restored base.")
 @options.JSON
 @options.OVERWRITE
-def command(baked, out, as_json, overwrite) -> None:
+def command(baked: Path, out: Path, as_json: bool, overwrite: bool) -> None:
     """Restore the base, byte for byte, from a baked directory alone."""
     from ..disk.checkpoint import Checkpoint
     from ..folding.undo import revert

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +14,7 @@ from . import options
 @click.option("--recipe", help="Recipe that supplies the default thresholds.  [default: the recipe of the scores]")
 @options.selecting
 @options.JSON
-def command(scores, out, recipe, as_json, **values) -> None:
+def command(scores: Path, out: Path, recipe: str | None, as_json: bool, **values: Any) -> None:
     """Choose neurons from a scores file, with other thresholds or another rule. Needs no model."""
     from ..attribution.scores import load_scores
     from ..files import forbid_overlap

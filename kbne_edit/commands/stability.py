@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )
 @options.selecting
 @options.JSON
-def command(scores, recipe, draws, as_json, **values) -> None:
+def command(scores: tuple[Path, ...], recipe: str | None, draws: int, as_json: bool, **values: Any) -> None:
     """Show how far a selection depends on which questions are asked. Of several SCORES, also show how far they agree.
 
     To compare wordings, prompts, languages or contexts, make one scores file of each with `locate`.
@@ -43,7 +43,7 @@ def command(scores, recipe, draws, as_json, **values) -> None:
     one = len(resamples) == 1  # that nothing is selected is an error for one, and a finding beside others
     found = {name: stability(own) for name, own in resamples.items() if one or len(own.whole)}
     pairs = [] if one else agreements(resamples)
-    result = {
+    result: dict[str, Any] = {
         "files": {name: own.to_dict() for name, own in found.items()},
         "nothing": [name for name, own in resamples.items() if not len(own.whole)],
         "pairs": [pair.to_dict() for pair in pairs],

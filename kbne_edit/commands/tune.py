@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,7 +21,7 @@ class _Values(click.ParamType):
     def __init__(self, kind: type):
         self._kind = kind
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
         try:
@@ -74,7 +74,16 @@ class _Values(click.ParamType):
 @options.evaluating
 @REQUIRE
 @options.JSON
-def command(source, scores, out, tasks, require, as_json, per_dimension, **values) -> None:
+def command(
+    source: str,
+    scores: tuple[Path, ...],
+    out: Path,
+    tasks: str | None,
+    require: tuple[str, ...],
+    as_json: bool,
+    per_dimension: bool,
+    **values: Any,
+) -> None:
     """Choose factor, thresholds, rule and site on one half of the items, and confirm the choice once on the other.
 
     SCORES are files of `locate` on the model, one for each site. Every edit is measured by hooks on the dev half.

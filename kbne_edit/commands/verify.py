@@ -18,7 +18,7 @@ from . import options
 )
 @options.NO_BEHAVIOUR
 @options.JSON
-def command(source, baked, edit_path, no_behaviour, as_json) -> int:
+def command(source: str, baked: Path, edit_path: Path | None, no_behaviour: bool, as_json: bool) -> int:
     """Prove that --baked is --in with an edit folded in, and nothing else. The exit status is 1 if it is not."""
     from ..disk.checkpoint import Checkpoint
     from ..edit import Edit

@@ -9,7 +9,7 @@ import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..disk.manifest import TOOL, FileRecord, Manifest
 from ..disk.names import CARD, MANIFEST, OLD_DELTA, UNDO, base_card
@@ -101,7 +101,7 @@ def build(manifest: Manifest, metadata: dict) -> str:
     languages = [code for code in _listed(metadata.get("language")) if re.fullmatch("[a-z]{2,3}|multilingual", code)]
     adapter = not manifest.is_checkpoint
     published = card.source.commit is not None
-    data = ModelCardData(  # type: ignore[arg-type]
+    data = ModelCardData(
         base_model=card.source.id if published else None,
         language=languages or None,
         library_name=_LIBRARIES[manifest.form],
@@ -114,7 +114,7 @@ def build(manifest: Manifest, metadata: dict) -> str:
         model_name=f"{card.name}, know-bias neurons scaled" if effect else None,
         eval_results=_results(effect, card.recipe) if effect else None,
         **_carried(metadata),
-        **({"base_model_relation": "adapter" if adapter else "finetune"} if published else {}),
+        **({"base_model_relation": "adapter" if adapter else "finetune"} if published else {}),  # type: ignore[arg-type]
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text_of(card, metadata)}\n"))
 
@@ -124,7 +124,7 @@ def _passes(verdict: Verdict) -> bool:
     return verdict.ship != "do not ship" and verdict.effect.state == verdict.cost.state == "PASS"
 
 
-def _carried(metadata: dict) -> dict[str, str]:
+def _carried(metadata: dict) -> dict[str, Any]:
     """What of the base's metadata holds for this model, too. A link that is none is left out."""
     found = {key: metadata[key] for key in _CARRIED if isinstance(metadata.get(key), str)}
     if not re.fullmatch(_LINK, found.get("license_link", "")):

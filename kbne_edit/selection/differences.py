@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ def contrast(x: np.ndarray, strata: np.ndarray, first: np.ndarray, second: np.nd
     """
     size = first.sum(1, keepdims=True)
     x = x.copy()
+    difference: Any  # [R, M], once there is a stratum
     difference, means, parts, spare = 0.0, [0.0, 0.0], [0.0, 0.0], [0, 0]
     for stratum in np.unique(strata):
         rows = strata == stratum

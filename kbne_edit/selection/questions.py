@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -53,13 +53,15 @@ class Questions:
                 forms=[q.form for q in known],
                 controls=[q.control for q in known],
                 twins=[place.get(q.twin, -1) for q in known],
-                site=scores.site,
+                site=cast("Site", scores.site),
                 base=scores.base,
             )
         return scores if only is None else replace(scores, keep=np.array(only, bool))
 
     @classmethod
-    def of_arrays(cls, scores, *, site: Site = "down", base: str | None = None, **known: Sequence) -> Questions:
+    def of_arrays(
+        cls, scores: np.ndarray | Sequence, *, site: Site = "down", base: str | None = None, **known: Sequence
+    ) -> Questions:
         """Of scores [Q, L, F] alone. known: dimensions, answers, forms, controls, twins, as far as there are any."""
         scores = np.asarray(scores)
 
@@ -102,6 +104,7 @@ class Questions:
     @cached_property
     def half(self) -> np.ndarray:
         """0 or 1 for each question: the controls of each answer and form are dealt in turn, [Q]."""
+        seen: dict[tuple, int]
         half, seen = np.zeros(len(self.scores), int), {}
         for q in self.controls.tolist():
             kind = (self.answer[q], self.form[q])
@@ -118,7 +121,7 @@ class Questions:
         """Scores of a question relative to its largest, [L, F]."""
         return self.scores[q] / max(float(self.scores[q].max()), 1e-30)
 
-    def mean_share(self, which: Sequence[int]) -> np.ndarray:
+    def mean_share(self, which: Sequence[int] | np.ndarray) -> np.ndarray:
         """Mean share over questions, [L, F]; each counts as often as it is named."""
         times = np.bincount(np.asarray(which, int))
         return sum(count * self.share(q) for q, count in enumerate(times.tolist()) if count) / max(times.sum(), 1)

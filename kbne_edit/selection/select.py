@@ -187,6 +187,7 @@ def by_dimension(chosen: Selection, factors: dict[str, float]) -> Edit:
     for name, asked in chosen.questions.dimensions.items():
         mean = chosen.questions.mean_share(asked)[layers, neurons]
         means.append(np.where(chosen.dimensions[name][layers, neurons], mean, -np.inf))
+    scaled: dict[int, dict[int, float]]
     names, scaled = list(chosen.dimensions), {}
     for layer, neuron, most in zip(layers.tolist(), neurons.tolist(), np.argmax(means, 0).tolist(), strict=True):
         if factors[names[most]] != 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def resample(
     return Resamples(questions, rule, whole, tuple(drawn))
 
 
-def stability(scores: Scores | Questions | Resamples, rule: Rule | str = Rule(), **settings) -> Stability:  # noqa: B008
+def stability(scores: Scores | Questions | Resamples, rule: Rule | str = Rule(), **settings: Any) -> Stability:  # noqa: B008
     """How far the selection depends on which questions were asked. rule, settings: as of `resample`.
 
     Raises EditError if nothing is selected, and as `select` does.
@@ -114,7 +114,7 @@ def stability(scores: Scores | Questions | Resamples, rule: Rule | str = Rule(),
     resamples = scores if isinstance(scores, Resamples) else resample(scores, rule, **settings)
     if not len(resamples.whole):
         raise EditError(resamples.rule.nothing())
-    times = sum(np.isin(resamples.whole, draw.neurons) for draw in resamples.drawn)
+    times: Any = sum(np.isin(resamples.whole, draw.neurons) for draw in resamples.drawn)
     shares = dict(zip(resamples.whole.tolist(), (times / len(resamples.drawn)).tolist(), strict=True))
     overlaps = [_jaccard(resamples.whole, draw.neurons) for draw in resamples.drawn]
     sizes = [len(draw.neurons) for draw in resamples.drawn]
@@ -142,6 +142,7 @@ def agreements(resamples: dict[str, Resamples]) -> list[Agreement]:
     """
     if len({(own.questions.base, own.questions.site) for own in resamples.values()}) > 1:
         raise InputError("stability: the scores are of different models or sites, so their neurons are not the same")
+    ranks: Any  # of the neurons in one draw, then of one pair in all draws
     pairs, files = list(combinations(resamples, 2)), resamples.items()
     whole = _correlations({name: _ranks(own.questions, own.questions.asked) for name, own in files}, pairs)
     drawn, draws = [], list(zip(*([(name, own, draw) for draw in own.drawn] for name, own in files), strict=True))

@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import cast
 
 import numpy as np
 
@@ -104,7 +105,9 @@ def _needed(beta: float, count: int) -> int:
 
 def _voted(counts: Callable[[int], np.ndarray], beta: float, questions: np.ndarray) -> np.ndarray:
     """Neurons that count in at least beta of these questions (and in at least one)."""
-    return sum(counts(q).astype(np.int32) for q in questions.tolist()) >= _needed(beta, len(questions))
+    return cast("np.ndarray", sum(counts(q).astype(np.int32) for q in questions.tolist())) >= _needed(
+        beta, len(questions)
+    )
 
 
 def _same_sign(questions: Questions, votes: Votes) -> Votes:
@@ -194,7 +197,7 @@ def _twins(questions: Questions) -> dict[int, int]:
 
 
 def _by_difference(questions: Questions, rule: Rule) -> Votes:
-    top = rule.share
+    top = cast("float", rule.share)
 
     def kept(asked: np.ndarray, pool: np.ndarray) -> Kept:
         bounds = _bounds(questions, asked, pool)

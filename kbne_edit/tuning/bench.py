@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -53,11 +53,11 @@ class DevBench:
         if self._journal.get(key) is None:
             run = self._measure(f"tune: measurement {len(self._journal) + 1} on dev", edit)
             tasks = {name: rows.tolist() for name, rows in run.tasks.items()}
-            self._journal.put(key, {"tasks": tasks, "neutral": run.neutral.tolist()})
+            self._journal.put(key, {"tasks": tasks, "neutral": cast("np.ndarray", run.neutral).tolist()})
         return self._read(key)
 
     def _read(self, key: str) -> Run:
-        record = self._journal.get(key)
+        record: Any = self._journal.get(key)
         tasks = {name: np.array(rows) for name, rows in record["tasks"].items()}
         return Run(tasks, np.array(record["neutral"]) if "neutral" in record else None)
 
@@ -66,7 +66,7 @@ class DevBench:
 
         measured = self._bench.measure(self._scorer, label, edit)
         run = Run(measured.tasks, neutral.columns(self._half.texts, measured.logits, self._logits))
-        if not all(np.isfinite(columns).all() for columns in (*run.tasks.values(), run.neutral)):
+        if not all(np.isfinite(columns).all() for columns in (*run.tasks.values(), cast("np.ndarray", run.neutral))):
             what = f"with {edit.num_neurons} neurons times {edit.distinct_factors}" if edit else "as it is"
             raise InputError(f"the model {what} gives no numbers: leave such factors out, or try --dtype float32")
         return run

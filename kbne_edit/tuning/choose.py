@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..disk.checkpoint import Checkpoint
 from ..edit import Edit
@@ -14,7 +14,10 @@ from .result import Point
 from .search import Space, Sweep, front, sweep
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..attribution.scores import Scores
+    from ..statistics import Interval
     from .bench import DevBench
 
 _BLOCK = 8  # draws at once; as soon as one does as well as the edit, no more are needed
@@ -53,7 +56,7 @@ class Chooser:
         for point in best:
             edit = found.candidates[point.edit].edit
             points[point.edit] = tried = self._against_random(points[point.edit], edit)
-            if tried.as_good == 0 and tried.beyond_random.high < 0:
+            if tried.as_good == 0 and cast("Interval", tried.beyond_random).high < 0:
                 return Choice(tuple(points.values()), edit, found)
         return Choice(tuple(points.values()), None, found)
 
@@ -64,7 +67,7 @@ class Chooser:
         def measure(edit: Edit) -> tuple[float, float, float]:
             if edit.sha256 not in points:
                 base, run = self.bench.base, self.bench.run(edit)
-                lowest, kl = self.goal.lowest(base, run), float(neutral.KL.of(run.neutral.mean(0)))
+                lowest, kl = self.goal.lowest(base, run), float(neutral.KL.of(cast("np.ndarray", run.neutral).mean(0)))
                 points[edit.sha256] = Point(
                     edit=edit.sha256,
                     neurons=edit.num_neurons,

@@ -71,6 +71,8 @@ def _deal(
     name: str, stories: Sequence[str], groups: Sequence[str], side: dict[str, int], seed: int
 ) -> tuple[list[int], list[int]]:
     """Numbers of the items of either half. side: the half of each story so far, added to."""
+    sizes: Counter[str]
+    count: Counter[object]
     sizes, count = Counter(), Counter()
     for story, group in zip(stories, groups, strict=True):
         sizes[story] += 1
@@ -81,7 +83,7 @@ def _deal(
     for group, _, story in order:
         if story in side:
             continue
-        half = min((0, 1), key=lambda half, group=group: (count[group, half], count[half], half))
+        half = min((0, 1), key=lambda half, group=group: (count[group, half], count[half], half))  # type: ignore[misc]
         side[story] = half
         count[group, half] += sizes[story]
         count[half] += sizes[story]

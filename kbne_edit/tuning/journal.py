@@ -23,7 +23,8 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: dict):
-        self._path, self._records = path, {}
+        self._path = path
+        self._records: dict[str, dict] = {}
         with write_errors(path):
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)

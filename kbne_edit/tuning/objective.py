@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ..statistics import Interval, Part, pooled
 
 if TYPE_CHECKING:
     from ..evaluation.benchmark import Figure
+    from ..evaluation.result import Loss
     from .halves import Half
 
 FIGURES = ("absolute margin", "unwanted margin")  # default figures, in order of preference
@@ -82,12 +83,14 @@ class Goal:
         for name in self.steering:
             result = tasks[name].figures[self.figure.name]
             better = result.state == "better" and "random neurons" not in result.same_as
-            good.append(better and result.draws >= FEWEST_DRAWS and min(1.0, result.p_holm * uses) < ALPHA)
+            good.append(
+                better and result.draws >= FEWEST_DRAWS and min(1.0, cast("float", result.p_holm) * uses) < ALPHA
+            )
             said.append(f"{name}: {result.described}")
         if uses > 1:
             said.append(f"this data has confirmed {uses} edits, so p is multiplied by {uses}")
         for name in self.abilities:
-            excluded = tasks[name].loss.excluded
+            excluded = cast("Loss", tasks[name].loss).excluded
             bounds.append(excluded)
             said.append(f"{name}: a loss of {self.margin:g} points is {'' if excluded else 'not '}excluded")
         if self.max_kl is not None:

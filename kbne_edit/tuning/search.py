@@ -20,6 +20,7 @@ from ..selection.select import by_dimension, selection
 
 if TYPE_CHECKING:
     from ..attribution.scores import Scores
+    from ..selection.select import Selection
 
 _EITHER = "tau or top"  # an axis of (name, value): the two exclude each other, so they are no two axes
 _ASKS = 5  # of the sampler, for each edit that may be measured: it repeats itself
@@ -127,14 +128,21 @@ def sweep(space: Space, scores: dict[str, Scores], trials: int, seed: int, measu
     return Sweep(found, how, size, len({str(setting) for setting in empty}))
 
 
-def _axes(space: Space, scores: dict[str, Scores]) -> dict[str, tuple]:
+def _axes(space: Space, scores: dict[str, Scores]) -> dict[str, Sequence]:
     """{name: its values}: the space is their product."""
+    thresholds: dict[str, Sequence]
     rules = space.rules or tuple(rule for rule in RULES if all(_allows(s, rule) for s in scores.values()))
     if space.taus and space.tops:
         thresholds = {_EITHER: (*(("tau", v) for v in space.taus), *(("top", v) for v in space.tops))}
     else:
         thresholds = {"tau": space.taus} if space.taus else {"top": space.tops}
-    axes = {"site": tuple(scores), "rule": rules, "combine": space.combines, **thresholds, "beta": space.betas}
+    axes: dict[str, Sequence] = {
+        "site": tuple(scores),
+        "rule": rules,
+        "combine": space.combines,
+        **thresholds,
+        "beta": space.betas,
+    }
     if not space.per_dimension:
         return axes | {"factor": space.factors}
     dimensions = dict.fromkeys(q.dimension for s in scores.values() for q in s.questions if not q.control)
@@ -163,7 +171,7 @@ def _selector(scores: dict[str, Scores]) -> Callable[[dict], Edit | None]:
     """A function: setting -> edit, None if it selects nothing."""
 
     @cache
-    def chosen(site: str, rule: Rule):
+    def chosen(site: str, rule: Rule) -> Selection | None:
         try:
             return selection(scores[site], rule)
         except EditError:
@@ -182,7 +190,14 @@ def _selector(scores: dict[str, Scores]) -> Callable[[dict], Edit | None]:
     return edit_of
 
 
-def _ask_optuna(axes: dict[str, tuple], size: int, trials: int, seed: int, visit, found: dict) -> str:
+def _ask_optuna(
+    axes: dict[str, Sequence],
+    size: int,
+    trials: int,
+    seed: int,
+    visit: Callable[[dict], tuple[float, float, float] | None],
+    found: dict,
+) -> str:
     """Let Optuna's TPE ask until `trials` edits are measured. Seeded: the same answers bring the same questions."""
     try:
         import optuna
@@ -192,7 +207,7 @@ def _ask_optuna(axes: dict[str, tuple], size: int, trials: int, seed: int, visit
             f"`pip install 'kbne-edit[tune]'`, or --trials {size} for all of them, or fewer values"
         ) from None
     ordered = {name: all(isinstance(value, (int, float)) for value in values) for name, values in axes.items()}
-    space = {
+    space: dict[str, optuna.distributions.BaseDistribution] = {
         name: optuna.distributions.IntDistribution(0, len(values) - 1)
         if ordered[name]
         else optuna.distributions.CategoricalDistribution(range(len(values)))

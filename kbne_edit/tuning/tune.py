@@ -16,7 +16,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .. import __version__, plots
 from ..attribution.scores import Scores, load_scores
@@ -258,6 +258,7 @@ def _write(out: Path, result: dict, edit: Edit | None) -> None:
     marks = [(p["kl"], p["bias"][0], p["within"], p["front"], p["edit"] == chosen) for p in result["points"]]
     write_text(out / PLOT, plots.standalone(plots.pareto(marks, result["figure"])))
     if result["confirmation"]:
+        edit = cast("Edit", edit)
         record = {"figure": result["figure"], "chosen_by": result["chosen_by"], **result["confirmation"]}
         found = {
             **edit.found,
