@@ -50,7 +50,7 @@ class Scored:
         return self.logprobs / self.tokens
 
 
-def sentence_ids(tokenizer, text: str) -> list[int]:
+def sentence_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text behind the token that begins one, as lm-eval scores a text without a context.
 
     Some tokenizers (Qwen's) put none there. The first word would not be scored, and the model would read one that
@@ -64,7 +64,7 @@ def sentence_ids(tokenizer, text: str) -> list[int]:
 
 def margins_of_edits(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     probes: Sequence[Probe],
     edits: Sequence[Edit | None],
     *,
@@ -102,7 +102,10 @@ def score_edits(
     total, greedy = np.zeros(shape), np.ones(shape, bool)
     for part in cut(rows, int(min(TREE_TOKENS, longest(model)))):
         tree = Tree(rows[part])
-        kept, index, target, owner = {}, [], [], []
+        kept: dict[int, int] = {}
+        index: list[int] = []
+        target: list[int] = []
+        owner: list[int] = []
         for path, of_row in zip(tree.paths, lookups[part], strict=True):
             for pair, start, tokens in of_row:
                 index += [kept.setdefault(node, len(kept)) for node in path[start : start + len(tokens)]]
@@ -150,6 +153,8 @@ def _looked_up(
     model: nn.Module, states: Tensor, index: list[int], target: list[int], temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(log-probabilities [E, T], is it the likeliest token [E, T]) of tokens at kept positions. states: [E, K, D]."""
+    at: Any
+    place: Any
     count, kept = states.shape[:2]
     # In the order of positions, so that each block of logits is needed for its own lookups alone.
     wanted: list[list[int]] = [[] for _ in range(kept)]
@@ -198,7 +203,7 @@ def last_states(model: nn.Module, tree: Tree, edits: Sequence[Edit | None]) -> T
     """
     if is_recurrent(model):
         return unpacked(tree, lambda ids: _states(model, edits, ids), model)
-    device, depth = model.get_input_embeddings().weight.device, np.array(tree.depth)
+    device, depth = model.get_input_embeddings().weight.device, np.array(tree.depth)  # type: ignore[operator]
     return _states(
         model,
         edits,
@@ -224,18 +229,19 @@ def _states(model: nn.Module, edits: Sequence[Edit | None], input_ids: Tensor, *
 
 
 @contextmanager
-def _repeated(layers: Sequence[nn.Module], count: int) -> Iterator[None]:
+def _repeated(layers: nn.ModuleList, count: int) -> Iterator[None]:
     """What comes to the first of these layers, [1, N, D], is repeated: [count, N, D]."""
 
-    def repeat(_, args, kwargs):
+    def repeat(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (args[0].repeat(count, 1, 1), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": kwargs["hidden_states"].repeat(count, 1, 1)}
 
-    def mask(_, args, kwargs):  # XGLM checks its size; elsewhere it would be broadcast
+    # XGLM checks its size; elsewhere it would be broadcast
+    def mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(map(expanded, args)), {name: expanded(value) for name, value in kwargs.items()}
 
-    def expanded(value):
+    def expanded(value: Any) -> Any:
         is_mask = isinstance(value, Tensor) and value.dim() == 4 and len(value) == 1
         return value.expand(count, -1, -1, -1) if is_mask else value
 
@@ -248,7 +254,7 @@ def _repeated(layers: Sequence[nn.Module], count: int) -> Iterator[None]:
 
 @contextmanager
 def _left_after(layer: nn.Module) -> Iterator[None]:
-    def leave(_, __, output):
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)
 
     handle = layer.register_forward_hook(leave)
@@ -261,6 +267,7 @@ def _left_after(layer: nn.Module) -> Iterator[None]:
 @contextmanager
 def _scaled(model: nn.Module, edits: Sequence[Edit | None], tokens: int) -> Iterator[None]:
     """Every batch entry has the factors of its own edit."""
+    edit: Edit | None
     with ExitStack() as stack:
         for site in dict.fromkeys(edit.site for edit in edits if edit):
             found = places(model, site)

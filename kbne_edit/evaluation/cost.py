@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class Balanced(NamedTuple):
         return self.low <= self.chance
 
     @classmethod
-    def of(cls, right: np.ndarray, answers: Sequence[str]) -> Balanced:
+    def of(cls, right: np.ndarray, answers: Sequence[str] | np.ndarray) -> Balanced:
         """right: 0/1, [n]; answers: the right answer of each, [n]."""
         names, answers = sorted(set(answers)), np.asarray(answers)
         tallies = [(float(right[answers == name].sum()), int((answers == name).sum())) for name in names]
@@ -211,12 +211,12 @@ class NeutralRun:
     def _blocks(self, states: Tensor) -> Iterator[Tensor]:
         from .batched import logits_of
 
-        device = self.model.get_input_embeddings().weight.device
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         for block in states.split(_BLOCK * 4):
             yield from logits_of(self.model, block.to(device)).split(_BLOCK)
 
 
-def measure_cost(run: NeutralRun, tokenizer, recipe: Recipe, edit: Edit) -> Cost:
+def measure_cost(run: NeutralRun, tokenizer: Any, recipe: Recipe, edit: Edit) -> Cost:
     """The edit's cost. run: base and edit on the neutral text."""
     base, edited = run.columns()
     # Columns: the base's loss, the edit's loss, KL, tokens.
@@ -242,7 +242,7 @@ def _perplexity(index: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda means: np.exp(means[..., index] / means[..., 3])
 
 
-def _answered(model: nn.Module, tokenizer, recipe: Recipe, edit: Edit) -> dict[str, Answered | Balanced | None]:
+def _answered(model: nn.Module, tokenizer: Any, recipe: Recipe, edit: Edit) -> dict[str, Any]:
     """`questions`, `controls` and `balanced` of a cost, as `locate` decides which answer is right."""
     from ..models.prompts import answer_tokens, encode
     from .batched import score_edits
@@ -268,11 +268,15 @@ def _answered(model: nn.Module, tokenizer, recipe: Recipe, edit: Edit) -> dict[s
     }
 
 
-def continuations(model: nn.Module, tokenizer, recipe: Recipe, text: NeutralText, edit: Edit) -> list[Continuation]:
+def continuations(
+    model: nn.Module, tokenizer: Any, recipe: Recipe, text: NeutralText, edit: Edit
+) -> list[Continuation]:
     """Greedy continuations of the beginnings of some neutral texts and probes, by base and edit."""
     from ..models.hooks import hooked
 
-    places = np.unique(np.linspace(0, len(recipe.twins) - 1, _PROMPTS).astype(int)) if recipe.twins else []
+    places: Sequence[int] | np.ndarray = (
+        np.unique(np.linspace(0, len(recipe.twins) - 1, _PROMPTS).astype(int)) if recipe.twins else []
+    )
     prompts = [("neutral", whole) for whole in text.texts[:_PROMPTS]]
     prompts += [("probe", recipe.twins[i].first.first) for i in places]
     cut = [(about, _beginning(whole)) for about, whole in prompts]
@@ -289,7 +293,7 @@ def _beginning(text: str) -> str:
     return " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else text[: (len(text) + 1) // 2]
 
 
-def _continued(model: nn.Module, tokenizer, prompts: Sequence[str]) -> list[str]:
+def _continued(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     """Greedy, all prompts in one batch, padded on the left."""
     import torch
 

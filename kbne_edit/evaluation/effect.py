@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -231,7 +231,7 @@ def random_edit(edit: Edit, neurons: Sequence[int], seed: int) -> Edit:
 Margins = Callable[[Sequence[Probe], Sequence["Edit | None"], float], np.ndarray]
 
 
-def margins_in(model: nn.Module, tokenizer) -> Margins:
+def margins_in(model: nn.Module, tokenizer: Any) -> Margins:
     """Of a model in memory, by run-time hooks, which the fold equals."""
     from .batched import margins_of_edits
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..attribution.answers import AttributionSummary
 from ..disk.checkpoint import Checkpoint
@@ -160,7 +160,7 @@ def evaluate(
         bench = Bench(ready, text.rows)
         edited = bench.measure(scorer, "evaluate: edit", None if baked else edit) if edit else None
         if baked:  # measured first, so that one model is in memory at a time
-            scorer = None
+            scorer = None  # type: ignore[assignment]
             scorer = scorer_of(checkpoint.path)
         runs = bench.complete(scorer, edited, controls)
         impact = NOT_MEASURED
@@ -211,6 +211,8 @@ def _known(baked: Path, base: Path) -> Known:
     if not proof.holds:
         raise InputError(f"{baked} is not {base} with an edit alone ({proof.faults[0]}): `kbne-edit verify` lists all")
     manifest = Manifest.read(baked)
+    selection: Any
+    attribution: Any
     summary = (manifest.summary if manifest else None) or {}
     try:
         proofs = Proofs.from_dict(manifest.proofs, proof.edit) if manifest and manifest.proofs else None

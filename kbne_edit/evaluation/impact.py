@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..disk.checkpoint import Checkpoint
 from ..edit import Edit
@@ -59,7 +59,7 @@ def impact_of(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> Impact:
         return NOT_MEASURED
 
 
-def measure_impact(model: nn.Module, tokenizer, recipe: Recipe, edit: Edit, neurons: Sequence[int]) -> Impact:
+def measure_impact(model: nn.Module, tokenizer: Any, recipe: Recipe, edit: Edit, neurons: Sequence[int]) -> Impact:
     """Effect and cost of an edit, by run-time hooks, which the fold equals. neurons: how many each layer has, [L].
 
     Raises EditError if the edit does not fit the model, InputError where it leaves no numbers.

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..recipe import Recipe
 from .benchmark import Figure
+
+if TYPE_CHECKING:
+    from .scoring import Scorer
 
 # Columns of a text: its negative log-likelihood, its KL from the base, its predicted tokens.
 PERPLEXITY = Figure("perplexity", lambda m: np.exp(m[..., 0] / m[..., 2]), None)
@@ -62,7 +66,7 @@ def packaged(language: str) -> tuple[str, ...]:
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 
-def neutral_text(tokenizer, recipe: Recipe) -> NeutralText:
+def neutral_text(tokenizer: Any, recipe: Recipe) -> NeutralText:
     """The texts for a model and a recipe.
 
     A tokenizer that cannot read the package's texts (the demo's knows its own small world only) gets the recipe's
@@ -89,7 +93,7 @@ def neutral_text(tokenizer, recipe: Recipe) -> NeutralText:
     return readable("package", texts)
 
 
-def logits(scorer, texts: list[list[int]]) -> Tensor:
+def logits(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Tensor:
     """[N, V] float32 on the CPU, at every position that predicts a token of the texts."""
     return scorer.logits_of([ids[:-1] for ids in texts])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ABILITIES = ("capability", "knowledge")  # kinds of tasks in which an edit must not make a model worse
 ALPHA = 0.05  # of the whole report, shared out by Holm
-RANDOM = "random neurons"
+RANDOM: Final = "random neurons"
 
 State = Literal["better", "worse", "none"]
 
@@ -157,7 +157,7 @@ def results_of(tasks: Sequence[Benchmark], runs: Runs, margin: float, only: str 
         for name, figure in found[task.name].figures.items()
         if figure.p is not None and only in (None, name)
     ]
-    p_holm = holm([found[task].figures[name].p for task, name in places])
+    p_holm = holm([cast("float", found[task].figures[name].p) for task, name in places])
     further = _further({place: found[place[0]].figures[place[1]] for place in places}, runs)
     for (task, name), p in zip(places, p_holm, strict=True):
         figures = found[task].figures
@@ -186,7 +186,7 @@ def _progress(result: FigureResult, run: str) -> float:
 
 def _direction(figure: Figure, base: float) -> float:
     """1 where the ideal lies above the base, -1 where it lies below."""
-    return -1.0 if figure.ideal == -math.inf or figure.ideal < base else 1.0
+    return -1.0 if figure.ideal == -math.inf or cast("float", figure.ideal) < base else 1.0
 
 
 def _task(task: Benchmark, runs: Runs, margin: float) -> TaskResult:
@@ -195,7 +195,7 @@ def _task(task: Benchmark, runs: Runs, margin: float) -> TaskResult:
     groups = {}
     for group in sorted({*task.groups} - {""}) if len({*task.groups}) > 1 else []:
         chosen = np.array([g == group for g in task.groups])
-        of_group = {name: columns[name][chosen] for name in ("base", "edit") if name in columns}
+        of_group: dict[str, np.ndarray] = {name: columns[name][chosen] for name in ("base", "edit") if name in columns}
         within = None if clusters is None else np.asarray(clusters)[chosen]
         groups[group] = (
             int(chosen.sum()),

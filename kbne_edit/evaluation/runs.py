@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -130,7 +130,7 @@ class Bench:
             if control.kind != "random neurons":
                 measured = self.measure(scorer, f"evaluate: {control.name}", control.edit)
                 runs.append(run(control.kind, control.name, measured))
-        heat = neutral.temperature(base.logits, float(neutral.KL.of(runs[1].neutral.mean(0))))
+        heat = neutral.temperature(base.logits, float(neutral.KL.of(cast("np.ndarray", runs[1].neutral).mean(0))))
         if heat:
             scorer.temperature = heat
             runs.append(run("flattened", "flattened", self.measure(scorer, "evaluate: flattened")))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,13 +36,15 @@ class Scorer(HFLM):
     the logits (1: the model itself). Nothing is kept between calls, so a hooked and a bare model cannot mix.
     """
 
-    def __init__(self, model: nn.Module, tokenizer):
+    def __init__(self, model: nn.Module, tokenizer: Any):
         with quiet_lm_eval():
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.temperature = 1.0
         self._tokens = min(tokens_of_a_pass(self.model), self.max_length)
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs=None) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
         """What lm-eval calls, with [((context, continuation), context ids, continuation ids), …]."""
         return self.score([(context, continuation) for _, context, continuation in requests])
 
@@ -51,12 +54,12 @@ class Scorer(HFLM):
 
         found: list[Pair] = []
 
-        def collect(encoded, **_):
+        def collect(encoded: Any, **_: Any) -> list[tuple[float, bool]]:
             found.extend((context, continuation) for _, context, continuation in encoded)
             return []
 
         instances = [Instance("loglikelihood", {}, request, 0) for request in requests]
-        self._loglikelihood_tokens = collect  # shadows the method for this one call
+        self._loglikelihood_tokens = collect  # type: ignore[method-assign, assignment] # shadows the method for this one call
         try:
             self.loglikelihood(instances, disable_tqdm=True)
         finally:
@@ -73,7 +76,9 @@ class Scorer(HFLM):
                 update(sum(map(len, lookups[part])))
         return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
-    def _score_pack(self, rows, lookups: list[list[Lookup]], total: np.ndarray, greedy: np.ndarray) -> None:
+    def _score_pack(
+        self, rows: list[tuple[int, ...]], lookups: list[list[Lookup]], total: np.ndarray, greedy: np.ndarray
+    ) -> None:
         try:
             pairs, values, hits = self._run_pack(rows, lookups)
         except torch.OutOfMemoryError:
@@ -86,9 +91,15 @@ class Scorer(HFLM):
         np.add.at(total, pairs, values)
         np.logical_and.at(greedy, pairs, hits)
 
-    def _run_pack(self, rows, lookups: list[list[Lookup]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _run_pack(
+        self, rows: list[tuple[int, ...]], lookups: list[list[Lookup]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One pass: (pair, log-probability, is it the likeliest token) of every token of every continuation."""
-        tree, kept, index, target, owner = Tree(rows), {}, [], [], []
+        tree = Tree(rows)
+        kept: dict[int, int] = {}
+        index: list[int] = []
+        target: list[int] = []
+        owner: list[int] = []
         for path, of_row in zip(tree.paths, lookups, strict=True):
             for pair, start, tokens in of_row:
                 index += [kept.setdefault(node, len(kept)) for node in path[start : start + len(tokens)]]

@@ -101,7 +101,7 @@ def batches(lengths: Sequence[int], most: int = _BATCH_TOKENS) -> list[list[int]
 
 def _leaves(start: Tensor, sizes: list[int], count: int, model: nn.Module) -> list[Tensor]:
     # In float32 whatever the model's dtype: bfloat16 has no number between 1 and 1.0078.
-    parts = start.float().to(model.get_input_embeddings().weight.device).split(sizes)
+    parts = start.float().to(model.get_input_embeddings().weight.device).split(sizes)  # type: ignore[operator]
     return [part.repeat(count, 1).requires_grad_() for part in parts]
 
 
@@ -224,7 +224,7 @@ class Neutral:
 
 def _block(model: nn.Module) -> int:
     """How many positions go through the head at once."""
-    return max(64, _LOGITS // model.get_output_embeddings().weight.shape[0])
+    return max(64, _LOGITS // model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 class _Reached(Exception):

@@ -128,7 +128,7 @@ def _whole_model(plan: Plan, baked: Checkpoint, dtype: torch.dtype, own: torch.d
     return _compared("whole model", dtype, reference, got, None if edit.exact else noise)
 
 
-def _forbid_nonsense(model, probes: list[list[int]], reference: Outcome) -> None:
+def _forbid_nonsense(model: Any, probes: list[list[int]], reference: Outcome) -> None:
     """Raise InputError where the hooked model gives no numbers, of the base if that gives none either."""
     import torch
 
