@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .edit import Edit
 from .locating import Settings, choose, locate_in_memory
@@ -36,7 +36,7 @@ class Debiased:
 
 
 def debias(
-    model: nn.Module, tokenizer, recipe: str | Path | Recipe = "social-bias", settings: Settings | None = None
+    model: nn.Module, tokenizer: Any, recipe: str | Path | Recipe = "social-bias", settings: Settings | None = None
 ) -> Debiased:
     """Locate know-bias neurons of a causal model of transformers in memory, and select those that the recipe asks for.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from .errors import FamilyError, shown
 from .structure import structure_of
@@ -58,7 +58,7 @@ _GATED = Family("model.layers", "mlp.down_proj", "mlp.gate_proj")
 _PACKED = Family("model.layers", "mlp.down_proj", "mlp.gate_up_proj", packed=True)
 
 
-def _moe(block: str, expert_down: str, **kwargs) -> Family:
+def _moe(block: str, expert_down: str, **kwargs: Any) -> Family:
     return Family("model.layers", f"{block}.down_proj", experts=f"{block}.experts", expert_down=expert_down, **kwargs)
 
 

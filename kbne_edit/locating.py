@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .disk.checkpoint import Checkpoint
 from .distributed import LOCAL_RANK, LOCAL_SIZE, Team, team
@@ -104,7 +104,7 @@ def locate_in(
         processes, writer = stack.enter_context(team()), None
         if processes.rank == 0:
             writer = stack.enter_context(closing(ScoresWriter(out, questions, len(sizes), max(sizes), about, aside)))
-        todo = processes.share([q for q, done in enumerate(writer.done) if not done] if writer else None)
+        todo: Any = processes.share([q for q, done in enumerate(writer.done) if not done] if writer else None)
         if todo:
             if len(todo) < len(questions):
                 say(f"{out}: {len(questions) - len(todo)} of {len(questions)} questions are done already")
@@ -112,11 +112,11 @@ def locate_in(
                 say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
             job = _Job(questions, prompts, settings, checkpoint.path)
             for q, row in job.rows(_supplier(checkpoint, settings), todo, processes):
-                writer.write(q, row)
+                writer.write(q, row)  # type: ignore[union-attr]  # rows come on the first process alone
     return load_scores(out) if writer else None
 
 
-def locate_in_memory(model: nn.Module, tokenizer, recipe: Recipe, settings: Settings) -> Scores:
+def locate_in_memory(model: nn.Module, tokenizer: Any, recipe: Recipe, settings: Settings) -> Scores:
     """`locate` for a model and a tokenizer of transformers that are loaded already; nothing is written.
 
     settings: device, dtype and memory are the model's. Raises InputError.
@@ -231,7 +231,7 @@ class _MassWatch:
             )
 
 
-def _supplier(checkpoint: Checkpoint, settings: Settings):
+def _supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
     """The model in memory, or its layers one by one where it does not fit."""
     import torch
 

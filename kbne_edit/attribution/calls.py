@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -26,24 +26,24 @@ class CacheLayer(DynamicLayer):
         super().__init__()
         self.before, self.length, self.keep = before, length, keep
 
-    def get_seq_length(self, *_) -> int:
+    def get_seq_length(self, *_: Any) -> int:
         return self.length
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.keep:
             self.keys, self.values, self.is_initialized = key_states, value_states, True
         earlier = self.before.chain() if self.before else []
         keys, values = zip(*earlier, (key_states, value_states), strict=True)
         return torch.cat(keys, -2), torch.cat(values, -2)
 
-    def chain(self) -> list[tuple[Tensor, Tensor]]:
+    def chain(self) -> list[tuple[Any, Any]]:
         """(keys, values) of the segments before and of this one."""
         return [*(self.before.chain() if self.before else []), (self.keys, self.values)]
 
 
 def new_cache(layers: nn.ModuleList, before: DynamicCache | None, length: int, keep: bool = True) -> DynamicCache:
     cache = DynamicCache()
-    earlier = before.layers if before else [None] * len(layers)
+    earlier: Any = before.layers if before else [None] * len(layers)
     cache.layers = [CacheLayer(old, length, keep) for old in earlier]
     return cache
 
@@ -71,7 +71,7 @@ def call_of(
 ) -> tuple[Tensor, Call]:
     """(the embedded tokens, how the model calls layer `index` for these tokens, [N] each), without running a layer."""
 
-    def note(*args, **kwargs):
+    def note(*args: Any, **kwargs: Any) -> NoReturn:
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         raise _Reached(hidden, Call(args, kwargs))
 
@@ -85,16 +85,16 @@ def call_of(
     raise AssertionError(f"{type(model).__name__} did not call layer {index}")
 
 
-def _passed(*args, **kwargs) -> Tensor:
+def _passed(*args: Any, **kwargs: Any) -> Tensor:
     """A layer that does nothing."""
     return (args[0] if args else kwargs["hidden_states"]).as_subclass(Output)
 
 
-def on_device(model: nn.Module, values: np.ndarray) -> Tensor:
+def on_device(model: Any, values: np.ndarray) -> Tensor:
     return torch.from_numpy(values).to(model.get_input_embeddings().weight.device)
 
 
-def forward(model: nn.Module, ids: np.ndarray, cache: DynamicCache, **kwargs):
+def forward(model: nn.Module, ids: np.ndarray, cache: DynamicCache, **kwargs: Any) -> Any:
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     return model(input_ids=on_device(model, ids), **{name: cache}, use_cache=True, logits_to_keep=1, **kwargs)
 
@@ -102,10 +102,10 @@ def forward(model: nn.Module, ids: np.ndarray, cache: DynamicCache, **kwargs):
 class Output(Tensor):
     """A layer's output for models that take it bare and for models that take the first entry of a tuple."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         return iter((self, None))  # Bamba unpacks a layer's output and its attention weights

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os.path import commonprefix
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -78,15 +78,16 @@ class Resident:
     """A model that is in memory (or spread over devices by a dispatcher). graphs: as of `Layers`."""
 
     def __init__(self, model: nn.Module, graphs: float = GRAPHS):
+        self.max_rows: float
         self.model, self.graphs, self.max_rows = model, graphs, ROWS
 
-    def up(self):
+    def up(self) -> Iterable[tuple[int, nn.Module]]:
         return enumerate(decoder_layers(self.model))
 
-    def down(self):
+    def down(self) -> Iterable[tuple[int, nn.Module]]:
         return reversed(list(enumerate(decoder_layers(self.model))))
 
-    def group(self, packs, rows, bare):
+    def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int], bare: int) -> int:
         return 1
 
 
@@ -121,7 +122,7 @@ def attribute(
 
 
 def attributions(
-    layers: Layers | nn.Module,
+    layers: Layers | Any,
     input_ids: Sequence[Sequence[int]],
     answer_ids: Sequence[Sequence[int]],
     site: Site = "down",
@@ -144,7 +145,7 @@ def attributions(
     _check(input_ids, answer_ids, positions)
     wanted = range(len(input_ids)) if only is None else only
     if is_recurrent(layers.model):
-        questions = (
+        questions: Any = (
             Question(layers.model, site, input_ids[q], answer_ids[q], other_ids[q] if other_ids else None, positions)
             for q in wanted
         )
@@ -255,6 +256,7 @@ def _settle(
         pack.arrived = arrived
     climbing = [*([stem] if stem else []), *asked]
     bare = True
+    of_pack: Any  # rules, later answers
     refined = isinstance(rules[0][0], Adaptive)
     if refined and post_norm(layers.model):
         # Their nodes lie where the norm saturates, which is known only after the forward pass of the prompts.

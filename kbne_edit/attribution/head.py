@@ -10,6 +10,7 @@ Legend: R rows, V vocabulary, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -40,9 +41,7 @@ class Surfaces:
         return torch.logsumexp(logits.gather(1, ids).masked_fill(absent, -torch.inf), -1)
 
 
-def objective(
-    model: nn.Module, hidden: Tensor, owner: np.ndarray, answers: Surfaces, others: Surfaces | None
-) -> Tensor:
+def objective(model: Any, hidden: Tensor, owner: np.ndarray, answers: Surfaces, others: Surfaces | None) -> Tensor:
     """What is attributed, of the last layer's outputs [1, R, D], row by row of the questions `owner` -> [R].
 
     The probability of the answer; with `others` its log-odds against them, for which the rest of the vocabulary does
@@ -73,7 +72,7 @@ class LogSumExp(torch.autograd.Function):
     """log sum_v exp(W z + b)_v of each row, [R]. z: [R, D]; weight: [V, D]; bias: [V] or None."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         largest = torch.full((len(z), 1), -torch.inf, device=z.device)
         total, mean = torch.zeros_like(largest), torch.zeros_like(z)
         for start in range(0, len(weight), _BLOCK):
@@ -89,7 +88,7 @@ class LogSumExp(torch.autograd.Function):
         return (largest + total.log()).squeeze(1)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (mean,) = ctx.saved_tensors
         return gradient[:, None] * mean, None, None
 
@@ -97,7 +96,7 @@ class LogSumExp(torch.autograd.Function):
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def is_plain(model: nn.Module, hidden: Tensor) -> bool:
+def is_plain(model: Any, hidden: Tensor) -> bool:
     """Whether logits are a float32 product with the head's weight, and nothing after it (no scale, no soft cap).
 
     Tried once per model, with known numbers in place of the head's output: configurations call what follows by many
@@ -121,10 +120,10 @@ class _AtHead(Exception):
         self.hidden = hidden
 
 
-def before_head(model: nn.Module, hidden: Tensor) -> Tensor:
+def before_head(model: Any, hidden: Tensor) -> Tensor:
     """What the model gives to its head for these outputs of the last layer: [1, R, D] -> [R, D]."""
 
-    def leave(hidden: Tensor, *args, **kwargs):
+    def leave(hidden: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
         raise _AtHead(hidden)
 
     try:

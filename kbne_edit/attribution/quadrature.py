@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -116,6 +116,7 @@ class Fixed:
         x, w = np.polynomial.legendre.leggauss(n) if kind == "gauss" else (np.linspace(-1, 1, n), np.full(n, 2 / n))
         self._x = torch.tensor([*(x + 1) / 2, 0.0], dtype=torch.float32)  # at 0 for its value alone
         self._w = torch.tensor([*w / 2, 0.0], dtype=torch.float32)
+        self.gradients: Any  # a Tensor after `accept`
         self._layers, self.nodes, self.gradients = layers, np.full(layers, n), None
 
     def request(self) -> dict[int, Tensor]:
@@ -166,7 +167,7 @@ class Adaptive:
             self._parts[layer] = sorted(parts, key=lambda part: part.start)
             self._starts[layer] = {part.start: points[part.start] for part in parts}
             self.nodes[layer] += len(rows.p)
-        self.gradients = torch.stack([sum(part.gradient for part in parts) for parts in self._parts])
+        self.gradients = torch.stack([sum(part.gradient for part in parts) for parts in self._parts])  # type: ignore[misc]
         self.p_zero = np.array([starts[0.0][1] for starts in self._starts])
         scores = (h * self.gradients).view(len(h), self._positions, -1).sum(1)
         allowed = self._tolerance * max(scores.abs().max().item(), 1e-30)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from ..models.places import decoder_layers, num_neurons, places, post_norm
 from .calls import Call, call_of, new_cache
 from .head import Surfaces, head, objective, of_logits
 from .quadrature import Found
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 
 class Tokens(NamedTuple):
@@ -76,8 +79,8 @@ class Segment:
         check_tokens(model, tokens.ids.tolist(), tokens.depth.tolist())
         self.model, self.tokens = model, tokens
         earlier = before.context if before else NONE
-        self.context = earlier.before(tokens)
-        self.cache = new_cache(decoder_layers(model), before.cache if before else None, len(earlier.ids))
+        self.context: Tokens = earlier.before(tokens)
+        self.cache: DynamicCache = new_cache(decoder_layers(model), before.cache if before else None, len(earlier.ids))
         self._mask = _mask_of(model, tokens, self.context)
 
     def climb(self, index: int, layer: nn.Module) -> None:
@@ -113,7 +116,7 @@ class Pack(Segment):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         input_ids: Sequence[Sequence[int]],
         answer_ids: Sequence[Sequence[int]],
         site: Site,
@@ -139,9 +142,11 @@ class Pack(Segment):
         self._norm = post_norm(model)
         # Where each question's last tokens stand, [Q, N].
         self.last = torch.tensor(np.cumsum(lengths))[:, None] + torch.arange(-positions, 0)
+        self._others: Any  # Surfaces or None
         self._answers, self._others = Surfaces(answer_ids), other_ids and Surfaces(other_ids)
         self.base: list[Tensor]  # the last positions' input to each layer, [1, Q, D]
-        self.gradient: Tensor | None = None
+        self.gradient: Any = None  # a Tensor after the first rows
+        self.turns: Any  # a Tensor or None
         self.arrived: Callable[[Tensor], None] | None = None  # called with next_token
 
     def _run(self, index: int, layer: nn.Module, call: Call) -> None:
@@ -203,10 +208,11 @@ class Rows:
         self.pack, self._gammas, self._each = pack, gammas, pack.positions
         self._bare, self._lowest = pack.count if bare else 0, 0 if bare else min(min(g) for g in gammas if g)
         self._kept = self._first_kept(graphs)  # layers from here on keep their graph
-        self._hidden: Tensor | None = None
+        self._hidden: Any = None  # a Tensor on the way up
+        self._gradient: Any  # a Tensor on the way down
         self._owner = np.zeros(0, int)  # of each row; its tokens stand side by side
         self._start: dict[int, int] = {}  # of the layer's own rows
-        self._held: dict[int, _Held | Tensor] = {}
+        self._held: dict[int, Any] = {}  # _Held, or the layer's input alone
         self._cache = new_cache(decoder_layers(pack.model), pack.cache, len(pack.context.ids), keep=False)
         self.gradients: dict[int, Tensor] = {}  # of the layer's own rows
 
@@ -245,7 +251,8 @@ class Rows:
         pack, start, hidden = self.pack, self._start[index] * self._each, hidden.detach().requires_grad_()
         of_rows = torch.cat([torch.zeros(self._start[index]), *(g[index] for g in self._gammas if index in g)])
         gammas = of_rows.repeat_interleave(self._each)
-        own, bare = [], []
+        own: list[_Leaf] = []
+        bare: list[_Leaf] = []
 
         def tap(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
             flat = h.flatten(0, -2)

@@ -112,7 +112,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
             del expected["p_answers"]
         if sizes["Q"] != len(meta["questions"]) or layout != expected:
             raise TypeError
-        arrays = {t.name: np.memmap(path, _DTYPE[t.dtype], "r", t.start, t.shape) for t in shard.tensors}
+        arrays: dict[str, np.ndarray] = {
+            t.name: np.memmap(path, _DTYPE[t.dtype], "r", t.start, t.shape) for t in shard.tensors
+        }
     except CheckpointError as error:
         raise ScoresError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError):

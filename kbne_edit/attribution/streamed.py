@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class Streamed:
     even one question fits the budget.
     """
 
-    graphs = 0  # the weights are gone before the way down
+    graphs: float = 0  # the weights are gone before the way down
     max_rows = float("inf")  # bounded by the budget already
 
     def __init__(self, checkpoint: Checkpoint, memory: float):
@@ -72,7 +73,8 @@ class Streamed:
     def _load(self, layer: int | None) -> None:
         """Read a layer's tensors, or what is outside all layers, and let transformers put them where they belong."""
         names = self._names.get(layer, [])
-        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=get_model_conversion_mapping(self.model))
+        mapping: Any = get_model_conversion_mapping(self.model)
+        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
         with quiet():  # outside the layers no tensor is put together from several: one at a time takes less memory
             for part in [names] if layer is not None else [[name] for name in names]:
                 convert_and_load_state_dict_in_model(self.model, {name: self._read(name) for name in part}, config)
@@ -94,7 +96,7 @@ class Streamed:
             raise CheckpointError(f"{name} is stored as {tensor.dtype}: only plain floating-point weights are read")
         raw = np.fromfile(shard.path, np.uint8, tensor.end - tensor.start, offset=tensor.start)
         self.bytes_read += len(raw)
-        return torch.from_numpy(raw).view(getattr(torch, kind.torch)).view(tensor.shape)
+        return torch.from_numpy(raw).view(getattr(torch, kind.torch)).view(tensor.shape)  # type: ignore[arg-type]
 
     def _size(self, name: str) -> int:
         _, tensor = self._checkpoint.tensors[name]
@@ -145,13 +147,13 @@ class Streamed:
 class _Unallocated(TorchFunctionMode):
     """`torch.empty` makes tensors without memory: parameters start with it, buffers (rotary tables) do not."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.empty:
             kwargs = {**(kwargs or {}), "device": "meta"}
         return function(*args, **(kwargs or {}))
 
 
-def _skeleton(checkpoint: Checkpoint) -> nn.Module:
+def _skeleton(checkpoint: Checkpoint) -> Any:
     with foreign(checkpoint.path), _Unallocated():
         config = plain_config(load_config(checkpoint.path))
         model = model_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")

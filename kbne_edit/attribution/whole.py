@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..families import Site
 from ..models.bounds import check_numbers
@@ -30,7 +31,7 @@ class Question:
     others: None attributes P(answer), else the log-odds of both. positions: N.
     """
 
-    model: nn.Module
+    model: Any  # of transformers
     site: Site
     ids: Sequence[int]
     answer: Sequence[int]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 
-def check_tokens(model: nn.Module, ids: Sequence[int], positions: Sequence[int]) -> None:
+def check_tokens(model: Any, ids: Sequence[int], positions: Sequence[int]) -> None:
     """Raise InputError where the model has no embedding for a token, or none for its position. Both: [N]."""
     known, largest = len(model.get_input_embeddings().weight), max(ids, default=0)
     if largest >= known:
@@ -29,7 +29,7 @@ def check_tokens(model: nn.Module, ids: Sequence[int], positions: Sequence[int])
         )
 
 
-def check_numbers(logits: Tensor, model: nn.Module, whose: str = "the model") -> None:
+def check_numbers(logits: Tensor, model: Any, whose: str = "the model") -> None:
     """Raise InputError where logits are NaN or infinite: of this model, in the dtype that it computes in."""
     import torch
 

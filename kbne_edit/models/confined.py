@@ -97,7 +97,7 @@ def _limit(kind: int, value: int) -> None:
 
 def _read(pipe: int, until: float) -> bytes | None:
     """What the child wrote, up to its end; None if it takes too long."""
-    parts = []
+    parts: list[bytes] = []
     while True:
         ready, _, _ = select.select([pipe], [], [], max(until - time.monotonic(), 0))
         if not ready:

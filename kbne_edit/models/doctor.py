@@ -89,7 +89,7 @@ def examine(checkpoint: Checkpoint | None = None) -> Diagnosis:
     folders = {"here": os.getcwd(), "temp": tempfile.gettempdir()}
     disk = {place: shutil.disk_usage(path).free for place, path in folders.items()}
     return Diagnosis(
-        {"python": platform.python_version()} | {name: _version(name) for name in (*NEEDED, *OPTIONAL)},
+        {"python": platform.python_version()} | {name: _version(name) for name in (*NEEDED, *OPTIONAL)},  # type: ignore[misc]
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         free,
         disk,
@@ -109,7 +109,7 @@ def _version(name: str) -> str | None:
 def _devices() -> dict[str, Device]:
     import torch
 
-    found = {"cpu": (platform.processor() or platform.machine(), None)}
+    found: dict[str, tuple[str, int | None]] = {"cpu": (platform.processor() or platform.machine(), None)}
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         found[f"cuda:{index}"] = (about.name, about.total_memory)

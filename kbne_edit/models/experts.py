@@ -8,6 +8,7 @@ Llama 4 differs: each expert takes every token, times the router's weight, which
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +17,28 @@ from torch import Tensor, nn
 Tap = Callable[[int, Tensor, Tensor], "Tensor | None"]
 
 
-def run(experts: nn.Module, hidden: Tensor, *routing: Tensor, tap: Tap, after: Tap | None = None) -> Tensor:
+def run(experts: Any, hidden: Tensor, *routing: Tensor, tap: Tap, after: Tap | None = None) -> Tensor:
     """hidden, routing: what the module is called with. after: a tap on the output [n, D], which it returns anew."""
     return (_run_chosen if routing else _run_all)(experts, hidden, *routing, tap=tap, after=after)
 
 
-def chosen(hidden: Tensor, *routing: Tensor, experts: nn.Module) -> Tensor:
+def chosen(hidden: Tensor, *routing: Tensor, experts: Any) -> Tensor:
     """What the router chose for each token, [T, any]. hidden, routing: what the module is called with."""
     return routing[0] if routing else _by_expert(experts, hidden).any(-1).T
 
 
-def down_proj(experts: nn.Module, expert: int) -> Tensor:
+def down_proj(experts: Any, expert: int) -> Tensor:
     """One expert's down-projection, [F, D]."""
     weight = experts.down_proj[expert]
     return weight if transposed(experts) else weight.T
 
 
-def transposed(experts: nn.Module) -> bool:
+def transposed(experts: Any) -> bool:
     """Whether the weights are [E, in, out]. Modules of which transformers has one implementation only do not say."""
     return getattr(experts, "is_transposed", True)
 
 
-def _run_chosen(
-    experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, *, tap: Tap, after: Tap | None
-) -> Tensor:
+def _run_chosen(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, *, tap: Tap, after: Tap | None) -> Tensor:
     """hidden: [T, D]; index, weights: the router's choice for each token, [T, k]."""
     result = torch.zeros_like(hidden)
     for expert in torch.unique(index).tolist():
@@ -48,7 +47,7 @@ def _run_chosen(
         position, tokens = torch.where((index == expert).T)
         h = experts._apply_gate(_project(experts, "gate_up_proj", expert, hidden[tokens]))
         new = tap(expert, tokens, h)
-        output = _project(experts, "down_proj", expert, h if new is None else new)
+        output: Any = _project(experts, "down_proj", expert, h if new is None else new)
         if after is not None:
             output = after(expert, tokens, output)
         output = output * weights[tokens, position, None]
@@ -56,7 +55,7 @@ def _run_chosen(
     return result
 
 
-def _run_all(experts: nn.Module, hidden: Tensor, *, tap: Tap, after: Tap | None) -> Tensor:
+def _run_all(experts: Any, hidden: Tensor, *, tap: Tap, after: Tap | None) -> Tensor:
     """hidden: [E * T, D], the tokens as each expert takes them. Of those not chosen h is 0: no tap sees them."""
     x = _by_expert(experts, hidden)
     gate, up = torch.bmm(x, experts.gate_up_proj).chunk(2, -1)
@@ -66,7 +65,7 @@ def _run_all(experts: nn.Module, hidden: Tensor, *, tap: Tap, after: Tap | None)
     return (output if after is None else _through(after, tokens, output)).view(hidden.shape)
 
 
-def _by_expert(experts: nn.Module, hidden: Tensor) -> Tensor:
+def _by_expert(experts: Any, hidden: Tensor) -> Tensor:
     return hidden.view(experts.num_experts, -1, hidden.shape[-1])
 
 
@@ -79,7 +78,7 @@ def _through(tap: Tap, tokens: list[Tensor], values: Tensor) -> Tensor:
     return torch.stack(result)
 
 
-def _project(experts: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
+def _project(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
     weight = getattr(experts, name)[expert]
     y = x @ weight if transposed(experts) else nn.functional.linear(x, weight)
     return y + getattr(experts, name + "_bias")[expert] if experts.has_bias else y

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..edit import Edit
 from ..errors import EditError
@@ -71,7 +71,7 @@ def apply_(model: nn.Module, edit: Edit) -> nn.Module:
 
 def _weights(place: Place, site: Site) -> Iterator[tuple[Tensor, int, int]]:
     """(weight, axis of the neurons, how many) of what carries a place's factors; of a fused gate_up the gate's half."""
-    module = place.module
+    module: Any = place.module
     if place.experts:
         from .experts import transposed
 
@@ -92,7 +92,7 @@ def _vector(factors: dict[int, float], size: int) -> torch.Tensor:
 
 
 def _scale(scale: torch.Tensor) -> Tap:
-    def tap(h, tokens, offset):
+    def tap(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
         return (h * scale[offset : offset + h.shape[-1]].to(h.device)).to(h.dtype)
 
     return tap
@@ -111,7 +111,7 @@ def tapped(layer: Sequence[Place], site: Site, tap: Tap) -> Iterator[None]:
 def _tapped(place: Place, site: Site, tap: Tap) -> Iterator[None]:
     import torch
 
-    def call(h):
+    def call(h: Tensor) -> Tensor | None:
         if h.shape[-1] == place.neurons:
             return tap(h, None, place.offset)
         new = tap(h[..., : place.neurons], None, place.offset)  # a fused gate_up: the gate comes first
@@ -133,7 +133,7 @@ def _tapped(place: Place, site: Site, tap: Tap) -> Iterator[None]:
 def _tapped_experts(place: Place, tap: Tap) -> Iterator[None]:
     from . import experts
 
-    def call(expert, tokens, h):
+    def call(expert: int, tokens: Tensor, h: Tensor) -> Tensor | None:
         return tap(h, tokens, place.offset + expert * place.neurons)
 
     with replaced([place.module], partial(experts.run, place.module, tap=call)):
@@ -141,7 +141,7 @@ def _tapped_experts(place: Place, tap: Tap) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(modules: Sequence[nn.Module], forward: Callable) -> Iterator[None]:
+def replaced(modules: Sequence[nn.Module] | nn.ModuleList, forward: Callable) -> Iterator[None]:
     """Every module answers with `forward` instead of its own."""
     own = [vars(module).get("forward") for module in modules]  # set where a dispatcher wraps the module
     for module in modules:

@@ -84,5 +84,5 @@ def _options(checkpoint: Checkpoint, native: bool) -> dict[str, Any]:
     if method == "fp8":
         return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
     if method == "mxfp4":
-        return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
+        return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}  # type: ignore[attr-defined]
     return {"device_map": "cpu"} if method in ("bitsandbytes", "torchao") else {}

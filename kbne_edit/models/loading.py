@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..disk.checkpoint import Checkpoint
 from ..disk.refusals import gguf_file
@@ -51,7 +51,7 @@ def foreign(path: Path) -> Iterator[None]:
         raise
 
 
-def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
+def load_model(path: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The causal model of a directory, by plain transformers. Never runs code from the checkpoint.
 
     Raises CheckpointError, also where weights are missing or of other shapes: transformers would make up random ones.
@@ -64,7 +64,7 @@ def load_model(path: Path, dtype: torch.dtype, device: str = "cpu"):
         return model if spread else model.to(device)
 
 
-def complete(model, report: dict, path: Path):
+def complete(model: Any, report: dict, path: Path) -> Any:
     """The model, ready for use. report: transformers' of the load. Raises CheckpointError if weights are missing."""
     if faults := _faults(report):
         raise CheckpointError(f"{path} does not hold this model's weights: {faults}")
@@ -105,7 +105,7 @@ def _conversions() -> Iterator[None]:
     records: list[logging.LogRecord] = []
 
     class Keep(logging.Handler):
-        def emit(self, record):
+        def emit(self, record: logging.LogRecord) -> None:
             records.append(record)
 
     log, keep = logging.getLogger("transformers.modeling_utils"), Keep()
@@ -154,7 +154,7 @@ def _some(names: list[str]) -> str:
     return one_line(", ".join(name[:80] for name in names[:3])) + more
 
 
-def load_config(path: Path):
+def load_config(path: Path) -> Any:
     """transformers' configuration of a directory. Never runs code from it.
 
     Raises CheckpointError where transformers would load something else than the directory's own weights.
@@ -175,7 +175,7 @@ def load_config(path: Path):
     return config
 
 
-def model_class(config):
+def model_class(config: Any) -> Any:
     """transformers' class that has a language model's head for this configuration; of multimodal models, theirs."""
     import transformers
 
@@ -195,7 +195,7 @@ _SAMPLE = (
 _loaded: dict[tuple, object] = {}  # tokenizers that worked within the limits, by their files
 
 
-def load_tokenizer(path: Path):
+def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a directory. Never runs code from it.
 
     Its files are foreign: it is tried in a child process with limits first (`confined`). Raises CheckpointError.
@@ -218,12 +218,13 @@ def prepare() -> None:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 
-def read_tokenizer(path: Path):
+def read_tokenizer(path: Path) -> Any:
     """The tokenizer of a directory, without a limit: see `load_tokenizer`."""
     from transformers import AutoTokenizer
 
     from .gguf import gguf_tokenizer
 
+    file: Any  # a path, later what is open
     if (file := gguf_file(path)) is not None and not (path / "tokenizer.json").is_file():
         return gguf_tokenizer(file)
     for name in _TOKENIZER_FILES:

@@ -7,13 +7,14 @@ window or within a token's chunk, the mask applies that limit by position as wel
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def attention_mask(model: nn.Module, seen: np.ndarray, depth: np.ndarray, keys: np.ndarray) -> Tensor | dict:
+def attention_mask(model: Any, seen: np.ndarray, depth: np.ndarray, keys: np.ndarray) -> Tensor | dict:
     """The additive mask [1, 1, N, K], 0 or the least number; by kind of layer where a model has two.
 
     seen: [N, K], which keys each token may see, itself included; depth, keys: positions of the tokens, of the keys.
@@ -35,7 +36,7 @@ def attention_mask(model: nn.Module, seen: np.ndarray, depth: np.ndarray, keys: 
     return {k: additive(m) for k, m in masks.items()} if len(kinds) > 1 else additive(masks[kinds.pop()])
 
 
-def longest(model: nn.Module) -> float:
+def longest(model: Any) -> float:
     """Keys that a packed row may have, where attention goes by a token's index in the row and not by its position.
 
     GPT-Neo masks by index, beside the mask that it is given; Llama 4 scales the queries of layers without rotary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import FamilyError
 from ..families import Family, Site, end, family_of
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder's layers of a causal model of transformers, [L] modules. Raises FamilyError."""
     family = family_of(model.config.to_dict())
     try:
@@ -24,7 +24,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         ) from None
 
 
-def is_recurrent(model: nn.Module) -> bool:
+def is_recurrent(model: Any) -> bool:
     """True if some layers hand a state from token to token, so that no mask keeps rows of tokens apart."""
     return family_of(model.config.to_dict()).recurrent
 
@@ -41,7 +41,7 @@ class Place(NamedTuple):
     experts: int | None = None
 
 
-def places(model: nn.Module, site: Site) -> list[list[Place]]:
+def places(model: Any, site: Site) -> list[list[Place]]:
     """Where the neurons of each layer are, [L] lists. The factor scales the input of `down`, the output of `gate`."""
     family = family_of(model.config.to_dict())
     path = family.module(site)
@@ -51,7 +51,7 @@ def places(model: nn.Module, site: Site) -> list[list[Place]]:
 def _places(layer: nn.Module, family: Family, path: str) -> list[Place]:
     found = []
     if family.experts and _has(layer, family.experts):
-        experts = layer.get_submodule(family.experts)
+        experts: Any = layer.get_submodule(family.experts)
         count, a, b = experts.down_proj.shape
         found.append(Place(experts, 0, a if family.transposed else b, count))
         if family.shared and _has(layer, family.shared):
@@ -61,7 +61,7 @@ def _places(layer: nn.Module, family: Family, path: str) -> list[Place]:
     return [Place(layer.get_submodule(path), 0, _inputs(layer.get_submodule(family.down)))]
 
 
-def _inputs(module: nn.Module) -> int:
+def _inputs(module: Any) -> int:
     """How many inputs a projection has: nn.Linear, and what libraries of quantised formats put in its place, say so."""
     return getattr(module, "in_features", None) or module.weight.shape[0]  # Conv1D keeps its weight as [in, out]
 
@@ -71,7 +71,7 @@ def _has(layer: nn.Module, path: str) -> bool:
     return hasattr(layer.get_submodule(parent), name)
 
 
-def post_norm(model: nn.Module) -> str | None:
+def post_norm(model: Any) -> str | None:
     """The norm, below a layer, that the output of the feed-forward block goes through; None where there is none."""
     name, layer = family_of(model.config.to_dict()).post_norm, decoder_layers(model)[0]
     if not name or not _has(layer, name):

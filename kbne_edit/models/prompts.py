@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, short, shown
 
@@ -62,7 +62,7 @@ def ask(
 
 
 def ask_with(
-    tokenizer, recipe: Recipe, questions: Sequence[Question], *, plain: bool, before: str, fixed: dict | None
+    tokenizer: Any, recipe: Recipe, questions: Sequence[Question], *, plain: bool, before: str, fixed: dict | None
 ) -> Prompts:
     """`ask` with a tokenizer of transformers that is loaded already."""
     prompts = Prompts(**_asked(tokenizer, recipe, questions, plain, before, fixed))
@@ -71,7 +71,7 @@ def ask_with(
 
 
 def _asked(
-    tokenizer, recipe: Recipe, questions: Sequence[Question], plain: bool, before: str, fixed: dict | None
+    tokenizer: Any, recipe: Recipe, questions: Sequence[Question], plain: bool, before: str, fixed: dict | None
 ) -> dict:
     answers = answer_tokens(tokenizer, recipe.answers, fixed)
     ids = [list(map(int, encode(tokenizer, recipe, question, plain, before))) for question in questions]
@@ -101,12 +101,12 @@ def why_small(path: Path, prompts: Prompts, likeliest: int) -> str:
     )
 
 
-def _ending(tokenizer, ids: list[int], question: str) -> str:
+def _ending(tokenizer: Any, ids: list[int], question: str) -> str:
     text = tokenizer.decode(ids[-48:])
     return text.rpartition(question[-12:])[2][-200:]
 
 
-def encode(tokenizer, recipe: Recipe, question: Question, plain: bool = False, before: str = "") -> list[int]:
+def encode(tokenizer: Any, recipe: Recipe, question: Question, plain: bool = False, before: str = "") -> list[int]:
     """Token ids [T] of the prompt: through the chat template where tokenizer and recipe have one, else plain.
 
     plain: without the template in any case. before: text that comes first, such as a conversation. The prompt ends
@@ -123,7 +123,7 @@ def encode(tokenizer, recipe: Recipe, question: Question, plain: bool = False, b
     return ids
 
 
-def render(tokenizer, message: str) -> str:
+def render(tokenizer: Any, message: str) -> str:
     """One message through the chat template, up to where the answer begins, without a chain of thought if it can.
 
     Templates take a message's content as text or, of multimodal models, as a list of parts; who is given the other
@@ -164,7 +164,9 @@ def _words(text: str) -> str:
     return " ".join(text.split())
 
 
-def answer_tokens(tokenizer, answers: tuple[str, ...], fixed: dict[str, list[str]] | None = None) -> dict[str, dict]:
+def answer_tokens(
+    tokenizer: Any, answers: tuple[str, ...], fixed: dict[str, list[str]] | None = None
+) -> dict[str, dict]:
     """The next tokens that say each answer: {answer: {surface: id}}.
 
     Every vocabulary entry that reads as the answer once case and surrounding space are dropped; and where a common way
@@ -194,7 +196,7 @@ def answer_tokens(tokenizer, answers: tuple[str, ...], fixed: dict[str, list[str
     return found
 
 
-def _beginnings(tokenizer, whole: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+def _beginnings(tokenizer: Any, whole: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     """First tokens of surfaces that take several, of each answer. whole: the answers' single tokens."""
     starts: dict[str, dict[str, int]] = {answer: {} for answer in whole}
     for answer, found in starts.items():
@@ -210,7 +212,7 @@ def _beginnings(tokenizer, whole: dict[str, dict[str, int]]) -> dict[str, dict[s
     return {answer: {s: i for s, i in found.items() if i not in shared} for answer, found in starts.items()}
 
 
-def _fixed(tokenizer, vocabulary: dict[str, int], answer: str, surfaces: list[str]) -> dict[str, int]:
+def _fixed(tokenizer: Any, vocabulary: dict[str, int], answer: str, surfaces: list[str]) -> dict[str, int]:
     result = {}
     for surface in surfaces:
         ids = (

@@ -14,10 +14,11 @@ Legend: N tokens of a tree, K kept positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bounds import check_numbers, check_tokens
 from .masks import attention_mask, longest
@@ -37,7 +38,8 @@ class Tree:
         self.tokens: list[int] = []
         self.depth: list[int] = []
         self.paths: list[list[int]] = []
-        previous, path = (), []
+        previous: Sequence[int] = ()
+        path: list[int] = []
         for row in rows:
             shared = _common(previous, row)
             path = path[:shared] + list(range(len(self.tokens), len(self.tokens) + len(row) - shared))
@@ -69,7 +71,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def tokens_of_a_pass(model: nn.Module) -> int:
+def tokens_of_a_pass(model: Any) -> int:
     """How many tokens of a tree one pass of this model should hold."""
     weight = model.get_input_embeddings().weight
     most = _TOKENS_CPU if weight.device.type == "cpu" else _TOKENS
@@ -77,7 +79,7 @@ def tokens_of_a_pass(model: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def logits_at(model: nn.Module, tree: Tree, keep: Sequence[int]) -> Tensor:
+def logits_at(model: Any, tree: Tree, keep: Sequence[int]) -> Tensor:
     """Logits [K, V] float32 of the tree's tokens `keep`. Raises InputError for tokens that the model does not have.
 
     The head is given the kept positions only, by a hook on its input; what a model does to its logits after the head
@@ -106,7 +108,7 @@ def logits_at(model: nn.Module, tree: Tree, keep: Sequence[int]) -> Tensor:
     return logits.float()
 
 
-def unpacked(tree: Tree, run: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
+def unpacked(tree: Tree, run: Callable[[Tensor], Tensor], model: Any) -> Tensor:
     """A tree's rows one by one, where no mask can keep them apart: what `run` gives for each token, [E, N, …].
 
     run: token ids [1, T] of one row -> [E, T, …].
