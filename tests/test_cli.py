@@ -161,7 +161,7 @@ def test_scores_of_other_settings_are_kept_and_found_again(tmp_path, capsys, sho
     first = run()
     second = run(objective="log-odds")
     names = {path.name for path in (tmp_path / "out.work").glob("*.safetensors")}
-    assert second != first and len(names) == 2 and "is kept as scores-" in capsys.readouterr().err
+    assert second != first and len(names) == 2 and "was renamed to scores-" in capsys.readouterr().err
     assert run() == first and "attribution" not in capsys.readouterr().err  # nothing was computed again
     assert {path.read_bytes() for path in (tmp_path / "out.work").glob("*.safetensors")} == {first, second}
     with pytest.raises(ScoresError, match="another model, recipe or setting"):
