@@ -430,6 +430,9 @@ def test_the_flattening_has_the_edit_s_kl(demo):
         return float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(base, other, strict=True)]).mean())
 
     base, logits = logp(), neutral.logits(scorer, texts)
+    # Of a real vocabulary all logits together take gigabytes: what is held are hidden states, and few rows at a time.
+    assert logits.states.shape == (sum(len(ids) - 1 for ids in texts), model.config.hidden_size)
+    assert max(len(block) for block in logits.blocks()) <= 32
     with hooked(model, EDIT):
         edited, edited_logits = logp(), neutral.logits(scorer, texts)
     means = neutral.columns(texts, edited_logits, logits).mean(0)

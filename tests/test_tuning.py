@@ -621,21 +621,22 @@ def test_bounds():
 
 
 class Spy:
-    """Notes every row of tokens that a scorer reads, and whether the mark of the test half was on the disk then."""
+    """Notes every row of tokens that a model reads, and whether the mark of the test half was on the disk then."""
 
     def __init__(self, monkeypatch, out):
-        self.seen = []
-        for name in ("score", "logits_of"):
-            monkeypatch.setattr(Scorer, name, self._noting(getattr(Scorer, name), out, name == "score"))
+        self.seen, used = [], out / USED
+        score, states = Scorer.score, neutral.states
 
-    def _noting(self, inner, out, pairs):
-        def call(scorer, rows, *args):
-            used = (out / USED).exists()
-            flat = [(*row[0], *row[1]) for row in rows] if pairs else [tuple(row) for row in rows]
-            self.seen += [(row, used) for row in flat]
-            return inner(scorer, rows, *args)
+        def noting_score(scorer, pairs, *args):
+            self.seen += [((*context, *continuation), used.exists()) for context, continuation in pairs]
+            return score(scorer, pairs, *args)
 
-        return call
+        def noting_states(model, texts):
+            self.seen += [(tuple(text[:-1]), used.exists()) for text in texts]
+            return states(model, texts)
+
+        monkeypatch.setattr(Scorer, "score", noting_score)
+        monkeypatch.setattr(neutral, "states", noting_states)
 
 
 def _rows(half):

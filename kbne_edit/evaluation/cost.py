@@ -28,7 +28,6 @@ MOST_KL = 0.1  # nats per token
 MOST_RISE = 1.05  # perplexity after / before
 _WORDS = 16  # tokens of a continuation
 _PROMPTS = 3  # of each kind
-_BLOCK = 32  # positions in float64 at once
 
 State = Literal["low", "high", "unclear"]
 
@@ -209,11 +208,9 @@ class NeutralRun:
         return temperature_of(lambda: self._blocks(self.before), kl)
 
     def _blocks(self, states: Tensor) -> Iterator[Tensor]:
-        from .batched import logits_of
+        from .neutral import Logits
 
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        for block in states.split(_BLOCK * 4):
-            yield from logits_of(self.model, block.to(device)).split(_BLOCK)
+        return Logits(self.model, states).blocks()
 
 
 def measure_cost(run: NeutralRun, tokenizer: Any, recipe: Recipe, edit: Edit) -> Cost:

@@ -2,8 +2,8 @@
 
 The texts of each language lie in `neutral/LANGUAGE.txt`, one a line; lines that begin with # are comments.
 
-Legend: N predicted positions, V vocabulary. Sums over the vocabulary are taken in float64: a small edit's KL (1e-5) is
-the difference of terms near 1.
+Legend: N predicted positions, D hidden size, V vocabulary. Sums over the vocabulary are taken in float64: a small
+edit's KL (1e-5) is the difference of terms near 1.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from ..recipe import Recipe
 from .benchmark import Figure
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .scoring import Scorer
 
 # Columns of a text: its negative log-likelihood, its KL from the base, its predicted tokens.
@@ -32,6 +34,7 @@ KL = Figure("KL from the base", lambda m: m[..., 1] / m[..., 2], None)
 _HOTTEST = 2.0**10  # flatter than any use: the search for a temperature ends here
 _NEWTON, _CLOSE = 12, 1e-3  # steps at most; relative error of the KL at which the search ends
 _BLOCK = 32  # positions in float64 at once
+_HEAD_ROWS = 4 * _BLOCK  # positions that go through the head at once
 _UNREAD = 0.1  # share of unknown tokens from which on a tokenizer cannot read a text
 
 
@@ -93,14 +96,57 @@ def neutral_text(tokenizer: Any, recipe: Recipe) -> NeutralText:
     return readable("package", texts)
 
 
-def logits(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Tensor:
-    """[N, V] float32 on the CPU, at every position that predicts a token of the texts."""
-    return scorer.logits_of([ids[:-1] for ids in texts])
+@dataclass(frozen=True)
+class Logits:
+    """A model's logits at N positions, made block by block as often as they are asked for.
+
+    states: the last layer's output, [N, D]. Rejected: to hold the logits themselves. Of a vocabulary of 150,000 the 64
+    texts have 2.3 GB, for the base and the edit, and as much again while they are put together; on a machine that had
+    less left, the kernel ended the process without a word.
+    """
+
+    model: nn.Module
+    states: Tensor
+    temperature: float = 1.0
+
+    def blocks(self) -> Iterator[Tensor]:
+        """[positions, V] float32, block after block, divided by the temperature."""
+        from .batched import logits_of
+
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        for rows in self.states.split(_HEAD_ROWS):
+            found = logits_of(self.model, rows.to(device))
+            yield from (found if self.temperature == 1 else found / self.temperature).split(_BLOCK)
 
 
-def columns(texts: Sequence[Sequence[int]], found: Tensor, base: Tensor) -> np.ndarray:
+def states(model: nn.Module, texts: Sequence[Sequence[int]]) -> Tensor:
+    """The last layer's output at every position that predicts a token of the texts, [N, D] on the CPU.
+
+    Raises InputError for tokens that the model does not have, and where it gives no numbers.
+    """
+    from ..models.bounds import check_numbers, check_tokens
+    from ..models.trees import Tree, cut, tokens_of_a_pass
+    from .batched import last_states
+
+    rows = [tuple(ids[:-1]) for ids in texts]
+    found = []
+    for part in cut(rows, tokens_of_a_pass(model)):
+        tree = Tree(rows[part])
+        check_tokens(model, tree.tokens, tree.depth)
+        output = last_states(model, tree, [None])[0]
+        check_numbers(output, model)
+        found.append(output[[node for path in tree.paths for node in path]].cpu())
+    return torch.cat(found)
+
+
+def logits(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Logits:
+    """Of the scorer's model at its temperature, at every position that predicts a token of the texts."""
+    return Logits(scorer.model, states(scorer.model, texts), scorer.temperature)
+
+
+def columns(texts: Sequence[Sequence[int]], found: Logits, base: Logits) -> np.ndarray:
     """[texts, 3] of a model with logits `found`; `base`: the logits of the base model."""
-    return columns_of(texts, _blocks(found), _blocks(base))
+    return columns_of(texts, found.blocks(), base.blocks())
 
 
 def columns_of(texts: Sequence[Sequence[int]], found: Iterable[Tensor], base: Iterable[Tensor]) -> np.ndarray:
@@ -118,13 +164,9 @@ def columns_of(texts: Sequence[Sequence[int]], found: Iterable[Tensor], base: It
     return np.array([[float(a.sum()), float(b.sum()), n] for a, b, n in zip(*parts, lengths, strict=True)])
 
 
-def _blocks(values: Tensor) -> Iterator[Tensor]:
-    return iter(values.split(_BLOCK))
-
-
-def temperature(base: Tensor, kl: float) -> float | None:
+def temperature(base: Logits, kl: float) -> float | None:
     """The temperature above 1 at which the base's mean KL from itself, so flattened, is `kl`; None if it never is."""
-    return temperature_of(lambda: _blocks(base), kl)
+    return temperature_of(base.blocks, kl)
 
 
 def temperature_of(blocks: Callable[[], Iterable[Tensor]], kl: float) -> float | None:

@@ -28,10 +28,13 @@ Columns = dict[str, np.ndarray]  # {task: [n, k]}
 
 
 class Measured(NamedTuple):
-    """What a model did. tasks: columns of each task; logits: on the neutral texts."""
+    """What a model did. tasks: columns of each task; states: the last layer's output on the neutral texts, [N, D].
+
+    States, not logits: what a baked directory holds has the base's head, so the base alone has to stay in memory.
+    """
 
     tasks: Columns
-    logits: torch.Tensor
+    states: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Bench:
         with hooked(scorer.model, edit) if edit else nullcontext():
             with progress(label, sum(len(task.pairs) for task in self.tasks), "request") as update:
                 columns = {task.name: task.measure(scorer, update) for task in self.tasks}
-            return Measured(columns, neutral.logits(scorer, self.texts))
+            return Measured(columns, neutral.states(scorer.model, self.texts))
 
     def measure_draws(self, scorer: Scorer, edits: Sequence[Edit], label: str = "random neurons") -> list[Columns]:
         """Tasks of bias under each of these edits, in one batch."""
@@ -115,9 +118,11 @@ class Bench:
         from . import neutral
 
         base = self.measure(scorer, "evaluate: base")
+        base_logits = neutral.Logits(scorer.model, base.states)
 
         def run(kind: Literal["base", "edit"] | Kind, name: str, measured: Measured) -> Run:
-            return Run(kind, name, measured.tasks, neutral.columns(self.texts, measured.logits, base.logits))
+            logits = neutral.Logits(scorer.model, measured.states, scorer.temperature)
+            return Run(kind, name, measured.tasks, neutral.columns(self.texts, logits, base_logits))
 
         runs = [run("base", "base", base)]
         if edited is None:
@@ -130,9 +135,10 @@ class Bench:
             if control.kind != "random neurons":
                 measured = self.measure(scorer, f"evaluate: {control.name}", control.edit)
                 runs.append(run(control.kind, control.name, measured))
-        heat = neutral.temperature(base.logits, float(neutral.KL.of(cast("np.ndarray", runs[1].neutral).mean(0))))
-        if heat:
-            scorer.temperature = heat
+        kl = float(neutral.KL.of(cast("np.ndarray", runs[1].neutral).mean(0)))
+        temperature = neutral.temperature(base_logits, kl)
+        if temperature:
+            scorer.temperature = temperature
             runs.append(run("flattened", "flattened", self.measure(scorer, "evaluate: flattened")))
             scorer.temperature = 1.0
-        return Runs(tuple(runs), heat)
+        return Runs(tuple(runs), temperature)

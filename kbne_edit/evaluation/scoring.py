@@ -112,11 +112,6 @@ class Scorer(HFLM):
         hits = torch.cat([block.argmax(-1) for block in blocks])[places] == wanted
         return np.array(owner), values.double().cpu().numpy(), hits.cpu().numpy()
 
-    def logits_of(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [sum of lengths, V] float32 on the CPU, of every token of the rows."""
-        trees = [Tree(rows[part]) for part in cut(rows, self._tokens)]
-        return torch.cat([self.logits_at(tree, [n for path in tree.paths for n in path]).cpu() for tree in trees])
-
     def logits_at(self, tree: Tree, keep: list[int]) -> Tensor:
         """Logits [K, V] float32 of the tree's tokens `keep`, divided by the temperature."""
         logits = logits_at(self.model, tree, keep)

@@ -17,8 +17,7 @@ from .journal import Journal
 from .objective import Run
 
 if TYPE_CHECKING:
-    import torch
-
+    from ..evaluation.neutral import Logits
     from ..evaluation.scoring import Scorer
 
 
@@ -65,14 +64,15 @@ class DevBench:
         from ..evaluation import neutral
 
         measured = self._bench.measure(self._scorer, label, edit)
-        run = Run(measured.tasks, neutral.columns(self._half.texts, measured.logits, self._logits))
+        logits = neutral.Logits(self._scorer.model, measured.states)
+        run = Run(measured.tasks, neutral.columns(self._half.texts, logits, self._logits))
         if not all(np.isfinite(columns).all() for columns in (*run.tasks.values(), cast("np.ndarray", run.neutral))):
             what = f"with {edit.num_neurons} neurons times {edit.distinct_factors}" if edit else "as it is"
             raise InputError(f"the model {what} gives no numbers: leave such factors out, or try --dtype float32")
         return run
 
     @cached_property
-    def _logits(self) -> torch.Tensor:
+    def _logits(self) -> Logits:
         """The base's, on the texts."""
         from ..evaluation import neutral
 
