@@ -188,9 +188,12 @@ def wilson(k: float, n: float) -> tuple[float, float]:
 
 
 def permutation(before: np.ndarray, after: np.ndarray, figure: Figure = mean, clusters: Clusters = None) -> float:
-    """Two-sided p of figure(after) - figure(before), by exchanging before and after cluster by cluster, seeded.
+    """Two-sided p of figure(after) - figure(before), seeded: by exchanging before and after cluster by cluster, and not
+    below that of `skewed`. before, after: [n, k].
 
-    before, after: [n, k]. If the edit did nothing, each item's two rows could as well be the other way round.
+    If the edit did nothing, each cluster's two halves could as well be the other way round: the exchange is exact then.
+    A change that has the mean 0 but is skewed passes as an effect in 7 of 100 cases by the exchange alone (30 clusters,
+    skewness 1.4), by both in 4.5.
     """
     rng, n = np.random.default_rng(0), len(before)
     observed = abs(figure(after.mean(0)) - figure(before.mean(0)))
@@ -200,7 +203,40 @@ def permutation(before: np.ndarray, after: np.ndarray, figure: Figure = mean, cl
         values = figure(after.mean(0) - moved) - figure(before.mean(0) + moved)
         # Sums in another order differ in the last bits: an arrangement equal to the observed one must count.
         at_least += int((np.abs(values) >= observed - 1e-12 * (1 + observed)).sum())
-    return at_least / (_PERMUTATIONS + 1)
+    return max(at_least / (_PERMUTATIONS + 1), skewed(before, after, figure, clusters))
+
+
+def skewed(before: np.ndarray, after: np.ndarray, figure: Figure = mean, clusters: Clusters = None) -> float:
+    """Two-sided p of the same change by Student's t with Hall's correction for skewness (1992).
+
+    Its standard error and skewness are the jackknife's, over clusters. 0 where that says nothing: fewer than three
+    clusters, no spread, or a figure that is not defined without one of them.
+    """
+    sums, sizes = _by_cluster(np.concatenate([before, after], 1), clusters)
+    m, k = len(sums), before.shape[1]
+    if m < 3:
+        return 0.0
+
+    def difference(means: np.ndarray) -> np.ndarray:
+        return figure(means[..., k:]) - figure(means[..., :k])
+
+    value = float(difference(sums.sum(0) / sizes.sum()))
+    without = difference((sums.sum(0) - sums) / (sizes.sum() - sizes)[:, None])
+    parts = (m - 1) * (without.mean() - without)  # a cluster's part of the figure, centred
+    spread = float(np.sqrt((parts**2).mean()))
+    if not spread > 1e-12 * (1 + abs(value)):  # also where it is not a number
+        return 0.0
+    scaled, skewness = value / spread, float((parts**3).mean()) / spread**3
+    corrected = scaled + skewness * scaled**2 / 3 + skewness**2 * scaled**3 / 27 + skewness / (6 * m)
+    return 2 * NormalDist().cdf(-_normal(math.sqrt(m - 1) * abs(corrected), m - 1))
+
+
+def _normal(t: float, freedom: int) -> float:
+    """The normal deviate as improbable as Student's t >= 0 (Hill's algorithm 395, 1970)."""
+    a = freedom - 0.5
+    b, z = 48 * a * a, math.sqrt(a * math.log1p(t * t / freedom))
+    terms = 4 * z**7 + 33 * z**5 + 240 * z**3 + 855 * z
+    return z + (z**3 + 3 * z) / b - terms / (10 * b * (b + 0.8 * z**4 + 100))
 
 
 def beyond_draws(progress: np.ndarray) -> np.ndarray:
