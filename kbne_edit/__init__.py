@@ -26,7 +26,7 @@ _PUBLIC = {
     "fit": "fitting.fit",
     "hooked": "models.hooks",
     "Scores": "attribution.scores",
-    "Settings": "locating",
+    "Settings": "settings",
     "load_recipe": "recipe",
     "load_scores": "attribution.scores",
     "compare": "comparing",

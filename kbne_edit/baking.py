@@ -12,24 +12,25 @@ from .disk.manifest import Manifest, Origin, RecipeRecord
 from .disk.publishing import check_out, staged
 from .distributed import RANK
 from .edit import Edit
-from .errors import CheckpointError, InputError, ProofError, shown
+from .errors import CheckpointError, EditError, InputError, ProofError, shown
 from .evaluation.impact import NOT_MEASURED, Impact, impact_of, recipe_of
 from .evaluation.verdict import Verdict, verdict_of
 from .families import family_of
-from .files import forbid_links_out, forbid_overlap, work_folder
+from .files import forbid_links_out, forbid_overlap, parse_size, work_folder
 from .folding.adapter import check_form, load_edit, write_adapter
 from .folding.delta import manifest_of, write_delta
 from .folding.fold import fold_into
 from .folding.plan import Plan
 from .hub.licences import metadata_in
-from .hub.source import Source, resolved
-from .locating import Settings, choose, locate_in
+from .hub.source import Source, resolved, usual_recipe
+from .locating import choose, locate_in
 from .models.loading import auto_class
 from .progress import progress, say
 from .proofs.outcome import Proofs
 from .recipe import Recipe, load_recipe
 from .reporting.card import add_card
 from .selection.summary import SelectionSummary
+from .settings import Settings
 
 VERSION = 1
 
@@ -163,6 +164,7 @@ def bake(
     Raises InputError or a subclass; ProofError, and then nothing is written to `out`.
     """
     settings, out = settings or Settings(), Path(out)
+    _check_given(source, out, settings, edit, form, shard_size, overwrite)
     if edit is not None and RANK != 0:
         return None
     with resolved(source, say) as found:
@@ -174,7 +176,7 @@ def bake(
             say(f"note: {note}")
         if left := private_files(checkpoint.path):
             say(f"note: not carried over, since it is no part of the model: {', '.join(left[:8])}")
-        _check_form(form, checkpoint, shard_size)
+        _check_form(form, checkpoint)
         folder = Path(work) if work else work_folder(out)
         forbid_overlap(out, found.origin)
         forbid_overlap(folder / "scores.safetensors", found.origin, option="--work")  # it may hold the model
@@ -202,12 +204,36 @@ def bake(
         return _write(job, result) if form == "checkpoint" else _write_alone(job, result)
 
 
-def _check_form(form: str, checkpoint: Checkpoint, shard_size: int | str | None) -> None:
+def _check_given(
+    source: str,
+    out: Path,
+    settings: Settings,
+    edit: Edit | str | Path | None,
+    form: str,
+    shard_size: int | str | None,
+    overwrite: bool,
+) -> None:
+    """Refuse what does not fit together, the recipe or the machine, before anything is downloaded or loaded."""
+    if edit is None:
+        settings.check(load_recipe(settings.recipe or usual_recipe(source)))
+    else:
+        settings.check_beside_edit()
+        if settings.recipe is not None:
+            load_recipe(settings.recipe)
+        if isinstance(edit, (str, Path)) and not Path(edit).exists():
+            raise EditError(f"cannot read {edit}: No such file or directory")
+    if shard_size is not None and form != "checkpoint":
+        raise InputError(f"--shard-size cuts a checkpoint's weights, and --as {form} writes none: leave it out")
+    if isinstance(shard_size, str):
+        parse_size(shard_size, "--shard-size")
+    if out.parent.is_dir() and source != "demo" and not Path(source).expanduser().exists():
+        check_out(out, overwrite)  # of a local base it is said later, when it is known what must not be written over
+
+
+def _check_form(form: str, checkpoint: Checkpoint) -> None:
     check_form(form, checkpoint)
     if form == "checkpoint":
         forbid_links_out(checkpoint.path, checkpoint.other_files()[0])
-    elif shard_size is not None:
-        raise InputError(f"--shard-size cuts a checkpoint's weights, and --as {form} writes none: leave it out")
 
 
 def _locate(

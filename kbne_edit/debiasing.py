@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .edit import Edit
-from .locating import Settings, choose, locate_in_memory
+from .locating import choose, locate_in_memory
 from .recipe import Recipe, load_recipe
+from .settings import Settings
 
 if TYPE_CHECKING:
     from torch import nn

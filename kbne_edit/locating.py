@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .disk.checkpoint import Checkpoint
 from .distributed import LOCAL_RANK, LOCAL_SIZE, Team, team
 from .errors import InputError
-from .families import Site
 from .files import forbid_overlap, parse_size
-from .hub.source import Source, resolved
+from .hub.source import Source, resolved, usual_recipe
 from .models import memory
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
-from .rule import Rule
+from .settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,44 +26,8 @@ if TYPE_CHECKING:
     from .attribution.gradients import Attribution, Layers
     from .attribution.scores import Row, Scores
     from .models.prompts import Prompts
+    from .rule import Rule
     from .selection.select import Selection
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to locate. None: as the recipe says. answers: {answer: [surface, …]} fixes the surface forms by hand.
-
-    prompt: "chat" (through the template where there is one) or "plain"; before: text that comes before each question.
-    dimensions: select by the questions of these alone (None: of all).
-    objective: what is attributed, "probability" of the right answer (the paper's) or its "log-odds" against the others.
-    positions: how many of a prompt's last positions are scaled (the paper's: 1).
-
-    memory: what attribution may use, e.g. "8GB" (None: most of what is free); a model that does not fit is read layer
-    by layer.
-    """
-
-    recipe: str | Path | None = None
-    questions: int | None = None
-    site: Site = "down"
-    quadrature: str = "gauss"
-    rule: str | None = None
-    tau: float | None = None
-    beta: float | None = None
-    top: float | None = None
-    combine: str | None = None
-    same_sign: bool | None = None
-    dimensions: tuple[str, ...] | None = None
-    factor: float | None = None
-    answers: dict[str, list[str]] | None = None
-    prompt: str = "chat"
-    before: str = ""
-    drop_wrong: bool = False
-    min_stability: float | None = None
-    device: str = "cpu"
-    objective: str = "probability"
-    positions: int = 1
-    dtype: str = "float32"
-    memory: str | None = None
 
 
 def locate(source: str, out: str | Path, settings: Settings | None = None) -> Scores | None:
@@ -75,9 +38,10 @@ def locate(source: str, out: str | Path, settings: Settings | None = None) -> Sc
     stopped; a finished file is returned as it is. Raises InputError or a subclass.
     """
     settings = settings or Settings()
+    recipe = load_recipe(settings.recipe or usual_recipe(source))
+    settings.check(recipe)
     with resolved(source, say) as base:
         forbid_overlap(out, base.origin)
-        recipe = load_recipe(settings.recipe or base.recipe)
         return locate_in(base, Checkpoint.open(base.path), recipe, Path(out), settings)
 
 
@@ -270,21 +234,13 @@ class Choice(NamedTuple):
 def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> Choice:
     """What recipe and settings ask for, as arguments of `select`."""
     known = {question.dimension for question in scores.questions if not question.control}
-    if unknown := set(settings.dimensions or ()) - known:
-        raise InputError(f"no question is of {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
+    settings.check_dimensions(known)
     wanted = set(settings.dimensions or known)
     only = [
         (question.control or question.dimension in wanted) and (bool(right) or not settings.drop_wrong)
         for question, right in zip(scores.questions, scores.correct, strict=True)
     ]
-    given = {key: getattr(settings, key) for key in ("tau", "beta", "top", "combine", "same_sign")}
-    given = {key: value for key, value in given.items() if value is not None}
-    if settings.rule is not None:
-        given["name"] = settings.rule
-    rule = replace(recipe.select, **({"top": None} if "tau" in given else {}) | given)
-    if rule.name == "specific" and {"tau", "beta"} & set(given):
-        raise InputError("the specific rule has neither --tau nor --beta: choose how many neurons with --top")
-    return Choice(rule, only)
+    return Choice(settings.rule_of(recipe), only)
 
 
 def choose(scores: Scores, recipe: Recipe, settings: Settings) -> Selection:

@@ -23,6 +23,7 @@ evaluation
 fitting
 tuning
 reporting
+settings
 locating
 verifying
 baking applying pushing asking debiasing comparing diagnosing

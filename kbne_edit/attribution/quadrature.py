@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .names import quadrature_name
 
 # Four nodes per interval are enough for all layers but the first, whose integrand turns sharply near gamma = 0. These
 # intervals are dense near 0: where the first layer starts, and the first refinement of any other layer; later
@@ -103,10 +103,8 @@ def quadrature(name: str, layers: int, tolerance: float, positions: int = 1) -> 
 
     positions: how many are scaled; h and gradients stand one position after the other, F values each.
     """
-    kind, _, number = name.partition("-")
-    if kind not in ("gauss", "riemann") or not (number.isdigit() and int(number) if number else name == "gauss"):
-        raise InputError(f"quadrature {name!r} is unknown: use gauss, gauss-N or riemann-N")
-    return Fixed(kind, int(number), layers) if number else Adaptive(layers, tolerance, positions)
+    kind, nodes = quadrature_name(name)
+    return Adaptive(layers, tolerance, positions) if nodes is None else Fixed(kind, nodes, layers)
 
 
 class Fixed:

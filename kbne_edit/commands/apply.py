@@ -26,10 +26,19 @@ def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_js
     from ..disk.checkpoint import Checkpoint
     from ..disk.manifest import Origin
     from ..evaluation.verdict import next_command
-    from ..files import forbid_overlap
+    from ..files import forbid_overlap, parse_size
+    from ..folding.columns import delta_path
+    from ..folding.delta import DeltaRecord
     from ..hub.source import resolved
     from ..progress import progress, say
+    from ..recipe import load_recipe
 
+    if not Path(source).expanduser().exists():  # a damaged delta is refused before its base is downloaded
+        DeltaRecord.read(delta_path(delta))
+    if given["shard_size"]:
+        parse_size(given["shard_size"], "--shard-size")
+    if given["recipe"]:
+        load_recipe(given["recipe"])
     with resolved(source, say) as found:
         forbid_overlap(out, found.origin)
         total = 3 * sum(shard.size for shard in Checkpoint.open(found.path).shards)

@@ -20,8 +20,8 @@ from ..rule import COMBINE, RULES
 
 if TYPE_CHECKING:
     from ..attribution.answers import AttributionSummary
-    from ..locating import Settings
     from ..selection.summary import SelectionSummary
+    from ..settings import Settings
 
 Command = TypeVar("Command", bound=Callable)
 
@@ -209,7 +209,7 @@ def evaluating(command: Command) -> Command:
 
 def settings(answers: str | None = None, **values: Any) -> Settings:
     """`Settings` from the options of a command."""
-    from ..locating import Settings
+    from ..settings import Settings
 
     if answers is not None:
         try:

@@ -134,6 +134,7 @@ def evaluate(
     """
     import torch
 
+    from ..models.devices import check_device
     from ..models.loading import load_model, load_tokenizer
     from .neutral import neutral_text
     from .scoring import Scorer
@@ -143,6 +144,9 @@ def evaluate(
         raise InputError("evaluate takes an edit or a baked directory, not both")
     data = Path(data) if data else None
     check(tasks, data)
+    check_device(device)
+    if recipe is not None:
+        load_recipe(recipe)
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
         known = _known(Path(baked), checkpoint.path) if baked else None

@@ -61,6 +61,11 @@ class Source:
         return self.id if self.commit or self.id == "demo" else Path(self.id).expanduser().resolve().name
 
 
+def usual_recipe(source: str) -> str:
+    """The recipe that a model is asked unless somebody says otherwise."""
+    return "demo" if source == "demo" else "social-bias"
+
+
 @contextmanager
 def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterator[Source]:
     """A local directory of safetensors for `source`; .bin weights are converted for the time of the context.

@@ -91,11 +91,15 @@ def tune(
     from ..evaluation import neutral
     from ..evaluation.scoring import Scorer
     from ..evaluation.tasks import benchmarks, check
+    from ..models.devices import check_device
     from ..models.loading import load_model, load_tokenizer
     from .halves import halves, whole_data
 
     space, out, data = space or Space(), Path(out), Path(data) if data else None
     check(tasks, data)
+    check_device(device)
+    if recipe is not None:
+        load_recipe(recipe)
     if any((out / name).exists() for name in ("config.json", MANIFEST)):
         raise OutputError(f"{out} holds a model, whose files are not to be mixed with others: choose another --out")
     files = {Path(path): load_scores(path) for path in ([scores] if isinstance(scores, (str, Path)) else scores)}

@@ -1,0 +1,89 @@
+"""What cannot work is refused before a model is downloaded or loaded: here no model may be looked for at all."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from kbne_edit.commands import cli
+from kbne_edit.edit import Edit
+from kbne_edit.errors import InputError
+from kbne_edit.hub import source
+
+REFUSED = [
+    ("bake", ["--rule", "paired"], "twin"),
+    ("bake", ["--quadrature", "foo"], "gauss-N"),
+    ("bake", ["--quadrature", "gauss-0"], "gauss-N"),
+    ("bake", ["--memory", "lots"], "--memory 'lots' is not a size"),
+    ("bake", ["--device", "warp"], "no device of torch"),
+    ("bake", ["--questions", "7"], "--questions 7"),
+    ("bake", ["--dimensions", "weather"], "no question is of weather"),
+    ("bake", ["--tau", "0.1", "--top", "0.1"], "--tau and --top"),
+    ("bake", ["--rule", "specific", "--tau", "0.1"], "--top"),
+    ("bake", ["--answers", '{"maybe": ["Maybe"]}'], "'maybe'"),
+    ("bake", ["--recipe", "nothing.yaml"], "nothing.yaml"),
+    ("bake", ["--shard-size", "lots"], "--shard-size 'lots'"),
+    ("bake", ["--as", "peft", "--shard-size", "5GB"], "--shard-size"),
+    ("bake", ["--edit", "missing.json"], "cannot read missing.json"),
+    ("bake", ["--edit", "e.json", "--recipe", "nothing.yaml"], "nothing.yaml"),
+    *(
+        ("bake", ["--edit", "e.json", *given], f"{given[0]}: says how to find neurons")
+        for given in (
+            ["--tau", "0.1"],
+            ["--beta", "0.2"],
+            ["--top", "0.1"],
+            ["--rule", "specific"],
+            ["--combine", "union"],
+            ["--dimensions", "gender"],
+            ["--same-sign"],
+            ["--min-stability", "0.5"],
+            ["--drop-wrong"],
+            ["--questions", "9"],
+            ["--site", "gate"],
+            ["--objective", "log-odds"],
+            ["--before", "Hello."],
+            ["--memory", "8GB"],
+        )
+    ),
+    ("locate", ["--quadrature", "simpson"], "gauss-N"),
+    ("locate", ["--memory", "8"], "not a size"),
+    ("evaluate", ["--device", "warp", "--tasks", "probes"], "no device of torch"),
+    ("evaluate", ["--recipe", "nothing.yaml", "--tasks", "probes"], "nothing.yaml"),
+]
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """A model that would have to be downloaded, where looking for it fails the test."""
+
+    def never(*_):
+        pytest.fail("a model was looked for before the options were refused")
+
+    monkeypatch.setattr(source, "_download", never)
+    monkeypatch.chdir(tmp_path)
+    Edit("down", {0: {1: 2.0}}).save("e.json")
+    return "org/never"
+
+
+@pytest.mark.parametrize("command, options, words", REFUSED)
+def test_what_cannot_work_is_refused_first(command, options, words, nowhere, tmp_path):
+    out = [] if command == "evaluate" else ["--out", "out"]
+    result = CliRunner().invoke(cli, [command, "--in", nowhere, *out, *options])
+    assert isinstance(result.exception, InputError) and words in str(result.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"e.json"}
+
+
+def test_a_device_that_is_not_here(nowhere, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(cli, ["bake", "--in", nowhere, "--out", "out", "--device", "cuda"])
+    assert isinstance(result.exception, InputError) and "--device cuda: torch finds no such device" in str(result.exception)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    result = CliRunner().invoke(cli, ["bake", "--in", nowhere, "--out", "out", "--device", "cuda:2"])
+    assert "there are 2 here" in str(result.exception)
+
+
+def test_an_output_that_exists_is_refused_before_a_download(nowhere, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    result = CliRunner().invoke(cli, ["bake", "--in", nowhere, "--out", "out"])
+    assert "--overwrite" in str(result.exception)
