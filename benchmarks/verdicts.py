@@ -1,16 +1,19 @@
 """How often is a positive verdict given to random edits, and how often to edits that do reduce bias?
 
-Random edits are drawn as the controls are: any neurons of the demo model, at factors 0, 0.25, 2 and 3.5, in layouts of
-several sizes. They are no better than random neurons by construction, so "less bias" is wrong each time it is said, and
-should be said in 5 of 100 cases at most. A real effect is a model whose scores are shrunk by 5, 10 or 20 % towards 0,
-with the side effects of a random edit on top, so that power and rate are of the same procedure.
+Random edits hold any neurons of the demo model, at factors 0, 0.25, 2 and 3.5, in layouts of several sizes; 36 or 12 of
+the recipe's twins are asked. They are no better than random neurons by construction, so "less bias" is wrong each time
+it is said, and should be said in 5 of 100 cases at most. Each edit is held against random neurons of its own, drawn as
+the commands draw them, so edits are independent of each other. A real effect is a model whose scores are shrunk by 5,
+10 or 20 % towards 0, with the side effects of a random edit on top: power and rate are of the same procedure.
 
 bake      `measure_effect` on the recipe's probes, as every bake and apply run it (flattening left out: it can only take
           verdicts away, and a shrunk score has no temperature)
 evaluate  "less bias, beyond every control", in any figure of the probes
-tune      confirmed: chosen on one half of the twins, where it must do better than each draw, and confirmed on the other
+tune      chosen among 4 edits on one half of the twins, where it must do better than each draw, and confirmed on the
+          other half. An edit is a candidate in 4 tunings, so these are not all independent
 
     python benchmarks/verdicts.py --edits 300 --json
+    python benchmarks/verdicts.py --edits 300 --json --factor 2     (one factor, about 3 minutes)
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from kbne_edit import Edit, load_recipe
 from kbne_edit.disk.checkpoint import Checkpoint
@@ -37,135 +42,186 @@ from kbne_edit.evaluation.twins import twin_scores
 from kbne_edit.hub.source import resolved
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import Twin
+from kbne_edit.statistics import wilson
 from kbne_edit.tuning.objective import Goal
 from kbne_edit.tuning.objective import Run as HalfRun
 
 FACTORS = (0.0, 0.25, 2.0, 3.5)
 LAYOUTS = ({0: 13, 3: 4}, {0: 10, 1: 10, 2: 10, 3: 10}, {2: 3})  # neurons by layer: as the demo's edit, wide, small
-SHRUNK = (0.05, 0.10, 0.20)
 TWIN_COUNTS = (36, 12)  # how many of the recipe's twins are asked
+SHRUNK = (0.05, 0.10, 0.20)
+POWER_FACTOR = 2.0  # of the random edit under a real effect
+CANDIDATES = 4  # edits that a tuning chooses among
+COMMANDS = ("bake", "evaluate", "tune")
+
+
+class Cell(NamedTuple):
+    factor: float
+    layout: dict[int, int]
+    twins: int
+
+    def edits(self, sizes: Sequence[int], count: int) -> list[Edit]:
+        """Random edits. sizes: neurons of each layer."""
+        found = []
+        for seed in range(count):
+            rng = np.random.default_rng([int(100 * self.factor), sum(self.layout.values()), self.twins, seed])
+            chosen = {la: rng.choice(sizes[la], n, False).tolist() for la, n in self.layout.items()}
+            found.append(Edit("down", {la: dict.fromkeys(neurons, self.factor) for la, neurons in chosen.items()}))
+        return found
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Margins of probes under many random edits of one layout and factor. margins: {edit's SHA-256: [probes]}."""
+class Model:
+    """The model that is edited. sizes: neurons of each layer."""
 
-    twins: tuple[Twin, ...]
-    base: np.ndarray
-    edits: list[Edit]
-    margins: dict[str, np.ndarray]
+    model: nn.Module
+    tokenizer: Any
     sizes: list[int]
 
-    def scores(self, margins: np.ndarray) -> np.ndarray:
-        return twin_scores(self.twins, margins)
+    def margins(self, twins: Sequence[Twin], edits: Sequence[Edit | None]) -> np.ndarray:
+        """[edits, probes]"""
+        return margins_of_edits(self.model, self.tokenizer, [p for twin in twins for p in twin.probes], edits)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An edit and its draws of random neurons, measured. Margins of the probes: after [P], draws {SHA-256: [P]}."""
+
+    edit: Edit
+    after: np.ndarray
+    draws: dict[str, np.ndarray]
+
+    @classmethod
+    def measured(cls, model: Model, twins: Sequence[Twin], edit: Edit) -> Trial:
+        drawn = [random_edit(edit, model.sizes, seed) for seed in range(DRAWS)]
+        after, *draws = model.margins(twins, [edit, *drawn])
+        return cls(edit, after, {e.sha256: row for e, row in zip(drawn, draws, strict=True)})
+
+    def shrunk(self, base: np.ndarray, share: float) -> Trial:
+        """The same edit of a model that has less association, and the same word frequency. base: margins, [P]."""
+        association = base.reshape(-1, 2).mean(1, keepdims=True)
+        return Trial(self.edit, (self.after.reshape(-1, 2) - share * association).ravel(), self.draws)
 
 
 class Judge:
-    """The three procedures on measured margins."""
+    """The three procedures on measured margins. base: of the model itself, [P]."""
 
-    def __init__(self, pool: Pool, count: int):
-        self._pool, place = pool, np.unique(np.linspace(0, len(pool.twins) - 1, count).round().astype(int))
-        self._twins = tuple(pool.twins[i] for i in place)
-        self._probes = np.concatenate([[2 * i, 2 * i + 1] for i in place])
-        self._base = pool.base[self._probes]
-        drawn = (random_edit(pool.edits[0], pool.sizes, seed) for seed in range(DRAWS))
-        self._seeds = {edit.sha256: seed for seed, edit in enumerate(drawn)}
+    def __init__(self, twins: Sequence[Twin], base: np.ndarray, sizes: Sequence[int]):
+        self._twins, self._base, self._sizes = twins, base, sizes
+        order = np.random.default_rng(0).permutation(len(twins))
+        self._dev, self._test = order[::2], order[1::2]
 
-    def bake(self, after: np.ndarray, draws: Sequence[np.ndarray]) -> bool:
-        """Is there less bias? after, draws: margins of all probes."""
-        edit, seeds = self._pool.edits[0], self._seeds  # stands for the edit; which neurons it has does not matter here
-        places = {probe.first: i for i, probe in enumerate(p for twin in self._twins for p in twin.probes)}
+    def bake(self, trial: Trial) -> bool:
+        """Is there less bias?"""
+        places = {probe: i for i, probe in enumerate(probe for twin in self._twins for probe in twin.probes)}
 
         def margins(probes, edits, _):
-            chosen = [places[probe.first] for probe in probes]
-            return np.array([self._of(e, edit, after, draws, seeds)[chosen] for e in edits])
+            chosen = [places[probe] for probe in probes]
+            return np.array([self._margins(trial, edit)[chosen] for edit in edits])
 
-        return measure_effect(margins, self._twins, edit, self._pool.sizes).state == "less"
+        return measure_effect(margins, self._twins, trial.edit, self._sizes).state == "less"
 
-    def _of(self, asked, edit, after, draws, seeds) -> np.ndarray:
-        if asked is None:
+    def _margins(self, trial: Trial, edit: Edit | None) -> np.ndarray:
+        if edit is None:
             return self._base
-        return (after if asked == edit else draws[seeds[asked.sha256]])[self._probes]
+        return trial.after if edit == trial.edit else trial.draws[edit.sha256]
 
-    def _columns(self, margins: np.ndarray, which: Sequence[int]) -> np.ndarray:
-        scores = twin_scores(self._twins, margins[self._probes])
-        return np.array([twin_columns(float(scores[i])) for i in which])
-
-    def _runs(self, after, draws, which) -> Runs:
-        runs = [Run("base", "base", {"probes": self._columns(self._pool.base, which)})]
-        runs.append(Run("edit", "edit", {"probes": self._columns(after, which)}))
-        for i, draw in enumerate(draws):
-            runs.append(Run("random neurons", f"random {i + 1}", {"probes": self._columns(draw, which)}))
-        return Runs(tuple(runs))
-
-    def _task(self, count: int) -> Benchmark:
-        return Benchmark("probes", "bias", [], [4] * count, [""] * count, None, TWINS, [f"t{i}" for i in range(count)])
-
-    def evaluate(self, after: np.ndarray, draws: Sequence[np.ndarray]) -> bool:
+    def evaluate(self, trial: Trial) -> bool:
         """Is any figure better, beyond every control?"""
-        which = range(len(self._twins))
-        results = results_of([self._task(len(which))], self._runs(after, draws, which), 5.0)
-        return any(figure.beyond_every_control("better") for figure in results["probes"].figures.values())
+        figures = self._results(trial, range(len(self._twins)), None)
+        return any(figure.beyond_every_control("better") for figure in figures.values())
 
-    def tune(self, candidates: Sequence[np.ndarray], draws: Sequence[Sequence[np.ndarray]]) -> bool:
-        """Chosen among candidates on one half, is one confirmed on the other? draws: of each candidate."""
-        order = np.random.default_rng(0).permutation(len(self._twins))
-        dev, test = order[::2], order[1::2]
-        figure = next(f for f in TWINS if f.name == "absolute margin")
-        goal = Goal({"probes": figure}, [], 5.0)
+    def tune(self, candidates: Sequence[Trial]) -> bool:
+        """Chosen among candidates on one half, is one confirmed on the other?"""
+        goal = Goal({"probes": next(f for f in TWINS if f.name == "absolute margin")}, [], 5.0)
 
-        def half(margins):
-            return HalfRun({"probes": self._columns(margins, dev)}, None)
+        def half(margins: np.ndarray) -> HalfRun:
+            return HalfRun({"probes": self._columns(margins, self._dev)}, None)
 
-        base = half(self._pool.base)
-        ranked = sorted(range(len(candidates)), key=lambda i: goal.moved(half(candidates[i]), [base]).value)
-        for i in ranked:
-            run, others = half(candidates[i]), [half(draw) for draw in draws[i]]
-            if goal.moved(run, [base]).value >= 0:
+        base = half(self._base)
+        for trial in sorted(candidates, key=lambda trial: goal.distance(half(trial.after))):
+            run, draws = half(trial.after), [half(margins) for margins in trial.draws.values()]
+            if goal.distance(run) >= goal.distance(base):
                 return False
-            if goal.moved(run, others).high < 0 and all(goal.distance(run) < goal.distance(o) for o in others):
-                results = results_of(
-                    [self._task(len(test))], self._runs(candidates[i], draws[i], test), 5.0, "absolute margin"
-                )
-                found = results["probes"].figures["absolute margin"]
-                return found.beyond_every_control("better")
+            outdone = all(goal.distance(run) < goal.distance(draw) for draw in draws)
+            if outdone and goal.moved(run, draws).high < 0:
+                figures = self._results(trial, self._test, "absolute margin")
+                return figures["absolute margin"].beyond_every_control("better")
         return False
 
+    def _results(self, trial: Trial, which: Sequence[int], only: str | None):
+        """Every figure of these twins, tested."""
+        runs = [
+            Run(kind, kind, {"probes": self._columns(margins, which)})
+            for kind, margins in (("base", self._base), ("edit", trial.after))
+        ]
+        for i, margins in enumerate(trial.draws.values()):
+            runs.append(Run("random neurons", f"random {i + 1}", {"probes": self._columns(margins, which)}))
+        count = len(which)
+        task = Benchmark("probes", "bias", [], [4] * count, [""] * count, None, TWINS, [f"t{i}" for i in range(count)])
+        return results_of([task], Runs(tuple(runs)), 5.0, only)["probes"].figures
 
-def pool_of(model, tokenizer, sizes, recipe, layout: dict[int, int], factor: float, count: int) -> Pool:
-    """`count` random edits, measured in batches."""
-    edits = []
-    for seed in range(count):
-        rng = np.random.default_rng([int(100 * factor), sum(layout.values()), seed])
-        chosen = {la: rng.choice(sizes[la], n, False).tolist() for la, n in layout.items()}
-        edits.append(Edit("down", {la: dict.fromkeys(neurons, factor) for la, neurons in chosen.items()}))
-    measured = margins_of_edits(model, tokenizer, recipe.probes, [None, *edits])
-    margins = {edit.sha256: row for edit, row in zip(edits, measured[1:], strict=True)}
-    return Pool(recipe.twins, measured[0], edits, margins, sizes)
+    def _columns(self, margins: np.ndarray, which: Sequence[int]) -> np.ndarray:
+        scores = twin_scores(self._twins, margins)
+        return np.array([twin_columns(float(scores[i])) for i in which])
 
 
-def rates(pool: Pool, edits: int, shrink: float, count: int, candidates: int = 4) -> dict[str, list[bool]]:
-    """What each procedure says of `edits` edits: random ones, whose scores are shrunk by a share."""
-    judge, said = Judge(pool, count), {"bake": [], "evaluate": [], "tune": []}
-    rng, every = np.random.default_rng(7), [pool.margins[edit.sha256] for edit in pool.edits]
+Verdicts = dict[str, list[bool]]
 
-    def drawn(apart: Sequence[int]) -> list[np.ndarray]:
-        rest = np.setdiff1d(np.arange(len(every)), apart)
-        return [every[i] for i in rng.choice(rest, DRAWS, False)]
 
-    def shrunk(margins: np.ndarray) -> np.ndarray:
-        """Less association, the same word frequency."""
-        pairs = margins.reshape(-1, 2)
-        association = (pool.base.reshape(-1, 2)).mean(1, keepdims=True)
-        return (pairs - shrink * association).ravel()
-
-    for i in range(edits):
-        after, draws = shrunk(every[i % len(every)]), drawn([i % len(every)])
-        said["bake"].append(judge.bake(after, draws))
-        said["evaluate"].append(judge.evaluate(after, draws))
-        chosen = rng.choice(len(every), candidates, False)
-        said["tune"].append(judge.tune([shrunk(every[c]) for c in chosen], [drawn(chosen) for _ in chosen]))
+def verdicts(model: Model, twins: Sequence[Twin], cell: Cell, count: int, shares: Sequence[float]) -> list[Verdicts]:
+    """What each command says of `count` random edits, whose scores are shrunk by each of these shares."""
+    place = np.unique(np.linspace(0, len(twins) - 1, cell.twins).round().astype(int))
+    twins = [twins[i] for i in place]
+    base = model.margins(twins, [None])[0]
+    judge = Judge(twins, base, model.sizes)
+    measured = [Trial.measured(model, twins, edit) for edit in cell.edits(model.sizes, count)]
+    said: list[Verdicts] = []
+    for share in shares:
+        trials = [trial.shrunk(base, share) for trial in measured]
+        rounds = [[trials[(i + j) % count] for j in range(CANDIDATES)] for i in range(count)]
+        said.append(
+            {
+                "bake": [judge.bake(trial) for trial in trials],
+                "evaluate": [judge.evaluate(trial) for trial in trials],
+                "tune": [judge.tune(candidates) for candidates in rounds],
+            }
+        )
     return said
+
+
+def loaded() -> tuple[Model, tuple[Twin, ...]]:
+    with resolved("demo") as found:
+        sizes = Checkpoint.open(found.path).layer_sizes("down")
+        return Model(load_model(found.path, torch.float32), load_tokenizer(found.path), sizes), load_recipe(
+            "demo"
+        ).twins
+
+
+def measure(factors: Sequence[float], edits: int, power: int) -> dict:
+    """All rates. edits: of each factor; power: of each real effect."""
+    model, twins = loaded()
+    layouts = [(layout, count) for layout in LAYOUTS for count in TWIN_COUNTS]
+    each = -(-edits // len(layouts))
+    result: dict = {name: {} for name in COMMANDS} | {"interval": {name: {} for name in COMMANDS}, "cells": []}
+    for factor in factors:
+        said: Verdicts = {name: [] for name in COMMANDS}
+        for layout, count in layouts:
+            (found,) = verdicts(model, twins, Cell(factor, layout, count), each, [0.0])
+            shares = {name: float(np.mean(found[name])) for name in COMMANDS}
+            result["cells"].append({"factor": factor, "layout": layout, "twins": count, "edits": each, **shares})
+            print(f"factor {factor:g}, {layout}, {count} twins: {shares}", file=sys.stderr, flush=True)
+            for name in COMMANDS:
+                said[name] += found[name]
+        for name in COMMANDS:
+            result[name][f"{factor:g}"] = float(np.mean(said[name]))
+            result["interval"][name][f"{factor:g}"] = wilson(sum(said[name]), len(said[name]))
+    found_all = verdicts(model, twins, Cell(POWER_FACTOR, LAYOUTS[0], max(TWIN_COUNTS)), power, SHRUNK) if power else []
+    result["power"] = {
+        f"{share:g}": {name: float(np.mean(found[name])) for name in COMMANDS}
+        for share, found in zip(SHRUNK, found_all, strict=False)
+    }
+    return result | {"edits": each * len(layouts), "power_edits": power, "draws": DRAWS}
 
 
 def main() -> None:
@@ -173,43 +229,20 @@ def main() -> None:
     parser.add_argument(
         "--edits", type=int, default=300, help="random edits of each factor, over all layouts and sizes"
     )
-    parser.add_argument("--power", type=int, default=100, help="edits of each real effect")
+    parser.add_argument("--power", type=int, default=50, help="edits of each real effect")
+    parser.add_argument("--factor", type=float, action="append", help=f"repeatable; default {FACTORS}")
     parser.add_argument("--json", action="store_true", dest="as_json")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    recipe = load_recipe("demo")
-    with resolved("demo") as found:
-        checkpoint = Checkpoint.open(found.path)
-        model, tokenizer = load_model(found.path, torch.float32), load_tokenizer(found.path)
-    sizes, cells = checkpoint.layer_sizes("down"), [(layout, n) for layout in LAYOUTS for n in TWIN_COUNTS]
-    each = -(-arguments.edits // len(cells))
-    result: dict = {"bake": {}, "evaluate": {}, "tune": {}, "cells": [], "power": {}}
-    pools = {}
-    for factor in FACTORS:
-        said = {"bake": [], "evaluate": [], "tune": []}
-        for layout, count in cells:
-            key = (factor, *layout.items())
-            if key not in pools:
-                pools[key] = pool_of(model, tokenizer, sizes, recipe, layout, factor, max(2 * each, 3 * DRAWS))
-            cell = rates(pools[key], each, 0.0, count)
-            for name, values in cell.items():
-                said[name] += values
-            shares = {name: float(np.mean(values)) for name, values in cell.items()}
-            result["cells"].append({"factor": factor, "layout": layout, "twins": count, **shares})
-            print(f"factor {factor:g}, {layout}, {count} twins: {shares}", file=sys.stderr, flush=True)
-        for name, values in said.items():
-            result[name][str(factor)] = float(np.mean(values))
-    for shrink in SHRUNK:
-        cell = rates(pools[(2.0, *LAYOUTS[0].items())], arguments.power, shrink, max(TWIN_COUNTS))
-        result["power"][str(shrink)] = {name: float(np.mean(values)) for name, values in cell.items()}
-    result |= {"edits": each * len(cells), "draws": DRAWS, "seconds": round(time.perf_counter() - start, 1)}
+    result = measure(arguments.factor or FACTORS, arguments.edits, arguments.power)
+    result["seconds"] = round(time.perf_counter() - start, 1)
     if arguments.as_json:
         print(json.dumps(result))
         return
-    for name in ("bake", "evaluate", "tune"):
+    for name in COMMANDS:
         shares = ", ".join(f"factor {factor} {share:.1%}" for factor, share in result[name].items())
-        power = ", ".join(f"{float(s):.0%}: {of[name]:.0%}" for s, of in result["power"].items())
-        print(f"{name}: {shares}; power for scores shrunk by {power}")
+        power = ", ".join(f"{float(share):.0%}: {of[name]:.0%}" for share, of in result["power"].items())
+        print(f"{name}: {shares}; power for scores shrunk by {power or 'nothing'}")
     print(f"{result['edits']} edits a factor, {DRAWS} draws, {result['seconds']} s")
 
 

@@ -216,14 +216,17 @@ def different_twins(twins: Sequence[Twin]) -> tuple[Twin, ...]:
 
 
 def random_edit(edit: Edit, neurons: Sequence[int], seed: int) -> Edit:
-    """The same number of other neurons in each layer, with the same factors. neurons: how many each layer has, [L]."""
+    """As many neurons in each layer, drawn from all of the layer's, with the same factors.
+
+    neurons: how many each layer has, [L]. The edit's own may be among them. Rejected: draws from the other neurons
+    alone. A few neurons move the scores of a model by far the most; where a random edit held one, none of its draws
+    could, so it was called beyond them in up to 4.5 % of the cases that should be 2.5 %.
+    """
     rng = np.random.default_rng(seed)
     factors = {}
     for layer, found in edit.factors.items():
-        free = np.setdiff1d(np.arange(neurons[layer]), list(found))
-        if len(free) < len(found):  # more than half of a layer is edited: overlap cannot be avoided
-            free = np.arange(neurons[layer])
-        factors[layer] = dict(zip(rng.choice(free, len(found), False).tolist(), found.values(), strict=True))
+        drawn = rng.choice(neurons[layer], len(found), False).tolist()
+        factors[layer] = dict(zip(drawn, found.values(), strict=True))
     return Edit(edit.site, factors)
 
 
