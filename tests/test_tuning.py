@@ -31,8 +31,8 @@ from kbne_edit.evaluation.benchmark import Benchmark
 from kbne_edit.evaluation.effect import DRAWS
 from kbne_edit.evaluation.figures import ACCURACY, AVOIDED, PREFERENCE
 from kbne_edit.evaluation.result import results_of
+from kbne_edit.evaluation.runs import Bench, Runs
 from kbne_edit.evaluation.runs import Run as EvaluationRun
-from kbne_edit.evaluation.runs import Runs
 from kbne_edit.evaluation.scoring import Scorer
 from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.locating import Settings
@@ -43,7 +43,7 @@ from kbne_edit.rule import Rule
 from kbne_edit.selection.select import by_dimension, selection
 from kbne_edit.tuning.halves import Half, halves, whole_data
 from kbne_edit.tuning.journal import Journal
-from kbne_edit.tuning.objective import Goal, Run, goal_of
+from kbne_edit.tuning.objective import Goal, Looks, Run, goal_of
 from kbne_edit.tuning.result import load_tuning
 from kbne_edit.tuning.search import Space, front, in_words, sweep
 from kbne_edit.tuning.tune import USED
@@ -567,30 +567,69 @@ def _tested(base, edit, draws, lost=0):
 
 
 @pytest.mark.parametrize(
-    "given, uses, confirmed, text",
+    "given, looks, confirmed, text",
     [
         (
             (1.0, 0.8, [1.0] * 19),
-            1,
+            (1, 1),
             True,
             "a: less bias, beyond every control; ability: a loss of 5 points is excluded",
         ),
-        ((1.0, 0.8, [1.0] * 19, 20), 1, False, "ability: a loss of 5 points is not excluded"),
-        ((1.0, 1.0, [1.1] * 19), 1, False, "a: no effect found"),
-        ((1.0, 1.2, [1.0] * 19), 1, False, "a: more bias, beyond every control"),
-        ((1.0, 0.8, [1.0] * 18 + [0.79]), 1, False, "but not beyond random neurons"),
-        ((1.0, 0.8, [1.0] * 18), 1, False, "but not beyond random neurons (18 draws cannot tell)"),
-        ((1.0, 0.8, [1.0] * 19), 600, False, "this data has confirmed 600 edits, so p is multiplied by 600"),
+        ((1.0, 0.8, [1.0] * 19, 20), (1, 1), False, "ability: a loss of 5 points is not excluded"),
+        ((1.0, 1.0, [1.1] * 19), (1, 1), False, "a: no effect found"),
+        ((1.0, 1.2, [1.0] * 19), (1, 1), False, "a: more bias, beyond every control"),
+        ((1.0, 0.8, [1.0] * 18 + [0.79]), (1, 1), False, "but not beyond random neurons"),
+        ((1.0, 0.8, [1.0] * 18), (1, 1), False, "but not beyond random neurons (18 draws cannot tell)"),
+        ((1.0, 0.8, [1.0] * 39), (2, 1), True, "this data has confirmed 2 edits, so p is multiplied by 2"),
+        ((1.0, 0.8, [1.0] * 59), (1, 3), True, "a: less bias, beyond every control; ability"),
+        ((1.0, 0.8, [1.0] * 58), (1, 3), False, "the best of 3 edits must exceed 59 draws, not 58"),
+        ((1.0, 0.8, [1.0] * 39), (2, 2), False, "the best of 2 edits must exceed 79 draws, not 39"),
     ],
 )
-def test_confirmed_needs_all_of_it(given, uses, confirmed, text):
-    results, goal = _tested(*given), Goal({"a": PREFERENCE[2]}, ["ability"], 5.0)
-    found = goal.confirmed(results, 0.02, uses)
-    assert found.confirmed == confirmed and text in found.text and found.uses == uses
+def test_confirmed_needs_all_of_it(given, looks, confirmed, text):
+    results, goal, looks = _tested(*given), Goal({"a": PREFERENCE[2]}, ["ability"], 5.0), Looks(*looks)
+    found = goal.confirmed(results, 0.02, looks)
+    assert found.confirmed == confirmed and text in found.text
+    assert (found.uses, found.candidates) == looks
     for bound, holds in ((0.019, False), (0.021, True)):
-        bounded = replace(goal, max_kl=bound).confirmed(results, 0.02, uses)
+        bounded = replace(goal, max_kl=bound).confirmed(results, 0.02, looks)
         assert bounded.confirmed == (confirmed and holds) and bounded.bounded == (found.bounded and holds)
         assert bounded.text.endswith(f"; KL 0.02 is {'' if holds else 'not '}below {bound:g}")
+
+
+def test_every_further_use_multiplies_p():
+    goal, results = Goal({"a": PREFERENCE[2]}, [], 5.0), _tested(1.0, 0.8, [1.0] * 39)
+    figures = results["a"].figures
+    for p, uses, confirmed in ((0.024, 2, True), (0.026, 2, False), (0.026, 1, True)):
+        figures["absolute margin"] = replace(figures["absolute margin"], p_holm=p)
+        assert goal.confirmed(results, 0.0, Looks(uses)).confirmed == confirmed
+
+
+@pytest.mark.parametrize("uses, candidates", [(1, 1), (1, 5), (3, 4)])
+def test_the_best_of_random_edits_is_rarely_below_all_draws(uses, candidates):
+    """Numbers from one distribution: the least of k is below n others in 5 of 100 cases at most, for each use."""
+    draws, rng = Looks(uses, candidates).draws, np.random.default_rng(0)
+    values = rng.normal(size=(4000, uses * candidates + draws))
+    below = values[:, : uses * candidates].min(1) < values[:, uses * candidates :].min(1)
+    assert 0.03 < below.mean() < 0.06
+
+
+def test_draws_go_on_as_long_as_the_choice_outdoes_them(scores, tmp_path, monkeypatch):
+    measured, inner = [], Bench.measure_draws
+
+    def noting(bench, scorer, edits, *args):
+        measured.append(len(edits))
+        return inner(bench, scorer, edits, *args)
+
+    monkeypatch.setattr(Bench, "measure_draws", noting)
+    result = tune("demo", scores, tmp_path / "out", **ASKED)
+    figure = result["test"]["tasks"]["probes"]["figures"]["absolute margin"]
+    drawn = [figure[f"random {i + 1}"] for i in range(figure["draws"])]
+    as_good = [i for i, value in enumerate(drawn) if value <= figure["edit"]]
+    assert result["confirmation"]["candidates"] == len(result["points"]) == 4
+    assert measured[measured.index(DRAWS) :][1:] == [40] * ((len(drawn) - DRAWS) // 40)
+    assert len(drawn) == (79 if not as_good or as_good[0] >= DRAWS else DRAWS)
+    assert result["confirmation"]["confirmed"] == (not as_good and figure["verdict"].endswith("beyond every control"))
 
 
 def test_data_is_new_once(tmp_path):

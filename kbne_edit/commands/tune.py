@@ -90,7 +90,8 @@ def command(
     Candidates are the edits within bounds (--margin, --max-kl), on the Pareto front of bias and KL on neutral text,
     and better than each draw of random neurons. The one with the least bias is chosen. If there is none, the test half
     stays unused. Otherwise it is scored once, for the chosen edit, and OUT cannot confirm another choice. The number
-    of uses of the same data is kept beside SCORES, and the threshold is corrected for it.
+    of uses of the same data is kept beside SCORES, and the threshold is corrected for it. A choice among k edits must
+    exceed 20 k - 1 draws of random neurons there, so further draws are measured as long as it does.
 
     At least one bias task is needed. Without a capability task, the recipe's questions bound the loss.
 

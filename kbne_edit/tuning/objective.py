@@ -22,6 +22,25 @@ if TYPE_CHECKING:
 FIGURES = ("absolute margin", "unwanted margin")  # default figures, in order of preference
 
 
+class Looks(NamedTuple):
+    """How many chances a random edit had to be confirmed.
+
+    uses: how often this data confirmed an edit, this one included; candidates: edits that the choice was among.
+    """
+
+    uses: int = 1
+    candidates: int = 1
+
+    @property
+    def draws(self) -> int:
+        """Of random neurons, each to be outdone, so that 5 of 100 random choices at most are confirmed.
+
+        The best of k random edits lies below all of n draws in about k / (k + n) cases. Other items do not change
+        that: neurons that are lucky on one half are so on the other.
+        """
+        return (FEWEST_DRAWS + 1) * self.uses * self.candidates - 1
+
+
 class Run(NamedTuple):
     """What a model did on a half. tasks: {task: columns [n, k]}; neutral: columns of the texts, or None."""
 
@@ -73,22 +92,23 @@ class Goal:
         loss = -self.margin - min(lowest.values())
         return loss if self.max_kl is None else max(loss, kl - self.max_kl)
 
-    def confirmed(self, tasks: dict[str, TaskResult], kl: float, uses: int = 1) -> Confirmation:
+    def confirmed(self, tasks: dict[str, TaskResult], kl: float, looks: Looks = Looks()) -> Confirmation:  # noqa: B008
         """Of results on the test half in which the steering figure alone is tested.
 
-        In every steering task there must be less bias, with p below .05 / uses, beyond enough random draws; and the
-        bounds must hold. kl: of the edit; uses: how often this data confirmed an edit, this one included.
+        In every steering task there must be less bias, with p below .05 / uses, beyond as many random draws as the
+        looks need; and the bounds must hold. kl: of the edit.
         """
         good, bounds, said = [], [], []
         for name in self.steering:
             result = tasks[name].figures[self.figure.name]
             better = result.state == "better" and "random neurons" not in result.same_as
-            good.append(
-                better and result.draws >= FEWEST_DRAWS and min(1.0, cast("float", result.p_holm) * uses) < ALPHA
-            )
+            p = min(1.0, cast("float", result.p_holm) * looks.uses)
+            good.append(better and result.draws >= looks.draws and p < ALPHA)
             said.append(f"{name}: {result.described}")
-        if uses > 1:
-            said.append(f"this data has confirmed {uses} edits, so p is multiplied by {uses}")
+            if better and result.draws < looks.draws:
+                said.append(f"the best of {looks.candidates} edits must exceed {looks.draws} draws, not {result.draws}")
+        if looks.uses > 1:
+            said.append(f"this data has confirmed {looks.uses} edits, so p is multiplied by {looks.uses}")
         for name in self.abilities:
             excluded = cast("Loss", tasks[name].loss).excluded
             bounds.append(excluded)
@@ -96,17 +116,17 @@ class Goal:
         if self.max_kl is not None:
             bounds.append(kl < self.max_kl)
             said.append(f"KL {kl:.2g} is {'' if bounds[-1] else 'not '}below {self.max_kl:g}")
-        return Confirmation(all(good) and all(bounds), "; ".join(said), all(bounds), uses)
+        return Confirmation(all(good) and all(bounds), "; ".join(said), all(bounds), looks.uses, looks.candidates)
 
 
 class Confirmation(NamedTuple):
-    """What the test half says. text: figure by figure; bounded: the bounds hold; uses: how often this data confirmed
-    an edit."""
+    """What the test half says. text: figure by figure; bounded: the bounds hold; uses, candidates: as of `Looks`."""
 
     confirmed: bool
     text: str
     bounded: bool = True
     uses: int = 1
+    candidates: int = 1
 
     def to_dict(self) -> dict:
         return self._asdict()

@@ -167,7 +167,8 @@ class Tuning:
 
 def _confirmation(said: dict) -> Confirmation:
     confirmed = bool(said["confirmed"])
-    return Confirmation(confirmed, str(said["text"]), bool(said.get("bounded", confirmed)), int(said.get("uses", 1)))
+    uses, candidates = (int(said.get(key, 1)) for key in ("uses", "candidates"))
+    return Confirmation(confirmed, str(said["text"]), bool(said.get("bounded", confirmed)), uses, candidates)
 
 
 def _halves(of: dict) -> dict:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -26,9 +27,9 @@ from ..disk.names import MANIFEST
 from ..edit import Edit
 from ..errors import InputError, OutputError, ScoresError
 from ..evaluation.controls import Control, controls_of
-from ..evaluation.effect import DRAWS, FEWEST_DRAWS
-from ..evaluation.result import neutral_of, results_of
-from ..evaluation.runs import Bench
+from ..evaluation.effect import DRAWS, FEWEST_DRAWS, random_edit
+from ..evaluation.result import RANDOM, neutral_of, results_of
+from ..evaluation.runs import Bench, Run, Runs
 from ..files import forbid_overlap, read_json, write_json, write_text
 from ..hub.source import resolved
 from ..progress import say
@@ -36,7 +37,7 @@ from ..recipe import Recipe, load_recipe
 from .bench import DevBench
 from .choose import Choice, Chooser
 from .journal import Journal
-from .objective import Goal, goal_of
+from .objective import Goal, Looks, goal_of
 from .result import VERSION, Tuning, load_tuning
 from .search import Space
 from .used import count_use
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .halves import Half
 
 JOURNAL, USED, RESULT, PLOT, EDIT = "journal.jsonl", "test-used.json", "tune.json", "pareto.svg", "edit.json"
+_BLOCK = 40  # draws at once on the test half
 RULE = "the least {} on dev, of the front's edits that do better than each draw of random neurons"
 
 
@@ -80,7 +82,8 @@ def tune(
         where only probes of recipes with the aim "avoid" have data.
     margin: the loss that must be excluded, in points of accuracy.
     max_kl: bound on the KL from the base on neutral text, nats per token; None: no bound.
-    draws: number of draws of random neurons; the choice must exceed each. Fewer than 19 confirm nothing.
+    draws: number of draws of random neurons; the choice must exceed each. Fewer than 19 confirm nothing. A choice among
+        k edits must exceed 20 k - 1 on the test half; those beyond `draws` are measured as long as it does.
     seed: of the split and of the sampler.
     dev_only: stop before the test half is scored.
 
@@ -136,10 +139,9 @@ def tune(
             if chosen.edit and not dev_only:
                 _use_test(out, choice, measured, chosen.edit)
                 uses = count_use(list(sites.values()), whole_data(ready, list(goal.steering)), chosen.edit.sha256)
-                # Every further look at the same data has to pass a level that is so much lower.
-                enough = draws if draws < FEWEST_DRAWS else max(draws, (FEWEST_DRAWS + 1) * uses - 1)
-                controls = _controls(chosen.edit, checkpoint, enough, sites[chosen.edit.site])
-                record |= _confirm(scorer, test, text.origin, chosen.edit, controls, goal, uses)
+                test_half = _TestHalf(scorer, test, text.origin, goal, Looks(uses, len(chosen.points)))
+                controls = _controls(chosen.edit, checkpoint, draws, sites[chosen.edit.site])
+                record |= test_half.confirm(chosen.edit, controls, checkpoint.layer_sizes(chosen.edit.site))
             record["verdict"] = Tuning.from_dict(record).verdict.to_dict()
             _write(out, record, chosen.edit)
     return load_tuning(out / RESULT)
@@ -232,25 +234,45 @@ def _controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: Path) -> l
         return controls_of(edit, checkpoint, draws)
 
 
-def _confirm(
-    scorer: Scorer, test: Half, origin: str, edit: Edit, controls: list[Control], goal: Goal, uses: int
-) -> dict:
-    """The chosen edit and its controls on the test half, by `evaluate`'s code; the steering figure alone is tested."""
-    bench = Bench(test.marks, test.texts)
-    runs = bench.complete(scorer, bench.measure(scorer, "confirm on test: edit", edit), controls)
-    results = results_of(test.marks, runs, goal.margin, goal.figure.name)
-    figures = neutral_of(runs)
-    confirmation = goal.confirmed(results, figures["KL from the base"]["edit"].value, uses)
-    return {
-        "test": {
-            "controls": {control.name: control.edit.num_neurons for control in controls},
-            "temperature": runs.temperature,
-            "comparisons": sum(f.tested for result in results.values() for f in result.figures.values()),
-            "tasks": {name: result.to_dict() for name, result in results.items()},
-            "neutral": {"texts": len(test.texts), "source": origin} | figures,
-        },
-        "confirmation": confirmation.to_dict(),
-    }
+@dataclass(frozen=True)
+class _TestHalf:
+    """What the chosen edit is confirmed on. origin: of the neutral texts; looks: what its draws must make up for."""
+
+    scorer: Scorer
+    half: Half
+    origin: str
+    goal: Goal
+    looks: Looks
+
+    def confirm(self, edit: Edit, controls: list[Control], sizes: list[int]) -> dict:
+        """The edit and its controls, by `evaluate`'s code; the steering figure alone is tested. sizes: of layers."""
+        goal, bench = self.goal, Bench(self.half.marks, self.half.texts)
+        runs = bench.complete(self.scorer, bench.measure(self.scorer, "confirm on test: edit", edit), controls)
+        runs = self._outdone(bench, runs, edit, sizes)
+        results = results_of(self.half.marks, runs, goal.margin, goal.figure.name)
+        figures = neutral_of(runs)
+        confirmation = goal.confirmed(results, figures["KL from the base"]["edit"].value, self.looks)
+        return {
+            "test": {
+                "controls": {control.name: control.edit.num_neurons for control in controls},
+                "temperature": runs.temperature,
+                "comparisons": sum(f.tested for result in results.values() for f in result.figures.values()),
+                "tasks": {name: result.to_dict() for name, result in results.items()},
+                "neutral": {"texts": len(self.half.texts), "source": self.origin} | figures,
+            },
+            "confirmation": confirmation.to_dict(),
+        }
+
+    def _outdone(self, bench: Bench, runs: Runs, edit: Edit, sizes: list[int]) -> Runs:
+        """With more draws, until one does as well as the edit or the looks need no more."""
+        drawn = [run for run in runs if run.kind == RANDOM]
+        own = self.goal.distance(cast("Run", runs.edit))
+        while FEWEST_DRAWS <= len(drawn) < self.looks.draws and all(self.goal.distance(run) > own for run in drawn):
+            seeds = range(len(drawn), min(len(drawn) + _BLOCK, self.looks.draws))
+            columns = bench.measure_draws(self.scorer, [random_edit(edit, sizes, seed) for seed in seeds])
+            drawn += [Run(RANDOM, f"random {seed + 1}", tasks) for seed, tasks in zip(seeds, columns, strict=True)]
+        known = {run.name for run in runs}
+        return Runs((*runs, *(run for run in drawn if run.name not in known)), runs.temperature)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
