@@ -9,8 +9,8 @@ from .disk.checkpoint import Checkpoint
 from .disk.manifest import FileRecord, Origin, RecipeRecord
 from .disk.publishing import staged
 from .errors import EditError, ProofError, shown
-from .evaluation.impact import NOT_MEASURED, Impact, impact_of, recipe_of
-from .evaluation.verdict import Verdict, verdict_of
+from .evaluation.impact import NOT_MEASURED, Impact, ImpactJSON, impact_of, recipe_of
+from .evaluation.verdict import Verdict, VerdictJSON, verdict_of
 from .files import forbid_overlap
 from .folding.columns import Columns, delta_path
 from .folding.delta import DeltaRecord, fold_hashes, weights_hashes
@@ -19,11 +19,21 @@ from .folding.plan import Plan
 from .folding.rewrite import Progress
 from .proofs.behaviour import behaviour_proof
 from .proofs.files import file_proof
-from .proofs.outcome import Proofs
+from .proofs.outcome import Proofs, ProofsJSON
 from .recipe import load_recipe
 from .reporting.card import add_card
 
 VERSION = 1
+
+
+class ApplyJSON(ProofsJSON, ImpactJSON):
+    """What `apply --json` prints: the proofs, effect and cost if they were measured, and the verdict."""
+
+    version: int
+    model: str
+    commit: str | None
+    out: str
+    verdict: VerdictJSON
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class ApplyResult:
         """What is known of the edit, part by part."""
         return verdict_of(effect=self.impact.effect, cost=self.impact.cost, proofs=self.proofs)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> ApplyJSON:
         """JSON form: what `apply --json` prints."""
         return {
             "version": VERSION,
@@ -114,7 +124,7 @@ def apply(
             source=origin,
             recipe=RecipeRecord(probed.name, probed.sha256) if measure else None,
             proofs=proofs.to_dict(),
-            summary=result.impact.to_dict() | {"verdict": result.verdict.to_dict()},
+            summary={**result.impact.to_dict(), "verdict": result.verdict.to_dict()},
         )
         add_card(part, manifest).write(part)
     return result

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from .disk.checkpoint import Checkpoint
 from .edit import Edit
@@ -25,6 +25,20 @@ MOST_PROMPTS = 1000
 Opener = Callable[[], AbstractContextManager["tuple[Speaker, ...]"]]
 
 
+class ReplyJSON(TypedDict):
+    """What the models said to one prompt. base: null if only the edited model was asked."""
+
+    prompt: str
+    edited: str
+    base: str | None
+
+
+class AskJSON(TypedDict):
+    """What `ask --json` prints."""
+
+    replies: list[ReplyJSON]
+
+
 @dataclass(frozen=True)
 class Reply:
     """What the models said to one prompt. base: None if only the edited model was asked."""
@@ -33,8 +47,8 @@ class Reply:
     edited: str
     base: str | None
 
-    def to_dict(self) -> dict[str, str | None]:
-        return asdict(self)
+    def to_dict(self) -> ReplyJSON:
+        return {"prompt": self.prompt, "edited": self.edited, "base": self.base}
 
 
 @dataclass(frozen=True)

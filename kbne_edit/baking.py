@@ -5,31 +5,32 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NotRequired
 
-from .attribution.answers import AttributionSummary
+from .attribution.answers import AttributionJSON, AttributionSummary
 from .disk.checkpoint import Checkpoint, private_files
 from .disk.manifest import Manifest, Origin, RecipeRecord
 from .disk.publishing import check_out, staged
 from .distributed import RANK
 from .edit import Edit
 from .errors import CheckpointError, EditError, InputError, ProofError, shown
-from .evaluation.impact import NOT_MEASURED, Impact, impact_of, recipe_of
-from .evaluation.verdict import Verdict, verdict_of
-from .families import family_of
+from .evaluation.impact import NOT_MEASURED, Impact, ImpactJSON, impact_of, recipe_of
+from .evaluation.verdict import Verdict, VerdictJSON, verdict_of
+from .families import Site, family_of
 from .files import forbid_links_out, forbid_overlap, parse_size, work_folder
 from .folding.adapter import check_form, load_edit, write_adapter
 from .folding.delta import manifest_of, write_delta
 from .folding.fold import fold_into
-from .folding.plan import Plan
+from .folding.plan import Plan, StepJSON
 from .hub.licences import metadata_in
 from .hub.source import Source, resolved, usual_recipe
 from .locating import choose, locate_in
 from .models.loading import auto_class
 from .progress import progress, say
-from .proofs.outcome import Proofs
+from .proofs.outcome import Proofs, ProofsJSON
 from .recipe import Recipe, load_recipe
 from .reporting.card import add_card
-from .selection.summary import SelectionSummary
+from .selection.summary import SelectionJSON, SelectionSummary
 from .settings import Settings
 
 VERSION = 1
@@ -42,6 +43,36 @@ class Located:
     selection: SelectionSummary
     attribution: AttributionSummary
     work: Path
+
+
+class BakeJSON(ImpactJSON):
+    """What `bake --json` prints. out: where the output stands, or would (dry_run); form: checkpoint, peft or delta.
+
+    work, selection, attribution: where neurons were located. share: of all neurons, 0 to 1; layers: {layer: edited
+    neurons}; factors: the distinct ones; shards: files of the base, and of the output if it has others. plan: of a dry
+    run. proofs: of a checkpoint; bytes: of an adapter or a delta.
+    """
+
+    version: int
+    model: str
+    commit: str | None
+    out: str
+    form: str
+    auto_class: str
+    work: NotRequired[str]
+    selection: NotRequired[SelectionJSON]
+    attribution: NotRequired[AttributionJSON]
+    site: Site
+    neurons: int
+    share: float
+    layers: dict[int, int]
+    factors: list[float]
+    shards: NotRequired[tuple[int, int]]
+    dry_run: NotRequired[bool]
+    plan: NotRequired[list[StepJSON]]
+    proofs: NotRequired[ProofsJSON]
+    bytes: NotRequired[int]
+    verdict: NotRequired[VerdictJSON]
 
 
 @dataclass(frozen=True)
@@ -84,39 +115,35 @@ class BakeResult:
             proofs=self.proofs,
         )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> BakeJSON:
         """JSON form: what `bake --json` prints."""
         edit, checkpoint = self.edit, self.plan.checkpoint
-        data = {
+        data: BakeJSON = {
             "version": VERSION,
             "model": self.source.id,
             "commit": self.source.commit,
             "out": str(self.out),
             "form": self.form,
             "auto_class": self.auto_class,
-        }
-        if self.located:
-            data |= {
-                "work": str(self.located.work),
-                "selection": self.located.selection.to_dict(),
-                "attribution": self.located.attribution.to_dict(),
-            }
-        data |= {
             "site": edit.site,
             "neurons": edit.num_neurons,
             "share": edit.num_neurons / sum(checkpoint.layer_sizes(edit.site)),
             "layers": {layer: len(neurons) for layer, neurons in edit.factors.items()},
             "factors": edit.distinct_factors,
         }
+        if self.located:
+            data["work"] = str(self.located.work)
+            data["selection"] = self.located.selection.to_dict()
+            data["attribution"] = self.located.attribution.to_dict()
         if self.plan.files:
-            data["shards"] = [len(checkpoint.shards), len(self.plan.files)]
+            data["shards"] = (len(checkpoint.shards), len(self.plan.files))
         if self.dry_run:
-            data |= {"dry_run": True, "plan": [step.to_dict() for step in self.plan.steps]}
+            return {**data, "dry_run": True, "plan": [step.to_dict() for step in self.plan.steps]}
         if self.proofs:
             data["proofs"] = self.proofs.to_dict()
         if self.bytes is not None:
             data["bytes"] = self.bytes
-        return data if self.dry_run else data | self.impact.to_dict() | {"verdict": self.verdict.to_dict()}
+        return {**data, **self.impact.to_dict(), "verdict": self.verdict.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -323,7 +350,7 @@ def _publish(job: _Job, result: BakeResult, manifest: Manifest, part: Path, meta
             "selection": result.located.selection.to_dict(),
             "attribution": result.located.attribution.to_dict(),
         }
-    summary |= result.impact.to_dict() | {"verdict": result.verdict.to_dict()}
+    summary |= {**result.impact.to_dict(), "verdict": result.verdict.to_dict()}
     manifest = replace(
         manifest,
         recipe=RecipeRecord(job.recipe.name, job.recipe.sha256),

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from .disk.manifest import Manifest
 from .edit import Edit
 from .errors import EditError, InputError
 from .families import Site
-
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ class Comparison:
     def __repr__(self) -> str:
         return f"Comparison({', '.join(edit.name for edit in self.edits)})"
 
-    def to_dict(self) -> dict:
-        return {"version": VERSION} | asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def compare(*edits: str | Path | Edit) -> Comparison:

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from .disk.checkpoint import Checkpoint
 from .disk.hashing import file_hash
@@ -31,6 +31,26 @@ from .verifying import verify
 
 VERSION = 1
 Progress = Callable[[int], None]  # called with the number of bytes checked since the last call
+
+
+class PushJSON(TypedDict):
+    """What `push --json` prints. files: {name: bytes}. proofs: whether they were computed in this run.
+
+    A dry run sends nothing, so it has no commit and no url.
+    """
+
+    version: int
+    repo: str
+    private: bool
+    create_pr: bool
+    files: dict[str, int]
+    bytes: int
+    notices: list[str]
+    form: str
+    proofs: Literal["computed", "on record"]
+    dry_run: NotRequired[bool]
+    commit: NotRequired[str]
+    url: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
@@ -63,9 +83,9 @@ class PushResult:
     def bytes(self) -> int:
         return sum(self.files.values())
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> PushJSON:
         """JSON form: what `push --json` prints."""
-        data = {
+        data: PushJSON = {
             "version": VERSION,
             "repo": self.repo,
             "private": self.private,
@@ -76,7 +96,9 @@ class PushResult:
             "form": self.form,
             "proofs": "computed" if self.proven else "on record",
         }
-        return data | ({"dry_run": True} if self.dry_run else {"commit": self.commit, "url": self.url})
+        if self.commit is None:
+            return {**data, "dry_run": True}
+        return {**data, "commit": self.commit, "url": self.url}
 
 
 def push(

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 from .errors import InputError, shown
 
 RULES, COMBINE = ("paper", "contrastive", "paired", "specific"), ("union", "intersection")
 TOP = 0.002  # of all neurons: what the specific rule keeps of each dimension unless told otherwise
+
+
+class RuleJSON(TypedDict):
+    """How neurons are selected; see docs/rules.md."""
+
+    rule: str
+    tau: float
+    beta: float
+    combine: str
+    top: NotRequired[float | None]
+    same_sign: NotRequired[bool]
 
 
 @dataclass(frozen=True)
@@ -79,9 +91,9 @@ class Rule:
             f"{self.combine}{signs}): lower {cure}"
         )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> RuleJSON:
         """JSON form, as edits record it; what is not in use is left out."""
-        record: dict = {"rule": self.name, "tau": self.tau, "beta": self.beta, "combine": self.combine}
+        record: RuleJSON = {"rule": self.name, "tau": self.tau, "beta": self.beta, "combine": self.combine}
         if self.top is not None:
             record["top"] = self.top
         if self.same_sign:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,9 @@ class Interval(NamedTuple):
         """Of three numbers, as JSON holds them. Raises ValueError."""
         value, low, high = map(float, values)
         return cls(value, low, high)
+
+
+IntervalJSON = Annotated[list[float], Interval]
 
 
 def mean(columns: np.ndarray) -> np.ndarray:

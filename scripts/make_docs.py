@@ -1,5 +1,5 @@
 """Writes the pages of docs/ that are made: commands.md from the commands' own help,
-architectures.md from the table of families, map.svg from map.json.
+architectures.md from the table of families, map.svg from map.json, schemas/ from the types of what is printed as JSON.
 
     python scripts/make_docs.py              # a test fails if one of them is out of date
     python scripts/make_docs.py --measure    # map.json first: bakes the demo, about ten seconds
@@ -13,7 +13,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 _WIDTH = 100  # of the help, in characters
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from schemas import outputs, schema_of  # noqa: E402
 
 
 def commands() -> str:
@@ -92,7 +96,13 @@ def measure() -> str:
     return "{\n" + ",\n".join(f' "{key}": {json.dumps(value)}' for key, value in found.items()) + "\n}\n"
 
 
+def schema(name: str, kind: Any) -> str:
+    """What a command prints with --json, as a JSON schema."""
+    return json.dumps(schema_of(name, kind), indent=2) + "\n"
+
+
 PAGES = {"commands.md": commands, "architectures.md": architectures, "map.svg": picture}
+PAGES |= {f"schemas/{name}.json": partial(schema, name, kind) for name, kind in outputs().items()}
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--measure"]:

@@ -1,10 +1,9 @@
 """Asking: what is shown is what the models say, by a plain loop over transformers' own forward pass."""
 
-import json
-
 import pytest
 import torch
 from click.testing import CliRunner
+from printed import parsed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kbne_edit import Edit, ask, fold
@@ -83,7 +82,7 @@ def test_command(edited, tmp_path):
     file.write_text(f"\n{PROMPTS[1]}\n", encoding="utf-8-sig")
     result = run(edited, PROMPTS[0], "--against", "demo", "--file", file, "--max-tokens", 4, "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
+    found = parsed("ask", result.stdout)
     expected = ask(str(edited), PROMPTS, against="demo", sampling=Sampling(4))
     assert found == {"version": 1, "replies": [reply.to_dict() for reply in expected]}
     lines = run(edited, *PROMPTS, "--against", "demo", "--max-tokens", 4).stdout.splitlines()

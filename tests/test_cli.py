@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from printed import parsed
 from safetensors.torch import load_file, save_file
 
 from hub import card_faults
@@ -46,7 +47,7 @@ def baked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("baked")
     result = run("bake", "--in", "demo", "--out", "debiased", "--json", cwd=folder)
     assert result.returncode == 0, result.stderr
-    return folder, json.loads(result.stdout)
+    return folder, parsed("bake", result.stdout)
 
 
 def test_bake_of_the_demo(baked):
@@ -77,7 +78,8 @@ def test_plain_transformers_in_a_second_process(baked):
 
 def test_revert_restores_the_base(baked, tmp_path):
     folder, _ = baked
-    assert run("revert", folder / "debiased", "--out", tmp_path / "base", cwd=tmp_path).returncode == 0
+    reverted = run("revert", folder / "debiased", "--out", tmp_path / "base", "--json", cwd=tmp_path)
+    assert reverted.returncode == 0 and parsed("revert", reverted.stdout)["files"] > 0
     assert files(tmp_path / "base") == files(DEMO)
 
 
@@ -112,7 +114,7 @@ def test_select_again_takes_no_model(baked, tmp_path):
 def test_select_by_other_rules(baked, tmp_path):
     path = baked[0] / "debiased.work" / "scores.safetensors"
     result = run("select", path, "--rule", "specific", "--top", "0.01", "--out", "e.json", "--json", cwd=tmp_path)
-    found, edit = json.loads(result.stdout), Edit.load(tmp_path / "e.json")
+    found, edit = parsed("select", result.stdout), Edit.load(tmp_path / "e.json")
     assert edit.factors == select(load_scores(path), Rule("specific", top=0.01)).factors
     assert 0 < edit.num_neurons <= 3 * round(0.01 * 4 * 192)
     said = run("select", path, "--rule", "specific", "--top", "0.01", "--out", "e.json", cwd=tmp_path).stdout
@@ -180,7 +182,8 @@ def test_killed_locate_resumes_with_the_same_bytes(baked, tmp_path):
     time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL  # it was not done yet
-    assert run("locate", "--in", "demo", "--out", out, cwd=tmp_path).returncode == 0
+    located = run("locate", "--in", "demo", "--out", out, "--json", cwd=tmp_path)
+    assert located.returncode == 0 and parsed("locate", located.stdout)["questions"] > 0
     assert out.read_bytes() == (folder / "debiased.work" / "scores.safetensors").read_bytes()
 
 
@@ -505,7 +508,7 @@ def test_verify_a_directory_made_elsewhere(tmp_path):
         weight[:, 7] = (weight[:, 7].float() * 3.5).to(weight.dtype)
     model.save_pretrained(tmp_path / "other", max_shard_size="20KB")
     result = run("verify", "--in", "base", "--baked", "other", "--json", cwd=tmp_path)
-    report = json.loads(result.stdout)
+    report = parsed("verify", result.stdout)
     assert result.returncode == 0 and report["edit"] == {"site": "down", "neurons": 1, "factors": [3.5]}, result.stderr
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from printed import parsed
 
 from kbne_edit import locating
 from kbne_edit.attribution.streamed import Streamed
@@ -79,7 +80,7 @@ def test_a_model_that_bake_refuses(tmp_path, devices):
 def test_on_the_command_line():
     command = [sys.executable, ROOT / "cli.py", "doctor", "--in", "demo", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(result.stdout)
+    found = parsed("doctor", result.stdout)
     assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert found["versions"]["transformers"] == transformers.__version__
     assert found["cores"] == len(os.sched_getaffinity(0))

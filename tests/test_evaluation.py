@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from printed import parsed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bench_data
@@ -671,7 +672,7 @@ def test_command(data, tmp_path):
     EDIT.save(tmp_path / "edit.json")
     result = run("--edit", "edit.json", "--data", data, "--limit", 6, "--draws", 1, "--out", "r.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    written = json.loads((tmp_path / "r.json").read_text())
+    written = parsed("evaluate", (tmp_path / "r.json").read_text())
     assert "left out: copa" in result.stderr and "copa" not in written["tasks"]
     for text in ("ICAT", "bias, ambiguous", "flattened", "a loss of 5 points", "perplexity", "Holm"):
         assert text in result.stdout

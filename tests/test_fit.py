@@ -8,6 +8,7 @@ import pytest
 import torch
 from chat import save_chat
 from click.testing import CliRunner
+from printed import parsed
 from safetensors.torch import load_file
 
 from kbne_edit import Edit, FitSettings, InputError, fit, hooked
@@ -100,10 +101,10 @@ def test_a_file_of_gradients_serves_again_and_the_result_is_the_same(model, fitt
     stamp = gradients.stat().st_mtime_ns
     options = ["--facts", "30", "--contrasts", "36", "--texts", "8", "--max-kl", "0.02", "--draws", "1", "--json"]
     command = ["fit", "--in", str(model), "--out", str(tmp_path / "edit.json"), "--gradients", str(gradients)]
-    data = json.loads(CliRunner().invoke(cli, [*command, *options]).stdout)
+    data = parsed("fit", CliRunner().invoke(cli, [*command, *options]).stdout)
     assert gradients.stat().st_mtime_ns == stamp  # nothing was written
     assert data["sha256"] == found.edit.sha256
-    assert data == json.loads(json.dumps(found.to_dict()))
+    assert data == {"version": 1} | json.loads(json.dumps(found.to_dict()))
     text = "\n".join(lines(found))
     assert f"KL {found.cost.kl:.4f}" in text and "control, shuffled labels 1" in text
     assert all(part in text.splitlines()[-1] for part in found.moved)

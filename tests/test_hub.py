@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from manifests import write_manifest
+from printed import parsed
 from safetensors.torch import load_file, save_file
 
 from hub import SIGNATURE, Fault, serving, sha256
@@ -309,7 +310,7 @@ def test_from_the_hub_to_the_hub(out, hub, cli, content, tmp_path):
     hub.add("org/tiny", content)
     result = cli("push", "out", "org/other", "--json", token=TOKEN)
     assert result.returncode == 0, result.stderr
-    answer = json.loads(result.stdout)
+    answer = parsed("push", result.stdout)
     assert answer["url"] == f"{hub.url}/org/other" and answer["commit"] == hub.repos["org/other"].refs["main"]
     local = {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*")}
     assert any("/api/validate-yaml" in path for path in hub.paths("POST", "/api/"))
@@ -463,7 +464,7 @@ def test_an_adapter_from_the_hub(alone, hub, cli, content, tmp_path):
     hub.repos["org/tiny"].commit(content | {"NOTE.txt": b"a later commit"})
     result = cli("push", alone / "peft", "org/adapter", "--json", token=TOKEN)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["notices"] == []
+    assert parsed("push", result.stdout)["notices"] == []
     sent = {k: v for k, v in hub.repos["org/adapter"].files.items() if k != ".gitattributes"}
     assert sent == {path.name: path.read_bytes() for path in (alone / "peft").iterdir()}
     card = ModelCard(sent["README.md"].decode()).data

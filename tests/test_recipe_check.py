@@ -1,10 +1,10 @@
 """What `recipes check` finds: shortcuts against plain counting, and a note for each thing that is out of balance."""
 
-import json
 from collections import Counter
 
 import pytest
 from click.testing import CliRunner
+from printed import parsed
 
 from kbne_edit import load_recipe
 from kbne_edit.commands.recipes import command
@@ -143,17 +143,23 @@ def test_the_command_prints_the_figures():
     run = CliRunner().invoke(command, ["check", "hiring"])
     assert run.output.rstrip().endswith("nothing to note") and run.output.count("50.0%") == 6
     run = CliRunner().invoke(command, ["check", "hiring", "--json"])
-    assert json.loads(run.output)["questions"] == {"count": 192, "always": {"yes": 0.5, "no": 0.5}, "opening": 0.5}
+    assert parsed("recipes-check", run.output)["questions"] == {
+        "count": 192,
+        "always": {"yes": 0.5, "no": 0.5},
+        "opening": 0.5,
+    }
 
 
 def test_the_list_counts_what_each_recipe_holds():
     run = CliRunner().invoke(command, ["list", "--json"])
-    rows = json.loads(run.output)
+    rows = parsed("recipes-list", run.output)["recipes"]
     assert set(rows) == set(recipe_names())
     for name, row in rows.items():
         recipe = load_recipe(name)
         held = (len(recipe.questions), len(recipe.controls), len(recipe.twins), recipe.language)
         assert (row["questions"], row["controls"], row["twins"], row["language"]) == held
+    shown = CliRunner().invoke(command, ["show", "demo", "--questions", "9", "--json"]).output
+    assert len(parsed("recipes-show", shown)["questions"]) >= 9
     lines = CliRunner().invoke(command, ["list"]).output.splitlines()
     assert [line.partition(":")[0] for line in lines] == recipe_names()
     assert "hiring: 192 questions, 96 controls, 32 twins." in lines[recipe_names().index("hiring")]

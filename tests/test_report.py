@@ -8,11 +8,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
 from manifests import read_manifest, write_manifest
+from printed import parsed
 from safetensors.numpy import save_file
 
 from kbne_edit import Edit, bake, compare, fold, load_scores
@@ -26,7 +26,6 @@ from kbne_edit.reporting.lens import columns, vocabulary, written
 from tiny import FAMILIES, MIXTURES, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = json.loads((ROOT / "kbne_edit" / "reporting" / "report.schema.json").read_text())
 
 
 def run(*args, cwd=ROOT):
@@ -36,9 +35,7 @@ def run(*args, cwd=ROOT):
 
 def valid(report):
     """The report's JSON, which its schema allows."""
-    data = json.loads(json.dumps(report if isinstance(report, dict) else report.to_dict()))
-    jsonschema.Draft202012Validator(SCHEMA).validate(data)
-    return data
+    return parsed("report", json.dumps(report if isinstance(report, dict) else report.to_dict()))
 
 
 @pytest.fixture(scope="module")
@@ -501,7 +498,7 @@ def test_compare_against_sets(tmp_path, debiased):
     a.save(tmp_path / "a.json")
     Edit("gate", {0: {2: 2.0}}, base="0" * 64).save(tmp_path / "b.json")
     done = run("compare", tmp_path / "a.json", tmp_path / "b.json", debiased, "--json")
-    found = json.loads(done.stdout)
+    found = parsed("compare", done.stdout)
     assert [e["neurons"] for e in found["edits"]] == [3, 1, read_manifest(debiased)["proofs"]["edit"]["neurons"]]
     assert len(found["pairs"]) == 3 and len(found["notes"]) == 2
     text = run("compare", tmp_path / "a.json", tmp_path / "b.json").stdout

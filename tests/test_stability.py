@@ -1,10 +1,10 @@
 """Stability against probabilities worked out by hand."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from printed import parsed
 
 from kbne_edit import select
 from kbne_edit.attribution.scores import Row, Scores, ScoresWriter
@@ -134,7 +134,7 @@ def test_several_files_on_the_command_line(tmp_path, capsys):
         paths.append(tmp_path / f"{number}.safetensors")
         _write(paths[-1], values)
     stability_command.main([*map(str, paths), "--json"], standalone_mode=False)
-    result = json.loads(capsys.readouterr().out)
+    result = parsed("stability", capsys.readouterr().out)
     assert result["in_files"] == {
         "0": {"0": [1.0, *wilson(3, 3)]},
         "1": {"1": [2 / 3, *wilson(2, 3)]},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from printed import parsed
 
 from kbne_edit.commands import cli
 from kbne_edit.errors import InputError, RecipeError
@@ -362,13 +363,15 @@ def test_recipes_show_prints_every_sentence():
     rows = [line.split("\t") for line in run.output.splitlines()]
     units = load_units(["gender"])[:4]
     assert [row[3].replace("\\n", "\n") for row in rows] == [s.text for unit in units for s in unit.sentences]
+    shown = CliRunner().invoke(cli, ["recipes", "show", "pairs/en/gender", "--questions", "4", "--json"]).output
+    assert len(parsed("recipes-show-pairs", shown)["units"]) == 4
     assert [row[2] for row in rows if row[1] == "question"] == "ax ay bx by unrelated unrelated unknown unknown".split()
 
 
 def test_recipes_check_reports_pairs(tmp_path):
     run = CliRunner().invoke(cli, ["recipes", "check", "pairs/en/gender", "--json"])
     assert run.exit_code == 0
-    report = json.loads(run.output)
+    report = parsed("recipes-check-pairs", run.output)
     pairs = load_pairs(["gender"])[0]
     assert report["facts"] == len(pairs.facts) and report["types"][0]["type"] == "gender"
     path = written(tmp_path, document(facts={"Rote / Blaue": [[f"{i} zahlen", f"{i} essen", "nn"] for i in range(4)]}))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from printed import parsed
 
 from kbne_edit import Edit, bake, load_recipe
 from kbne_edit.commands import cli, main
@@ -184,7 +185,7 @@ def test_the_command_says_it_and_a_requirement_has_a_status(baked, tmp_path, mon
     captured = capsys.readouterr()
     assert "required, but not passed: effect NO EVIDENCE" in captured.err and (tmp_path / "b").is_dir()
     assert status("c", "--no-measure", "--json", "--require", "cost") == 4
-    record = json.loads(capsys.readouterr().out)
+    record = parsed("bake", capsys.readouterr().out)
     assert record["verdict"]["effect"] == record["verdict"]["cost"] == "NOT MEASURED" and "effect" not in record
     assert "No effect" not in (tmp_path / "c" / "README.md").read_text()
     assert status("d", "--require", "speed") == 2 and not (tmp_path / "d").exists()
@@ -198,5 +199,5 @@ def test_other_forms_and_apply_are_measured_too(form, baked, tmp_path):
     if form == "delta":
         args = [str(tmp_path / form), "--in", "demo", "--out", str(tmp_path / "again"), "--recipe", "demo", "--json"]
         ran = CliRunner().invoke(cli, ["apply", *args], catch_exceptions=False)
-        record = json.loads(ran.stdout)
+        record = parsed("apply", ran.stdout)
         assert record["verdict"] == baked[1].verdict.to_dict() and record["effect"] == baked[1].impact.effect.to_dict()

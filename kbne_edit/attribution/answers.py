@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from ..errors import CheckpointError
 from ..recipe import Question
-from ..statistics import Interval, wilson
+from ..statistics import Interval, IntervalJSON, wilson
 from .scores import Scores
 
 SMALL = 0.1  # probability of all answers together below which another token is due at that position
@@ -45,6 +45,33 @@ class Mass(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> Mass:
         return cls(float(np.median(values)), float(np.mean(np.asarray(values) < SMALL)))
+
+
+class MassJSON(TypedDict):
+    """Probability of all answers together, 0 to 1. threshold: a median below it is small."""
+
+    median: float
+    below: float
+    threshold: float
+
+
+class AnswersJSON(TypedDict):
+    """How a model answers. right, controls_right: how many; by answer and form: [right, total]; shares: 0 to 1.
+
+    balanced: mean share of right answers over the answers. constant: the answer that a constant model would give, if
+    this one does no better.
+    """
+
+    questions: int
+    right: int
+    controls: int
+    controls_right: int
+    right_by_answer: dict[str, Annotated[list[int], Tally]]
+    right_by_form: dict[str, Annotated[list[int], Tally]]
+    balanced: IntervalJSON
+    constant: str | None
+    wrong: list[str]
+    mass: NotRequired[MassJSON]
 
 
 @dataclass(frozen=True)
@@ -99,8 +126,8 @@ class Answers:
             tuple(questions[i].text for i in asked if not right[i]),
         )
 
-    def to_dict(self) -> dict:
-        record = {
+    def to_dict(self) -> AnswersJSON:
+        record: AnswersJSON = {
             "questions": self.questions.total,
             "right": self.questions.right,
             "controls": self.controls.total,
@@ -111,7 +138,9 @@ class Answers:
             "constant": self.constant,
             "wrong": list(self.wrong),
         }
-        return record if self.mass is None else record | {"mass": {**self.mass._asdict(), "threshold": SMALL}}
+        if self.mass is not None:
+            record["mass"] = {"median": self.mass.median, "below": self.mass.below, "threshold": SMALL}
+        return record
 
     @classmethod
     def from_dict(cls, record: dict, where: str = "answers") -> Answers:
@@ -147,6 +176,16 @@ def _constant(by_answer: dict[str, Tally], balanced: Interval) -> str | None:
     return max(by_answer, key=lambda name: by_answer[name].share)
 
 
+class AttributionJSON(AnswersJSON):
+    """The answers, and how exact the attribution is.
+
+    largest_residual: of completeness, relative to its question's largest score. nodes_per_layer: mean.
+    """
+
+    largest_residual: float
+    nodes_per_layer: float
+
+
 @dataclass(frozen=True)
 class AttributionSummary:
     """What is told of an attribution. As JSON it is one object: the answers' and these.
@@ -162,8 +201,9 @@ class AttributionSummary:
     def of(cls, scores: Scores) -> AttributionSummary:
         return cls(Answers.of(scores), float(scores.residual.max()), float(scores.nodes.mean()))
 
-    def to_dict(self) -> dict:
-        return self.answers.to_dict() | {
+    def to_dict(self) -> AttributionJSON:
+        return {
+            **self.answers.to_dict(),
             "largest_residual": self.largest_residual,
             "nodes_per_layer": self.nodes_per_layer,
         }

@@ -11,7 +11,7 @@ from ..errors import InputError, one_line
 from . import options
 
 if TYPE_CHECKING:
-    from ..asking import Reply, Speaker
+    from ..asking import AskJSON, Reply, Speaker
     from ..models.generation import Sampling, Turn
 
 _MOST_BYTES = 1 << 20  # of a file of prompts
@@ -65,7 +65,8 @@ def command(directory: str | None, prompts: tuple[str, ...], plain: bool, as_jso
     if not every:
         raise click.UsageError("there is no prompt: give one, pass --file, or run the command on a terminal")
     replies = ask(model, every, against=against, edit=edit, sampling=sampling, plain=plain)
-    options.show({"version": 1, "replies": [reply.to_dict() for reply in replies]}, as_json, _lines(replies))
+    result: AskJSON = {"replies": [reply.to_dict() for reply in replies]}
+    options.show(result, as_json, _lines(replies))
     return None
 
 

@@ -10,7 +10,7 @@ from . import options
 from .findings import cost_lines, effect_lines, measuring, verdict_lines
 
 if TYPE_CHECKING:
-    from ..baking import BakeResult
+    from ..baking import BakeJSON, BakeResult
 
 
 @click.command("bake")
@@ -101,7 +101,7 @@ def _lines(result: BakeResult, verbose: bool) -> list[str]:
     return [*lines, *verdict_lines(result.verdict), *_next_lines(result, summary)]
 
 
-def _head(summary: dict) -> str:
+def _head(summary: BakeJSON) -> str:
     """Base, output, and the size of the edit."""
     base = summary["model"] + (f" at {summary['commit'][:12]}" if summary["commit"] else "")
     factors = summary["factors"]
@@ -112,7 +112,7 @@ def _head(summary: dict) -> str:
     )
 
 
-def _details(result: BakeResult, summary: dict) -> list[str]:
+def _details(result: BakeResult, summary: BakeJSON) -> list[str]:
     """How the neurons were found, the proofs' figures, effect and cost beside their controls."""
     lines = []
     if result.located:
@@ -129,7 +129,7 @@ def _details(result: BakeResult, summary: dict) -> list[str]:
     return lines
 
 
-def _next_lines(result: BakeResult, summary: dict) -> list[str]:
+def _next_lines(result: BakeResult, summary: BakeJSON) -> list[str]:
     """What was written, and commands that work as they stand here; first what the verdict asks for."""
     from ..evaluation.verdict import next_command
     from ..files import work_folder
@@ -170,7 +170,7 @@ def _gguf(out: str) -> str:
     return f", gguf_file={_literal(file.name)}" if file else ""
 
 
-def _base(summary: dict) -> str:
+def _base(summary: BakeJSON) -> str:
     """Python that loads the base."""
     from ..hub.source import DEMO
 

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +20,7 @@ from ..rule import COMBINE, RULES
 
 if TYPE_CHECKING:
     from ..attribution.answers import AttributionSummary
+    from ..proofs.outcome import ProofsJSON
     from ..selection.summary import SelectionSummary
     from ..settings import Settings
 
@@ -229,10 +230,13 @@ def names(text: str | None) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in text.split(",")) if text is not None else None
 
 
-def show(result: dict, as_json: bool, lines: list[str]) -> None:
-    """Results go to stdout: as JSON, or as lines; on a terminal wrapped at words, with states in colour."""
+def show(result: Mapping[str, Any], as_json: bool, lines: list[str]) -> None:
+    """Results go to stdout: as JSON, or as lines; on a terminal wrapped at words, with states in colour.
+
+    The JSON of each command has a version, 1 unless it says another, and a schema in docs/schemas/.
+    """
     if as_json:
-        click.echo(json.dumps(result, indent=1, default=str))
+        click.echo(json.dumps({"version": 1} | dict(result), indent=1, default=str))
         return
     for line in map(one_line, lines):
         click.echo(_painted(_wrapped(line)) if sys.stdout.isatty() else line)
@@ -327,7 +331,7 @@ def attribution_lines(summary: AttributionSummary) -> list[str]:
     return lines
 
 
-def proof_lines(proofs: dict) -> list[str]:
+def proof_lines(proofs: ProofsJSON) -> list[str]:
     """Both proofs, with their figures."""
     if proofs["file_proof"]:
         lines = [

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..pushing import PushJSON
 
 
 @click.command("push")
@@ -32,7 +35,7 @@ def command(
         )
     total = sum(path.stat().st_size for path in baked.rglob("*") if path.is_file())
     with resolved(base, say) if base else nullcontext() as source, progress("checking hashes", total, "B") as update:
-        result: Any = push(
+        pushed = push(
             baked,
             name,
             base=source.path if source else None,
@@ -41,7 +44,7 @@ def command(
             dry_run=dry_run,
             progress=update,
         )
-    result = result.to_dict()
+    result = pushed.to_dict()
     lines = [f"  {file}: {size:,} bytes" for file, size in result["files"].items()]
     lines.append(f"{len(result['files'])} files, {result['bytes']:,} bytes, all as the manifest says; {_sound(result)}")
     if dry_run:
@@ -53,7 +56,7 @@ def command(
     options.show(result, as_json, lines)
 
 
-def _sound(result: dict) -> str:
+def _sound(result: PushJSON) -> str:
     """Whether the output was proven in this run, or is said to have been."""
     if result["proofs"] == "computed":
         return "proven again against its base"

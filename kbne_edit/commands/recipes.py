@@ -10,6 +10,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ..recipe import RecipeCheck
+    from ..recipe.types import RecipeRow
 
 
 @click.group("recipes")
@@ -23,13 +24,22 @@ def list_(as_json: bool) -> None:
     """List the recipes of the package."""
     from ..recipe import load_recipe, recipe_names
 
-    rows, lines = {}, []
+    rows: dict[str, RecipeRow] = {}
+    lines = []
     for name in recipe_names():
         recipe = load_recipe(name)
-        counts = {"questions": len(recipe.questions), "controls": len(recipe.controls), "twins": len(recipe.twins)}
-        rows[name] = counts | {"language": recipe.language, "text": recipe.description}
-        lines.append(f"{name}: {', '.join(f'{n} {what}' for what, n in counts.items())}. {recipe.description}")
-    options.show(rows, as_json, lines)
+        rows[name] = {
+            "questions": len(recipe.questions),
+            "controls": len(recipe.controls),
+            "twins": len(recipe.twins),
+            "language": recipe.language,
+            "text": recipe.description,
+        }
+        lines.append(
+            f"{name}: {len(recipe.questions)} questions, {len(recipe.controls)} controls, {len(recipe.twins)} twins. "
+            f"{recipe.description}"
+        )
+    options.show({"recipes": rows}, as_json, lines)
 
 
 @command.command()

@@ -9,7 +9,7 @@ import click
 from . import options
 
 if TYPE_CHECKING:
-    from ..selection.stability import Agreement, Resamples, Stability
+    from ..selection.stability import Agreement, Resamples, Stability, StabilityJSON
     from ..statistics import Interval
 
 
@@ -43,7 +43,7 @@ def command(scores: tuple[Path, ...], recipe: str | None, draws: int, as_json: b
     one = len(resamples) == 1  # that nothing is selected is an error for one, and a finding beside others
     found = {name: stability(own) for name, own in resamples.items() if one or len(own.whole)}
     pairs = [] if one else agreements(resamples)
-    result: dict[str, Any] = {
+    result: StabilityJSON = {
         "files": {name: own.to_dict() for name, own in found.items()},
         "nothing": [name for name, own in resamples.items() if not len(own.whole)],
         "pairs": [pair.to_dict() for pair in pairs],

@@ -31,10 +31,8 @@ def command(source: str, baked: Path, edit_path: Path | None, no_behaviour: bool
         total = 2 * sum(shard.size for shard in Checkpoint.open(found.path).shards)
         with progress("verify", total, "B") as update:
             proofs = verify(found.path, baked, edit=edit, behaviour=not no_behaviour, progress=update)
-    data = {"version": 1} | proofs.to_dict()
-    kind = data["edit"]
-    head = (
-        f"edit: {kind['neurons']} neurons, site {kind['site']}, factor {', '.join(f'{f:g}' for f in kind['factors'])}"
-    )
-    options.show(data, as_json, [head, *options.proof_lines(data)])
+    proven = proofs.edit
+    factors = ", ".join(f"{factor:g}" for factor in proven.distinct_factors)
+    head = f"edit: {proven.num_neurons} neurons, site {proven.site}, factor {factors}"
+    options.show(proofs.to_dict(), as_json, [head, *options.proof_lines(proofs.to_dict())])
     return 0 if proofs.ok else 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class Manifest:
     resharded: dict[str, OldShard] = field(default_factory=dict)
     source: Origin | None = None
     recipe: RecipeRecord | None = None
-    proofs: dict[str, Any] | None = None
+    proofs: Mapping[str, Any] | None = None
     summary: dict[str, Any] | None = None
     sealed: bool = field(default=True, compare=False)
 

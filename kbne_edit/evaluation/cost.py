@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from ..edit import Edit
 from ..errors import InputError
 from ..recipe import Recipe
-from ..statistics import Interval, interval, mcnemar, wilson
+from ..statistics import Interval, IntervalJSON, interval, mcnemar, wilson
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -84,6 +84,32 @@ class Continuation(NamedTuple):
     after: str
 
 
+class LimitsJSON(TypedDict):
+    """What an edit may cost. kl: nats per token; perplexity_rise: after / before."""
+
+    kl: float
+    perplexity_rise: float
+
+
+class CostJSON(TypedDict):
+    """What an edit costs on neutral text. kl: from the base, nats per token; perplexity: before, after.
+
+    questions, controls: of the recipe, where its answers are tokens of the model.
+    """
+
+    source: str
+    texts: int
+    kl: IntervalJSON
+    perplexity: list[IntervalJSON]
+    perplexity_rise: IntervalJSON
+    limits: LimitsJSON
+    questions: NotRequired[Annotated[dict[str, Any], Answered]]
+    controls: NotRequired[Annotated[dict[str, Any], Answered]]
+    balanced: NotRequired[Annotated[dict[str, Any], Balanced]]
+    continuations: list[Annotated[dict[str, Any], Continuation]]
+    state: State
+
+
 @dataclass(frozen=True)
 class Cost:
     """What an edit costs.
@@ -123,19 +149,24 @@ class Cost:
             return "high"
         return "low" if self.kl.high <= MOST_KL and self.rise.high <= MOST_RISE else "unclear"
 
-    def to_dict(self) -> dict:
-        record = {
+    def to_dict(self) -> CostJSON:
+        record: CostJSON = {
             "source": self.origin,
             "texts": self.texts,
             "kl": list(self.kl),
             "perplexity": [list(self.before), list(self.after)],
             "perplexity_rise": list(self.rise),
             "limits": {"kl": MOST_KL, "perplexity_rise": MOST_RISE},
+            "continuations": [item._asdict() for item in self.continuations],
+            "state": self.state,
         }
-        for name in ("questions", "controls", "balanced"):
-            if part := getattr(self, name):
-                record[name] = part._asdict()
-        return record | {"continuations": [item._asdict() for item in self.continuations], "state": self.state}
+        if self.questions:
+            record["questions"] = self.questions._asdict()
+        if self.controls:
+            record["controls"] = self.controls._asdict()
+        if self.balanced:
+            record["balanced"] = self.balanced._asdict()
+        return record
 
     @classmethod
     def from_dict(cls, record: dict) -> Cost:

@@ -16,14 +16,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from ..edit import Edit
 from ..errors import InputError
 from ..recipe import Probe, Twin
-from ..statistics import Interval, change, interval
+from ..statistics import Interval, IntervalJSON, change, interval
 from .twins import twin_scores
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ class Change(NamedTuple):
 
     before: float
     after: float
+
+
+ChangeJSON = Annotated[list[float], Change]
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,35 @@ class Flattening:
 
     temperature: float | None
     versus: Interval
+
+
+class EffectJSON(TypedDict):
+    """What an edit does to the probes. Margins are s, in nats per token; abs: |s|; shares: 0 to 1.
+
+    random_...: the same under random neurons; versus_random: the edit less their mean; random_as_low, random_as_high:
+    how many draws reach the edit's score. temperature: of the flattening, null if none goes so far.
+    """
+
+    aim: str
+    probes: int
+    twins: int
+    stereotype_share: ChangeJSON
+    mean_margin: ChangeJSON
+    mean_abs_margin: ChangeJSON
+    change_abs: IntervalJSON
+    change_signed: IntervalJSON
+    random_change_abs: IntervalJSON
+    random_change_signed: IntervalJSON
+    random_draws: int
+    versus_random: IntervalJSON
+    random_twins: NotRequired[int]
+    random_as_low: NotRequired[int]
+    random_as_high: NotRequired[int]
+    random_lowest: NotRequired[float]
+    random_highest: NotRequired[float]
+    temperature: NotRequired[float | None]
+    versus_flattened: NotRequired[IntervalJSON]
+    state: State
 
 
 @dataclass(frozen=True)
@@ -140,9 +172,9 @@ class Effect:
             return "more"
         return "none"
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> EffectJSON:
         random, flat = self.random, self.flattening
-        record = {
+        record: EffectJSON = {
             "aim": self.aim,
             "probes": self.probes,
             "twins": self.twins,
@@ -155,12 +187,15 @@ class Effect:
             "random_change_signed": list(random.signed),
             "random_draws": random.draws,
             "versus_random": list(random.versus),
+            "state": self.state,
         }
-        known = {key: getattr(random, key) for key in ("twins", "as_low", "as_high", "lowest", "highest")}
-        record |= {f"random_{key}": value for key, value in known.items() if value is not None}
+        for key in _OF_DRAWS:
+            if (value := getattr(random, key.removeprefix("random_"))) is not None:
+                record[key] = value
         if flat:
-            record |= {"temperature": flat.temperature, "versus_flattened": list(flat.versus)}
-        return record | {"state": self.state}
+            record["temperature"] = flat.temperature
+            record["versus_flattened"] = list(flat.versus)
+        return record
 
     @classmethod
     def from_dict(cls, record: dict) -> Effect:
@@ -173,7 +208,7 @@ class Effect:
             before, after = map(float, record[key])
             return Change(before, after)
 
-        kinds = {"twins": int, "as_low": int, "as_high": int, "lowest": float, "highest": float}
+        kinds: dict[str, Any] = {"twins": int, "as_low": int, "as_high": int, "lowest": float, "highest": float}
         known = {key: kind(record[f"random_{key}"]) for key, kind in kinds.items() if f"random_{key}" in record}
         flat = None
         if "versus_flattened" in record:
@@ -197,6 +232,9 @@ class Effect:
             ),
             flattening=flat,
         )
+
+
+_OF_DRAWS: Final = ("random_twins", "random_as_low", "random_as_high", "random_lowest", "random_highest")
 
 
 def different_twins(twins: Sequence[Twin]) -> tuple[Twin, ...]:

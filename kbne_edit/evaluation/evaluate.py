@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 from ..attribution.answers import AttributionSummary
 from ..disk.checkpoint import Checkpoint
@@ -19,21 +19,31 @@ from ..edit import Edit
 from ..errors import InputError
 from ..hub.source import resolved
 from ..progress import say
-from ..proofs.outcome import Proofs
+from ..proofs.outcome import EditJSON, Proofs, edit_json
 from ..recipe import Recipe, load_recipe
 from ..selection.summary import SelectionSummary
-from ..statistics import Interval
+from ..statistics import Interval, IntervalJSON
 from .controls import controls_of
 from .effect import DRAWS
-from .impact import NOT_MEASURED, Impact, measure_impact, recipe_of
-from .result import TaskResult, neutral_of, results_of
+from .impact import NOT_MEASURED, Impact, ImpactJSON, measure_impact, recipe_of
+from .result import TaskJSON, TaskResult, neutral_of, results_of
 from .runs import Bench
-from .verdict import Verdict, benchmarked, verdict_of
+from .verdict import Verdict, VerdictJSON, benchmarked, verdict_of
 
 if TYPE_CHECKING:
     from .scoring import Scorer
 
 VERSION = 1
+
+
+class NeutralKeys(TypedDict):
+    """Neutral texts. Other keys are the figures, with each run's value."""
+
+    texts: int
+    source: str
+
+
+NeutralJSON = Annotated[dict[str, Any], NeutralKeys, dict[str, IntervalJSON]]
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,36 @@ class Neutral:
     origin: str
     figures: dict[str, dict[str, Interval]]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> NeutralJSON:
         figures = {name: {run: list(v) for run, v in values.items()} for name, values in self.figures.items()}
         return {"texts": self.texts, "source": self.origin, **figures}
+
+
+class EvaluatedJSON(EditJSON):
+    """The edit that was evaluated. how: "hooks", or the directory that holds the edited model."""
+
+    how: str
+
+
+class EvaluationJSON(ImpactJSON):
+    """What `evaluate --json` prints. limit: items of each task, null for all; margin: points of accuracy.
+
+    controls: {name: neurons}. comparisons: how many figures are tested. temperature: of the flattened base.
+    """
+
+    version: int
+    model: str
+    commit: str | None
+    recipe: str
+    limit: int | None
+    margin: float
+    edit: EvaluatedJSON | None
+    controls: dict[str, int]
+    temperature: float | None
+    comparisons: int
+    tasks: dict[str, TaskJSON]
+    neutral: NeutralJSON
+    verdict: NotRequired[VerdictJSON]
 
 
 @dataclass(frozen=True)
@@ -81,23 +118,16 @@ class Evaluation:
         """How many figures were tested, which Holm's p accounts for."""
         return sum(figure.tested for task in self.tasks.values() for figure in task.figures.values())
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> EvaluationJSON:
         """JSON form: what `evaluate --json` prints."""
-        edit = self.edit
-        record = {
+        record: EvaluationJSON = {
             "version": VERSION,
             "model": self.model,
             "commit": self.commit,
             "recipe": self.recipe,
             "limit": self.limit,
             "margin": self.margin,
-            "edit": edit
-            and {
-                "site": edit.site,
-                "neurons": edit.num_neurons,
-                "factors": edit.distinct_factors,
-                "how": self.how,
-            },
+            "edit": {**edit_json(self.edit), "how": self.how} if self.edit else None,
             "controls": self.controls,
             "temperature": self.temperature,
             "comparisons": self.comparisons,
@@ -105,7 +135,9 @@ class Evaluation:
             "neutral": self.neutral.to_dict(),
             **self.impact.to_dict(),
         }
-        return record | ({"verdict": self.verdict.to_dict()} if self.verdict else {})
+        if self.verdict:
+            record["verdict"] = self.verdict.to_dict()
+        return record
 
 
 def evaluate(

@@ -5,21 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..disk.checkpoint import Checkpoint
 from ..edit import Edit
 from ..errors import InputError
 from ..progress import say
 from ..recipe import Recipe, recipe_names
-from .cost import Cost, NeutralRun, measure_cost
-from .effect import Effect, margins_in, measure_effect
+from .cost import Cost, CostJSON, NeutralRun, measure_cost
+from .effect import Effect, EffectJSON, margins_in, measure_effect
 
 if TYPE_CHECKING:
     from torch import nn
 
 # Tokens of neutral text that every bake predicts; `evaluate` takes all. The interval of the KL is then some 10 % wide.
 _TARGETS = 1200
+
+
+class ImpactJSON(TypedDict, total=False):
+    """Without what was not measured."""
+
+    effect: EffectJSON
+    cost: CostJSON
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,13 @@ class Impact:
     effect: Effect | None = None
     cost: Cost | None = None
 
-    def to_dict(self) -> dict:
-        """Without what was not measured."""
-        parts = {"effect": self.effect, "cost": self.cost}
-        return {name: part.to_dict() for name, part in parts.items() if part is not None}
+    def to_dict(self) -> ImpactJSON:
+        record: ImpactJSON = {}
+        if self.effect:
+            record["effect"] = self.effect.to_dict()
+        if self.cost:
+            record["cost"] = self.cost.to_dict()
+        return record
 
 
 NOT_MEASURED = Impact()

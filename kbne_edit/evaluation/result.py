@@ -11,11 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, TypedDict, cast
 
 import numpy as np
 
-from ..statistics import Interval, beyond_draws, change, holm, interval, least_change, mcnemar, permutation
+from ..statistics import (
+    Interval,
+    IntervalJSON,
+    beyond_draws,
+    change,
+    holm,
+    interval,
+    least_change,
+    mcnemar,
+    permutation,
+)
 from .effect import FEWEST_DRAWS
 
 if TYPE_CHECKING:
@@ -27,6 +37,57 @@ ALPHA = 0.05  # of the whole report, shared out by Holm
 RANDOM: Final = "random neurons"
 
 State = Literal["better", "worse", "none"]
+
+
+class LossJSON(TypedDict):
+    """What of an ability may be lost, in points. shown: a loss of the margin is excluded."""
+
+    margin: float
+    points: float
+    lowest: float
+    chance: float
+    shown: bool
+
+
+class FigureKeys(TypedDict, total=False):
+    """One figure of one task. Other keys are the runs, with the figure's value in each.
+
+    change: from base to edit. controls: the changes under each kind of control; beyond: the edit less the control,
+    below 0 where the edit is nearer to the ideal. p_holm: over all tested figures. same_as: controls that the edit does
+    not exceed.
+    """
+
+    change: IntervalJSON
+    ideal: float | Literal["lowest"] | None
+    controls: dict[str, IntervalJSON]
+    beyond: dict[str, IntervalJSON]
+    draws: int
+    beyond_random: int
+    p: float | None
+    p_holm: float | None
+    state: State
+    same_as: list[str]
+    verdict: str
+    non_inferior: LossJSON
+
+
+class GroupKeys(TypedDict):
+    """A group of a task's items. Other keys are the figures of base and edit."""
+
+    items: int
+
+
+FigureJSON = Annotated[dict[str, Any], FigureKeys, float]
+GroupJSON = Annotated[dict[str, Any], GroupKeys, FigureJSON]
+
+
+class TaskJSON(TypedDict):
+    """One task. items: how many; figures: by name; groups: by name."""
+
+    kind: str
+    items: int
+    figures: dict[str, FigureJSON]
+    groups: dict[str, GroupJSON]
 
 
 @dataclass(frozen=True)
@@ -91,8 +152,8 @@ class FigureResult:
             return f"{said}, but not beyond {', '.join(self.same_as)}{few}"
         return f"{said}, beyond every control"
 
-    def to_dict(self) -> dict:
-        record: dict = dict(self.values)
+    def to_dict(self) -> FigureJSON:
+        record: dict[str, Any] = dict(self.values)
         if self.change:
             record["change"] = list(self.change)
         if self.beyond is None or self.controls is None:
@@ -122,8 +183,14 @@ class Loss(NamedTuple):
         """True if a loss of the margin is excluded."""
         return self.lowest > -self.margin
 
-    def to_dict(self) -> dict:
-        return self._asdict() | {"shown": self.excluded}
+    def to_dict(self) -> LossJSON:
+        return {
+            "margin": self.margin,
+            "points": self.points,
+            "lowest": self.lowest,
+            "chance": self.chance,
+            "shown": self.excluded,
+        }
 
 
 @dataclass(frozen=True)
@@ -137,7 +204,7 @@ class TaskResult:
     groups: dict[str, tuple[int, dict[str, FigureResult]]]
     loss: Loss | None = None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> TaskJSON:
         figures = {name: found.to_dict() for name, found in self.figures.items()}
         if self.loss:
             figures["accuracy"]["non_inferior"] = self.loss.to_dict()

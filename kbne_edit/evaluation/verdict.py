@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 from ..errors import InputError, RequirementError
 from ..proofs.outcome import Proofs
@@ -32,6 +32,28 @@ class Part(NamedTuple):
 
     state: State
     reason: str
+
+
+class ReasonsJSON(TypedDict):
+    """Why each part has its state: one sentence."""
+
+    answers: str
+    specific: str
+    effect: str
+    cost: str
+    proofs: str
+
+
+class VerdictJSON(TypedDict):
+    """What is known of an edit, part by part, and what to do. The parts are explained in docs/output.md."""
+
+    ship: Ship
+    answers: State
+    specific: State
+    effect: State
+    cost: State
+    proofs: State
+    reasons: ReasonsJSON
 
 
 @dataclass(frozen=True)
@@ -75,9 +97,22 @@ class Verdict:
             said = "; ".join(f"{name} {getattr(self, name).state}, {getattr(self, name).reason}" for name in missing)
             raise RequirementError(f"required, but not passed: {said}")
 
-    def to_dict(self) -> dict:
-        states = {name: part.state for name, part in self}
-        return {"ship": self.ship, **states, "reasons": {name: part.reason for name, part in self}}
+    def to_dict(self) -> VerdictJSON:
+        return {
+            "ship": self.ship,
+            "answers": self.answers.state,
+            "specific": self.specific.state,
+            "effect": self.effect.state,
+            "cost": self.cost.state,
+            "proofs": self.proofs.state,
+            "reasons": {
+                "answers": self.answers.reason,
+                "specific": self.specific.reason,
+                "effect": self.effect.reason,
+                "cost": self.cost.reason,
+                "proofs": self.proofs.reason,
+            },
+        }
 
     @classmethod
     def from_dict(cls, record: dict) -> Verdict:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
@@ -77,6 +78,14 @@ class Cost:
     perplexity: float
 
 
+class FitKeys(TypedDict):
+    """What the JSON of a fit has beside the fields. sha256: of the edit's site and factors."""
+
+    kbne_fit: int
+    sha256: str
+    moved: list[str]
+
+
 @dataclass(frozen=True)
 class Fit:
     """factors: summary; gains, controls: measured on facts set aside; fitted: how many units were fitted.
@@ -85,7 +94,7 @@ class Fit:
     an interval that excludes 0, and further than under shuffled labels.
     """
 
-    edit: Edit
+    edit: Edit = field(metadata={"json": False})
     parts: tuple[str, ...]
     fitted: int
     contrasts: int
@@ -109,7 +118,7 @@ class Fit:
                 result.append(gain.part)
         return tuple(result)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> Annotated[dict[str, Any], FitKeys]:
         """JSON form, without the factors themselves: those are the edit's."""
         result = {name: value for name, value in asdict(self).items() if name != "edit"}
         return {"kbne_fit": VERSION, "sha256": self.edit.sha256, "moved": list(self.moved)} | result

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from typing import Annotated, Any, TypedDict
 
 from ..evaluation.datafiles import NoDataError, rows
 from .units import Fact, Unit
@@ -81,6 +82,14 @@ class Overlap:
     near_facts: int
 
 
+class ReportKeys(TypedDict):
+    """What the JSON of a check has beside the fields. same_tone: facts whose two attributes have the same tone."""
+
+    facts: int
+    same_tone: int
+    faults: list[str]
+
+
 @dataclass(frozen=True)
 class UnitsReport:
     """Lengths are characters, means over facts. first_a, first_b: contexts of both groups by which comes first.
@@ -121,7 +130,7 @@ class UnitsReport:
         ]
         return faults
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> Annotated[dict[str, Any], ReportKeys]:
         return asdict(self) | {"facts": self.facts, "same_tone": self.same_tone, "faults": self.faults}
 
 

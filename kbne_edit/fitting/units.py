@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
 from ..errors import InputError, RecipeError, shown
 from ..yamlfile import read_yaml
@@ -98,6 +99,13 @@ class Unit:
         """Every sentence: the square (ax, ay, bx, by), the unrelated ones, the unknown ones."""
         square = self.square
         return (square.ax, square.ay, square.bx, square.by, *self.unrelated, *self.unknown)
+
+
+class UnitsJSON(TypedDict):
+    """What `recipes show --json` prints of pairs."""
+
+    name: str
+    units: list[Annotated[dict[str, Any], Unit]]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ rounded once to its own dtype (arXiv:2601.21864 scales h at run time; here the w
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -22,6 +22,16 @@ from .target import Target
 Inexact = dict[int, set[int]]  # of each layer the neurons that cannot take their factors
 
 
+class StepJSON(TypedDict):
+    """One tensor of a plan. file: that it will stand in; axis: of the neurons; neurons: of their layer."""
+
+    tensor: str
+    file: str
+    axis: int
+    neurons: list[int]
+    factors: list[float]
+
+
 @dataclass(frozen=True)
 class Step:
     """One tensor of a plan, in numbers to print. file: that it will stand in; neurons: of their layer."""
@@ -32,7 +42,7 @@ class Step:
     neurons: tuple[int, ...]
     factors: tuple[float, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> StepJSON:
         return {
             "tensor": self.tensor,
             "file": self.file,

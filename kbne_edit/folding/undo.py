@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class RevertResult:
     left_out: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"version": 1, "files": self.files, "left_out": list(self.left_out)}
+        return asdict(self)
 
 
 def revert(

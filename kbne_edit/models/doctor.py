@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..disk.checkpoint import Checkpoint
 from ..families import family_of, hidden_size
@@ -78,9 +78,8 @@ class Diagnosis:
     largest: dict[str, float]
     model: Treatment | None = None
 
-    def to_dict(self) -> dict:
-        record = asdict(self)
-        return record if self.model else {key: value for key, value in record.items() if key != "model"}
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def examine(checkpoint: Checkpoint | None = None) -> Diagnosis:

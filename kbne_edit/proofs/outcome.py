@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal, NotRequired, TypedDict
 
 from ..edit import Edit
+from ..families import Site
 
 EditFrom = Literal["manifest", "given", "recovered from the weights"]
 
@@ -39,6 +41,25 @@ class FileProof:
         return replace(self, faults=(*self.faults, fault))
 
 
+class BehaviourJSON(TypedDict):
+    """The second proof in one dtype. difference: of logits, noise: what rounding makes, in their standard deviations.
+
+    kl: nats per token; top1, greedy, rerouted: shares, 0 to 1. A figure that was not measured is left out.
+    """
+
+    dtype: str
+    how: str
+    bit_equal: bool
+    difference: float
+    noise: float
+    positions: int
+    ok: bool
+    kl: NotRequired[float]
+    top1: NotRequired[float]
+    greedy: NotRequired[float]
+    rerouted: NotRequired[float]
+
+
 @dataclass(frozen=True)
 class BehaviourProof:
     """The second proof in one dtype: the model behaves as the base with run-time hooks.
@@ -61,8 +82,8 @@ class BehaviourProof:
     greedy: float | None = None
     rerouted: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        data = {
+    def to_dict(self) -> BehaviourJSON:
+        data: BehaviourJSON = {
             "dtype": self.dtype,
             "how": self.how,
             "bit_equal": self.bit_equal,
@@ -71,11 +92,13 @@ class BehaviourProof:
             "positions": self.positions,
             "ok": self.holds,
         }
-        optional = {key: getattr(self, key) for key in _OPTIONAL}
-        return data | {key: value for key, value in optional.items() if value is not None}
+        for key in _OPTIONAL:
+            if (value := getattr(self, key)) is not None:
+                data[key] = value
+        return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> BehaviourProof:
+    def from_dict(cls, data: Mapping[str, Any]) -> BehaviourProof:
         """Raises KeyError, TypeError, ValueError."""
         return cls(
             dtype=str(data["dtype"]),
@@ -89,7 +112,38 @@ class BehaviourProof:
         )
 
 
-_OPTIONAL = ("kl", "top1", "greedy", "rerouted")
+_OPTIONAL: Final = ("kl", "top1", "greedy", "rerouted")
+
+
+class EditJSON(TypedDict):
+    """The edit in short. factors: the distinct ones."""
+
+    site: Site
+    neurons: int
+    factors: list[float]
+
+
+def edit_json(edit: Edit) -> EditJSON:
+    return {"site": edit.site, "neurons": edit.num_neurons, "factors": edit.distinct_factors}
+
+
+class ProofsJSON(TypedDict):
+    """Both proofs. source: where the edit comes from; tensors, edited, files: how many were compared, are products.
+
+    file_proof: the first proof holds; behaviour: the second one in each dtype, null if it was left out; ok: whatever
+    was put to the proof holds.
+    """
+
+    edit: EditJSON
+    source: EditFrom
+    tensors: int
+    edited: int
+    files: int
+    faults: list[str]
+    notes: list[str]
+    behaviour: list[BehaviourJSON] | None
+    ok: bool
+    file_proof: bool
 
 
 @dataclass(frozen=True)
@@ -132,11 +186,11 @@ class Proofs:
             return ""
         return "second" if self.files.holds else "first"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ProofsJSON:
         """JSON form, as the manifest records it."""
-        files, edit = self.files, self.files.edit
+        files = self.files
         return {
-            "edit": {"site": edit.site, "neurons": edit.num_neurons, "factors": edit.distinct_factors},
+            "edit": edit_json(files.edit),
             "source": files.edit_from,
             "tensors": files.tensors,
             "edited": files.edited,
@@ -149,7 +203,7 @@ class Proofs:
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], edit: Edit) -> Proofs:
+    def from_dict(cls, data: Mapping[str, Any], edit: Edit) -> Proofs:
         """Proofs on record. edit: the one that the same record has. Raises KeyError, TypeError, ValueError."""
         behaviour = data["behaviour"]
         faults = tuple(str(fault) for fault in data["faults"])

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
+from typing import Any
 
 from .types import Question, Recipe
 
@@ -71,7 +72,7 @@ class RecipeCheck:
     twins: dict[str, int]
     notes: tuple[str, ...]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypedDict
 
 from ..errors import RecipeError
 from ..rule import Rule
@@ -30,6 +31,29 @@ class Question:
     form: str
     control: bool = False
     twin: str = ""
+
+
+class RecipeRow(TypedDict):
+    """A recipe of the package: how many questions, controls and twins it has, and what it is about."""
+
+    questions: int
+    controls: int
+    twins: int
+    language: str
+    text: str
+
+
+class RecipeListJSON(TypedDict):
+    """What `recipes list --json` prints, by the recipe's name."""
+
+    recipes: dict[str, RecipeRow]
+
+
+class RecipeJSON(TypedDict):
+    """What `recipes show --json` prints."""
+
+    name: str
+    questions: list[Annotated[dict[str, Any], Question]]
 
 
 @dataclass(frozen=True)

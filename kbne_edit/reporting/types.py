@@ -1,4 +1,4 @@
-"""What a report is made of. Field names are the keys of its JSON (report.schema.json); None: not known, not measured.
+"""What a report is made of. Field names are the keys of its JSON; None: not known, not measured.
 
 Parts that other stages made (`Effect`, `Cost`, `Verdict`, `Proofs`, `AttributionSummary`) are those stages' own types.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 from ..attribution.answers import AttributionSummary
 from ..disk.manifest import RecipeRecord
@@ -16,7 +16,7 @@ from ..evaluation.effect import Effect
 from ..evaluation.verdict import Verdict
 from ..families import Site
 from ..proofs.outcome import Proofs
-from ..rule import Rule
+from ..rule import Rule, RuleJSON
 from ..statistics import Interval
 
 VERSION = 2
@@ -36,7 +36,34 @@ def plain(value: object) -> object:
     return [plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
-def _proofs(proofs: Proofs) -> dict:
+class BehaviourRow(TypedDict):
+    """The second proof in one dtype, with the figures that were measured (docs/output.md)."""
+
+    dtype: str
+    how: str
+    bit_equal: bool
+    difference: float
+    noise: float
+    positions: int
+    holds: bool
+    kl: NotRequired[float]
+    top1: NotRequired[float]
+    greedy: NotRequired[float]
+    rerouted: NotRequired[float]
+
+
+class ProofsRow(TypedDict):
+    """Both proofs, as the manifest records them. file: the first one holds."""
+
+    file: bool
+    faults: list[str]
+    tensors: int
+    edited: int
+    files: int
+    behaviour: list[BehaviourRow]
+
+
+def _proofs(proofs: Proofs) -> ProofsRow:
     behaviour = [{"holds" if key == "ok" else key: v for key, v in e.to_dict().items()} for e in proofs.behaviour or ()]
     files = proofs.files
     return {
@@ -45,7 +72,7 @@ def _proofs(proofs: Proofs) -> dict:
         "tensors": files.tensors,
         "edited": files.edited,
         "files": files.files,
-        "behaviour": behaviour,
+        "behaviour": cast(list[BehaviourRow], behaviour),
     }
 
 
@@ -68,8 +95,8 @@ class LayerRow(NamedTuple):
     layer: int
     neurons: int
 
-    def to_dict(self) -> dict:
-        return {"layer": self.layer, "neurons": self.neurons}
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict()
 
 
 class Bin(NamedTuple):
@@ -79,8 +106,8 @@ class Bin(NamedTuple):
     high: float
     neurons: int
 
-    def to_dict(self) -> dict:
-        return {"low": self.low, "high": self.high, "neurons": self.neurons}
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict()
 
 
 @dataclass(frozen=True)
@@ -96,8 +123,21 @@ class Change:
     factors: tuple[float, ...]
     exact: bool
     layers: tuple[LayerRow, ...]
-    found: dict
+    found: dict[str, Any]
     histogram: tuple[Bin, ...] = ()
+
+
+class RepeatedJSON(RuleJSON):
+    """The selection, made again from the scores: its rule, what it was made from, and whether it is the same."""
+
+    described: str
+    on_record: bool
+    wrong_left_out: bool
+    reproduced: bool
+    recipe: str
+    quadrature: str
+    questions: int
+    controls: int
 
 
 @dataclass(frozen=True)
@@ -116,9 +156,10 @@ class Repeated:
     questions: int
     controls: int
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> RepeatedJSON:
         rest = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "rule"}
-        return {"top": None} | self.rule.to_dict() | {"described": self.rule.describe()} | rest
+        rule = {"top": None} | self.rule.to_dict() | {"described": self.rule.describe()}
+        return cast(RepeatedJSON, rule | rest)
 
 
 class Attributed(NamedTuple):
@@ -127,8 +168,8 @@ class Attributed(NamedTuple):
     score: float
     counts: float
 
-    def to_dict(self) -> dict:
-        return {"score": self.score, "counts": self.counts}
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict()
 
 
 @dataclass(frozen=True)
@@ -333,6 +374,13 @@ class Finding:
     text: str
 
 
+class ReportKeys(TypedDict):
+    """What the JSON of a report has beside the fields. verdicts: the lines of its summary."""
+
+    version: int
+    verdicts: list[Finding]
+
+
 @dataclass(frozen=True)
 class Report:
     """What is known of an edit that was written to disk. further: figures of the run that have no place here."""
@@ -346,13 +394,13 @@ class Report:
     map: Map | None
     overlap: Overlap | None
     answers: AttributionSummary | None
-    proofs: Proofs | None
+    proofs: Annotated[Proofs | None, ProofsRow | None]
     effect: Effect | None
     cost: Cost | None
     verdict: Verdict
     tuning: Sweep | None
     controls_overlap: int | None
-    further: dict
+    further: dict[str, Any]
     provenance: Provenance
     hashes: Hashes
 
@@ -366,7 +414,7 @@ class Report:
 
         return findings(self)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> Annotated[dict[str, Any], ReportKeys]:
         parts = {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}
         return {"version": VERSION} | parts | {"verdicts": plain(self.verdicts)}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Stability:
     size: Interval
     draws: int
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"neurons": self.neurons, "jaccard": self.jaccard, "size": self.size, "draws": self.draws}
 
     def at_least(self, share: float) -> int:
@@ -76,8 +76,20 @@ class Agreement:
     jaccard: Interval
     rank: Interval
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"a": self.a, "b": self.b, "neurons": list(self.neurons), "jaccard": self.jaccard, "rank": self.rank}
+
+
+class StabilityJSON(TypedDict):
+    """What `stability --json` prints. files: by path; nothing: those that select nothing; pairs: of files.
+
+    in_files: {layer: {neuron: share of the files that select it}}, of three files and more.
+    """
+
+    files: dict[str, Annotated[dict[str, Any], Stability]]
+    nothing: list[str]
+    pairs: list[Annotated[dict[str, Any], Agreement]]
+    in_files: NotRequired[dict[int, dict[int, Interval]]]
 
 
 def resample(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 from ..statistics import Interval, wilson
 
@@ -15,6 +15,14 @@ class Shared(NamedTuple):
     selected: int
 
 
+class DimensionJSON(TypedDict):
+    """One dimension's selection. controls_overlap: how many of its neurons controls select, too."""
+
+    neurons: int
+    layers: list[int]
+    controls_overlap: NotRequired[int]
+
+
 @dataclass(frozen=True)
 class DimensionSummary:
     """One dimension's selection. controls_overlap: how many of its neurons controls select, None without controls."""
@@ -23,9 +31,29 @@ class DimensionSummary:
     layers: tuple[int, ...]
     controls_overlap: int | None = None
 
-    def to_dict(self) -> dict:
-        record: dict = {"neurons": self.neurons, "layers": list(self.layers)}
-        return record if self.controls_overlap is None else record | {"controls_overlap": self.controls_overlap}
+    def to_dict(self) -> DimensionJSON:
+        record: DimensionJSON = {"neurons": self.neurons, "layers": list(self.layers)}
+        if self.controls_overlap is not None:
+            record["controls_overlap"] = self.controls_overlap
+        return record
+
+
+class SelectionJSON(TypedDict):
+    """A selection in numbers. share: of all neurons, 0 to 1. overlap: {"a & b": neurons in common}.
+
+    controls_neurons: those that the controls select; controls_overlap: how many of them are in the selection. unseen:
+    for each half of the controls, how many of the neurons selected without it, it selects.
+    """
+
+    rule: str
+    neurons: int
+    share: float
+    layers: list[int]
+    dimensions: dict[str, DimensionJSON]
+    overlap: dict[str, int]
+    controls_neurons: NotRequired[int]
+    controls_overlap: NotRequired[int | None]
+    unseen: NotRequired[list[Annotated[list[int], Shared]]]
 
 
 @dataclass(frozen=True)
@@ -59,8 +87,8 @@ class SelectionSummary:
         shared, selected = (sum(s.shared for s in self.unseen), sum(s.selected for s in self.unseen))
         return Interval(shared / selected, *wilson(shared / count, selected / count)) if selected else None
 
-    def to_dict(self) -> dict:
-        record: dict = {
+    def to_dict(self) -> SelectionJSON:
+        record: SelectionJSON = {
             "rule": self.rule,
             "neurons": self.neurons,
             "share": self.share,
@@ -69,8 +97,11 @@ class SelectionSummary:
             "overlap": self.overlap,
         }
         if self.controls_neurons is not None:
-            record |= {"controls_neurons": self.controls_neurons, "controls_overlap": self.controls_overlap}
-        return record | ({"unseen": [list(shared) for shared in self.unseen]} if self.unseen else {})
+            record["controls_neurons"] = self.controls_neurons
+            record["controls_overlap"] = self.controls_overlap
+        if self.unseen:
+            record["unseen"] = [list(shared) for shared in self.unseen]
+        return record
 
     @classmethod
     def from_dict(cls, record: dict) -> SelectionSummary:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any, TypedDict, cast
 
 from ..errors import InputError
-from ..evaluation.verdict import Part, Verdict, verdict_of
+from ..evaluation.evaluate import NeutralJSON
+from ..evaluation.result import TaskJSON
+from ..evaluation.verdict import Part, Verdict, VerdictJSON, verdict_of
 from ..files import read_json
 from ..statistics import Interval
 from .objective import Confirmation
+from .search import Space
 
 VERSION = 1
 
@@ -34,7 +38,7 @@ class Point:
     draws: int = 0
     as_good: int = 0
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "edit": self.edit,
             "neurons": self.neurons,
@@ -66,6 +70,75 @@ class Point:
             int(record.get("draws", 0)),
             int(record.get("as_good", 0)),
         )
+
+
+class HalfJSON(TypedDict):
+    """One half of a task's items. sha256: of what the model is asked."""
+
+    items: int
+    sha256: str
+
+
+class SplitJSON(TypedDict):
+    """The halves of a task."""
+
+    dev: HalfJSON
+    test: HalfJSON
+
+
+class SearchJSON(TypedDict):
+    """How the space was searched. size: of it; empty: settings that select no neuron."""
+
+    how: str
+    size: int
+    empty: int
+
+
+class TestJSON(TypedDict):
+    """The test half, scored for the chosen edit: as of `evaluate`."""
+
+    controls: dict[str, int]
+    temperature: float | None
+    comparisons: int
+    tasks: dict[str, TaskJSON]
+    neutral: NeutralJSON
+
+
+class TuningJSON(TypedDict):
+    """What OUT/tune.json holds, and `tune --json` prints. base: fingerprint of the model; scores: {site: SHA-256}.
+
+    base_bias: distance from the ideal; chosen: SHA-256 of the choice. test, confirmation: null before the test half is
+    scored.
+    """
+
+    kbne_tune: int
+    tool: str
+    base: str
+    recipe_sha256: str
+    dtype: str
+    split: dict[str, SplitJSON]
+    model: str
+    commit: str | None
+    recipe: str
+    scores: dict[str, str]
+    space: Annotated[dict[str, Any], Space]
+    trials: int
+    seed: int
+    draws: int
+    figure: str
+    margin: float
+    max_kl: float | None
+    digits: int
+    steered_by: list[str]
+    bounded_by: list[str]
+    base_bias: dict[str, float]
+    search: SearchJSON
+    points: list[Annotated[dict[str, Any], Point]]
+    chosen: str | None
+    chosen_by: str
+    test: TestJSON | None
+    confirmation: Annotated[dict[str, Any], Confirmation] | None
+    verdict: VerdictJSON
 
 
 @dataclass(frozen=True)
@@ -122,8 +195,8 @@ class Tuning:
             cost=Part("PASS" if held else "NO EVIDENCE", bounds),
         )
 
-    def to_dict(self) -> dict:
-        return self.record
+    def to_dict(self) -> TuningJSON:
+        return cast(TuningJSON, self.record)
 
     @classmethod
     def from_dict(cls, record: object, where: str = "tune.json") -> Tuning:

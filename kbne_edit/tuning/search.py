@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 from ..edit import Edit
 from ..errors import EditError, InputError, shown
@@ -27,6 +27,18 @@ _ASKS = 5  # of the sampler, for each edit that may be measured: it repeats itse
 
 # Of an edit: (what is to be small, what is to be small, by how much it breaks the constraint: above 0 it does)
 Measure = Callable[[Edit], tuple[float, float, float]]
+
+
+class SpaceJSON(TypedDict):
+    """What is tried: the values of each setting."""
+
+    factors: list[float]
+    taus: list[float]
+    betas: list[float]
+    rules: list[str] | None
+    combines: list[str]
+    per_dimension: bool
+    tops: NotRequired[list[float]]
 
 
 @dataclass(frozen=True)
@@ -59,9 +71,10 @@ class Space:
             if wrong := [value for value in values if not good(value)]:
                 raise InputError(f"the space: {shown(wrong[0])} is no value for {name} ({allowed})")
 
-    def record(self) -> dict:
-        """As JSON holds it; tops only where there are any."""
-        return {name: values for name, values in asdict(self).items() if name != "tops" or values}
+    def to_dict(self) -> SpaceJSON:
+        """Tops only where there are any."""
+        values = {name: values for name, values in asdict(self).items() if name != "tops" or values}
+        return cast(SpaceJSON, values)
 
 
 def _share(value: float) -> bool:

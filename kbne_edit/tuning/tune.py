@@ -120,7 +120,7 @@ def tune(
         measured = _measured(checkpoint, asked, dev, test, dtype)
         choice = {
             "scores": {site: file_hash(path) for site, path in sites.items()},
-            "space": space.record(),
+            "space": space.to_dict(),
             "trials": trials,
             "seed": seed,
             "draws": draws,
