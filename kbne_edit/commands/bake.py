@@ -148,7 +148,7 @@ def _next_lines(result: BakeResult, summary: BakeJSON) -> list[str]:
         commands = [("kbne-edit", "apply", out, "--in", model, "--out", f"{out}-applied")]
     else:
         note, work = "", Path(summary.get("work", work_folder(Path(out))))
-        scores = [] if work == work_folder(Path(out)) else ["--scores", work / "scores.safetensors"]
+        scores = [] if work == work_folder(Path(out)) else ["--scores", str(work / "scores.safetensors")]
         commands = [
             ("python", "-c", f"{loader}A.from_pretrained({_literal(out)}{_gguf(out)})"),
             ("kbne-edit", "verify", "--in", model, "--baked", out),
