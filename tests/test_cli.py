@@ -442,6 +442,7 @@ def test_interrupt(tmp_path):
         [sys.executable, str(ROOT / "cli.py"), "bake", "--in", "demo", "--out", str(tmp_path / "out")],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignored"
     )
     while not (tmp_path / "out.work" / "scores.safetensors").exists() and process.poll() is None:
         time.sleep(0.02)

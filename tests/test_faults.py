@@ -80,12 +80,15 @@ def _jobs(inputs):
             lambda f: locate(str(inputs), f / "scores.safetensors", Settings(recipe="demo", questions=9)),
             lambda f: None,
         ),
-        "bake": (lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False), lambda f: None),
+        "bake": (lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False, measure=False), lambda f: None),
         "cut anew": (
-            lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False, shard_size="200KB"),
+            lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False, measure=False, shard_size="200KB"),
             lambda f: None,
         ),
-        "overwrite": (lambda f: bake(str(inputs), f / "out", edit=SECOND, behaviour=False, overwrite=True), old),
+        "overwrite": (
+            lambda f: bake(str(inputs), f / "out", edit=SECOND, behaviour=False, measure=False, overwrite=True),
+            old,
+        ),
     }
 
 

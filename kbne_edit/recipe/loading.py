@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -42,11 +43,20 @@ def load_recipe(source: str | Path) -> Recipe:
     """A recipe by name or by path. Raises RecipeError with all faults."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml", ".json"):
-        path = _folder() / f"{source}.yaml"
-        if not path.is_file():
-            raise RecipeError(
-                f"recipe {source}", [f"no such recipe; there are: {', '.join(recipe_names())}, or a path"]
-            )
+        return _packaged(str(source))
+    return _read(path)
+
+
+@functools.lru_cache
+def _packaged(name: str) -> Recipe:
+    """Read once a process: a parser of YAML in Python takes longer than the fold of a small model."""
+    path = _folder() / f"{name}.yaml"
+    if not path.is_file():
+        raise RecipeError(f"recipe {name}", [f"no such recipe; there are: {', '.join(recipe_names())}, or a path"])
+    return _read(path)
+
+
+def _read(path: Path) -> Recipe:
     try:
         data, raw = read_yaml(path)
     except InputError as error:
