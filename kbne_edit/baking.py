@@ -300,7 +300,7 @@ def _check_activations(plan: Plan, recipe: Recipe) -> None:
     if not limits(plan.checkpoint):
         return
     from .models.loading import load_tokenizer
-    from .proofs.behaviour import proof_texts
+    from .proofs.passes import proof_texts
 
     texts = proof_texts(plan.checkpoint)
     with suppress(CheckpointError):  # without a tokenizer there are no probes

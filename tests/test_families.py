@@ -19,6 +19,7 @@ from kbne_edit.families import family_of
 from kbne_edit.folding.plan import Plan
 from kbne_edit.models.places import num_neurons, places
 from kbne_edit.proofs import behaviour
+from kbne_edit.proofs.passes import last_rounding
 from tiny import FAMILIES, HYBRIDS, MIXTURES, MULTIMODAL, WHOLE, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
@@ -92,7 +93,7 @@ def test_the_rounding_of_a_logit_is_a_uniform_error_of_one_step(dtype, bits):
     largest = logits.abs().max()
     after = (largest.view(bits) + 1).view(dtype)
     deviation = float(after.double() - largest.double()) * (1 / 12) ** 0.5
-    found = behaviour.last_rounding(logits.float().numpy(), dtype)
+    found = last_rounding(logits.float().numpy(), dtype)
     assert found == pytest.approx(deviation / float(logits.float().std(correction=0)), rel=1e-6)
 
 

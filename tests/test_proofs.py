@@ -1,14 +1,24 @@
 """What the proofs compute, by hand: routes, divergences, the size of the noise, and factors of every kind of neuron."""
 
+import gc
+import shutil
+import weakref
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kbne_edit import Edit, fold, hooked, verify
-from kbne_edit.proofs.behaviour import Outcome, kl_divergence, logit_difference, same_route
+from kbne_edit.disk.checkpoint import Checkpoint
+from kbne_edit.folding.plan import Plan
+from kbne_edit.models.loading import load_model
+from kbne_edit.models.widening import float32_model
+from kbne_edit.proofs import behaviour
+from kbne_edit.proofs.behaviour import behaviour_proof
 from kbne_edit.proofs.noise import rounding_noise
 from kbne_edit.proofs.outcome import BehaviourProof, FileProof, Proofs
+from kbne_edit.proofs.passes import Outcome, Texts, kl_divergence, logit_difference, same_route
 from tiny import tiny_model
 
 
@@ -19,7 +29,7 @@ def test_after_a_router_turned_nothing_is_compared():
     logits = np.zeros((6, 3), np.float32)
     logits[:, 0] = (1, 2, 3, 4, 5, 6)
     moved = logits + np.array([0.5, 9, 9, 9, 0.25, 0], np.float32)[:, None]
-    reference, got = Outcome(logits, [], routes), Outcome(moved, [], other)
+    reference, got = Outcome(logits, routes), Outcome(moved, other)
     assert same_route(got, reference).tolist() == [True, False, False, False, True, True]
     assert logit_difference(got, reference) == pytest.approx(0.5 / logits.std(), rel=1e-6)
 
@@ -29,6 +39,92 @@ def test_the_divergence_is_from_the_reference():
     expected = sum(a * np.log(a / b) for a, b in zip(p[0], q[0], strict=True)) / 2
     assert kl_divergence(np.log(p) + 3, np.log(q) - 40) == pytest.approx(expected, rel=1e-9)
     assert kl_divergence(np.log(q), np.log(p)) != pytest.approx(expected, rel=0.05)
+
+
+def _shift(tensors, name):
+    """The smallest change of one number: the last bit of its significand."""
+    tensors[name].view(torch.int16)[1, 2] ^= 1
+
+
+def _unscale(tensors, layer, neuron, factor):
+    tensors[f"model.layers.{layer}.mlp.down_proj.weight"][:, neuron] *= factor
+
+
+_DOWN = "model.layers.1.mlp.down_proj.weight"
+FAULTS = {
+    "a bit of an unedited weight": lambda t: _shift(t, "model.layers.1.self_attn.q_proj.weight"),
+    "a bit of the head": lambda t: _shift(t, "lm_head.weight"),
+    "a bit of a norm": lambda t: t["model.norm.weight"].view(torch.int16)[3:4].bitwise_xor_(1),
+    "a neuron missed": lambda t: _unscale(t, 1, 5, 0.5),
+    "another factor": lambda t: _unscale(t, 1, 5, 1.0078125),
+    "another layer": lambda t: (_unscale(t, 1, 5, 0.5), _unscale(t, 2, 5, 2.0)),
+    "another neuron": lambda t: (_unscale(t, 1, 5, 0.5), _unscale(t, 1, 6, 2.0)),
+    "through a narrower dtype": lambda t: t.update({_DOWN: t[_DOWN].to(torch.float8_e5m2).to(torch.bfloat16)}),
+}
+
+
+@pytest.fixture(scope="module")
+def doubled(tmp_path_factory):
+    """A base and its output with four neurons doubled."""
+    folder = tmp_path_factory.mktemp("doubled")
+    tiny_model("llama", torch.bfloat16).save_pretrained(folder / "base")
+    fold(folder / "base", Edit("down", {1: {5: 2.0, 7: 2.0}, 2: {0: 2.0, 9: 2.0}}), folder / "out")
+    return folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_second_proof_alone_finds(fault, doubled, tmp_path):
+    """One load and one pass in each dtype hide none of these; each is in the weights, and no hash is asked."""
+    shutil.copytree(doubled / "out", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    FAULTS[fault](tensors)
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    base, edit = Checkpoint.open(doubled / "base"), Edit("down", {1: {5: 2.0, 7: 2.0}, 2: {0: 2.0, 9: 2.0}})
+    sound = behaviour_proof(Plan.of(base, edit), Checkpoint.open(doubled / "out"))
+    assert all(proof.bit_equal and proof.greedy == 1 for proof in sound) and len(sound) == 2
+    found = behaviour_proof(Plan.of(base, edit), Checkpoint.open(tmp_path / "out"))
+    assert not found[0].holds and found[0].dtype == "float32"
+
+
+def test_two_models_are_never_in_memory(doubled, monkeypatch):
+    """Base, then output: as many loads, and each finds the one before gone."""
+    alive = []
+
+    def load(*args):
+        gc.collect()
+        assert all(model() is None for model in alive)
+        model = load_model(*args)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(behaviour, "load_model", load)
+    assert verify(doubled / "base", doubled / "out").ok and len(alive) == 2
+
+
+def test_what_both_models_continue(doubled):
+    """Greedy, by a plain loop over the base with hooks, text by text."""
+    prompts = [[5, 9, 30, 2], [7, 7, 41]]
+    model = tiny_model("llama")
+    found = Texts.continued(model, prompts)
+    for row, ids in zip(found.rows, prompts, strict=True):
+        assert row[: len(ids)] == ids
+        for length in range(len(ids), len(row)):
+            assert row[length] == int(model(torch.tensor([row[:length]])).logits[0, -1].argmax())
+    assert [where.tolist() for where in found.written] == [list(range(3, 11)), list(range(14, 22))]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2", "gemma3_text", "phi3"])
+def test_a_widened_model_is_one_loaded_in_float32(name, tmp_path):
+    """Vocabularies of one block, so that nothing is added in another order; the weights stay what they are."""
+    tiny_model(name, torch.bfloat16).save_pretrained(tmp_path)
+    wanted, ids = load_model(tmp_path, torch.float32), torch.tensor([[5, 9, 30, 2], [7, 7, 41, 3]])
+    with torch.no_grad(), float32_model(Checkpoint.open(tmp_path)) as model:
+        assert torch.equal(model(ids).logits, wanted(ids).logits)
+        assert {p.dtype for p in model.parameters()} == {torch.float32 if name.startswith("gemma") else torch.bfloat16}
+    edit = Edit("down", {1: {3: 3.5}})
+    with torch.inference_mode(), float32_model(Checkpoint.open(tmp_path)) as model, hooked(model, edit):
+        with hooked(wanted, edit):
+            assert torch.equal(model(ids).logits, wanted(ids).logits)
 
 
 @pytest.mark.parametrize("site", ["down", "gate"])

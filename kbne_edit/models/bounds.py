@@ -33,8 +33,10 @@ def check_numbers(logits: Tensor, model: Any, whose: str = "the model") -> None:
     """Raise InputError where logits are NaN or infinite: of this model, in the dtype that it computes in."""
     import torch
 
+    from .widening import computed_in
+
     if not torch.isfinite(logits).all():
         kind = "NaN" if torch.isnan(logits).any() else "infinite values"
-        dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        dtype = str(computed_in(model)).removeprefix("torch.")
         cure = "its weights are damaged, or too large" if dtype == "float32" else "float32 may hold its activations"
         raise InputError(f"{whose} gives {kind} in place of logits, in {dtype}: {cure}")

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .widening import computed_in
+
 
 def attention_mask(model: Any, seen: np.ndarray, depth: np.ndarray, keys: np.ndarray) -> Tensor | dict:
     """The additive mask [1, 1, N, K], 0 or the least number; by kind of layer where a model has two.
@@ -22,11 +24,11 @@ def attention_mask(model: Any, seen: np.ndarray, depth: np.ndarray, keys: np.nda
     config = model.config.get_text_config()
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    weight = model.get_input_embeddings().weight
+    weight, dtype = model.get_input_embeddings().weight, computed_in(model)
 
     def additive(seen: np.ndarray) -> Tensor:
-        mask = torch.zeros(seen.shape, dtype=weight.dtype, device=weight.device)
-        return mask.masked_fill_(torch.from_numpy(~seen).to(weight.device), torch.finfo(weight.dtype).min)[None, None]
+        mask = torch.zeros(seen.shape, dtype=dtype, device=weight.device)
+        return mask.masked_fill_(torch.from_numpy(~seen).to(weight.device), torch.finfo(dtype).min)[None, None]
 
     masks = {"full_attention": seen}
     if "sliding_attention" in kinds:
