@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from . import options
-from .findings import cost_lines, effect_lines, measuring, verdict_lines
+from .findings import cost_lines, effect_lines, measure_lines, measuring, verdict_lines
 
 
 @click.command("apply")
@@ -62,6 +62,7 @@ def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_js
         lines += options.proof_lines(data)
         lines += effect_lines(result.impact.effect) if result.impact.effect else []
         lines += cost_lines(result.impact.cost) if result.impact.cost else []
+        lines += measure_lines(result.impact.measures)
     lines += [*verdict_lines(result.verdict), f"written: {out}; -v shows the details"]
     options.show(data, as_json, [*lines, "next:", f"  {following}   # {purpose}"])
     result.verdict.require(require)

@@ -8,7 +8,7 @@ import click
 
 from . import options
 from .explain import EXPLAIN
-from .findings import REQUIRE, cost_lines, effect_lines, verdict_lines
+from .findings import REQUIRE, cost_lines, effect_lines, measure_lines, verdict_lines
 
 if TYPE_CHECKING:
     from ..evaluation.benchmark import Figure
@@ -95,6 +95,7 @@ def _lines(result: Evaluation) -> list[str]:
         )
     lines += effect_lines(result.impact.effect) if result.impact.effect else []
     lines += cost_lines(result.impact.cost) if result.impact.cost else []
+    lines += measure_lines(result.impact.measures)
     return lines + (verdict_lines(result.verdict) if result.verdict else [])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -10,6 +10,7 @@ import click
 if TYPE_CHECKING:
     from ..evaluation.cost import Cost
     from ..evaluation.effect import Effect
+    from ..evaluation.measures.quick import QuickMeasure
     from ..evaluation.verdict import Verdict
     from ..statistics import Interval
 
@@ -89,6 +90,24 @@ def cost_lines(cost: Cost) -> list[str]:
     lines.append(f"  greedy continuations that change: {len(changed)} of {len(cost.continuations)}")
     for item in changed:
         lines.append(f"    {item.prompt} … base: {_flat(item.before)} | edit: {_flat(item.after)}")
+    return lines
+
+
+def measure_lines(measures: Sequence[QuickMeasure]) -> list[str]:
+    """Decisions about people, and associations: the figures with an ideal, in the language of the recipe."""
+    lines = []
+    for measure in measures:
+        counted = {"decisions": "scenarios", "associations": "twins"}.get(measure.name, "items")
+        lines.append(f"{measure.name} ({measure.items} {counted}, {measure.language}):")
+        for figure in measure.figures:
+            if measure.name == "decisions" and figure.name not in ("largest gap", "flips"):
+                continue  # by dimension and group: in the manifest and on the page
+            if figure.unit == "percent":
+                value, low, high = figure.change
+                moved = f"{figure.before:.1f} to {figure.after:.1f} %, change {value:+.1f} [{low:+.1f}, {high:+.1f}]"
+            else:
+                moved = f"{figure.before:.4f} to {figure.after:.4f} nats, change {number(figure.change)}"
+            lines.append(f"  {figure.name}: {moved}")
     return lines
 
 

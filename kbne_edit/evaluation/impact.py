@@ -13,7 +13,8 @@ from ..errors import InputError
 from ..progress import say
 from ..recipe import Recipe, recipe_names
 from .cost import Cost, CostJSON, NeutralRun, measure_cost
-from .effect import Effect, EffectJSON, margins_in, measure_effect
+from .effect import Effect, EffectJSON, Margins, margins_in, measure_effect
+from .measures.quick import QuickMeasure, QuickMeasureJSON, Remembered, measure_quick
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,14 +28,20 @@ class ImpactJSON(TypedDict, total=False):
 
     effect: EffectJSON
     cost: CostJSON
+    measures: list[QuickMeasureJSON]
 
 
 @dataclass(frozen=True)
 class Impact:
-    """What was measured of an edit; None: it was not. effect is None, too, where a recipe has too few probes."""
+    """What was measured of an edit; None: it was not. effect is None, too, where a recipe has too few probes.
+
+    measures: decisions and associations in the recipe's language; () where the model cannot read them. No part of the
+    verdict rests on them: they are small, and say how the edit bears on people where the recipe asks something else.
+    """
 
     effect: Effect | None = None
     cost: Cost | None = None
+    measures: tuple[QuickMeasure, ...] = ()
 
     def to_dict(self) -> ImpactJSON:
         record: ImpactJSON = {}
@@ -42,6 +49,8 @@ class Impact:
             record["effect"] = self.effect.to_dict()
         if self.cost:
             record["cost"] = self.cost.to_dict()
+        if self.measures:
+            record["measures"] = [measure.to_dict() for measure in self.measures]
         return record
 
 
@@ -80,15 +89,18 @@ def measure_impact(model: nn.Module, tokenizer: Any, recipe: Recipe, edit: Edit,
     say(f"cost: {len(text.texts)} neutral texts, questions and continuations, with and without the edit")
     run = NeutralRun.of(model, text, edit)
     cost = measure_cost(run, tokenizer, recipe, edit)
-    if not recipe.twins:
-        return Impact(None, cost)
+    margins = Remembered(margins_in(model, tokenizer))
+    temperature = (run.temperature(cost.kl.value) or math.inf) if cost.kl.value > 0 else None
+    effect = _effect(margins, recipe, edit, neurons, temperature) if recipe.twins else None
+    return Impact(effect, cost, measure_quick(model, tokenizer, edit, recipe.language, margins, say))
+
+
+def _effect(
+    margins: Margins, recipe: Recipe, edit: Edit, neurons: Sequence[int], temperature: float | None
+) -> Effect | None:
     say(f"effect: {len(recipe.twins)} probes and their twins, beside random neurons")
-    heat = (run.temperature(cost.kl.value) or math.inf) if cost.kl.value > 0 else None
     try:
-        effect = measure_effect(
-            margins_in(model, tokenizer), recipe.twins, edit, neurons, aim=recipe.aim, temperature=heat
-        )
+        return measure_effect(margins, recipe.twins, edit, neurons, aim=recipe.aim, temperature=temperature)
     except InputError as error:
         say(f"effect: not measured: {error}")
-        return Impact(None, cost)
-    return Impact(effect, cost)
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ..disk.manifest import Manifest, Origin
 from ..errors import one_line
 from ..evaluation.cost import MOST_KL, MOST_RISE, Cost
 from ..evaluation.effect import Effect
+from ..evaluation.measures.quick import QuickMeasure
 from ..hub.licences import duty, licence_of
 from ..proofs.outcome import Proofs
 from ..proofs.record import recorded_proofs
@@ -214,7 +216,8 @@ def _measured(card: Card) -> list[str]:
     if not found.effect and not found.cost:
         return [*lines, "Nothing: neither the effect of the edit on bias nor its cost. That is not “no effect”."]
     lines += _effect(found.effect, card.recipe) if found.effect else ["Its effect on bias was not measured."]
-    return [*lines, "", *(_cost(found.cost) if found.cost else ["Its cost was not measured."])]
+    lines += ["", *(_cost(found.cost) if found.cost else ["Its cost was not measured."])]
+    return [*lines, *_measures(found.measures)]
 
 
 def _effect(effect: Effect, recipe: str) -> list[str]:
@@ -245,6 +248,29 @@ def _cost(cost: Cost) -> list[str]:
             said += f" Of {part.total} {name} the base answers {part.before} rightly, with the edit {part.after}."
     changed = sum(item.before != item.after for item in cost.continuations)
     return [said, "", f"{changed} of {len(cost.continuations)} greedy continuations change."]
+
+
+def _measures(measures: Sequence[QuickMeasure]) -> list[str]:
+    """The figures with an ideal; those of every group stand in the manifest."""
+    if not measures:
+        return []
+    rows = [
+        f"| {prose(measure.name)} ({prose(measure.language)}, {measure.items}) | {prose(figure.name)}, "
+        f"{prose(figure.unit)} | {figure.before:.4g} | {figure.after:.4g} | {figure.change.value:+.2g} | "
+        f"{figure.change.low:+.2g} to {figure.change.high:+.2g} |"
+        for measure in measures
+        for figure in measure.figures
+        if measure.name != "decisions" or figure.name in ("largest gap", "flips")
+    ]
+    return [
+        "",
+        "Decisions about people of different groups, and associations of groups (small versions of the measures of "
+        "kbne-edit; a largest gap lies above 0 by chance alone):",
+        "",
+        "| measure (language, items) | figure | base | edit | change | 95 % interval |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
 
 
 def _not_found(card: Card) -> list[str]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .. import plots
 from ..evaluation.cost import MOST_KL, MOST_RISE, Cost
 from ..evaluation.effect import Effect
+from ..evaluation.measures.quick import QuickMeasure
 from ..files import json_text
 from ..plots import words
 from .markup import arrows, block, code, digest, figure, number, paragraph, signed, state, table
 from .record import effect_rows
 from .types import Report, Sweep
 
+# What is counted of each measure.
+MEASURES = {"decisions": "Counterfactual decisions: scenarios", "associations": "Association of groups: twins"}
+
 
 def effects(report: Report) -> list[str]:
-    return [*_effect(report), *(_sweep(report.tuning) if report.tuning else []), *_further(report)]
+    sweep = _sweep(report.tuning) if report.tuning else []
+    return [*_effect(report), *sweep, *_measures(report.measures), *_further(report)]
 
 
 def _effect(report: Report) -> list[str]:
@@ -61,6 +68,32 @@ def _draws(effect: Effect) -> list[str]:
         f"<p>Control: {random.draws} draws of as many random neurons in the same layers, on {random.twins} twins. "
         f"Their changes go from {random.lowest:+.4f} to {random.highest:+.4f}; {random.as_low} of {random.draws} come "
         "as low as the edit or lower.</p>"
+    ]
+
+
+def _measures(measures: Sequence[QuickMeasure]) -> list[str]:
+    """Decisions and associations, whatever the recipe asks."""
+    lines = []
+    for measure in measures:
+        digits = {figure.name: 1 if figure.unit == "percent" else 4 for figure in measure.figures}
+        rows = (
+            [
+                words(f"{figure.name}, {figure.unit}"),
+                *(number(f"{value:.{digits[figure.name]}f}") for value in (figure.before, figure.after)),
+                *(number(f"{value:+.{digits[figure.name]}f}") for value in figure.change),
+            ]
+            for figure in measure.figures
+        )
+        name = f"{MEASURES.get(measure.name, measure.name)} ({measure.items}, language {measure.language})"
+        lines.append(table(name, ["figure", "base", "edit", "change", "from", "to"], rows))
+    if not lines:
+        return []
+    return [
+        "<h3>Decisions about people, and associations</h3>",
+        "<p>Small versions of two measures of the package. No part of the verdict rests on them. A largest gap lies "
+        "above 0 by chance alone: compare it with the base's.</p>",
+        *lines,
+        '<p class="note">From, to: 95 % bootstrap interval of the change over scenarios, over twins.</p>',
     ]
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from ..evaluation.cost import Cost
 from ..evaluation.effect import Effect
+from ..evaluation.measures.quick import QuickMeasure
 from ..evaluation.verdict import Verdict, verdict_of
 from ..selection.summary import SelectionSummary
 from ..statistics import Interval
 
-KNOWN = {"selection", "attribution", "effect", "cost", "verdict"}
+KNOWN = {"selection", "attribution", "effect", "cost", "measures", "verdict"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Measured:
     effect: Effect | None = None
     cost: Cost | None = None
     selection: SelectionSummary | None = None
+    measures: tuple[QuickMeasure, ...] = ()
     further: tuple[str, ...] = ()
 
     @classmethod
@@ -38,7 +40,8 @@ class Measured:
             verdict = Verdict.from_dict(summary["verdict"])
         else:
             verdict = verdict_of(effect=effect, cost=cost, selection=selection)
-        return cls(verdict, effect, cost, selection, tuple(sorted(set(summary) - KNOWN)))
+        measures = tuple(QuickMeasure.from_dict(record) for record in summary.get("measures", ()))
+        return cls(verdict, effect, cost, selection, measures, tuple(sorted(set(summary) - KNOWN)))
 
 
 def effect_rows(effect: Effect) -> dict[str, Interval]:

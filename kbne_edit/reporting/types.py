@@ -13,6 +13,7 @@ from ..attribution.answers import AttributionSummary
 from ..disk.manifest import RecipeRecord
 from ..evaluation.cost import Cost
 from ..evaluation.effect import Effect
+from ..evaluation.measures.quick import QuickMeasure
 from ..evaluation.verdict import Verdict
 from ..families import Site
 from ..proofs.outcome import Proofs
@@ -397,6 +398,7 @@ class Report:
     proofs: Annotated[Proofs | None, ProofsRow | None]
     effect: Effect | None
     cost: Cost | None
+    measures: tuple[QuickMeasure, ...]
     verdict: Verdict
     tuning: Sweep | None
     controls_overlap: int | None

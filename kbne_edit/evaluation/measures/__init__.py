@@ -7,6 +7,7 @@ help_parity                   are people of all groups helped, and refused, alik
 regard_parity                 how continuations speak of people of different groups
 """
 
-from .registry import MEASURES, Measure, measure, quick_benchmarks
+from .quick import FigureChange, QuickMeasure, Remembered, measure_quick
+from .registry import MEASURES, Measure, measure
 
-__all__ = ["MEASURES", "Measure", "measure", "quick_benchmarks"]
+__all__ = ["MEASURES", "FigureChange", "Measure", "QuickMeasure", "Remembered", "measure", "measure_quick"]

@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from ..scoring import Scorer
 
 
-def associations_benchmark(language: str, scorer: Scorer, tokenizer: Any, limit: int | None) -> Benchmark:
-    """The twins of a language. Raises NoDataError."""
+def recipe_name(language: str) -> str:
+    """The recipe that holds a language's twins. Raises NoDataError if the package has none."""
     name = "social-bias" if language == "en" else f"social-bias-{language}"
     if name not in recipe_names():
         raise NoDataError(f"associations: there are none in the language {language}")
-    recipe = load_recipe(name)
+    return name
+
+
+def associations_benchmark(language: str, scorer: Scorer, tokenizer: Any, limit: int | None) -> Benchmark:
+    """The twins of a language. Raises NoDataError."""
+    recipe = load_recipe(recipe_name(language))
     require_readable("associations", tokenizer, [probe.first for probe in recipe.probes])
     return replace(probes_benchmark(recipe, scorer, limit), name="associations")

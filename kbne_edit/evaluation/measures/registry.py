@@ -102,14 +102,3 @@ MEASURES = {measure.name: measure for measure in _EVERY}
 def measure(name: str, scorer: Scorer, tokenizer: Any, limit: int | None = None) -> Benchmark:
     """A measure of the package, `limit` items at most. Raises NoDataError if the model cannot read its language."""
     return replace(MEASURES[name].build(scorer, tokenizer, limit), name=name)
-
-
-def quick_benchmarks(scorer: Scorer, tokenizer: Any, language: str = "en") -> list[Benchmark]:
-    """Decisions and twin association, small enough for every bake: about a minute on a model of 0.6B.
-
-    Raises NoDataError if the package has none in the language, or the model cannot read it.
-    """
-    return [
-        decisions_benchmark(language, tokenizer, None, quick=True),
-        associations_benchmark(language, scorer, tokenizer, None),
-    ]
