@@ -14,6 +14,7 @@ from kbne_edit.disk.manifest import Manifest, Origin, RecipeRecord
 from kbne_edit.errors import CheckpointError
 from kbne_edit.evaluation.cost import Continuation, Cost
 from kbne_edit.evaluation.effect import Change, Effect, RandomDraws
+from kbne_edit.evaluation.measures import FigureChange, QuickMeasure
 from kbne_edit.evaluation.verdict import Part, Verdict
 from kbne_edit.hub.licences import notices
 from kbne_edit.proofs.outcome import FileProof, Proofs
@@ -150,6 +151,19 @@ def test_use_cost_and_contact_are_said():
     assert "KL from the base 0.01 nats per token" in said and "1 of 1 greedy continuations change" in said
     passed = Verdict(*[Part("PASS", "a reason")] * 5)
     assert "Research on this edit" in said and "Research on this edit" not in build(_manifest(verdict=passed), {})
+
+
+def test_decisions_and_associations_stand_in_the_card():
+    gap = FigureChange("largest gap", "nats", 0.1234, 0.0567, Interval(-0.0667, -0.08, -0.05))
+    of_group = FigureChange("woman - man", "nats", 0.1, 0.2, Interval(0.1, 0.0, 0.2))
+    measures = (QuickMeasure("decisions", "en|`x`", 12, (gap, of_group)),)  # a manifest's words are not markup
+    said = build(_manifest(effect=_effect(), cost=_cost(), measures=[m.to_dict() for m in measures]), {})
+    assert (
+        "| decisions (en&#124;&#96;x&#96;, 12) | largest gap, nats | 0.1234 | 0.0567 | -0.067 | -0.08 to -0.05 |"
+        in said
+    )
+    assert "woman - man" not in said and "Further figures" not in said
+    assert "Decisions about people of different groups" not in build(_manifest(effect=_effect(), cost=_cost()), {})
 
 
 def test_not_measured_never_reads_like_no_effect():

@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from kbne_edit import Edit, hooked
 from kbne_edit.errors import InputError
 from kbne_edit.evaluation.benchmark import Answer
 from kbne_edit.evaluation.datafiles import NoDataError
-from kbne_edit.evaluation.measures import MEASURES, measure, quick_benchmarks
+from kbne_edit.evaluation.effect import margins_in
+from kbne_edit.evaluation.measures import MEASURES, QuickMeasure, Remembered, measure, measure_quick
 from kbne_edit.evaluation.measures.content import Prompt, fill, read_content
-from kbne_edit.evaluation.measures.decisions import Decisions, decisions_figures, name_tokens
+from kbne_edit.evaluation.measures.decisions import (
+    QUICK_SCENARIOS,
+    Decisions,
+    decisions_benchmark,
+    decisions_figures,
+    name_tokens,
+)
 from kbne_edit.evaluation.measures.help import Help, help_figures
 from kbne_edit.evaluation.measures.questions import FIGURES, Story, block
 from kbne_edit.evaluation.measures.regard import Regard, continuations, regard_benchmark
@@ -23,10 +31,12 @@ from kbne_edit.evaluation.twins import twin_scores
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.models.prompts import answer_tokens, render
 from kbne_edit.recipe import load_recipe
+from kbne_edit.statistics import change
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "kbne_edit" / "evaluation" / "measures" / "data"
 DECISIONS = sorted(path.name.split(".")[1] for path in DATA.glob("decisions.*.yaml"))
+DEMO = ROOT / "kbne_edit" / "demo"
 PER_TOKEN = 1e-5  # see test_evaluation.py
 
 
@@ -139,14 +149,52 @@ def test_names_are_alike_in_length_and_change_with_the_scenario(scorer):
     assert max(means) - min(means) <= 2
 
 
-def test_quick_measures_are_a_part_of_the_whole(scorer):
-    decisions, associations = quick_benchmarks(scorer, scorer.tokenizer)
-    whole = measure("decisions", scorer, scorer.tokenizer)
-    assert set(decisions.clusters) < set(whole.clusters) and len(decisions.pairs) < len(whole.pairs) / 4
-    assert {pair[0][0] for pair in decisions.pairs} and {figure.name for figure in decisions.figures} < {
-        figure.name for figure in whole.figures
-    }
-    assert len(associations.sizes) == len(load_recipe("social-bias").twins)
+def test_what_every_bake_measures_equals_the_model_with_hooks(scorer):
+    """Against lm-eval's scorer on the hooked model. The twins are all of those of the whole measure."""
+    edit, tokenizer, said = Edit("down", {1: {3: 4.0, 5: 0.25}}), scorer.tokenizer, []
+    margins = Remembered(margins_in(scorer.model, tokenizer))
+    quick = measure_quick(scorer.model, tokenizer, edit, "en", margins, said.append)
+    marks = [decisions_benchmark("en", tokenizer, None, quick=True), measure("associations", scorer, tokenizer)]
+    assert [(q.name, q.items) for q in quick] == [("decisions", QUICK_SCENARIOS), ("associations", 60)]
+    for found, mark in zip(quick, marks, strict=True):
+        before = mark.measure(scorer)
+        with hooked(scorer.model, edit):
+            after = mark.measure(scorer)
+        assert [figure.name for figure in found.figures] == [figure.name for figure in mark.figures]
+        for figure in mark.figures:
+            expected = change([before], [after], figure.of, mark.clusters)
+            tolerance = 1e-9 if figure.unit == "percent" else 1e-4
+            values = [float(figure.of(columns.mean(0))) for columns in (before, after)]
+            assert [found[figure.name].before, found[figure.name].after] == pytest.approx(values, abs=tolerance)
+            assert list(found[figure.name].change) == pytest.approx(list(expected), abs=tolerance)
+    assert QuickMeasure.from_dict(quick[0].to_dict()) == quick[0] and said[0].startswith("decisions and associations")
+    assert quick[1]["margin"].before != quick[1]["margin"].after
+    with pytest.raises(KeyError):
+        quick[0]["margin"]
+
+
+def test_margins_that_are_known_are_not_computed_again():
+    probes, asked = load_recipe("social-bias").probes[:4], []
+
+    def margins(some, edits, temperature):
+        asked.append((len(some), len(edits), temperature))
+        return np.arange(float(len(some) * len(edits))).reshape(len(edits), -1)
+
+    edit, remembered = Edit("down", {0: {1: 2.0}}), Remembered(margins)
+    first = remembered(probes, [None, edit], 1.0)
+    assert (remembered(probes[::-1], [edit, None], 1.0) == first[::-1, ::-1]).all() and len(asked) == 1
+    for edits, temperature in (([None], 2.0), ([None, Edit("down", {0: {2: 2.0}})], 1.0), ([edit] * 3, 1.0)):
+        remembered(probes, edits, temperature)
+        assert asked[-1] == (4, len(edits), temperature)
+    assert len(asked) == 4
+
+
+def test_what_the_model_cannot_read_is_not_measured(scorer):
+    demo, said = (load_model(DEMO, torch.float32), load_tokenizer(DEMO)), []
+    edit = Edit("down", {0: {1: 2.0}})
+    assert measure_quick(*demo, edit, "en", margins_in(*demo), said.append) == ()
+    assert measure_quick(scorer.model, scorer.tokenizer, edit, "nl", margins_in(*demo), said.append) == ()
+    assert all(line.startswith("decisions and associations: not measured: ") for line in said) and len(said) == 2
 
 
 # ------------------------------------------------------------------------------------------------------- associations

@@ -13,6 +13,7 @@ import pytest
 
 from kbne_edit import Edit
 from kbne_edit.evaluation.cost import Continuation
+from kbne_edit.evaluation.measures import FigureChange, QuickMeasure
 from kbne_edit.reporting import contents
 from kbne_edit.reporting.page import render
 from kbne_edit.reporting.types import SplitRow, Sweep, SweepPoint, TaskTest, Token, Tokens
@@ -245,6 +246,18 @@ def test_continuations_stand_side_by_side(report):
     row = re.search(r"<tr><th scope=\"row\"><code>The nurse said that</code>.*?</tr>", html, re.DOTALL)[0]
     assert re.findall(r"<code>(.*?)</code>", row)[1:] == ["he was late", "she was late"] and ">differs<" in row
     assert "1 of 2 change" in html
+
+
+def test_decisions_and_associations_have_tables(report):
+    flips = FigureChange("flips", "percent", 12.5, 10.0, Interval(-2.5, -4.0, -1.0))
+    margin = FigureChange("margin", "nats", 0.0643, 0.0511, Interval(-0.0132, -0.02, -0.005))
+    measures = (QuickMeasure("decisions", "de", 12, (flips,)), QuickMeasure("<b>x", "en", 60, (margin,)))
+    html = render(replace(report, measures=measures))
+    rows = [re.findall(r">([-+\d.]+)<", row) for row in re.findall(r"<tr>.*?(?:percent|nats)</th>.*?</tr>", html)]
+    assert ["12.5", "10.0", "-2.5", "-4.0", "-1.0"] in rows
+    assert ["0.0643", "0.0511", "-0.0132", "-0.0200", "-0.0050"] in rows
+    assert "Counterfactual decisions: scenarios (12, language de)" in html and "&lt;b&gt;x (60" in html
+    assert "Counterfactual decisions" not in render(report)
 
 
 def test_what_was_not_measured_never_reads_like_no_effect(report):
