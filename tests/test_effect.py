@@ -153,7 +153,11 @@ def test_draws_end_where_no_more_can_change_what_is_said():
     base = _base()
     stub = Margins(base, base * 0.99, _draws(base, 0.0, spread=0.05))
     found = measure_effect(stub, _twins(24), EDIT, SIZES)
-    assert found.random.draws == 8 and 0 < found.random.as_low < 8 and found.state == "none"
+    assert found.random.draws < 12 and 0 < found.random.as_low < found.random.draws and found.state == "none"
+    still = base * np.resize([0.99, 1.01], len(base))
+    found = measure_effect(Margins(base, still, _draws(base, 0.05)), _twins(24), EDIT, SIZES)
+    assert found.random.draws == 4 and found.random.as_low == 0  # below all draws
+    assert found.change.side == 0 and found.state == "none"
     whole = Margins(base, base * 0.5, _draws(base, 0.0, spread=0.05))
     assert measure_effect(whole, _twins(24), EDIT, SIZES).random.draws == DRAWS >= FEWEST_DRAWS
 

@@ -446,6 +446,19 @@ def test_the_flattening_has_the_edit_s_kl(demo):
     assert neutral.temperature(logits, 0.0) is None
 
 
+def test_divergences_near_and_far():
+    """In float64 by definition: of a small edit, of a large one, and where an exponential overflows float32."""
+    rng = torch.Generator().manual_seed(0)
+    p = torch.randn(6, 500, generator=rng) * 4
+    steps = torch.tensor([1e-4, 1e-2, 0.3, 3.0, 40.0, 0.0])[:, None]
+    q = p + steps * torch.randn(6, 500, generator=rng) + 7
+    a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    expected = (a.exp() * (a - b)).sum(-1)
+    assert expected.max() > 80
+    assert neutral.divergence(p, q).tolist() == pytest.approx(expected.tolist(), rel=2e-3, abs=1e-12)
+    assert neutral.divergence(p[2:5], q[2:5]).tolist() == pytest.approx(expected[2:5].tolist(), rel=1e-5)
+
+
 def test_an_edit_that_does_nothing_has_no_effect(data):
     """A factor of 1 + 2^-20 moves the sums in their last digits only."""
     report = evaluate(

@@ -31,8 +31,10 @@ from ..recipe import Probe
 
 TREE_TOKENS = 512  # of one tree: attention within it grows with the square
 _BATCH_TOKENS = 4096  # of one pass, over all edits: bounds memory, and is enough to keep a matrix product busy
-_HEAD_ROWS = 256  # positions that go through the head at once: it makes [rows, V] logits
+_HEAD_ROWS = 512  # positions that go through the head at once: it makes [rows, V] logits
 
+# The last layer's output of the model itself, [K, D], by the tokens of a tree and the K of them that are kept
+BaseStates = dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor]
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context (one at least) and of its continuation
 
 
@@ -70,16 +72,17 @@ def margins_of_edits(
     *,
     temperature: float = 1.0,
     update: Callable[[int], None] = lambda _: None,
+    kept: BaseStates | None = None,
 ) -> np.ndarray:
     """m of every probe under every edit (None: the model itself), [E, probes], nats per token.
 
     m = mean log-probability per token of a probe's first sentence less that of its second.
-    temperature: divides the logits. update: called with the number of texts done since, times edits.
-    Raises EditError if an edit does not fit the model.
+    temperature: divides the logits. update: called with the number of texts done since, times edits. kept: as of
+    `score_edits`. Raises EditError if an edit does not fit the model.
     """
     rows = [sentence_ids(tokenizer, text) for probe in probes for text in (probe.first, probe.second)]
     pairs = [(row[:1], row[1:]) for row in rows]
-    scored = score_edits(model, pairs, edits, temperature=temperature, update=update).per_token
+    scored = score_edits(model, pairs, edits, temperature=temperature, update=update, kept=kept).per_token
     return scored[:, ::2] - scored[:, 1::2]
 
 
@@ -92,35 +95,50 @@ def score_edits(
     temperature: float = 1.0,
     longest_row: int | None = None,
     update: Callable[[int], None] = lambda _: None,
+    kept: BaseStates | None = None,
 ) -> Scored:
     """Log-probability of each continuation after its context under each edit, and whether it is the greedy one.
 
-    longest_row: tokens that a model can read at once; too long a row loses its beginning.
+    longest_row: tokens that a model can read at once; too long a row loses its beginning. kept: what the model itself
+    made of earlier texts; it is taken from there and put there, so that a flattening costs no second pass.
     """
     rows, lookups = unique_rows(pairs, longest_row)
     shape = (len(edits), len(pairs))
     total, greedy = np.zeros(shape), np.ones(shape, bool)
     for part in cut(rows, int(min(TREE_TOKENS, longest(model)))):
         tree = Tree(rows[part])
-        kept: dict[int, int] = {}
+        order: dict[int, int] = {}
         index: list[int] = []
         target: list[int] = []
         owner: list[int] = []
         for path, of_row in zip(tree.paths, lookups[part], strict=True):
             for pair, start, tokens in of_row:
-                index += [kept.setdefault(node, len(kept)) for node in path[start : start + len(tokens)]]
+                index += [order.setdefault(node, len(order)) for node in path[start : start + len(tokens)]]
                 target += tokens
                 owner += [pair] * len(tokens)
         step = max(_BATCH_TOKENS // len(tree.tokens), 1)
         for first in range(0, len(edits), step):
             some = edits[first : first + step]
-            states = last_states(model, tree, some)[:, list(kept)]
+            states = _states_at(model, tree, some, list(order), kept)
             logp, hits = _looked_up(model, states, index, target, temperature)
             for row in range(len(some)):
                 np.add.at(total[first + row], owner, logp[row])
                 np.logical_and.at(greedy[first + row], owner, hits[row])
             update(len(some) * sum(map(len, lookups[part])))
     return Scored(total, greedy, np.array([len(continuation) for _, continuation in pairs]))
+
+
+def _states_at(
+    model: nn.Module, tree: Tree, edits: Sequence[Edit | None], nodes: list[int], kept: BaseStates | None
+) -> Tensor:
+    """The last layer's output at some tokens of a tree, [E, K, D]."""
+    key = (tuple(tree.tokens), tuple(nodes))
+    if kept is not None and list(edits) == [None] and key in kept:
+        return kept[key][None]
+    states = last_states(model, tree, edits)[:, nodes]
+    if kept is not None and None in edits:
+        kept[key] = states[list(edits).index(None)].clone()
+    return states
 
 
 class Lookup(NamedTuple):

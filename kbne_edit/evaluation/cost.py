@@ -224,13 +224,11 @@ class NeutralRun:
         before, after = zip(*(found[i] for i in range(len(rows))), strict=True)
         return cls(model, text, torch.cat(before), torch.cat(after))
 
-    def columns(self) -> tuple[np.ndarray, np.ndarray]:
-        """Columns of the base and of the edit, [texts, 3], as of `neutral`."""
-        from .neutral import columns_of
+    def columns(self) -> np.ndarray:
+        """[texts, 4]: the base's loss, the edit's loss, KL, tokens."""
+        from .neutral import both_columns
 
-        rows = self.text.rows
-        base = columns_of(rows, self._blocks(self.before), self._blocks(self.before))
-        return base, columns_of(rows, self._blocks(self.after), self._blocks(self.before))
+        return both_columns(self.text.rows, self._blocks(self.after), self._blocks(self.before))
 
     def temperature(self, kl: float) -> float | None:
         """At which the base, so flattened, has this KL from itself."""
@@ -246,9 +244,7 @@ class NeutralRun:
 
 def measure_cost(run: NeutralRun, tokenizer: Any, recipe: Recipe, edit: Edit) -> Cost:
     """The edit's cost. run: base and edit on the neutral text."""
-    base, edited = run.columns()
-    # Columns: the base's loss, the edit's loss, KL, tokens.
-    columns = np.stack([base[:, 0], edited[:, 0], edited[:, 1], edited[:, 2]], 1)
+    columns = run.columns()
     answered = _answered(run.model, tokenizer, recipe, edit)
     return Cost(
         origin=run.text.origin,

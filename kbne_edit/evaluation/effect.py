@@ -33,7 +33,7 @@ FEWEST = 6  # twins that can tell an effect at 5 %: if five paired items have on
 FEWEST_DRAWS = 19  # with fewer, "below all of them" is said of a random edit in more than 5 of 100 cases
 DRAWS = 39  # "below all of them" is then said of a random edit in 2.5 of 100 cases
 DRAW_TWINS = 24  # twins on which draws are measured: what draws differ by, not items, is what hides an effect there
-_BLOCK = 8  # draws at once; if one of them does as well, and one worse, no more are needed
+_BLOCK = 4  # draws at once; if one of them does as well, and one worse, no more are needed
 
 State = Literal["less", "more", "none"]
 
@@ -274,10 +274,12 @@ Margins = Callable[[Sequence[Probe], Sequence["Edit | None"], float], np.ndarray
 
 def margins_in(model: nn.Module, tokenizer: Any) -> Margins:
     """Of a model in memory, by run-time hooks, which the fold equals."""
-    from .batched import margins_of_edits
+    from .batched import BaseStates, margins_of_edits
+
+    kept: BaseStates = {}
 
     def margins(probes: Sequence[Probe], edits: Sequence[Edit | None], temperature: float) -> np.ndarray:
-        return margins_of_edits(model, tokenizer, probes, edits, temperature=temperature)
+        return margins_of_edits(model, tokenizer, probes, edits, temperature=temperature, kept=kept)
 
     return margins
 
@@ -294,8 +296,9 @@ def measure_effect(
     """The edit's effect on twins. neurons: how many each layer has, [L]; temperature: of the flattening, infinity if it
     is uniform, None for none.
 
-    Draws are measured in blocks and end as soon as one does as well as the edit and one does worse: no more can change
-    what is said. Raises InputError for probes that say nothing, or if fewer than `FEWEST` twins are left.
+    Draws are measured in blocks and end as soon as no more can change what is said: one does as well as the edit and
+    one does worse, or the edit itself moves nothing. Raises InputError for probes that say nothing, or if fewer than
+    `FEWEST` twins are left.
     """
     twins = different_twins(twins)
     if len(twins) < FEWEST:
@@ -311,7 +314,8 @@ def measure_effect(
         versus = interval(measure.size(after) - measure.size(flat))
         flattening = Flattening(None if uniform else temperature, versus)
     place = np.unique(np.linspace(0, len(twins) - 1, min(DRAW_TWINS, len(twins))).round().astype(int))
-    edits = (random_edit(edit, neurons, seed) for seed in range(DRAWS))
+    moved = interval(measure.size(after) - measure.size(before)).side
+    edits = (random_edit(edit, neurons, seed) for seed in range(DRAWS if moved else _BLOCK))
     drawn = measure.drawn([twins[i] for i in place], edits, after[place])
     return Effect(
         aim=aim,

@@ -65,14 +65,13 @@ def recipe_of(edit: Edit | None) -> str | None:
 
 def impact_of(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> Impact:
     """`measure_impact` on the model of a checkpoint, loaded for it; what cannot be measured is said, and left open."""
-    import torch
-
-    from ..models.loading import load_model, load_tokenizer
+    from ..models.loading import load_tokenizer
+    from ..models.widening import float32_model
 
     try:
         tokenizer = load_tokenizer(checkpoint.path)
-        model = load_model(checkpoint.path, torch.float32)
-        return measure_impact(model, tokenizer, recipe, edit, checkpoint.layer_sizes(edit.site))
+        with float32_model(checkpoint) as model:
+            return measure_impact(model, tokenizer, recipe, edit, checkpoint.layer_sizes(edit.site))
     except InputError as error:
         say(f"effect and cost: not measured: {error}")
         return NOT_MEASURED

@@ -33,8 +33,8 @@ KL = Figure("KL from the base", lambda m: m[..., 1] / m[..., 2], None)
 
 _HOTTEST = 2.0**10  # flatter than any use: the search for a temperature ends here
 _NEWTON, _CLOSE = 12, 1e-3  # steps at most; relative error of the KL at which the search ends
-_BLOCK = 32  # positions in float64 at once
-_HEAD_ROWS = 4 * _BLOCK  # positions that go through the head at once
+_BLOCK = 32  # positions whose logits are worked on at once
+_HEAD_ROWS = 8 * _BLOCK  # positions that go through the head at once
 _UNREAD = 0.1  # share of unknown tokens from which on a tokenizer cannot read a text
 
 
@@ -151,17 +151,37 @@ def columns(texts: Sequence[Sequence[int]], found: Logits, base: Logits) -> np.n
 
 def columns_of(texts: Sequence[Sequence[int]], found: Iterable[Tensor], base: Iterable[Tensor]) -> np.ndarray:
     """`columns`, of blocks of logits [positions, V] that follow each other."""
+    return both_columns(texts, found, base)[:, 1:]
+
+
+def both_columns(texts: Sequence[Sequence[int]], found: Iterable[Tensor], base: Iterable[Tensor]) -> np.ndarray:
+    """[texts, 4]: the base's negative log-likelihood, then `columns_of`. Each block of logits is made once."""
     targets = torch.tensor([token for ids in texts for token in ids[1:]])
-    nll, kl, start = [], [], 0
+    parts, start = [], 0
     for p, q in zip(base, found, strict=True):
         target = targets[start : start + len(p), None].to(q.device)
         start += len(p)
-        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        nll.append(-q.gather(1, target)[:, 0].cpu())
-        kl.append((p.exp() * (p - q)).sum(-1).cpu())
+        losses = [(x.logsumexp(-1) - x.gather(1, target)[:, 0]).double() for x in (p, q)]
+        parts.append(torch.stack([*losses, divergence(p, q)], 1).cpu())
     lengths = [len(ids) - 1 for ids in texts]
-    parts = [torch.cat(values).split(lengths) for values in (nll, kl)]
-    return np.array([[float(a.sum()), float(b.sum()), n] for a, b, n in zip(*parts, lengths, strict=True)])
+    return np.array([[*rows.sum(0).tolist(), len(rows)] for rows in torch.cat(parts).split(lengths)])
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of logits [positions, V] in float32 -> [positions] float64.
+
+    With y = p - q less its mean under p it is log E[exp(-y)], the mean under p again. E[exp(-y) - 1 + y] is what is
+    summed: no term is negative, so nothing cancels, and a KL of 1e-5 needs no float64. Where the two differ much, the
+    exponential may overflow; there the sum is taken by its definition, in float64.
+    """
+    weights = p.softmax(-1)
+    y = p - q
+    y = y - (weights * y).sum(-1, keepdim=True)
+    kl = (weights * (torch.expm1(-y) + y)).sum(-1).double().log1p().clamp_min(0)
+    if len(far := (~(kl < 1)).nonzero()[:, 0]):
+        a, b = (x[far].double().log_softmax(-1) for x in (p, q))
+        kl[far] = (a.exp() * (a - b)).sum(-1)
+    return kl
 
 
 def temperature(base: Logits, kl: float) -> float | None:
@@ -197,9 +217,10 @@ def temperature_of(blocks: Callable[[], Iterable[Tensor]], kl: float) -> float |
         value, slope = 0.0, 0.0
         for block in blocks():
             p, x = _centred(block)
-            above = (p * (torch.expm1(d * x) - d * x)).sum(-1).double()
+            growth = torch.expm1(d * x)
+            above = (p * (growth - d * x)).sum(-1).double()
             value += float(above.log1p().sum()) / count
-            slope += float(((p * x * torch.expm1(d * x)).sum(-1).double() / (1 + above)).sum()) / count
+            slope += float(((p * x * growth).sum(-1).double() / (1 + above)).sum()) / count
         if abs(value - kl) <= _CLOSE * kl:
             break
         d -= (value - kl) / min(slope, -1e-30)
