@@ -101,6 +101,7 @@ def test_it_says_what_the_run_did_and_did_not_do(weights, tmp_path):
 def _manifest(**parts):
     """A manifest as a run writes it."""
     summary = {key: value.to_dict() for key, value in parts.items() if hasattr(value, "to_dict")}
+    summary |= {"measures": parts["measures"]} if "measures" in parts else {}
     proofs = Proofs(FileProof(EDIT, "manifest", 3, 1, 2))
     about = {"source": Origin("org/base", "abc"), "recipe": RecipeRecord("demo", "0" * 64)}
     return Manifest(EDIT, {}, summary=summary, proofs=proofs.to_dict(), **about | parts.get("about", {})).as_read()
