@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -114,8 +115,7 @@ class Runner:
             os.dup2(quiet, 2)
             import pytest
 
-            words = tests.split(" -k ")
-            chosen = [f"tests/{name}" for name in words[0].split()] + (["-k", words[1]] if len(words) > 1 else [])
+            chosen = [f"tests/{word}" if word.endswith(".py") else word for word in shlex.split(tests)]
             status = int(pytest.main([*chosen, "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]))
         finally:
             os._exit(status)
@@ -126,11 +126,14 @@ def copied() -> Iterator[Path]:
     """A copy of the tree, its tracked files as they lie here."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
     with tempfile.TemporaryDirectory(prefix="kbne-mutants-") as folder:
+        tree = Path(folder) / "tree"
         for name in filter(None, names.split("\0")):
             if (ROOT / name).is_file():
-                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, Path(folder) / name)
-        yield Path(folder)
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, tree / name)
+        if (ROOT.parent / "shared").is_dir():  # tests that need it are skipped without
+            (Path(folder) / "shared").symlink_to(ROOT.parent / "shared")
+        yield tree
 
 
 def mutations() -> list[Mutation]:
