@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from kbne_edit import attribute
 from kbne_edit.attribution.gradients import attributions
-from kbne_edit.attribution.quadrature import Path
+from kbne_edit.attribution.quadrature import Found, Path, quadrature
 from kbne_edit.errors import InputError
 from kbne_edit.models.places import decoder_layers
 from tiny import FAMILIES, MULTIMODAL, tiny_model
@@ -224,14 +224,25 @@ def test_unknown_quadrature(bad):
         attribute(tiny_model("llama"), [PROMPT], [ANSWER], quadrature=bad)
 
 
+def test_an_interval_is_exact_up_to_the_fifth_degree():
+    """Gauss-Lobatto of four nodes: a gradient that is such a polynomial of gamma needs no second round."""
+    rule, h, one = quadrature("gauss", 2, 1e-6), torch.ones(2, 1), torch.tensor([[6.0], [6.0]])
+    found = {}
+    for layer, gammas in rule.request().items():
+        found[layer] = Found(6 * gammas.double()[:, None] ** 5, gammas.double() ** 6)
+    rule.accept(h.double(), one.double(), 1.0, found)
+    assert rule.nodes[1] == 3 and rule.request() == {} and rule.gradients.flatten().tolist() == pytest.approx([1, 1])
+
+
 def test_half_the_rows_where_memory_runs_out(monkeypatch):
     from kbne_edit.attribution import rows
 
     model, whole = tiny_model("llama"), rows.objective
-    sizes = []
+    sizes, failed = [], []
 
     def small_device(model, hidden, *rest):
         if hidden.shape[1] > 12:
+            failed.append(hidden.shape[1])
             raise torch.OutOfMemoryError("no room")
         sizes.append(hidden.shape[1])
         return whole(model, hidden, *rest)
@@ -240,6 +251,7 @@ def test_half_the_rows_where_memory_runs_out(monkeypatch):
     got = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], quadrature="gauss-4")
     monkeypatch.setattr(rows, "objective", whole)
     want = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], quadrature="gauss-4")
+    assert failed == sorted(failed, reverse=True) and len(set(failed)) == len(failed)  # no size is tried twice
     assert max(sizes) == 12 and (got - want).abs().max() <= 1e-6 * want.abs().max()
     monkeypatch.setattr(rows, "objective", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(InputError, match="rows of one layer"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kbne_edit import Edit, hooked
+from kbne_edit.errors import EditError
 from kbne_edit.evaluation.batched import margins_of_edits, score_edits
 from kbne_edit.models.places import decoder_layers, num_neurons
 from kbne_edit.recipe import Probe
@@ -133,3 +134,12 @@ def test_layers_below_the_first_edited_one_are_computed_once():
         for handle in handles:
             handle.remove()
     assert seen == {0: [1], 1: [3], 2: [3]}
+
+
+def test_the_neuron_after_the_last_is_refused():
+    model = tiny_model("llama")  # 3 layers of 48 neurons
+    for factors, said in (({0: {48: 2.0}}, "names neuron 48 of layer 0"), ({3: {0: 2.0}}, "names layer 3")):
+        with pytest.raises(EditError, match=said), hooked(model, Edit("down", factors)):
+            pass
+    with hooked(model, Edit("down", {2: {47: 2.0}})):
+        pass

@@ -160,6 +160,8 @@ def test_draws_end_where_no_more_can_change_what_is_said():
     assert found.change.side == 0 and found.state == "none"
     whole = Margins(base, base * 0.5, _draws(base, 0.0, spread=0.05))
     assert measure_effect(whole, _twins(24), EDIT, SIZES).random.draws == DRAWS >= FEWEST_DRAWS
+    more = measure_effect(Margins(base, base * 1.5, _draws(base, 0.0, spread=0.05)), _twins(24), EDIT, SIZES)
+    assert more.random.draws == DRAWS and more.state == "more"
 
 
 def test_draws_are_measured_on_some_of_many_twins_and_compared_on_these():

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,15 +19,17 @@ from kbne_edit import evaluate as public_evaluate
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import InputError, ScoresError
 from kbne_edit.evaluation import neutral
-from kbne_edit.evaluation.benchmark import Benchmark
+from kbne_edit.evaluation.benchmark import Answer, Benchmark, Figure
 from kbne_edit.evaluation.effect import random_edit
-from kbne_edit.evaluation.figures import AVOIDED, PREFERENCE
-from kbne_edit.evaluation.result import loss_of, results_of
+from kbne_edit.evaluation.figures import AVOIDED, PREFERENCE, column
+from kbne_edit.evaluation.own import knowledge_benchmark
+from kbne_edit.evaluation.result import FigureResult, loss_of, results_of
 from kbne_edit.evaluation.runs import Run, Runs
 from kbne_edit.evaluation.scoring import Scorer, quiet_lm_eval
 from kbne_edit.evaluation.tasks import benchmarks
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.models.trees import Tree, cut
+from kbne_edit.recipe import Question
 from kbne_edit.statistics import beyond_draws
 from tiny import FAMILIES, tiny_model
 
@@ -298,6 +301,24 @@ def test_knowledge_equals_a_plain_loop(demo, base_report):
     assert base_report["tasks"]["knowledge"]["figures"]["accuracy"]["base"] == pytest.approx(100 * np.mean(right))
 
 
+def test_knowledge_with_several_surfaces_and_answers(chatty):
+    """By hand: an answer has the sum of its surfaces, and must be above each other answer, not above one of them."""
+    questions = [Question("Is a group a form?", answer, "d", "") for answer in ("yes", "no", "form")]
+    recipe = SimpleNamespace(name="r", answers=("yes", "no", "form"), prompt={"plain": "{question}"})
+    recipe.ask = lambda _: questions
+    task = knowledge_benchmark("knowledge", recipe, load_tokenizer(chatty), None)
+    count = task.sizes[0]
+    surfaces = [task.pairs[i][1][0] for i in range(count)]
+    known = load_tokenizer(chatty).get_vocab()
+    for largest, single, right in (("yes", 0.2, [1, 0, 0]), ("no", 0.2, [0, 1, 0]), ("form", 0.9, [0, 0, 1])):
+        # The first two are likely in two surfaces, each less likely than the one surface of "form".
+        words = {"yes": ("yes", "Yes"), "no": ("no", "No"), "form": ("Ġform",)}[largest]
+        likely = {known[word]: single for word in words}
+        p = [likely.get(token, 0.3 if token == known["Ġform"] else 0.05) for token in surfaces]
+        answers = [Answer(float(np.log(value)), False, 1) for value in p]
+        assert [task.read(i, answers) for i in range(3)] == [[value] for value in right]
+
+
 def test_the_published_layout_gives_the_same_items(data, tmp_path, base_report):
     (tmp_path / "dev.json").write_bytes((data / "dev.json").read_bytes())
     again = evaluate("demo", data=tmp_path, tasks=["stereoset_intrasentence"])["tasks"]["stereoset_intrasentence"]
@@ -549,6 +570,22 @@ def test_verdicts_on_what_is_to_be_avoided(shift, of_random, verdict):
     assert found.values["base"] == pytest.approx(margin.mean())
     assert found.beyond["random neurons"].value == pytest.approx(shift - others.mean() + noise.mean())
     assert figures["unwanted preferred"].figure.ideal == 0
+
+
+def test_a_figure_that_should_rise_is_judged_upwards():
+    rng = np.random.default_rng(0)
+    margin, noise = rng.normal(10, 1, 200), rng.normal(0, 1e-3, (20, 200))
+    figures = (Figure("high", column(1), 100),)
+    found = _results(figures, _runs(_columns, margin, margin + 1, list(margin + noise[:19])))["high"]
+    assert found.beyond_random == -1 and found.beyond_every_control("better")
+    found = _results(figures, _runs(_columns, margin, margin - 1, list(margin + noise[:19])))["high"]
+    assert found.beyond_random == 1 and found.beyond_every_control("worse")
+
+
+def test_a_state_follows_the_corrected_p():
+    figure = PREFERENCE[2]
+    for p_holm, state in ((0.06, "none"), (0.04, "better")):
+        assert FigureResult(figure, {"base": 1.0, "edit": 0.5}, p=0.02, p_holm=p_holm).state == state
 
 
 def test_many_figures_make_no_draw_likelier_to_be_beaten():

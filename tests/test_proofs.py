@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kbne_edit import Edit, fold, hooked, verify
 from kbne_edit.disk.checkpoint import Checkpoint
+from kbne_edit.disk.dtypes import from_float
 from kbne_edit.folding.plan import Plan
 from kbne_edit.models.loading import load_model
 from kbne_edit.models.widening import float32_model
@@ -212,3 +213,16 @@ def test_proofs_come_back_from_their_record():
     assert not Proofs.from_dict(data | {"file_proof": False}, files.edit).files.holds
     with pytest.raises(ValueError):
         Proofs.from_dict(data | {"faults": ["x differs"]}, files.edit)
+
+
+@pytest.mark.parametrize("name, dtype", [("BF16", torch.bfloat16), ("F16", torch.float16)])
+def test_rounding_equals_torch_s_for_every_kind_of_number(name, dtype):
+    """Ties, subnormals, infinities and NaNs of every payload, which an addition of bits would carry into the sign."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32)
+    bits = np.concatenate(
+        [bits, bits & 0xFFFF8000, np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0x7F800001], np.uint32)]
+    )
+    values = bits.view(np.float32)
+    got = torch.from_numpy(from_float(values, name).view(np.int16)).view(dtype)
+    expected = torch.from_numpy(values).to(dtype)
+    assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(7), expected.nan_to_num(7))

@@ -97,6 +97,15 @@ def test_contrastive_rule_on_the_controls_uses_the_other_half():
         selection(scores, **about)  # a quarter of the controls reach it
 
 
+def test_controls_select_what_the_other_half_does_not():
+    """By hand: neuron 1 is used by the first and third control alone, which are one half."""
+    scores = np.zeros((6, 1, 3), np.float32)
+    scores[:, 0, 0] = 1.0
+    scores[0, 0, 2] = scores[2, 0, 1] = scores[4, 0, 1] = 0.5
+    about = dict(dimensions=["a"] * 2 + ["c"] * 4, controls=[False] * 2 + [True] * 4, rule="contrastive", beta=0.5)
+    assert selection(scores, **about).controls.tolist() == [[False, True, False]]
+
+
 def test_left_out_questions_do_not_count():
     assert select(_scores(), **ABOUT, only=[True, True, False, True, True]).factors[0] == {1: 2.0}
 

@@ -618,7 +618,7 @@ def test_draws_go_on_as_long_as_the_choice_outdoes_them(scores, tmp_path, monkey
     measured, inner = [], Bench.measure_draws
 
     def noting(bench, scorer, edits, *args):
-        measured.append(len(edits))
+        measured.append([edit.sha256 for edit in edits])
         return inner(bench, scorer, edits, *args)
 
     monkeypatch.setattr(Bench, "measure_draws", noting)
@@ -627,7 +627,9 @@ def test_draws_go_on_as_long_as_the_choice_outdoes_them(scores, tmp_path, monkey
     drawn = [figure[f"random {i + 1}"] for i in range(figure["draws"])]
     as_good = [i for i, value in enumerate(drawn) if value <= figure["edit"]]
     assert result["confirmation"]["candidates"] == len(result["points"]) == 4
-    assert measured[measured.index(DRAWS) :][1:] == [40] * ((len(drawn) - DRAWS) // 40)
+    on_test = measured[list(map(len, measured)).index(DRAWS) :]
+    assert list(map(len, on_test)) == [DRAWS] + [40] * ((len(drawn) - DRAWS) // 40)
+    assert len({sha for block in on_test for sha in block}) == len(drawn)  # never the same neurons again
     assert len(drawn) == (79 if not as_good or as_good[0] >= DRAWS else DRAWS)
     assert result["confirmation"]["confirmed"] == (not as_good and figure["verdict"].endswith("beyond every control"))
 
