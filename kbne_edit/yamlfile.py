@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
@@ -11,6 +12,8 @@ import yaml
 
 from .errors import InputError
 from .files import open_input
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_yaml(path: str | Path, most_bytes: int = 1 << 20) -> tuple[object, bytes]:
@@ -27,6 +30,11 @@ def read_yaml(path: str | Path, most_bytes: int = 1 << 20) -> tuple[object, byte
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # The library raises nearly all of these for a value that its explicit tag does not fit.
         raise InputError("not YAML that can be read: " + " ".join(str(error).split())[:200]) from None
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Half a character, which an escape can write and no file can hold. Quick: hostile text is long."""
+    return not text.isascii() and _SURROGATE.search(text) is not None
 
 
 class _Loader(yaml.SafeLoader):

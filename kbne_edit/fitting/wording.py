@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..errors import shown
+from ..yamlfile import has_lone_surrogate
 
 FORMATS = ("sentence", "continuation", "question", "dialogue")
 GROUP_FORMS = ("plural", "one", "the")
@@ -95,7 +96,7 @@ class Reader:
     faults: list[str] = field(default_factory=list)
 
     def text(self, value: object, where: str, longest: int = _LONGEST_TEXT) -> str:
-        if not isinstance(value, str) or not value.strip() or any("\ud800" <= c <= "\udfff" for c in value):
+        if not isinstance(value, str) or not value.strip() or has_lone_surrogate(value):
             self.faults.append(f"{where} must be text, not {shown(value)}")
             return ""
         if len(value) > longest:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ..errors import RecipeError, shown
 from ..rule import COMBINE, RULES, Rule
+from ..yamlfile import has_lone_surrogate
 from .types import AIMS, TEMPLATES, Pairing, Probe, Question, Recipe, Twin, question_twins
 
 KEYS = {
@@ -98,7 +99,7 @@ class Parser:
                 self.fault(f"{what} stands twice: {shown(text)}")
 
     def string(self, value: object, where: str) -> str:
-        if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):  # half a character
+        if not isinstance(value, str) or has_lone_surrogate(value):
             self.fault(f"{where} must be text")
             return ""
         return value
