@@ -121,7 +121,7 @@ def test_a_widened_model_is_one_loaded_in_float32(name, tmp_path):
     wanted, ids = load_model(tmp_path, torch.float32), torch.tensor([[5, 9, 30, 2], [7, 7, 41, 3]])
     with torch.no_grad(), float32_model(Checkpoint.open(tmp_path)) as model:
         assert torch.equal(model(ids).logits, wanted(ids).logits)
-        assert {p.dtype for p in model.parameters()} == {torch.float32 if name.startswith("gemma") else torch.bfloat16}
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     edit = Edit("down", {1: {3: 3.5}})
     with torch.inference_mode(), float32_model(Checkpoint.open(tmp_path)) as model, hooked(model, edit):
         with hooked(wanted, edit):

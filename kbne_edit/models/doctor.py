@@ -177,6 +177,6 @@ def _model(checkpoint: Checkpoint, free: float) -> Treatment:
         size,
         {"in memory": whole, "layer by layer": streamed, "budget": budget},
         mode,
-        "whole model" if memory.in_memory(checkpoint) <= budget else "site by site",
+        "whole model" if memory.forward(checkpoint) <= budget else "site by site",
         size < shutil.disk_usage(Path.cwd()).free,
     )

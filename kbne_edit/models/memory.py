@@ -8,7 +8,8 @@ import resource
 from pathlib import Path
 
 from ..disk.checkpoint import Checkpoint
-from ..families import hidden_size, num_layers
+from ..disk.dtypes import DTYPES
+from ..families import family_of, hidden_size, num_layers
 
 OVERHEAD = 0.7e9  # the interpreter, torch, activations, and what the allocator holds
 SHARE = 0.7  # of the free memory that a model may take: activations, the allocator and others need some, too
@@ -53,6 +54,21 @@ def kilobytes(path: str, key: str) -> float:
 def in_memory(checkpoint: Checkpoint, itemsize: int = 4) -> int:
     """What the checkpoint's tensors take at `itemsize` bytes per value."""
     return itemsize * sum(math.prod(shape) for shape in checkpoint.plain_shapes.values())
+
+
+def narrow(checkpoint: Checkpoint) -> str | None:
+    """The one dtype of 16 bits in which all weights are stored, as torch calls it; None if there is none such."""
+    if checkpoint.quantised:
+        return None
+    names = {tensor.dtype for _, tensor in checkpoint.tensors.values() if DTYPES[tensor.dtype].editable}
+    return {"BF16": "bfloat16", "F16": "float16"}.get(names.pop()) if len(names) == 1 else None
+
+
+def forward(checkpoint: Checkpoint) -> float:
+    """What forward passes in float32 take: weights of 16 bits stay so, and one layer is widened (see `widening`)."""
+    if narrow(checkpoint) is None or family_of(checkpoint.config).recurrent:
+        return in_memory(checkpoint)
+    return in_memory(checkpoint, 2) + 2 * in_memory(checkpoint, 2) / max(num_layers(checkpoint.config), 1)
 
 
 def activations(rows: float, size: float, itemsize: int = 4) -> float:

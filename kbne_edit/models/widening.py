@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..disk.checkpoint import Checkpoint
-from ..disk.dtypes import DTYPES
+from . import memory
 from .hooks import replaced
 from .loading import load_model
 from .places import decoder_layers, is_recurrent
@@ -32,8 +32,13 @@ def can_widen(model: nn.Module) -> bool:
     """True if `widened` gives this model what a load in float32 gives.
 
     Buffers of 16 bits were rounded while loading, and layers with a state read weights outside of their own modules.
+    Gemma's scale of the embeddings is known unrounded, too.
     """
-    if any(buffer.dtype in _NARROW for buffer in model.buffers()) or is_recurrent(model):
+    for module in model.modules():
+        names = (name for name, buffer in module.named_buffers(recurse=False) if buffer.dtype in _NARROW)
+        if any(name != "embed_scale" or not hasattr(module, "scalar_embed_scale") for name in names):
+            return False
+    if is_recurrent(model):
         return False
     return all(parameter.dtype in _NARROW for parameter in model.parameters())
 
@@ -45,10 +50,8 @@ def computed_in(model: Any) -> torch.dtype:
 
 def narrow_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
     """The one dtype of 16 bits in which all of a checkpoint's weights are stored; None if there is none such."""
-    names = {tensor.dtype for _, tensor in checkpoint.tensors.values() if DTYPES[tensor.dtype].editable}
-    if checkpoint.quantised or len(names) != 1:
-        return None
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(names.pop())
+    name = memory.narrow(checkpoint)
+    return None if name is None else getattr(torch, name)
 
 
 @contextmanager
@@ -87,8 +90,9 @@ def _widened(module: nn.Module, owners: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _forward(module: Any, owners: list[nn.Module]) -> Callable[..., Any]:
-    if type(module) is nn.Embedding:
-        return lambda ids: nn.functional.embedding(ids, module.weight, module.padding_idx).float()
+    if type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale")):
+        scale = torch.tensor(getattr(module, "scalar_embed_scale", 1.0))
+        return lambda ids: nn.functional.embedding(ids, module.weight, module.padding_idx).float() * scale
     if type(module) is nn.Linear:
         return lambda x: _in_blocks(x, module.weight, module.bias)
     own = module.forward

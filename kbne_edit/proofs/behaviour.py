@@ -25,7 +25,7 @@ from ..folding.plan import Plan
 from ..models.dequantised import own_dtype
 from ..models.libraries import library, load_by_library
 from ..models.loading import foreign, load_model
-from ..models.memory import SHARE, available, in_memory
+from ..models.memory import SHARE, available, forward
 from .outcome import BehaviourProof
 from .passes import (
     NOISE_FACTOR,
@@ -52,7 +52,7 @@ def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]
 
     Raises CheckpointError if a directory cannot be loaded.
     """
-    if in_memory(plan.checkpoint) > SHARE * available():
+    if forward(plan.checkpoint) > SHARE * available():
         return (rows_by_rows(plan, baked) if plan.checkpoint.quantised else site_by_site(plan, baked),)
     import torch
 
