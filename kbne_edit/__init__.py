@@ -38,7 +38,7 @@ _PUBLIC = {
     "show_progress": "progress",
     "tune": "tuning.tune",
     "verify": "verifying",
-    "fold": "folding.fold",
+    "fold": "folded",
     "apply": "applying",
     "ask": "asking",
     "push": "pushing",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .disk.checkpoint import Checkpoint
-from .disk.manifest import FileRecord, Origin, RecipeRecord
+from .disk.manifest import FileRecord, Manifest, Origin, RecipeRecord
 from .disk.publishing import staged
 from .errors import EditError, ProofError, shown
 from .evaluation.impact import NOT_MEASURED, Impact, ImpactJSON, impact_of, recipe_of
@@ -16,7 +16,8 @@ from .folding.columns import Columns, delta_path
 from .folding.delta import DeltaRecord, fold_hashes, weights_hashes
 from .folding.fold import fold_into
 from .folding.plan import Plan
-from .folding.rewrite import Progress
+from .hub.source import resolved
+from .progress import progress, say
 from .proofs.behaviour import behaviour_proof
 from .proofs.files import file_proof
 from .proofs.outcome import Proofs, ProofsJSON
@@ -76,20 +77,18 @@ class ApplyResult:
 
 def apply(
     delta: str | Path,
-    base_dir: str | Path,
-    out_dir: str | Path,
+    source: str | Path,
+    out: str | Path,
     *,
-    source: Origin | None = None,
     shard_size: int | str | None = None,
     behaviour: bool = True,
     overwrite: bool = False,
-    progress: Progress | None = None,
     measure: bool = True,
     recipe: str | Path | None = None,
 ) -> ApplyResult:
-    """Write `base_dir` with a delta's columns put in to `out_dir`, weights byte for byte as `bake` would have.
+    """Write a delta's base with its columns put in to the directory `out`: the weights that `bake` would have written.
 
-    source: the base, as manifest and card name it (default: the name of `base_dir`).
+    source: the base, as a directory, ORG/NAME[@REVISION], or "demo".
     shard_size: as in `fold`; then it is the tensors that are those of `bake`, in other files.
     behaviour: False leaves the second proof out. Both hold before the output appears; it can be verified, reverted and
     pushed as one of `bake`. What the delta says that its own run measured is not repeated: this run did not see it.
@@ -98,36 +97,44 @@ def apply(
     Raises CheckpointError for a damaged delta, EditError for another base, ProofError, OutputError.
     """
     path = delta_path(delta)
-    forbid_overlap(out_dir, base_dir, delta)
-    checkpoint, record = Checkpoint.open(base_dir), DeltaRecord.read(path)
-    if checkpoint.fingerprint() != record.edit.base:
-        raise EditError(f"{path} was made for another model than {base_dir}: apply it to {shown(str(record.source))}")
-    plan = Plan.of(checkpoint, record.edit, shard_size)
+    with resolved(str(source), say) as base:
+        forbid_overlap(out, base.origin, delta)
+        checkpoint, record = Checkpoint.open(base.path), DeltaRecord.read(path)
+        if checkpoint.fingerprint() != record.edit.base:
+            raise EditError(f"{path} was made for another model than {source}: apply it to {shown(str(record.source))}")
+        plan = Plan.of(checkpoint, record.edit, shard_size)
+        origin = Origin(base.label, base.commit)
+        with staged(out, overwrite, base.origin) as part:
+            manifest, proofs = _folded(plan, path, record, part, behaviour)
+            if not proofs.ok:
+                raise ProofError(f"the {proofs.failed} proof failed, {out} was not written: {proofs.fault}", proofs)
+            result = ApplyResult(origin, Path(out), plan, proofs)
+            probed = load_recipe(recipe or recipe_of(plan.edit) or "social-bias")
+            if measure:
+                result = replace(result, impact=impact_of(checkpoint, plan.edit, probed))
+            manifest = replace(
+                manifest,
+                source=origin,
+                recipe=RecipeRecord(probed.name, probed.sha256) if measure else None,
+                proofs=proofs.to_dict(),
+                summary={**result.impact.to_dict(), "verdict": result.verdict.to_dict()},
+            )
+            add_card(part, manifest).write(part)
+    return result
+
+
+def _folded(plan: Plan, path: Path, record: DeltaRecord, part: Path, behaviour: bool) -> tuple[Manifest, Proofs]:
+    """The base with the delta's columns, written to `part`; its manifest, and both proofs of it."""
     with_columns = plan.with_columns(Columns.open(path).arrays(plan))
-    origin = source or Origin(checkpoint.path.resolve().name)
-    with staged(out_dir, overwrite, checkpoint.path) as part:
-        manifest = fold_into(with_columns, part, progress)
+    total = 3 * sum(shard.size for shard in plan.checkpoint.shards)
+    with progress("apply", total, "B") as update:
+        manifest = fold_into(with_columns, part, update)
         faults = _broken_promises(path, record, with_columns, None if plan.files else manifest.files)
         baked = Checkpoint.open(part)
-        proof = file_proof(plan, baked, manifest, "manifest", progress, rehash=False)
-        for fault in faults:
-            proof = proof.with_fault(fault)
-        proofs = Proofs(proof, behaviour_proof(plan, baked) if behaviour and proof.holds else None)
-        if not proofs.ok:
-            raise ProofError(f"the {proofs.failed} proof failed, {out_dir} was not written: {proofs.fault}", proofs)
-        result = ApplyResult(origin, Path(out_dir), plan, proofs)
-        probed = load_recipe(recipe or recipe_of(plan.edit) or "social-bias")
-        if measure:
-            result = replace(result, impact=impact_of(checkpoint, plan.edit, probed))
-        manifest = replace(
-            manifest,
-            source=origin,
-            recipe=RecipeRecord(probed.name, probed.sha256) if measure else None,
-            proofs=proofs.to_dict(),
-            summary={**result.impact.to_dict(), "verdict": result.verdict.to_dict()},
-        )
-        add_card(part, manifest).write(part)
-    return result
+        proof = file_proof(plan, baked, manifest, "manifest", update, rehash=False)
+    for fault in faults:
+        proof = proof.with_fault(fault)
+    return manifest, Proofs(proof, behaviour_proof(plan, baked) if behaviour and proof.holds else None)
 
 
 def _broken_promises(

@@ -24,7 +24,8 @@ from .folding.delta import delta_fault
 from .folding.plan import Plan
 from .hub.client import TIMEOUT, talking
 from .hub.licences import metadata_in, notices
-from .progress import say
+from .hub.source import resolved
+from .progress import progress, say
 from .proofs.record import check_hashes, recorded_hashes, recorded_proofs
 from .reporting.card import card_fault
 from .verifying import verify
@@ -102,40 +103,41 @@ class PushResult:
 
 
 def push(
-    directory: str | Path,
+    baked: str | Path,
     name: str,
     *,
-    base: str | Path | None = None,
+    source: str | Path | None = None,
     private: bool = False,
     create_pr: bool = False,
     dry_run: bool = False,
-    progress: Progress | None = None,
 ) -> PushResult:
     """Send what `bake` or `apply` wrote to the model repository `name`, ORG/NAME, which is made if need be.
 
     Refused unless every file is as the manifest says, nothing unknown lies beside them, and both proofs of a checkpoint
     held (an adapter or a delta was read back before it appeared).
-    base: the base's directory: then it is proven again, here and now, before anything is sent. Without it the proofs
-    are those on record, which whoever wrote the directory could have written as well.
+    source: the base, as a directory, ORG/NAME[@REVISION], or "demo": then `baked` is proven again before anything is
+    sent. Without it the proofs are those on record, which whoever wrote the directory could have written as well.
     private: of a repository that is made. create_pr: propose to a repository that exists. dry_run: check, send nothing.
     Raises CheckpointError, ProofError, OutputError. Tokens are huggingface_hub's business.
     """
-    directory = Path(directory)
+    directory = Path(baked)
     if name.count("/") != 1 or not all(name.split("/")):
         raise OutputError(f"{name!r} is not a name on the Hub: give ORG/NAME, or your user name and a name")
     manifest = _manifest(directory)
     if manifest.source and name == manifest.source.id and not create_pr:
         raise OutputError(f"{name} is the base itself: push to a name of your own, or propose with --create-pr")
-    hashes = _checked(directory, manifest, progress)
-    if base is not None:
-        _prove_again(directory, manifest, base)
+    total = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    with progress("checking hashes", total, "B") as update:
+        hashes = _checked(directory, manifest, update)
+    if source is not None:
+        _prove_again(directory, manifest, source)
     result = PushResult(
         repo=name,
         form=manifest.form,
         private=private,
         create_pr=create_pr,
         files={file: (directory / file).stat().st_size for file in hashes},
-        proven=base is not None,
+        proven=source is not None,
         notices=(*_of_the_base(manifest), *notices(metadata_in(directory), name)),
     )
     if dry_run:
@@ -167,7 +169,7 @@ def _manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _checked(directory: Path, manifest: Manifest, progress: Progress | None) -> dict[str, str]:
+def _checked(directory: Path, manifest: Manifest, progress: Progress) -> dict[str, str]:
     """{file: SHA-256} of all that the manifest knows, each as it says. Raises CheckpointError."""
     if faults := check_hashes(directory, manifest, progress):
         raise CheckpointError(f"{directory}/{faults[0]}: remove what does not belong to the output, or bake again")
@@ -177,18 +179,19 @@ def _checked(directory: Path, manifest: Manifest, progress: Progress | None) -> 
     return dict(sorted((known | {MANIFEST: file_hash(directory / MANIFEST)}).items()))
 
 
-def _prove_again(directory: Path, manifest: Manifest, base: str | Path) -> None:
+def _prove_again(directory: Path, manifest: Manifest, source: str | Path) -> None:
     """Both proofs of a checkpoint, or that an adapter or a delta is its edit. Raises ProofError."""
     if manifest.is_checkpoint:
-        proofs = verify(base, directory)
+        proofs = verify(source, directory)
         if not proofs.ok:
             raise ProofError(f"the {proofs.failed} proof failed, nothing was sent: {proofs.fault}", proofs)
         return
-    plan = Plan.of(Checkpoint.open(base), manifest.edit)
-    fault = delta_fault(directory, plan) if manifest.form == "delta" else adapter_fault(directory, plan)
-    fault = fault or card_fault(directory, manifest, plan.checkpoint.path)
+    with resolved(str(source), say) as base:
+        plan = Plan.of(Checkpoint.open(base.path), manifest.edit)
+        fault = delta_fault(directory, plan) if manifest.form == "delta" else adapter_fault(directory, plan)
+        fault = fault or card_fault(directory, manifest, base.path)
     if fault:
-        raise ProofError(f"{directory} does not match its manifest and {base}, nothing was sent: {fault}")
+        raise ProofError(f"{directory} does not match its manifest and {source}, nothing was sent: {fault}")
 
 
 def _of_the_base(manifest: Manifest) -> list[str]:

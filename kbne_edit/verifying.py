@@ -17,13 +17,13 @@ from .reporting.card import card_fault
 
 def verify(
     source: str | Path,
-    baked_dir: str | Path,
+    baked: str | Path,
     *,
     edit: Edit | None = None,
     behaviour: bool = True,
     progress: Progress | None = None,
 ) -> Proofs:
-    """Both proofs that `baked_dir` is the base `source` with an edit folded in; also for a directory made elsewhere.
+    """Both proofs that `baked` is the base `source` with an edit folded in; also for a directory made elsewhere.
 
     source: a directory, ORG/NAME[@REVISION], or "demo".
 
@@ -35,8 +35,8 @@ def verify(
     """
 
     def card(plan: Plan, manifest: Manifest) -> tuple[str, ...]:
-        fault = card_fault(Path(baked_dir), manifest, plan.checkpoint.path)
+        fault = card_fault(Path(baked), manifest, plan.checkpoint.path)
         return (fault,) if fault else ()
 
     with resolved(str(source), say) as base:
-        return prove(base.path, baked_dir, edit=edit, behaviour=behaviour, progress=progress, also=card)
+        return prove(base.path, baked, edit=edit, behaviour=behaviour, progress=progress, also=card)

@@ -123,7 +123,7 @@ def _recard(folder, metadata):
 
 def test_push_proves_again_where_it_has_the_base(debiased, tmp_path):
     assert push(debiased, "org/other", dry_run=True).to_dict()["proofs"] == "on record"
-    assert push(debiased, "org/other", base=DEMO, dry_run=True).to_dict()["proofs"] == "computed"
+    assert push(debiased, "org/other", source=DEMO, dry_run=True).to_dict()["proofs"] == "computed"
     forged = shutil.copytree(debiased, tmp_path / "forged")
     path = forged / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
@@ -135,7 +135,7 @@ def test_push_proves_again_where_it_has_the_base(debiased, tmp_path):
     _recard(forged, metadata_in(DEMO))
     assert push(forged, "org/other", dry_run=True).files  # all fits together: no more is known without the base
     with pytest.raises(ProofError, match="is not what the edit gives"):
-        push(forged, "org/other", base=DEMO, dry_run=True)
+        push(forged, "org/other", source=DEMO, dry_run=True)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -151,11 +151,11 @@ def test_neither_pushed_nor_reported_with_a_foreign_file(name, debiased, tmp_pat
 def test_push_reads_an_edit_alone_back_again(form, cut_anew, tmp_path):
     base, _ = cut_anew
     bake(base, tmp_path / "out", edit=EDIT, form=form, measure=False)
-    assert push(tmp_path / "out", "org/other", base=base, dry_run=True).proven
+    assert push(tmp_path / "out", "org/other", source=base, dry_run=True).proven
     manifest = read_manifest(tmp_path / "out")
     manifest["edit"]["factors"]["0"]["3"] = 4.0
     write_manifest(tmp_path / "out", manifest)
     _recard(tmp_path / "out", metadata_in(base))
     assert not push(tmp_path / "out", "org/other", dry_run=True).proven
     with pytest.raises(ProofError, match="nothing was sent"):
-        push(tmp_path / "out", "org/other", base=base, dry_run=True)
+        push(tmp_path / "out", "org/other", source=base, dry_run=True)

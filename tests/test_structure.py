@@ -1,6 +1,7 @@
 """The structure that docs/design.md describes: imports go one way, and no module hides a public function."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import kbne_edit
@@ -26,7 +27,7 @@ reporting
 settings
 locating
 verifying
-baking applying pushing asking debiasing comparing diagnosing
+baking folded applying pushing asking debiasing comparing diagnosing
 commands
 """
 METHODS = {("edit.py", "models")}  # Edit.hooks and Edit.apply_, which import when they are called
@@ -62,3 +63,19 @@ def test_no_module_hides_a_public_function():
     """`import kbne_edit.bake` would put the module where the function `kbne_edit.bake` is expected."""
     modules = {path.stem for path in PACKAGE.iterdir()}
     assert not modules & set(kbne_edit.__all__)
+
+
+MODELS = {"ask", "apply", "bake", "doctor", "evaluate", "fit", "fold", "locate", "push", "tune", "verify"}
+
+
+def test_one_thing_has_one_name():
+    """A model to be read is `source` everywhere, what was written is `out`, what is looked at is `baked`."""
+    functions = {name: getattr(kbne_edit, name) for name in kbne_edit.__all__ if name != "__version__"}
+    parameters = {
+        name: set(inspect.signature(value).parameters) for name, value in functions.items() if inspect.isfunction(value)
+    }
+    assert {name for name, names in parameters.items() if "source" in names} == MODELS
+    other = {"source_dir", "base_dir", "out_dir", "baked_dir", "directory", "path_or_repo", "checkpoint"}
+    assert not {name: names & other for name, names in parameters.items() if names & other}
+    writers = {"apply", "bake", "fit", "fold", "locate", "revert", "tune"}
+    assert {name for name, names in parameters.items() if "out" in names} == writers

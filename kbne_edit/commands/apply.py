@@ -23,14 +23,10 @@ from .findings import cost_lines, effect_lines, measure_lines, measuring, verdic
 def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Put the edited columns of DELTA, written by `bake --as delta`, into a copy of its base, and prove the result."""
     from ..applying import apply
-    from ..disk.checkpoint import Checkpoint
-    from ..disk.manifest import Origin
     from ..evaluation.verdict import next_command
-    from ..files import forbid_overlap, parse_size
+    from ..files import parse_size
     from ..folding.columns import delta_path
     from ..folding.delta import DeltaRecord
-    from ..hub.source import resolved
-    from ..progress import progress, say
     from ..recipe import load_recipe
 
     if not Path(source).expanduser().exists():  # a damaged delta is refused before its base is downloaded
@@ -39,25 +35,19 @@ def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_js
         parse_size(given["shard_size"], "--shard-size")
     if given["recipe"]:
         load_recipe(given["recipe"])
-    with resolved(source, say) as found:
-        forbid_overlap(out, found.origin)
-        total = 3 * sum(shard.size for shard in Checkpoint.open(found.path).shards)
-        with progress("apply", total, "B") as update:
-            result = apply(
-                delta,
-                found.path,
-                out,
-                source=Origin(found.label, found.commit),
-                shard_size=given["shard_size"],
-                behaviour=not given["no_behaviour"],
-                overwrite=given["overwrite"],
-                progress=update,
-                measure=not given["no_measure"],
-                recipe=given["recipe"],
-            )
-        purpose, following = next_command(result.verdict, found.id, str(out))
+    result = apply(
+        delta,
+        source,
+        out,
+        shard_size=given["shard_size"],
+        behaviour=not given["no_behaviour"],
+        overwrite=given["overwrite"],
+        measure=not given["no_measure"],
+        recipe=given["recipe"],
+    )
+    purpose, following = next_command(result.verdict, source, str(out))
     data = result.to_dict()
-    lines = [f"{delta} and {found.id} -> {out}: the weights that the delta was made from, by their SHA-256"]
+    lines = [f"{delta} and {source} -> {out}: the weights that the delta was made from, by their SHA-256"]
     if given["verbose"]:
         lines += options.proof_lines(data)
         lines += effect_lines(result.impact.effect) if result.impact.effect else []

@@ -23,27 +23,13 @@ def command(
     baked: Path, name: str, base: str | None, private: bool, create_pr: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Publish on the Hub what `bake` or `apply` wrote. Files and proofs are checked first."""
-    from contextlib import nullcontext
-
-    from ..hub.source import resolved
-    from ..progress import progress, say
     from ..pushing import push
 
     if private and create_pr:
         raise click.UsageError(
             "--create-pr needs an existing repository, and --private creates one: leave one of them out"
         )
-    total = sum(path.stat().st_size for path in baked.rglob("*") if path.is_file())
-    with resolved(base, say) if base else nullcontext() as source, progress("checking hashes", total, "B") as update:
-        pushed = push(
-            baked,
-            name,
-            base=source.path if source else None,
-            private=private,
-            create_pr=create_pr,
-            dry_run=dry_run,
-            progress=update,
-        )
+    pushed = push(baked, name, source=base, private=private, create_pr=create_pr, dry_run=dry_run)
     result = pushed.to_dict()
     lines = [f"  {file}: {size:,} bytes" for file, size in result["files"].items()]
     lines.append(f"{len(result['files'])} files, {result['bytes']:,} bytes, all as the manifest says; {_sound(result)}")

@@ -8,42 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ..disk.checkpoint import Checkpoint
 from ..disk.hashing import at_once, file_hash, in_background
 from ..disk.manifest import FileRecord, Manifest, OldShard
 from ..disk.names import INDEX, UNDO
-from ..disk.publishing import create, staged, sync
+from ..disk.publishing import create, sync
 from ..disk.sharding import headers, index_text
 from ..disk.tensors import Shard
-from ..edit import Edit
-from ..files import forbid_links_out, forbid_overlap
+from ..files import forbid_links_out
 from .columns import FOLD_KEY, kept_dtype, write_columns
 from .plan import Plan
 from .rewrite import Kept, Progress, assemble, rewrite
-
-
-def fold(
-    source_dir: str | Path,
-    edit: Edit,
-    out_dir: str | Path,
-    *,
-    shard_size: int | str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Write `source_dir` with `edit` folded in to `out_dir`, and return the manifest (also in kbne_edit.json).
-
-    Streaming: no model class, memory independent of the model's size. The output appears whole or not at all.
-    shard_size: cut the weights into files of at most so many bytes, or "5GB" (default: the files of `source_dir`).
-    Raises CheckpointError, FamilyError, EditError, InputError, OutputError.
-    """
-    checkpoint = Checkpoint.open(source_dir)
-    forbid_overlap(out_dir, checkpoint.path)
-    plan = Plan.of(checkpoint, edit, shard_size)
-    with staged(out_dir, overwrite, checkpoint.path) as part:
-        manifest = fold_into(plan, part, progress)
-        manifest.write(part)
-    return manifest
 
 
 def fold_into(plan: Plan, part: Path, progress: Progress | None = None) -> Manifest:

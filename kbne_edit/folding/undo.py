@@ -33,16 +33,16 @@ class RevertResult:
 
 
 def revert(
-    baked_dir: str | Path, out_dir: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+    baked: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> RevertResult:
-    """Write the base of a baked directory to `out_dir`, byte for byte, from that directory alone.
+    """Write the base of a baked directory to the directory `out`, byte for byte, from that directory alone.
 
     Every file's hash is compared with the manifest's hash of the base.
     Raises CheckpointError if the directory was changed since it was baked, OutputError.
     """
-    checkpoint = Checkpoint.open(baked_dir)
+    checkpoint = Checkpoint.open(baked)
     manifest = _manifest(checkpoint)
-    forbid_overlap(out_dir, checkpoint.path)
+    forbid_overlap(out, checkpoint.path)
     undo = undo_path(checkpoint.path)
     if not undo.is_file() or file_hash(undo) != manifest.undo:
         raise CheckpointError(f"{undo} is missing or was changed: the base cannot be restored from it")
@@ -54,20 +54,20 @@ def revert(
         raise CheckpointError(f"{undo} does not hold how the files of the base were cut: it is damaged")
     restored = _to_restore(checkpoint, manifest)
     shards = {shard.path.name: shard for shard in checkpoint.shards}
-    with staged(out_dir, overwrite, checkpoint.path) as part, ThreadPoolExecutor(2) as pool:
+    with staged(out, overwrite, checkpoint.path) as part, ThreadPoolExecutor(2) as pool:
         for name, origin in restored.items():
             shard = shards.get(name, Shard(checkpoint.path / name, (), 0, 0))
             (part / origin).parent.mkdir(parents=True, exist_ok=True)
-            with create(part / origin, checkpoint.path / name) as out:
-                _, digest = rewrite(shard, plan.targets, out, {}, pool, progress)
+            with create(part / origin, checkpoint.path / name) as file:
+                _, digest = rewrite(shard, plan.targets, file, {}, pool, progress)
             if digest != manifest.files[name].before:
-                raise CheckpointError(f"{baked_dir}/{name} was changed after baking: it does not give the base back")
+                raise CheckpointError(f"{baked}/{name} was changed after baking: it does not give the base back")
         for name, head in old.items():
-            file = NewShard(INDEX, head, ()) if name == INDEX else old_shard(name, head, checkpoint.tensors)
-            with create(part / name, checkpoint.shards[0].path) as out:
-                digest = assemble(file, plan, out, {}, pool, progress)
+            shard_before = NewShard(INDEX, head, ()) if name == INDEX else old_shard(name, head, checkpoint.tensors)
+            with create(part / name, checkpoint.shards[0].path) as file:
+                digest = assemble(shard_before, plan, file, {}, pool, progress)
             if digest != manifest.resharded[name].before:
-                raise CheckpointError(f"{baked_dir} was changed after baking: it does not give {name} of the base back")
+                raise CheckpointError(f"{baked} was changed after baking: it does not give {name} of the base back")
     return RevertResult(len(restored) + len(old), manifest.left_out)
 
 

@@ -39,11 +39,11 @@ def new_recipe(name: str, path: str | Path) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def load_recipe(source: str | Path) -> Recipe:
+def load_recipe(recipe: str | Path) -> Recipe:
     """A recipe by name or by path. Raises RecipeError with all faults."""
-    path = Path(source)
+    path = Path(recipe)
     if path.suffix not in (".yaml", ".yml", ".json"):
-        return _packaged(str(source))
+        return _packaged(str(recipe))
     return _read(path)
 
 
