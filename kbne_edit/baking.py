@@ -191,18 +191,13 @@ def bake(
     Raises InputError or a subclass; ProofError, and then nothing is written to `out`.
     """
     settings, out = settings or Settings(), Path(out)
-    _check_given(source, out, settings, edit, form, shard_size, overwrite)
+    _check_settings(source, settings, edit)
+    _check_output(source, out, form, shard_size, overwrite)
     if edit is not None and RANK != 0:
         return None
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
-        if family_of(checkpoint.config).inferred:
-            kind = shown(checkpoint.config["model_type"])
-            say(f"note: {kind} is not in the table of architectures; its neurons were inferred from its modules")
-        for note in checkpoint.notes:
-            say(f"note: {note}")
-        if left := private_files(checkpoint.path):
-            say(f"note: not carried over, since it is no part of the model: {', '.join(left[:8])}")
+        _say_notes(checkpoint)
         _check_form(form, checkpoint)
         folder = Path(work) if work else work_folder(out)
         forbid_overlap(out, found.origin)
@@ -231,16 +226,19 @@ def bake(
         return _write(job, result) if form == "checkpoint" else _write_alone(job, result)
 
 
-def _check_given(
-    source: str,
-    out: Path,
-    settings: Settings,
-    edit: Edit | str | Path | None,
-    form: str,
-    shard_size: int | str | None,
-    overwrite: bool,
-) -> None:
-    """Refuse what does not fit together, the recipe or the machine, before anything is downloaded or loaded."""
+def _say_notes(checkpoint: Checkpoint) -> None:
+    """What the user should know of a base before it is folded."""
+    if family_of(checkpoint.config).inferred:
+        kind = shown(checkpoint.config["model_type"])
+        say(f"note: {kind} is not in the table of architectures; its neurons were inferred from its modules")
+    for note in checkpoint.notes:
+        say(f"note: {note}")
+    if left := private_files(checkpoint.path):
+        say(f"note: not carried over, since it is no part of the model: {', '.join(left[:8])}")
+
+
+def _check_settings(source: str, settings: Settings, edit: Edit | str | Path | None) -> None:
+    """Refuse settings that do not fit the recipe, or the edit, before anything is downloaded or loaded."""
     if edit is None:
         settings.check(load_recipe(settings.recipe or usual_recipe(source)))
     else:
@@ -249,6 +247,10 @@ def _check_given(
             load_recipe(settings.recipe)
         if isinstance(edit, (str, Path)) and not Path(edit).exists():
             raise EditError(f"cannot read {edit}: No such file or directory")
+
+
+def _check_output(source: str, out: Path, form: str, shard_size: int | str | None, overwrite: bool) -> None:
+    """The same of what is to be written."""
     if shard_size is not None and form != "checkpoint":
         raise InputError(f"--shard-size cuts a checkpoint's weights, and --as {form} writes none: leave it out")
     if isinstance(shard_size, str):

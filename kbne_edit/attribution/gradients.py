@@ -33,7 +33,7 @@ from ..models.memory import GRAPHS, ROWS
 from ..models.places import decoder_layers, is_recurrent, post_norm
 from ..progress import say
 from .quadrature import Adaptive, Fixed, Found, Path, quadrature
-from .rows import Pack, Rows, Segment, trunk
+from .rows import Asked, Pack, Rows, Segment, trunk
 from .whole import Question, settle
 
 TOLERANCE = 0.01  # completeness residual of a layer, relative to the question's largest score
@@ -112,10 +112,17 @@ def attribute(
     not P(a*) is attributed but the log-odds log P(a*) / P(others), which do not saturate. positions: how many of the
     last ones are scaled. Raises InputError for an empty answer, a prompt of fewer tokens or an unknown quadrature.
     """
-    found = attributions(
-        model, input_ids, answer_ids, site, quadrature, tolerance, other_ids=other_ids, positions=positions
+    stream = attributions(
+        model,
+        input_ids,
+        answer_ids,
+        site=site,
+        quadrature=quadrature,
+        tolerance=tolerance,
+        other_ids=other_ids,
+        positions=positions,
     )
-    results = [result.scores for result in found]
+    results = [result.scores for result in stream]
     if not results:
         raise InputError("attribute: no questions given")
     return torch.stack(results)
@@ -125,6 +132,7 @@ def attributions(
     layers: Layers | Any,
     input_ids: Sequence[Sequence[int]],
     answer_ids: Sequence[Sequence[int]],
+    *,
     site: Site = "down",
     quadrature: str = "gauss",
     tolerance: float = TOLERANCE,
@@ -143,6 +151,7 @@ def attributions(
     """
     layers = Resident(layers) if isinstance(layers, nn.Module) else layers
     _check(input_ids, answer_ids, positions)
+    asked = Asked(input_ids, answer_ids, other_ids, positions)
     wanted = range(len(input_ids)) if only is None else only
     if is_recurrent(layers.model):
         questions: Any = (
@@ -157,25 +166,14 @@ def attributions(
     rows = [positions * len(gammas) for gammas in rule().request().values()]
     shared = _shared(input_ids, positions)
     with _still(layers.model):
-        stem = fresh = trunk(layers.model, input_ids[0][:shared]) if shared and todo else None
+        prefix = fresh = trunk(layers.model, input_ids[0][:shared]) if shared and todo else None
         while todo:
             fit = layers.group([[len(input_ids[q]) - shared for q in pack] for pack in todo], rows, positions)
             group, todo = todo[:fit], todo[fit:]
-            asked = [
-                Pack(
-                    layers.model,
-                    _of(pack, input_ids),
-                    _of(pack, answer_ids),
-                    site,
-                    stem,
-                    other_ids and _of(pack, other_ids),
-                    positions,
-                )
-                for pack in group
-            ]
+            running = [Pack(layers.model, asked.of(pack), site, prefix) for pack in group]
             rules = [[rule() for _ in pack] for pack in group]
-            _settle(layers, fresh, asked, rules, arrived)
-            for pack, questions, of_pack in zip(group, asked, rules, strict=True):
+            _settle(layers, fresh, running, rules, arrived)
+            for pack, questions, of_pack in zip(group, running, rules, strict=True):
                 for slot, (q, done) in enumerate(zip(pack, of_pack, strict=True)):
                     if q in wanted:
                         yield _finish(questions, slot, done)
@@ -215,10 +213,6 @@ def packs(
             result.append(range(start, q))
             start, tokens = q, len(ids) - shared
     return [*result, range(start, len(input_ids))] if len(input_ids) else result
-
-
-def _of(pack: range, values: Sequence) -> list:
-    return [values[q] for q in pack]
 
 
 def _rule(name: str, model: nn.Module, tolerance: float, positions: int) -> Fixed | Adaptive:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -104,6 +105,21 @@ def trunk(model: nn.Module, input_ids: Sequence[int]) -> Segment:
     return Segment(model, Tokens.prompt(np.array(input_ids), np.full(count, -1), np.arange(count)))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Q prompts and the answers to them, as tokens; see `gradients.attribute`. positions: N, the last ones."""
+
+    input_ids: Sequence[Sequence[int]]
+    answer_ids: Sequence[Sequence[int]]
+    other_ids: Sequence[Sequence[int]] | None = None
+    positions: int = 1
+
+    def of(self, pack: range) -> Asked:
+        """Some of the prompts."""
+        others = None if self.other_ids is None else [self.other_ids[q] for q in pack]
+        return Asked([self.input_ids[q] for q in pack], [self.answer_ids[q] for q in pack], others, self.positions)
+
+
 class Pack(Segment):
     """Questions side by side, each with its tokens after the shared prefix. Attributes, set by the forward pass:
 
@@ -117,13 +133,11 @@ class Pack(Segment):
     def __init__(
         self,
         model: Any,
-        input_ids: Sequence[Sequence[int]],
-        answer_ids: Sequence[Sequence[int]],
+        asked: Asked,
         site: Site,
         before: Segment | None = None,
-        other_ids: Sequence[Sequence[int]] | None = None,
-        positions: int = 1,
     ):
+        input_ids, positions = asked.input_ids, asked.positions
         shared = len(before.context.ids) if before else 0
         lengths = [len(ids) - shared for ids in input_ids]
         super().__init__(
@@ -143,7 +157,7 @@ class Pack(Segment):
         # Where each question's last tokens stand, [Q, N].
         self.last = torch.tensor(np.cumsum(lengths))[:, None] + torch.arange(-positions, 0)
         self._others: Any  # Surfaces or None
-        self._answers, self._others = Surfaces(answer_ids), other_ids and Surfaces(other_ids)
+        self._answers, self._others = Surfaces(asked.answer_ids), asked.other_ids and Surfaces(asked.other_ids)
         self.base: list[Tensor]  # the last positions' input to each layer, [1, Q, D]
         self.gradient: Any = None  # a Tensor after the first rows
         self.turns: Any  # a Tensor or None

@@ -44,168 +44,162 @@ def out(help: str) -> Callable[[Command], Command]:
     return click.option("--out", required=True, type=click.Path(path_type=Path), help=help)
 
 
-def locating(command: Command) -> Command:
-    """What is asked, and how it is attributed."""
-    for option in reversed(
-        [
-            click.option("--recipe", help="Recipe by name or path.  [default: social-bias; the demo has its own]"),
-            click.option(
-                "--questions",
-                type=int,
-                help="Number of questions; must be one of the recipe's subsets.  [default: the largest of at most 48]",
-            ),
-            click.option(
-                "--site",
-                type=click.Choice(["down", "gate"]),
-                default="down",
-                show_default=True,
-                help="Where to scale: input of the down-projection, or output of the gate projection.",
-            ),
-            click.option(
-                "--quadrature",
-                default="gauss",
-                show_default=True,
-                help="gauss (refined until complete), gauss-N, or riemann-N (riemann-20 is the published sum).",
-            ),
-            click.option(
-                "--objective",
-                type=click.Choice(["probability", "log-odds"]),
-                default="probability",
-                show_default=True,
-                help="Attribute the probability of the right answer, or its log-odds.",
-            ),
-            click.option(
-                "--positions",
-                type=click.IntRange(1),
-                default=1,
-                show_default=True,
-                help="Number of last positions of a prompt to scale and score. The work grows in proportion.",
-            ),
-            click.option(
-                "--prompt",
-                type=click.Choice(["chat", "plain"]),
-                default="chat",
-                show_default=True,
-                help="Use the chat template if the model has one, or plain text.",
-            ),
-            click.option(
-                "--before",
-                default="",
-                metavar="TEXT",
-                help="Text before each question: a conversation, or steps of reasoning.",
-            ),
-            click.option(
-                "--answers",
-                metavar="JSON",
-                help='Tokens that count as each answer, e.g. {"yes": ["Yes"], "no": ["No"]}.',
-            ),
-            click.option("--device", default="cpu", show_default=True, help="Torch device for the attribution."),
-            click.option(
-                "--dtype",
-                type=click.Choice(["float32", "bfloat16", "float16"]),
-                default="float32",
-                show_default=True,
-                help="Data type of the attribution.",
-            ),
-            click.option(
-                "--memory",
-                metavar="SIZE",
-                help="Memory for the attribution, e.g. 8GB. A model that does not fit "
-                "is read layer by layer.  [default: most of the free memory]",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
+def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of the help."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
-def selecting(command: Command) -> Command:
-    """Which neurons are kept."""
-    for option in reversed(
-        [
-            click.option("--rule", type=click.Choice(RULES), help="Selection rule.  [default: the recipe's, paper]"),
-            click.option(
-                "--tau",
-                type=click.FloatRange(0, 1),
-                help="Threshold: share of a question's largest score.  [default: 0.1]",
-            ),
-            click.option(
-                "--beta",
-                type=click.FloatRange(0, 1),
-                help="Share of a dimension's questions that a neuron must reach.  [default: 0.1]",
-            ),
-            click.option(
-                "--top",
-                type=click.FloatRange(0, 1),
-                help="Instead of --tau: keep this share of all neurons, the largest "
-                "scores first.  [default: 0.002 with --rule specific]",
-            ),
-            click.option("--combine", type=click.Choice(COMBINE), help="How to combine dimensions.  [default: union]"),
-            click.option(
-                "--dimensions", metavar="NAMES", help="Use only these dimensions, separated by commas.  [default: all]"
-            ),
-            click.option(
-                "--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"
-            ),
-            click.option(
-                "--same-sign",
-                is_flag=True,
-                default=None,
-                help="Keep only neurons that help the right answer, whichever answer that is.",
-            ),
-            click.option(
-                "--min-stability",
-                type=click.FloatRange(0, 1),
-                help="Keep neurons that are selected in at least this share of 200 resamples of the questions.",
-            ),
-            click.option("--drop-wrong", is_flag=True, help="Leave out questions that the model answers incorrectly."),
-        ]
-    ):
-        command = option(command)
-    return command
+# What is asked, and how it is attributed.
+locating = _together(
+    click.option("--recipe", help="Recipe by name or path.  [default: social-bias; the demo has its own]"),
+    click.option(
+        "--questions",
+        type=int,
+        help="Number of questions; must be one of the recipe's subsets.  [default: the largest of at most 48]",
+    ),
+    click.option(
+        "--site",
+        type=click.Choice(["down", "gate"]),
+        default="down",
+        show_default=True,
+        help="Where to scale: input of the down-projection, or output of the gate projection.",
+    ),
+    click.option(
+        "--quadrature",
+        default="gauss",
+        show_default=True,
+        help="gauss (refined until complete), gauss-N, or riemann-N (riemann-20 is the published sum).",
+    ),
+    click.option(
+        "--objective",
+        type=click.Choice(["probability", "log-odds"]),
+        default="probability",
+        show_default=True,
+        help="Attribute the probability of the right answer, or its log-odds.",
+    ),
+    click.option(
+        "--positions",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Number of last positions of a prompt to scale and score. The work grows in proportion.",
+    ),
+    click.option(
+        "--prompt",
+        type=click.Choice(["chat", "plain"]),
+        default="chat",
+        show_default=True,
+        help="Use the chat template if the model has one, or plain text.",
+    ),
+    click.option(
+        "--before",
+        default="",
+        metavar="TEXT",
+        help="Text before each question: a conversation, or steps of reasoning.",
+    ),
+    click.option(
+        "--answers",
+        metavar="JSON",
+        help='Tokens that count as each answer, e.g. {"yes": ["Yes"], "no": ["No"]}.',
+    ),
+    click.option("--device", default="cpu", show_default=True, help="Torch device for the attribution."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        show_default=True,
+        help="Data type of the attribution.",
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory for the attribution, e.g. 8GB. A model that does not fit "
+        "is read layer by layer.  [default: most of the free memory]",
+    ),
+)
 
 
-def evaluating(command: Command) -> Command:
-    """What is measured, and beside which controls."""
-    for option in reversed(
-        [
-            click.option("--tasks", help="Names, separated by commas.  [default: all that have data]"),
-            click.option(
-                "--data",
-                type=click.Path(path_type=Path),
-                help="Folder with the tasks' files.  [default: download from the Hub]",
-            ),
-            click.option(
-                "--limit",
-                type=click.IntRange(1),
-                help="Number of items of each task, drawn with a fixed seed.  [default: all]",
-            ),
-            click.option(
-                "--draws",
-                type=click.IntRange(1),
-                default=39,
-                show_default=True,
-                help="Number of draws of random neurons. Fewer than 19 give no evidence.",
-            ),
-            click.option(
-                "--margin",
-                type=click.FloatRange(0, 100, min_open=True),
-                default=5.0,
-                show_default=True,
-                help="Loss of capability that must be excluded, in points of accuracy.",
-            ),
-            click.option("--device", default="cpu", show_default=True, help="Torch device."),
-            click.option(
-                "--dtype",
-                type=click.Choice(["float32", "bfloat16", "float16"]),
-                default="float32",
-                show_default=True,
-                help="Data type of the computation.",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
+# Which neurons are kept.
+selecting = _together(
+    click.option("--rule", type=click.Choice(RULES), help="Selection rule.  [default: the recipe's, paper]"),
+    click.option(
+        "--tau",
+        type=click.FloatRange(0, 1),
+        help="Threshold: share of a question's largest score.  [default: 0.1]",
+    ),
+    click.option(
+        "--beta",
+        type=click.FloatRange(0, 1),
+        help="Share of a dimension's questions that a neuron must reach.  [default: 0.1]",
+    ),
+    click.option(
+        "--top",
+        type=click.FloatRange(0, 1),
+        help="Instead of --tau: keep this share of all neurons, the largest "
+        "scores first.  [default: 0.002 with --rule specific]",
+    ),
+    click.option("--combine", type=click.Choice(COMBINE), help="How to combine dimensions.  [default: union]"),
+    click.option(
+        "--dimensions", metavar="NAMES", help="Use only these dimensions, separated by commas.  [default: all]"
+    ),
+    click.option("--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"),
+    click.option(
+        "--same-sign",
+        is_flag=True,
+        default=None,
+        help="Keep only neurons that help the right answer, whichever answer that is.",
+    ),
+    click.option(
+        "--min-stability",
+        type=click.FloatRange(0, 1),
+        help="Keep neurons that are selected in at least this share of 200 resamples of the questions.",
+    ),
+    click.option("--drop-wrong", is_flag=True, help="Leave out questions that the model answers incorrectly."),
+)
+
+
+# What is measured, and beside which controls.
+evaluating = _together(
+    click.option("--tasks", help="Names, separated by commas.  [default: all that have data]"),
+    click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        help="Folder with the tasks' files.  [default: download from the Hub]",
+    ),
+    click.option(
+        "--limit",
+        type=click.IntRange(1),
+        help="Number of items of each task, drawn with a fixed seed.  [default: all]",
+    ),
+    click.option(
+        "--draws",
+        type=click.IntRange(1),
+        default=39,
+        show_default=True,
+        help="Number of draws of random neurons. Fewer than 19 give no evidence.",
+    ),
+    click.option(
+        "--margin",
+        type=click.FloatRange(0, 100, min_open=True),
+        default=5.0,
+        show_default=True,
+        help="Loss of capability that must be excluded, in points of accuracy.",
+    ),
+    click.option("--device", default="cpu", show_default=True, help="Torch device."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        show_default=True,
+        help="Data type of the computation.",
+    ),
+)
 
 
 def settings(answers: str | None = None, **values: Any) -> Settings:

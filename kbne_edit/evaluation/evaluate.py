@@ -140,6 +140,17 @@ class Evaluation:
         return record
 
 
+def check_given(tasks: Sequence[str] | None, data: Path | None, device: str, recipe: str | Path | None) -> None:
+    """Raise InputError for what is wrong in itself, before anything is downloaded or loaded."""
+    from ..models.devices import check_device
+    from .tasks import check
+
+    check(tasks, data)
+    check_device(device)
+    if recipe is not None:
+        load_recipe(recipe)
+
+
 def evaluate(
     source: str,
     *,
@@ -164,35 +175,24 @@ def evaluate(
     exclude. Effect and cost are measured where the probes are among the tasks.
     Raises InputError or a subclass, also if lm-eval is not installed.
     """
-    import torch
-
-    from ..models.devices import check_device
-    from ..models.loading import load_model, load_tokenizer
     from .neutral import neutral_text
-    from .scoring import Scorer
-    from .tasks import benchmarks, check
+    from .scoring import scorers
+    from .tasks import benchmarks
 
     if edit and baked:
         raise InputError("evaluate takes an edit or a baked directory, not both")
     data = Path(data) if data else None
-    check(tasks, data)
-    check_device(device)
-    if recipe is not None:
-        load_recipe(recipe)
+    check_given(tasks, data, device, recipe)
     with resolved(source, say) as found:
         checkpoint = Checkpoint.open(found.path)
         known = _known(Path(baked), checkpoint.path) if baked else None
         edit = known.edit if known else edit
         controls = controls_of(edit, checkpoint, draws, scores) if edit else []
         asked = load_recipe(recipe or recipe_of(edit) or found.recipe)
-        tokenizer = load_tokenizer(checkpoint.path)
-
-        def scorer_of(path: Path) -> Scorer:
-            return Scorer(load_model(path, getattr(torch, dtype), device), tokenizer)
-
+        scorer_of = scorers(checkpoint.path, device, dtype)
         scorer = scorer_of(Path(baked) if baked else checkpoint.path)
-        ready = benchmarks(tasks, data, limit, asked, scorer, tokenizer)
-        text = neutral_text(tokenizer, asked)
+        ready = benchmarks(tasks, data, limit, asked, scorer, scorer.tokenizer)
+        text = neutral_text(scorer.tokenizer, asked)
         bench = Bench(ready, text.rows)
         edited = bench.measure(scorer, "evaluate: edit", None if baked else edit) if edit else None
         if baked:  # measured first, so that one model is in memory at a time

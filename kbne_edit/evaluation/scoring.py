@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..models.loading import load_model, load_tokenizer
 from ..models.trees import Tree, cut, logits_at, tokens_of_a_pass
 from ..progress import say
 from .batched import Lookup, Pair, unique_rows
@@ -128,3 +130,9 @@ def quiet_lm_eval() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def scorers(base: Path, device: str, dtype: str) -> Callable[[Path], Scorer]:
+    """Loads the model of a directory, with the tokenizer of the base."""
+    tokenizer = load_tokenizer(base)
+    return lambda path: Scorer(load_model(path, getattr(torch, dtype), device), tokenizer)

@@ -79,8 +79,11 @@ def _likelihood(model: nn.Module, site: Site, texts: Sequence[Sequence[int]]) ->
     total = sum(len(ids) - 1 for ids in texts)
     scored = [Scored(tuple(ids), (1 / total,) * (len(ids) - 1)) for ids in texts]
     with progress("fit: likelihood", len(texts), "text") as update:
-        found = [batch.gradients.sum(0) for batch in gradients(model, scored, site, done=update)]
-    return torch.stack(found).sum(0)
+        sums = []
+        for batch in gradients(model, scored, site):
+            sums.append(batch.gradients.sum(0))
+            update(len(batch.index))
+    return torch.stack(sums).sum(0)
 
 
 def _collected(model: nn.Module, sentences: list[Scored], site: Site) -> tuple[np.ndarray, Tensor]:

@@ -9,7 +9,7 @@ K scored positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -63,7 +63,6 @@ def gradients(
     at: Tensor | None = None,
     draw: torch.Generator | None = None,
     by_position: bool = False,
-    done: Callable[[int], None] | None = None,
 ) -> Iterator[Batch]:
     """Value and gradient of every sequence's objective, batch by batch, in order of length.
 
@@ -71,7 +70,7 @@ def gradients(
     at: the factors at which the gradient is taken, [P] float32 (None: all 1). draw: if given, the
     tokens whose log-probabilities are taken are drawn from the model instead of read from the sequence, as the Fisher
     information wants them. by_position: one gradient for the
-    factors at each position; they sum to the sequence's. done: called with sequences finished.
+    factors at each position; they sum to the sequence's.
     Gradients are float32 on the CPU.
     """
     layers = places(model, site)
@@ -85,8 +84,6 @@ def gradients(
         values, found = _backward(model, (layers, site), batch, leaves, draw)
         rows = torch.cat([g.float().cpu() for g in found], 1)
         yield Batch(np.array(index), values, rows.view(len(batch), width, -1) if by_position else rows)
-        if done:
-            done(len(index))
 
 
 def batches(lengths: Sequence[int], most: int = _BATCH_TOKENS) -> list[list[int]]:

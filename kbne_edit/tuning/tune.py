@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__, plots
 from ..attribution.scores import Scores, load_scores
@@ -28,6 +28,7 @@ from ..edit import Edit
 from ..errors import InputError, OutputError, ScoresError
 from ..evaluation.controls import Control, controls_of
 from ..evaluation.effect import DRAWS, FEWEST_DRAWS, random_edit
+from ..evaluation.evaluate import check_given
 from ..evaluation.result import RANDOM, neutral_of, results_of
 from ..evaluation.runs import Bench, Run, Runs
 from ..files import forbid_overlap, read_json, write_json, write_text
@@ -89,20 +90,13 @@ def tune(
 
     Raises InputError or a subclass.
     """
-    import torch
-
-    from ..evaluation import neutral
-    from ..evaluation.scoring import Scorer
-    from ..evaluation.tasks import benchmarks, check
-    from ..models.devices import check_device
-    from ..models.loading import load_model, load_tokenizer
+    from ..evaluation.neutral import neutral_text
+    from ..evaluation.scoring import scorers
+    from ..evaluation.tasks import benchmarks
     from .halves import halves, whole_data
 
     space, out, data = space or Space(), Path(out), Path(data) if data else None
-    check(tasks, data)
-    check_device(device)
-    if recipe is not None:
-        load_recipe(recipe)
+    check_given(tasks, data, device, recipe)
     if any((out / name).exists() for name in ("config.json", MANIFEST)):
         raise OutputError(f"{out} holds a model, whose files are not to be mixed with others: choose another --out")
     files = {Path(path): load_scores(path) for path in ([scores] if isinstance(scores, (str, Path)) else scores)}
@@ -111,23 +105,13 @@ def tune(
         checkpoint = Checkpoint.open(found.path)
         sites = _sites(files, checkpoint)
         asked = load_recipe(recipe or next(iter(files.values())).settings["recipe"])
-        tokenizer = load_tokenizer(checkpoint.path)
-        scorer = Scorer(load_model(checkpoint.path, getattr(torch, dtype), device), tokenizer)
-        text = neutral.neutral_text(tokenizer, asked)
-        ready = benchmarks(tasks, data, limit, asked, scorer, tokenizer)
+        scorer = scorers(checkpoint.path, device, dtype)(checkpoint.path)
+        text = neutral_text(scorer.tokenizer, asked)
+        ready = benchmarks(tasks, data, limit, asked, scorer, scorer.tokenizer)
         dev, test = halves(ready, text.texts, text.rows, seed)
         goal = goal_of((dev, test), figure, margin, max_kl)
         measured = _measured(checkpoint, asked, dev, test, dtype)
-        choice = {
-            "scores": {site: file_hash(path) for site, path in sites.items()},
-            "space": space.to_dict(),
-            "trials": trials,
-            "seed": seed,
-            "draws": draws,
-            "figure": goal.figure.name,
-            "margin": margin,
-            "max_kl": max_kl,
-        }
+        choice = _choice(sites, space, goal) | {"trials": trials, "seed": seed, "draws": draws}
         with closing(Journal(out / JOURNAL, measured)) as journal:
             if (stored := _stored(out, choice)) is not None:
                 return stored
@@ -173,6 +157,17 @@ def _measured(checkpoint: Checkpoint, recipe: Recipe, dev: Half, test: Half, dty
         "recipe_sha256": recipe.sha256,
         "dtype": dtype,
         "split": split,
+    }
+
+
+def _choice(sites: dict[str, Path], space: Space, goal: Goal) -> dict[str, Any]:
+    """What the choice depends on: the scores, the space and the goal."""
+    return {
+        "scores": {site: file_hash(path) for site, path in sites.items()},
+        "space": space.to_dict(),
+        "figure": goal.figure.name,
+        "margin": goal.margin,
+        "max_kl": goal.max_kl,
     }
 
 
