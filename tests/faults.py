@@ -23,9 +23,11 @@ import time
 import traceback
 from pathlib import Path
 
+from command import run_command
+
 from kbne_edit import files, load_scores
 from kbne_edit.errors import KbneError, ScoresError, one_line
-from mutants import ROOT, contents, hostile, reseal
+from mutants import contents, hostile, reseal
 
 SECONDS, MEMORY_MB = 10, 1024
 FAILING = ("open", "write", "fsync", "mkdir", "rename", "pwrite", "truncate")
@@ -286,17 +288,10 @@ def failing(work, moment, number=errno.ENOSPC, events=FAILING):
 def command_trial(command):
     """(exit status, None or what is wrong, stderr) of a command line: one clear line, and no traceback."""
     try:
-        result = subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), *map(str, command)],
-            capture_output=True,
-            timeout=60,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            preexec_fn=_without_override,
-        )
+        result = run_command(*command, cwd=os.getcwd(), timeout=60, before=_without_override)
     except subprocess.TimeoutExpired:
         return None, "hangs", ""
-    error = result.stderr.decode("utf-8", "backslashreplace")
+    error = result.stderr
     lines = [line for line in error.splitlines() if line.startswith(("error:", "Error:"))]
     fine = result.returncode in (0, 1) and not lines or result.returncode in (2, 3) and len(lines) == 1
     return result.returncode, None if fine and "Traceback" not in error else f"not one line: {error[-300:]}", error

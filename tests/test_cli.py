@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import run_command as run
 from huggingface_hub import ModelCard
 from printed import parsed
 from safetensors.torch import load_file, save_file
@@ -25,17 +26,6 @@ from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"
-
-
-def run(*args, cwd, **kwargs):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **kwargs,
-    )
 
 
 def files(path):

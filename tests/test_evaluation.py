@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from command import run_command
 from printed import parsed
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -708,13 +709,7 @@ def test_control_neurons_come_from_the_control_questions(data, tmp_path, monkeyp
 
 
 def run(*args, cwd):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), "evaluate", "--in", "demo", *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_command("evaluate", "--in", "demo", *args, cwd=cwd)
 
 
 @pytest.mark.slow

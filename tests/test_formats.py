@@ -3,12 +3,11 @@
 import hashlib
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command import run_command
 from huggingface_hub import ModelCard
 from manifests import is_sealed, read_manifest
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
@@ -380,7 +379,7 @@ def test_overwrite_replaces_a_delta_and_nothing_else(base, tmp_path):
 @pytest.mark.slow
 def test_the_demo_on_the_command_line(tmp_path):
     def run(*args):
-        done = subprocess.run([sys.executable, ROOT / "cli.py", *args], cwd=tmp_path, capture_output=True, text=True)
+        done = run_command(*args, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import run_command
 from manifests import read_manifest, write_manifest
 from printed import parsed
 from safetensors.numpy import save_file
@@ -29,8 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*args, cwd=ROOT):
-    command = [sys.executable, str(ROOT / "cli.py"), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return run_command(*args, cwd=cwd)
 
 
 def valid(report):

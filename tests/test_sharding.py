@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import run_command
 from huggingface_hub import ModelCard
 from manifests import read_manifest, write_manifest
 from safetensors import safe_open
@@ -370,7 +371,7 @@ def test_report_card_and_push(base, proven):
 
 def test_on_the_command_line(tmp_path):
     def run(*args):
-        done = subprocess.run([sys.executable, ROOT / "cli.py", *args], cwd=tmp_path, capture_output=True, text=True)
+        done = run_command(*args, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from command import run_command
 from printed import parsed
 
 import bench_data
@@ -764,9 +765,9 @@ def test_killed_while_the_test_half_is_scored(tuned, scores, tmp_path, monkeypat
 
 
 def run(*args, cwd, wait=True):
-    command = [sys.executable, str(ROOT / "cli.py"), *map(str, args)]
     if wait:
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+        return run_command(*args, cwd=cwd)
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, args)]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
