@@ -11,15 +11,19 @@ if TYPE_CHECKING:
     from ..fitting.result import Control, Fit, Gain
     from ..statistics import Interval
 
-PART = click.Choice(["association", "sentiment", "prior", "all"])
+PART = click.Choice(["association", "sentiment", "prior", "guess", "all"])
 
 
 @click.command("fit")
 @options.SOURCE
 @options.out("Edit to write, e.g. edit.json. The gradients are kept beside it.")
 @click.option(
-    "--pairs", multiple=True, metavar="NAME|FILE", help="Facts to fit; repeatable.  [default: all of the package]"
+    "--pairs",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Facts to fit: a type, a file, own, stereoset or crows_pairs; repeatable.  [default: own]",
 )
+@click.option("--data", metavar="DIR", help="Folder with the files of stereoset and crows_pairs.")
 @click.option("--language", default="en", show_default=True, help="Language of the package's pairs.")
 @click.option("--part", type=PART, default="all", show_default=True, help="Which part of the margin to lower.")
 @click.option(
@@ -63,9 +67,11 @@ def command(
     association: group and attribute together, the stereotype itself
     sentiment:   bad attributes against good ones, whichever the group
     prior:       one group against the other, whatever the attribute
-    all:         association and sentiment
+    guess:       an answer to a question that cannot be told, against "it cannot be told"
+    all:         association, sentiment and guess
 
-    One fact in ten is not fitted but measured. `evaluate --edit` measures the edit on public benchmarks.
+    Of the public pairs, StereoSet's dev split and half of CrowS-Pairs are read. One fact in ten is not fitted but
+    measured. `evaluate --edit` measures the edit on public benchmarks.
     """
     from ..fitting.fit import FitSettings, fit
 
@@ -83,7 +89,8 @@ def lines(found: Fit) -> list[str]:
     """The result, for a reader."""
     factors, cost = found.factors, found.cost
     return [
-        f"fitted to {found.fitted} facts and {found.contrasts} contrasts; {found.set_aside} units set aside",
+        f"fitted to {found.fitted} facts, {found.contrasts} contrasts and {found.public} public pairs; "
+        f"{found.set_aside} units set aside",
         f"factors: {factors.changed} of {factors.total} changed, {factors.least:.3f} to {factors.largest:.3f}, "
         f"root mean square change {factors.rms:.4f}",
         f"cost on neutral text: KL {cost.kl:.4f}, perplexity {cost.perplexity_base:.2f} to {cost.perplexity:.2f}",

@@ -21,23 +21,39 @@ _GROUP = 24  # units between two writes: what a killed run loses at most
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read. units: rows of units, then of contrasts; texts: token ids of the Fisher texts; seed: of signs."""
+    """What is read. units: rows of units, then of contrasts and public pairs; texts: token ids of the Fisher texts;
+    kinds: of each text, [R]; seed: of signs and draws."""
 
     units: Sequence[UnitRows]
     texts: Sequence[Sequence[int]]
+    kinds: Sequence[str]
     seed: int
+
+    @property
+    def held(self) -> list[str]:
+        """The kinds of texts, each of which has a row of its likelihood."""
+        return sorted(set(self.kinds))
+
+    @property
+    def place(self) -> np.ndarray:
+        """Where each unit's row of each kind lies, [U, K]; -1: it has none."""
+        there = np.array([~np.isnan(unit.mixture[:, 0]) for unit in self.units])
+        return np.where(there, there.ravel().cumsum().reshape(there.shape) - 1, -1)
 
     def sizes(self, factors: int) -> Sizes:
         """Of the file."""
-        return Sizes(len(self.units), len(KINDS), len(self.texts), sampling.SAMPLES, factors)
+        rows = int(self.place.max()) + 1
+        return Sizes(len(self.units), len(KINDS), rows, len(self.texts), sampling.SAMPLES, len(self.held), factors)
 
 
 def collect(model: nn.Module, site: Site, reading: Reading, file: GradientFile) -> None:
     """Fill in what the file does not hold yet. Raises ScoresError where the model overflows, OutputError."""
     _units(model, site, reading, file)
     _fisher(model, site, reading, file)
-    if not file.done[-1]:
-        file.write_likelihood(_likelihood(model, site, reading.texts))
+    for index, kind in enumerate(reading.held):
+        if not file.done[len(reading.units) + len(reading.texts) + index]:
+            texts = [ids for ids, known in zip(reading.texts, reading.kinds, strict=True) if known == kind]
+            file.write_likelihood(index, _likelihood(model, site, texts))
 
 
 def _units(model: nn.Module, site: Site, reading: Reading, file: GradientFile) -> None:
@@ -56,8 +72,9 @@ def _units(model: nn.Module, site: Site, reading: Reading, file: GradientFile) -
 
 
 def _mixed(mixture: np.ndarray, values: np.ndarray, rows: Tensor) -> tuple[Tensor, np.ndarray]:
-    """(rows [K, P], values [K]); a kind that the unit does not have is a row of 0 with the value NaN."""
-    return torch.from_numpy(np.nan_to_num(mixture)).float() @ rows, mixture @ values
+    """(rows [n, P] of the kinds that the unit has, values [K], NaN for a kind that it does not have)."""
+    there = ~np.isnan(mixture[:, 0])
+    return torch.from_numpy(mixture[there]).float() @ rows, mixture @ values
 
 
 def _fisher(model: nn.Module, site: Site, reading: Reading, file: GradientFile) -> None:
@@ -78,12 +95,7 @@ def _likelihood(model: nn.Module, site: Site, texts: Sequence[Sequence[int]]) ->
     """Gradient of the mean log-probability per token of the texts' own tokens, [P]."""
     total = sum(len(ids) - 1 for ids in texts)
     scored = [Scored(tuple(ids), (1 / total,) * (len(ids) - 1)) for ids in texts]
-    with progress("fit: likelihood", len(texts), "text") as update:
-        sums = []
-        for batch in gradients(model, scored, site):
-            sums.append(batch.gradients.sum(0))
-            update(len(batch.index))
-    return torch.stack(sums).sum(0)
+    return torch.stack([batch.gradients.sum(0) for batch in gradients(model, scored, site)]).sum(0)
 
 
 def _collected(model: nn.Module, sentences: list[Scored], site: Site) -> tuple[np.ndarray, Tensor]:

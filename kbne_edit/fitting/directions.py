@@ -12,7 +12,6 @@ from torch import Tensor
 from . import sampling
 from .gram import Shrinkage, diagonal, direction, gram, scale
 from .problem import System, aim
-from .rows import KINDS
 from .store import Gradients
 from .units import Unit
 
@@ -33,7 +32,6 @@ class Directions:
     def __init__(self, units: Sequence[Unit], stored: Gradients, tokens: Sequence[int]):
         """tokens: predictions made on each Fisher text."""
         self._units, self._stored = tuple(units), stored
-        self._kept = np.argwhere(~np.isnan(stored.values))  # (unit, kind) of every row that there is
         self._counts = sampling.weights(tokens)
         self._rows = stored.fisher.flatten(0, 1)
         self.fisher = diagonal(self._rows, self._counts)
@@ -42,8 +40,7 @@ class Directions:
 
     def _blocks(self) -> list[Tensor]:
         """Unit rows, Fisher rows and the likelihood's, of the columns in use."""
-        unit, kind = torch.from_numpy(self._kept).T
-        blocks = [self._stored.rows[unit, kind], self._rows, self._stored.likelihood[None]]
+        blocks = [self._stored.rows, self._rows, self._stored.likelihood]
         return blocks if self._columns is None else [block[:, self._columns] for block in blocks]
 
     def _scale(self) -> Tensor:
@@ -51,10 +48,10 @@ class Directions:
         return d if self._columns is None else d[self._columns]
 
     def _system(self) -> System:
-        index = np.full((len(self._units), len(KINDS)), -1)
-        index[tuple(self._kept.T)] = np.arange(len(self._kept))
+        stored = self._stored
         found = gram(self._blocks(), self._scale())
-        return System(self._units, self._stored.values, index, found, self._counts, _SHRINKAGE.share)
+        held = len(stored.likelihood)
+        return System(self._units, stored.values, stored.place, found, self._counts, _SHRINKAGE.share, held)
 
     def solve(
         self, parts: Sequence[str], chosen: np.ndarray, even: float, signs: np.ndarray | None = None

@@ -20,13 +20,15 @@ from ..files import forbid_overlap
 from ..hub.source import Source, resolved
 from ..models.loading import load_model
 from ..progress import say
-from . import sampling
 from .collect import Reading, collect
 from .contrasts import contrast_units
 from .directions import Directions, matched
+from .everyday import everyday
 from .measured import Held, Measure, Scaled, flattening, scaled
 from .passes import Neutral
 from .problem import best_even, cross_validate, folds, shuffled
+from .public import NAMES as PUBLIC
+from .public import public_pairs
 from .result import Control, Cost, Factors, Fit
 from .rows import PARTS, UnitRows, encode_texts, encode_units
 from .store import GradientFile, load_gradients
@@ -40,13 +42,15 @@ _SET_ASIDE = 10  # one fact in so many is measured and not fitted
 class FitSettings:
     """How to fit.
 
-    pairs: types or files (None: all types of the language). part: "association", "sentiment", "prior" or "all", which
-    is association and sentiment. max_kl: nats per token on neutral text. facts, contrasts, texts: how many are read.
+    pairs: types, files, "own" (all types of the language) or the public "stereoset" and "crows_pairs" (None: own).
+    data: folder of the public ones' files. part: "association", "sentiment", "prior", "guess" or "all", which is all of
+    these but the prior. max_kl: nats per token on neutral text. facts, contrasts, texts: how many are read.
     neurons: how many are changed (None: all). even: as of `problem` (None: by cross-validation). dtype: "auto" is that
     of the weights.
     """
 
     pairs: tuple[str, ...] | None = None
+    data: str | Path | None = None
     language: str = "en"
     part: str = "all"
     max_kl: float = 0.01
@@ -63,12 +67,25 @@ class FitSettings:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("association", "sentiment") if self.part == "all" else (self.part,)
+        """What is lowered; public pairs always are."""
+        parts = ("association", "sentiment", "guess") if self.part == "all" else (self.part,)
+        return (*parts, "pair") if self.public else parts
+
+    @property
+    def public(self) -> tuple[str, ...]:
+        """The public benchmarks among the pairs."""
+        return tuple(name for name in self.pairs or () if name in PUBLIC)
+
+    @property
+    def own(self) -> tuple[str, ...] | None:
+        """Types and files; None: all types of the language."""
+        names = tuple(name for name in self.pairs or ("own",) if name not in PUBLIC)
+        return None if "own" in names else names
 
     def check(self) -> None:
         """Raise InputError for values that cannot be meant."""
-        if self.part not in (*PARTS, "all"):
-            raise InputError(f"--part {self.part} is unknown: use {', '.join(PARTS)} or all")
+        if self.part not in (*PARTS, "guess", "all"):
+            raise InputError(f"--part {self.part} is unknown: use {', '.join(PARTS)}, guess or all")
         if self.site not in SITES:
             raise InputError(f"--site {self.site} is unknown: use {' or '.join(SITES)}")
         if not 0 < self.max_kl < 10:
@@ -102,10 +119,11 @@ class _Run:
     def __init__(self, found: Source, checkpoint: Checkpoint, settings: FitSettings):
         self.found, self.checkpoint, self.settings = found, checkpoint, settings
         self.units, self.contrasts = chosen_units(settings)
-        self.every = (*self.units, *self.contrasts)
-        self.rows = encode_units(checkpoint.path, self.units, self.contrasts)
-        fisher = sampling.sentences(settings.texts, settings.seed)
-        self.texts = encode_texts(checkpoint.path, fisher)
+        public = public_pairs(settings.public, None if settings.data is None else Path(settings.data))
+        self.every = (*self.units, *self.contrasts, *public)
+        self.rows = encode_units(checkpoint.path, self.units, self.contrasts, public)
+        texts, self.kinds = everyday(settings.texts, settings.seed, settings.language)
+        self.texts = encode_texts(checkpoint.path, texts)
         self.neutral_texts = encode_texts(checkpoint.path, packaged(settings.language))
         aside = folds(self.every, _SET_ASIDE) == 0
         self.fitted, self.aside = np.flatnonzero(~aside), np.flatnonzero(aside)
@@ -141,7 +159,8 @@ class _Run:
             edit=self._edit(best.factors, even),
             parts=settings.parts,
             fitted=int((self.fitted < len(self.units)).sum()),
-            contrasts=int((self.fitted >= len(self.units)).sum()),
+            contrasts=int(self._contrasts[self.fitted].sum()),
+            public=int((self.fitted >= len(self.units) + len(self.contrasts)).sum()),
             set_aside=len(self.aside),
             even=even,
             held=held,
@@ -164,6 +183,11 @@ class _Run:
             measure.control("flattening", bare, temperature),
         ]
 
+    @property
+    def _contrasts(self) -> np.ndarray:
+        place = np.arange(len(self.every)) - len(self.units)
+        return (place >= 0) & (place < len(self.contrasts))
+
     def _rows_aside(self) -> list[UnitRows]:
         return [self.rows[i] for i in self.aside]
 
@@ -174,16 +198,16 @@ class _Run:
         return "bfloat16" if declared == "bfloat16" else "float32"
 
     def _collect(self, model: nn.Module, kept: Path) -> None:
-        reading = Reading(self.rows, self.texts, self.settings.seed)
+        reading = Reading(self.rows, self.texts, self.kinds, self.settings.seed)
         about = {
             "model": self.found.id,
             "base": self.checkpoint.fingerprint(),
             "site": self.settings.site,
             "seed": self.settings.seed,
             "dtype": self._dtype(),
-            "sentences": _digest(self.rows, self.texts),
+            "sentences": _digest(self.rows, self.texts, self.kinds),
         }
-        file = GradientFile(kept, reading.sizes(sum(self.sizes)), about)
+        file = GradientFile(kept, reading.sizes(sum(self.sizes)), reading.place, about)
         try:
             collect(model, self.settings.site, reading, file)
         finally:
@@ -208,8 +232,10 @@ class _Run:
 
 def chosen_units(settings: FitSettings) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
     """(units, contrasts): as many as the settings ask for, drawn by the seed, of every type the same share."""
-    units = load_units(settings.pairs, language=settings.language)
-    contrasts = contrast_units(load_pairs(settings.pairs, settings.language))
+    if settings.own == ():
+        return (), ()
+    units = load_units(settings.own, language=settings.language)
+    contrasts = contrast_units(load_pairs(settings.own, settings.language))
     return _drawn(units, settings.facts, settings.seed), _drawn(contrasts, settings.contrasts, settings.seed)
 
 
@@ -223,7 +249,7 @@ def _drawn(units: Sequence[Unit], count: int, seed: int) -> tuple[Unit, ...]:
     return tuple(units[i] for i in sorted(i for *_, i in turns[:count]))
 
 
-def _digest(rows: Sequence[UnitRows], texts: Sequence[Sequence[int]]) -> str:
+def _digest(rows: Sequence[UnitRows], texts: Sequence[Sequence[int]], kinds: Sequence[str]) -> str:
     """Of everything that the model is asked: other units, another tokenizer or template ask something else."""
-    asked = [[(s.ids, s.weights) for s in unit.sentences] for unit in rows], [list(ids) for ids in texts]
+    asked = [[(s.ids, s.weights) for s in unit.sentences] for unit in rows], [list(ids) for ids in texts], list(kinds)
     return hashlib.sha256(repr(asked).encode()).hexdigest()

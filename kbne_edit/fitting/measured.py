@@ -14,7 +14,7 @@ from ..statistics import Interval, interval
 from .passes import Neutral, objectives
 from .problem import tones
 from .result import Control, Gain
-from .rows import KINDS, PARTS, UnitRows
+from .rows import KINDS, MEASURED, UnitRows
 from .units import Unit
 
 CLIP = (0.0, 8.0)
@@ -65,6 +65,13 @@ class Held:
     units: Sequence[Unit]
     rows: Sequence[UnitRows]
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What any of the units tells of."""
+        there = np.array([~np.isnan(unit.mixture[:, 0]) for unit in self.rows]).any(0)
+        found = {kind for kind, known in zip(KINDS, there.tolist(), strict=True) if known}
+        return tuple(part for part in MEASURED if part in found or (part == "sentiment" and "tone" in found))
+
     def margins(self, model: nn.Module, site: Site, at: Tensor | None = None, temperature: float = 1.0) -> np.ndarray:
         """[U, K], NaN where a unit has no such row."""
         sentences = [sentence for unit in self.rows for sentence in unit.sentences]
@@ -84,8 +91,8 @@ class Held:
         return own, values[own]
 
     def changes(self, before: np.ndarray, after: np.ndarray) -> tuple[Interval, ...]:
-        """By part, over all units."""
-        return tuple(interval(self.of(part, after)[1] - self.of(part, before)[1]) for part in PARTS)
+        """By part, in the order of `parts`, over all units."""
+        return tuple(interval(self.of(part, after)[1] - self.of(part, before)[1]) for part in self.parts)
 
     def gains(self, before: np.ndarray, after: np.ndarray) -> tuple[Gain, ...]:
         """Of all units, then by type and by format where there are at least five."""
@@ -96,7 +103,7 @@ class Held:
         for label in sorted({unit.format for unit in self.units}):
             names[f"format {label}"] = np.array([unit.format == label for unit in self.units])
         for label, chosen in names.items():
-            for part in PARTS:
+            for part in self.parts:
                 own, first = self.of(part, before)
                 kept = chosen[own]
                 if label == "all" or kept.sum() >= 5:

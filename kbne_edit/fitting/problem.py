@@ -34,9 +34,10 @@ _HOLD = 1e3  # how firmly the likelihood of everyday texts is held, against the 
 class System:
     """Rows and what is known of them.
 
-    units: U, the contrasts last. margins: [U, K], NaN where a unit has no such row. index: [U, K], a row's place in the
-    Gram matrix (-1: none), where the Fisher rows follow, and last the likelihood of everyday texts, which is held.
-    fisher: what each Fisher row counts, [R]; share: how much of the Fisher information is taken as measured.
+    units: U, the contrasts and public pairs last. margins: [U, K], NaN where a unit has no such row. index: [U, K], a
+    row's place in the Gram matrix (-1: none), where the Fisher rows follow, and last `held` rows: the likelihood of
+    each kind of everyday texts, which is held. fisher: what each Fisher row counts, [R]; share: how much of the Fisher
+    information is taken as measured.
     """
 
     units: tuple[Unit, ...]
@@ -45,11 +46,12 @@ class System:
     gram: Gram
     fisher: np.ndarray
     share: float
+    held: int = 1
 
     @property
     def start(self) -> int:
         """Where the Fisher rows begin."""
-        return len(self.gram.matrix) - len(self.fisher) - 1
+        return len(self.gram.matrix) - len(self.fisher) - self.held
 
     def having(self, kind: str, chosen: np.ndarray) -> np.ndarray:
         """Those of the units that have a row of this kind."""
@@ -65,34 +67,46 @@ class System:
         counts = self.fisher if fisher is None else fisher
         known = np.flatnonzero(counts)
         among, weights = [known + self.start], [self.share * counts[known]]
-        for part in PARTS:
+        for part in (*PARTS, "pair"):
             own = self.having(part, chosen)
             among.append(self.rows(part, own))
             weights.append(np.full(len(own), even / max(len(own), 1)))
-        last = len(self.gram.matrix) - 1
-        among.append(np.array([last]))
-        weights.append(np.array([_HOLD / max(self.gram.matrix[last, last], 1e-30)]))
+        last = np.arange(len(self.gram.matrix) - self.held, len(self.gram.matrix))
+        among.append(last)
+        weights.append(_HOLD / np.maximum(np.diag(self.gram.matrix)[last], 1e-30))
         return -self.gram.solve(aim, np.concatenate(among), np.concatenate(weights))
 
     def cost(self, coefficients: np.ndarray, fisher: np.ndarray) -> float:
         """Quadratic KL per token, by Fisher rows that count `fisher`, [R]."""
-        changes = self.gram.changes(coefficients)[self.start : -1]
+        changes = self.gram.changes(coefficients)[self.start : self.start + len(fisher)]
         return 0.5 * float((fisher * changes**2).sum())
 
 
 def aim(system: System, parts: Sequence[str], chosen: np.ndarray, signs: np.ndarray | None = None) -> np.ndarray:
     """y over all rows, [N]. chosen: units that are fitted. signs: [U] of 1 and -1, by which labels are exchanged.
 
-    Each part is divided by the standard error of its mean in the metric D, so that none drowns the others.
+    Each part is divided by the standard error of its mean in the metric D, so that none drowns the others. A part that
+    no unit tells of adds nothing.
     """
     signs = np.ones(len(system.units)) if signs is None else signs
     result = np.zeros(len(system.gram.matrix))
     for part in parts:
-        for own in (
-            _sentiment(system, chosen, signs) if part == "sentiment" else (_balance(system, part, chosen, signs),)
-        ):
+        if part == "sentiment":
+            directions = _sentiment(system, chosen, signs)
+        elif part == "guess":
+            directions = (_mean(system, part, chosen, signs),)
+        else:
+            directions = (_balance(system, part, chosen, signs),)
+        for own in directions:
             spread = np.sqrt(float(own**2 @ np.diag(system.gram.matrix)))
             result += own / spread if spread else 0
+    return result
+
+
+def _mean(system: System, part: str, chosen: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    result = np.zeros(len(system.gram.matrix))
+    own = system.having(part, chosen)
+    result[system.rows(part, own)] = signs[own] / max(len(own), 1)
     return result
 
 
@@ -104,7 +118,7 @@ def _balance(system: System, part: str, chosen: np.ndarray, signs: np.ndarray) -
     for name in sorted(set(types.tolist())):
         own = chosen[types == name]
         left = float(system.margins[own, kind].mean())
-        if part == "association":
+        if part != "prior":
             left = max(left, 0.0)
         result[system.rows(part, own)] = left * signs[own] / len(chosen)
     return result

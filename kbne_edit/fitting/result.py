@@ -88,7 +88,8 @@ class FitKeys(TypedDict):
 
 @dataclass(frozen=True)
 class Fit:
-    """factors: summary; gains, controls: measured on facts set aside; fitted: how many units were fitted.
+    """factors: summary; gains, controls: measured on facts set aside; fitted: how many units were fitted, contrasts,
+    public: of contrasts and public pairs.
 
     even: chosen by cross-validation, whose figures `held` are. moved: the parts that moved towards less of them, with
     an interval that excludes 0, and further than under shuffled labels.
@@ -98,6 +99,7 @@ class Fit:
     parts: tuple[str, ...]
     fitted: int
     contrasts: int
+    public: int
     set_aside: int
     even: float
     held: tuple[Held, ...]

@@ -11,8 +11,13 @@ and a contrast (`contrasts`), of which two sentences are read, has
 
     tone        =  AX - AY                    a bad attribute against a good one
 
-All are divided by the mean number of scored tokens. What the sentences begin with in common cancels in all but the
-level, so it is not scored. An answer is scored without its question.
+and a public pair (`public`) has `pair`, the stereotyped sentence against the other one. All are divided by the mean
+number of scored tokens. What the sentences begin with in common cancels in all but the level, so it is not scored. An
+answer is scored without its question. A unit that is a question also has
+
+    guess       = the two answers that name a group or an attribute, against that it cannot be told
+
+each divided by its own number of tokens: answers differ in length.
 """
 
 from __future__ import annotations
@@ -30,7 +35,8 @@ from .passes import Scored
 from .units import Sentence, Unit
 
 PARTS = ("association", "sentiment", "prior")
-KINDS = (*PARTS, "level", "tone")
+KINDS = (*PARTS, "level", "tone", "guess", "pair")
+MEASURED = (*PARTS, "guess", "pair")  # sentiment also by tone
 _SQUARE = np.array([[1, -1, -1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [0.5, 0.5, 0.5, 0.5]]) / 2
 
 _SECONDS = 120  # of CPU time for all units
@@ -53,53 +59,77 @@ class UnitRows:
     mixture: np.ndarray
 
 
-def unit_rows(unit: Unit, contrast: bool, encode: Encode) -> UnitRows:
-    """contrast: only the tone of the unit's attributes is wanted."""
+def unit_rows(unit: Unit, kind: str, encode: Encode) -> UnitRows:
+    """kind: "tone" of a contrast, "pair" of a public pair; "" of a unit, whose square is read."""
     square = unit.square
-    sentences = [square.ax, square.ay] if contrast else [square.ax, square.ay, square.bx, square.by]
+    sentences = [square.ax, square.ay] if kind else [square.ax, square.ay, square.bx, square.by]
     pairs = [encode(sentence) for sentence in sentences]
     shared = len(commonprefix([tuple(whole) for _, whole in pairs])) - 1
-    scored = tuple(
+    scored = [
         _scored(whole, len(context) - 1 if sentence.question else max(shared, 0))
         for sentence, (context, whole) in zip(sentences, pairs, strict=True)
-    )
-    mixture = np.full((len(KINDS), len(scored)), np.nan)
-    if contrast:
-        mixture[KINDS.index("tone")] = (1, -1)
-    else:
-        mixture[: len(_SQUARE)] = _SQUARE
-    return UnitRows(scored, mixture / np.mean([sum(sentence.weights) for sentence in scored]))
+    ]
+    mixture = np.full((len(KINDS), len(scored) + (0 if kind else len(unit.unknown))), np.nan)
+    tokens = np.mean([sum(sentence.weights) for sentence in scored])
+    if kind:
+        mixture[KINDS.index(kind)] = np.array([1, -1]) / tokens
+        return UnitRows(tuple(scored), mixture)
+    mixture[: len(_SQUARE)] = 0
+    mixture[: len(_SQUARE), : len(scored)] = _SQUARE / tokens
+    for sentence in unit.unknown:
+        context, whole = encode(sentence)
+        scored.append(_scored(whole, len(context) - 1))
+    if unit.unknown:
+        mixture[KINDS.index("guess")] = _guess(scored)
+    return UnitRows(tuple(scored), mixture)
+
+
+def _guess(scored: Sequence[Scored]) -> np.ndarray:
+    """Weights of ax, ay, bx, by and the two unknown answers, each of which shares its question with two of the four."""
+    tokens = [sum(sentence.weights) for sentence in scored]
+    result = np.zeros(len(scored))
+    for i in (4, 5):
+        question = scored[i].ids[: len(scored[i].ids) - int(tokens[i])]
+        result[i] = -0.5 / tokens[i]
+        for j in range(4):
+            if scored[j].ids[: len(question)] == question:
+                result[j] += 0.25 / tokens[j]
+    return result
 
 
 def _scored(ids: Sequence[int], start: int) -> Scored:
     return Scored(tuple(ids), tuple(float(position >= start) for position in range(len(ids) - 1)))
 
 
-def encode_units(path: Path, units: Sequence[Unit], contrasts: Sequence[Unit]) -> list[UnitRows]:
-    """Rows of every unit and of every contrast in the tokens of the model at `path`; every other question as a chat.
+def encode_units(
+    path: Path, units: Sequence[Unit], contrasts: Sequence[Unit] = (), public: Sequence[Unit] = ()
+) -> list[UnitRows]:
+    """Rows of every unit, contrast and public pair in the tokens of the model at `path`; every other question as a
+    chat.
 
     The tokenizer and its template work in a child process, within limits of time and memory. Raises CheckpointError.
     """
     from ..models.confined import confined
     from ..models.loading import prepare, read_tokenizer
 
-    every = [*units, *contrasts]
+    kinds = [""] * len(units) + ["tone"] * len(contrasts) + ["pair"] * len(public)
+    every = [(unit, _read(unit, kind), kind) for unit, kind in zip((*units, *contrasts, *public), kinds, strict=True)]
 
     def work() -> list[list]:
         tokenizer = read_tokenizer(path)
         result, questions = [], 0
-        for unit in every:
+        for unit, sentences, _ in every:
             questions += bool(unit.square.ax.question)
-            for sentence in _four(unit):
+            for sentence in sentences:
                 result.append(list(encoded(tokenizer, sentence, chat=bool(questions % 2))))
         return result
 
     prepare()
     found = iter(confined(path, work, seconds=_SECONDS))
     result = []
-    for number, unit in enumerate(every):
-        known = {sentence: next(found) for sentence in _four(unit)}
-        result.append(unit_rows(unit, number >= len(units), known.__getitem__))
+    for unit, sentences, kind in every:
+        known = {sentence: next(found) for sentence in sentences}
+        result.append(unit_rows(unit, kind, known.__getitem__))
     return result
 
 
@@ -119,8 +149,9 @@ def encode_texts(path: Path, texts: Sequence[str]) -> list[list[int]]:
     return found
 
 
-def _four(unit: Unit) -> tuple[Sentence, ...]:
-    return (unit.square.ax, unit.square.ay, unit.square.bx, unit.square.by)
+def _read(unit: Unit, kind: str) -> tuple[Sentence, ...]:
+    square = unit.square
+    return (square.ax, square.ay) if kind else (square.ax, square.ay, square.bx, square.by, *unit.unknown)
 
 
 def encoded(tokenizer: Any, sentence: Sentence, chat: bool) -> tuple[list[int], list[int]]:

@@ -1,11 +1,11 @@
 """gradients.safetensors: what a fit needs of the model, so that it can be resumed, and repeated without the model.
 
 The file is laid out in full before the first pass. An entry's values are written before its `done` flag, so whatever
-moment a run is killed at, the next one goes on with the entries that have no flag. Tensors: rows [U, K, P] BF16 and
-values [U, K] F32 of the units, fisher [R, S, P] BF16, likelihood [P] BF16 (of the Fisher texts), done [U + R + 1] U8.
-A row that a unit does not have has the value NaN.
+moment a run is killed at, the next one goes on with the entries that have no flag. Tensors: rows [N, P] BF16; place
+[U, K] I32, where a unit's row of a kind lies among them (-1: it has none); values [U, K] F32, NaN where there is no
+row; fisher [R, S, P] BF16; likelihood [H, P] BF16, by kind of text; done [U + R + H] U8.
 
-Legend: U units, K kinds of rows, R Fisher texts, S rows of each, P factors.
+Legend: U units, K kinds of rows, N rows that there are, R Fisher texts, S rows of each, H kinds of texts, P factors.
 """
 
 from __future__ import annotations
@@ -25,40 +25,44 @@ from ..disk.tensors import Shard, TensorInfo, header_bytes, read_metadata
 from ..errors import CheckpointError, ScoresError
 from ..files import parse_json
 
-_BYTES = {"BF16": 2, "F32": 4, "U8": 1}
+_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "U8": 1}
 _KEY = "kbne_gradients"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """units U, kinds K, texts R, samples S, factors P."""
+    """units U, kinds K, rows N, texts R, samples S, held H, factors P."""
 
     units: int
     kinds: int
+    rows: int
     texts: int
     samples: int
+    held: int
     factors: int
 
     def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """{name: (dtype, shape)}, in the order on disk."""
         return {
-            "rows": ("BF16", (self.units, self.kinds, self.factors)),
+            "rows": ("BF16", (self.rows, self.factors)),
             "fisher": ("BF16", (self.texts, self.samples, self.factors)),
-            "likelihood": ("BF16", (self.factors,)),
+            "likelihood": ("BF16", (self.held, self.factors)),
+            "place": ("I32", (self.units, self.kinds)),
             "values": ("F32", (self.units, self.kinds)),
-            "done": ("U8", (self.units + self.texts + 1,)),
+            "done": ("U8", (self.units + self.texts + self.held,)),
         }
 
 
 class GradientFile:
     """Writes and reads the file in place; locked until `close`.
 
-    done: [U + R + 1], which entries are finished. Raises OutputError if it cannot be written or another run is writing
-    it, ScoresError if it was begun with other settings.
+    place: [U, K], where the rows of each unit lie, in order; -1 for a row that it does not have. done: [U + R + H],
+    which entries are finished. Raises OutputError if it cannot be written or another run is writing it, ScoresError if
+    it was begun with other settings.
     """
 
-    def __init__(self, path: Path, sizes: Sizes, settings: dict):
-        self.path, self.sizes = path, sizes
+    def __init__(self, path: Path, sizes: Sizes, place: np.ndarray, settings: dict):
+        self.path, self.sizes, self._place = path, sizes, place
         meta = json.dumps(settings, sort_keys=True)
         with write_errors(path):
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,8 @@ class GradientFile:
                 self._lay_out(meta)
         try:
             self._tensors, known = _opened(path)
-            if json.dumps(known, sort_keys=True) != meta:
+            same = np.array_equal(_mapped(path, self._tensors["place"]), place)
+            if json.dumps(known, sort_keys=True) != meta or not same:
                 raise ScoresError(
                     f"{path} was begun with another model, pairs or settings: move it away, or choose another file"
                 )
@@ -85,25 +90,28 @@ class GradientFile:
         head = header_bytes(tensors, {_KEY: meta})
         os.pwrite(self._handle, head, 0)
         os.truncate(self._handle, len(head) + sum(size for *_, size in tensors))
+        before = [size for name, *_, size in tensors[: list(self.sizes.layout()).index("place")]]
+        os.pwrite(self._handle, self._place.astype("<i4").tobytes(), len(head) + sum(before))
 
     def write_unit(self, index: int, rows: Tensor, values: np.ndarray) -> None:
-        """rows: [K, P] float32; values: [K]."""
+        """rows: of the kinds that the unit has, in order, [n, P] float32; values: [K]."""
         self._finite(rows, f"unit {index + 1}")
-        self._put("rows", index, rows.bfloat16().view(torch.int16).numpy().tobytes())
-        self._put("values", index, values.astype("<f4").tobytes())
+        first = self._place[index][self._place[index] >= 0][0]
+        self._put("rows", int(first) * self.sizes.factors * 2, _bfloat16(rows))
+        self._put("values", index * self.sizes.kinds * 4, values.astype("<f4").tobytes())
         self._mark(index)
 
     def write_fisher(self, index: int, rows: Tensor) -> None:
         """rows: [S, P] float32."""
         self._finite(rows, f"Fisher text {index + 1}")
-        self._put("fisher", index, rows.bfloat16().view(torch.int16).numpy().tobytes())
+        self._put("fisher", index * rows.numel() * 2, _bfloat16(rows))
         self._mark(self.sizes.units + index)
 
-    def write_likelihood(self, row: Tensor) -> None:
-        """The gradient of the texts' mean log-probability per token, [P] float32."""
+    def write_likelihood(self, index: int, row: Tensor) -> None:
+        """The gradient of the mean log-probability per token of the texts of a kind, [P] float32."""
         self._finite(row, "the texts")
-        self._put("likelihood", 0, row.bfloat16().view(torch.int16).numpy().tobytes())
-        self._mark(self.sizes.units + self.sizes.texts)
+        self._put("likelihood", index * row.numel() * 2, _bfloat16(row))
+        self._mark(self.sizes.units + self.sizes.texts + index)
 
     def _finite(self, values: Tensor, what: str) -> None:
         if not torch.isfinite(values).all():
@@ -113,9 +121,9 @@ class GradientFile:
         self._put("done", entry, b"\1")
         self.done[entry] = True
 
-    def _put(self, name: str, index: int, raw: bytes) -> None:
-        """Not through a memory map: on a full disk that would end the process by a signal."""
-        position = self._tensors[name].start + index * len(raw)
+    def _put(self, name: str, offset: int, raw: bytes) -> None:
+        """Not through a memory map: on a full disk that would end the process by a signal. offset: in bytes."""
+        position = self._tensors[name].start + offset
         with write_errors(self.path):
             while raw:
                 written = os.pwrite(self._handle, raw, position)
@@ -125,13 +133,18 @@ class GradientFile:
         os.close(self._handle)
 
 
+def _bfloat16(rows: Tensor) -> bytes:
+    return rows.bfloat16().view(torch.int16).numpy().tobytes()
+
+
 @dataclass(frozen=True)
 class Gradients:
-    """A finished file. rows: [U, K, P] bfloat16, mapped; values: [U, K]; fisher: [R, S, P], likelihood: [P],
+    """A finished file. rows: [N, P] bfloat16, mapped; place, values: [U, K]; fisher: [R, S, P], likelihood: [H, P],
     both bfloat16.
     """
 
     rows: Tensor
+    place: np.ndarray
     values: np.ndarray
     fisher: Tensor
     likelihood: Tensor
@@ -144,14 +157,17 @@ def load_gradients(path: Path) -> Gradients:
     done = _mapped(path, tensors["done"])
     if not done.all():
         raise ScoresError(f"{path} is unfinished ({int(done.sum())} of {len(done)} done): run fit again")
+    place, values = (np.array(_mapped(path, tensors[name])) for name in ("place", "values"))
+    if not np.array_equal(np.sort(place[place >= 0]), np.arange(tensors["rows"].shape[0])):
+        raise ScoresError(f"{path} is damaged (its rows are not in place): delete it, and run fit again")
     rows, fisher, likelihood = (
         torch.from_numpy(np.array(_mapped(path, tensors[name]), copy=False)).view(torch.bfloat16)
         for name in ("rows", "fisher", "likelihood")
     )
-    return Gradients(rows, np.array(_mapped(path, tensors["values"])), fisher, likelihood, settings)
+    return Gradients(rows, place, values, fisher, likelihood, settings)
 
 
-_NUMPY = {"BF16": "<i2", "F32": "<f4", "U8": "u1"}
+_NUMPY = {"BF16": "<i2", "F32": "<f4", "I32": "<i4", "U8": "u1"}
 
 
 def _mapped(path: Path, tensor: TensorInfo) -> np.ndarray:
@@ -164,9 +180,12 @@ def _opened(path: Path) -> tuple[dict[str, TensorInfo], dict]:
         shard = Shard.open(path)
         settings = parse_json(read_metadata(path)[_KEY].encode(), f"the metadata of {path}")
         tensors = {tensor.name: tensor for tensor in shard.tensors}
-        units, kinds, factors = tensors["rows"].shape
-        texts, samples, _ = tensors["fisher"].shape
-        layout = Sizes(units, kinds, texts, samples, factors).layout()
+        if "place" not in tensors and "rows" in tensors:
+            raise ScoresError(f"{path} was written by an earlier version of `kbne-edit fit`: delete it")
+        units, kinds = tensors["place"].shape
+        texts, samples, factors = tensors["fisher"].shape
+        sizes = Sizes(units, kinds, tensors["rows"].shape[0], texts, samples, tensors["likelihood"].shape[0], factors)
+        layout = sizes.layout()
         if layout != {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} or not isinstance(settings, dict):
             raise TypeError
     except CheckpointError as error:
