@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ from safetensors.torch import load_file
 from kbne_edit import Edit, FitSettings, InputError, fit, hooked
 from kbne_edit.commands import cli
 from kbne_edit.commands.fit import lines
+from kbne_edit.errors import EditError
 from kbne_edit.evaluation.neutral import packaged
 from kbne_edit.fitting.fit import chosen_units
 from kbne_edit.fitting.problem import folds, shuffled
+from kbne_edit.fitting.record import FitRecord
 from kbne_edit.fitting.result import Control, Gain
 from kbne_edit.fitting.rows import KINDS, encode_texts, encode_units
 from kbne_edit.models.loading import load_model
+from kbne_edit.reporting.fitted import fitted as section
 from kbne_edit.statistics import Interval
 
 SETTINGS = FitSettings(facts=30, contrasts=36, texts=8, max_kl=0.02, draws=1)
@@ -184,3 +188,26 @@ def test_bake_folds_what_fit_found(model, fitted, tmp_path, monkeypatch):
         assert not torch.equal(baked[name], base[name])
     refused = CliRunner().invoke(cli, [*command[:4], str(tmp_path / "other"), "--fit", "--edit", str(out)])
     assert isinstance(refused.exception, InputError) and "not both" in str(refused.exception)
+
+
+def test_an_edit_keeps_the_record_of_its_fit_and_the_report_shows_it(fitted):
+    out, found = fitted
+    data = json.loads(out.read_text())["found"]["fit"]
+    record = FitRecord.from_dict(data)
+    assert record.to_dict() == FitRecord.from_dict(json.loads(json.dumps(record.to_dict()))).to_dict()
+    assert (record.kl, record.facts, record.contrasts) == (found.cost.kl, found.fitted, found.contrasts)
+    overall = [gain for gain in found.gains if gain.of == "all"]
+    assert [row.part for row in record.gains] == [gain.part for gain in overall]
+
+    def shown(data):
+        return "".join(section(SimpleNamespace(edit=SimpleNamespace(found={"fit": data}))))
+
+    page = shown(data)
+    assert f"{overall[0].change.value:+.4f}" in page and "inverse" in page and "no part moved" in page
+    assert "not less stereotyping" in shown(data | {"moved": ["sentiment"]})
+    assert "not less stereotyping" not in shown(data | {"moved": ["association"]})
+    assert shown({"part": "all"}) == ""  # an edit of before the record
+    for change in ({"kl": "<b>"}, {"gains": [{}]}, {"controls": [{"name": "x", "changes": [1.0]}]}, {"more": 1}):
+        with pytest.raises(EditError, match="run fit again"):
+            FitRecord.from_dict(data | change)
+        assert "Not shown" in shown(data | change)

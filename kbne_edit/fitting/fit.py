@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -155,8 +155,8 @@ class _Run:
         measure = Measure(model, settings.site, Held([self.every[i] for i in self.aside], self._rows_aside()))
         controls = [measure.control(f"shuffled labels {i}", found) for i, found in enumerate(shuffles, 1)]
         controls += self._others(best, neutral, measure, directions.fisher)
-        return Fit(
-            edit=self._edit(best.factors, even),
+        found = Fit(
+            edit=Edit(settings.site, {}, self.checkpoint.fingerprint()),
             parts=settings.parts,
             fitted=int((self.fitted < len(self.units)).sum()),
             contrasts=int(self._contrasts[self.fitted].sum()),
@@ -169,6 +169,7 @@ class _Run:
             gains=measure.gains(best),
             controls=tuple(controls),
         )
+        return replace(found, edit=self._edit(best.factors, found))
 
     def _others(self, best: Scaled, neutral: Neutral, measure: Measure, fisher: Tensor) -> list[Control]:
         """Controls that need no labels: other neurons, the inverse, a flattening, each at the KL of `best`."""
@@ -213,21 +214,15 @@ class _Run:
         finally:
             file.close()
 
-    def _edit(self, factors: Tensor, even: float) -> Edit:
+    def _edit(self, factors: Tensor, found: Fit) -> Edit:
+        """The edit of `found`, which keeps a record of its fit."""
         parts = factors.split(self.sizes)
         changed = {
             layer: {i: float(part[i]) for i in torch.nonzero(part != 1)[:, 0].tolist()}
             for layer, part in enumerate(parts)
         }
-        about = {
-            "fit": {
-                "part": self.settings.part,
-                "max_kl": self.settings.max_kl,
-                "even": even,
-                "seed": self.settings.seed,
-            }
-        }
-        return Edit(self.settings.site, changed, self.checkpoint.fingerprint(), about)
+        record = found.record(self.settings.part, self.settings.max_kl, self.settings.seed)
+        return replace(found.edit, factors=changed, found={"fit": record.to_dict()})
 
 
 def chosen_units(settings: FitSettings) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:

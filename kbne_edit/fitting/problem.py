@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .gram import Gram
-from .rows import KINDS, PARTS
+from .rows import KINDS, MEASURED, PARTS
 from .sampling import SAMPLES
 from .units import Unit
 
@@ -176,9 +176,10 @@ def cross_validate(
     fold = folds(system.units, count)
     rows = np.arange(len(system.fisher))
     texts, whole = rows // SAMPLES % count, rows % SAMPLES == 0
+    measured = [part for part in MEASURED if len(_telling(system, part, fitted))]
     result = []
     for even in evens:
-        moved: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
+        moved: dict[str, list[np.ndarray]] = {part: [] for part in measured}
         for number in range(count):
             train, test = fitted[fold[fitted] != number], fitted[fold[fitted] == number]
             kept = np.where(texts == number, 0, system.fisher) * count / (count - 1)
@@ -197,8 +198,13 @@ def cross_validate(
 
 def part_changes(system: System, part: str, chosen: np.ndarray, changes: np.ndarray) -> np.ndarray:
     """Of each unit that tells of a part; of sentiment the contrasts. changes: of every row, [N]."""
+    return changes[_telling(system, part, chosen)]
+
+
+def _telling(system: System, part: str, chosen: np.ndarray) -> np.ndarray:
+    """Places of the rows that tell of a part."""
     kind = "tone" if part == "sentiment" and len(system.having("tone", chosen)) else part
-    return changes[system.rows(kind, system.having(kind, chosen))]
+    return system.rows(kind, system.having(kind, chosen))
 
 
 def best_even(held: Sequence[Held], parts: Sequence[str]) -> float:

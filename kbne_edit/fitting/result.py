@@ -11,6 +11,7 @@ import numpy as np
 from ..edit import Edit
 from ..statistics import Interval
 from .problem import Held
+from .record import ControlMoved, FitRecord, Moved
 
 VERSION = 1
 FEWEST = 20  # units set aside from which on a part may be said to have moved: an interval of two units is none
@@ -119,6 +120,27 @@ class Fit:
             if gain.units >= FEWEST and gain.change.high < 0 and draws and beyond:
                 result.append(gain.part)
         return tuple(result)
+
+    def record(self, part: str, max_kl: float, seed: int) -> FitRecord:
+        """What the edit keeps of the fit."""
+        overall = [gain for gain in self.gains if gain.of == "all"]
+        return FitRecord(
+            part=part,
+            max_kl=max_kl,
+            even=self.even,
+            seed=seed,
+            facts=self.fitted,
+            contrasts=self.contrasts,
+            public=self.public,
+            set_aside=self.set_aside,
+            kl=self.cost.kl,
+            perplexity_base=self.cost.perplexity_base,
+            perplexity=self.cost.perplexity,
+            by_layer=self.factors.by_layer,
+            gains=tuple(Moved(g.part, g.units, g.before, g.change.value, g.change.low, g.change.high) for g in overall),
+            controls=tuple(ControlMoved(c.name, tuple(change.value for change in c.changes)) for c in self.controls),
+            moved=self.moved,
+        )
 
     def to_dict(self) -> Annotated[dict[str, Any], FitKeys]:
         """JSON form, without the factors themselves: those are the edit's."""

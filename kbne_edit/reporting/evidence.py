@@ -9,6 +9,7 @@ from .. import plots
 from ..errors import one_line
 from ..plots import words
 from ..proofs.outcome import BehaviourProof
+from .fitted import fitted
 from .markup import arrows, block, bullets, code, digest, figure, number, paragraph, score, state, table
 from .types import FileRow, NeuronRow, Report, by_name
 from .wording import LIMITS, NO_MITIGATION, NOT_COVERED, RULES, SERVES, STATES, WORDS, checked
@@ -95,6 +96,7 @@ def change(report: Report) -> list[str]:
     return [
         *lines,
         *_factors(report),
+        *fitted(report),
         f"<details><summary>By layer</summary>{by_layer}</details>",
         _neuron_table(report),
     ]
