@@ -63,6 +63,14 @@ def test_the_same_answer_to_everything(share, constant):
     assert answers.balanced.value == pytest.approx(share) and answers.constant == constant
 
 
+def test_of_three_answers_a_constant_one_has_a_third():
+    answers = ["a", "b", "c"] * 30
+    found = Answers.of(_scores([a == "b" for a in answers], answers, [False] * 90))
+    assert found.balanced.value == pytest.approx(1 / 3) and found.constant == "b"
+    half = Answers.of(_scores([a == "b" or i % 4 == 0 for i, a in enumerate(answers)], answers, [False] * 90))
+    assert half.balanced.value == pytest.approx(0.5, abs=0.02) and half.constant is None
+
+
 def test_worse_than_constant_is_not_constant():
     answers = Answers.of(_scores([False] * 80, ["no", "yes"] * 40, [False] * 80))
     assert answers.constant is None and answers.balanced.high < 0.5

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from kbne_edit import Edit, bake, fold, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
-from kbne_edit.errors import CheckpointError, OutputError
+from kbne_edit.errors import CheckpointError, EditError, OutputError
+from kbne_edit.files import parse_json
 from tiny import tiny_model
 
 EDIT = Edit("down", {0: {3: 2.0}, 1: {7: 4.0}})
@@ -242,3 +243,28 @@ def test_a_clone_that_finds_the_disk_full_is_no_reason_to_write(number, base, tm
     with pytest.raises(OutputError, match=os.strerror(number)) as caught:
         fold(base, EDIT, tmp_path / "out")
     assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "raw, said",
+    [
+        (b"[" * 51 + b"]" * 51, "nested deeper than 50 levels"),
+        (b'{"a": ' * 60 + b"1" + b"}" * 60, "nested deeper"),
+        (b"[" * 100_000 + b"]" * 100_000, "not JSON that can be read"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "a key stands twice, 'c'"),
+        (b" " * ((24 << 20) + 1), "more than 24 MB"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b"\xff", "not JSON"),
+    ],
+)
+def test_json_is_read_within_bounds(raw, said):
+    with pytest.raises(CheckpointError, match=said):
+        parse_json(raw, "x.json")
+    assert parse_json(b"[" * 50 + b"]" * 50, "x.json")
+
+
+def test_a_factor_that_overflows_the_dtype_is_refused(tmp_path):
+    tiny_model("llama", torch.float16).save_pretrained(tmp_path / "base")
+    with pytest.raises(EditError, match=r"down_proj.weight overflow F16: pass a smaller --factor"):
+        fold(tmp_path / "base", Edit("down", {1: {3: 2.0**20}}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -172,6 +172,13 @@ def test_draws_are_measured_on_some_of_many_twins_and_compared_on_these():
     assert stub.asked[0] == (120, 2, 1.0) and {asked[0] for asked in stub.asked[1:]} == {48}
 
 
+def test_a_model_flattened_for_good_prefers_nothing():
+    base = _base()
+    stub = Margins(base, base * 0.5, _draws(base, 0.0))
+    found = measure_effect(stub, _twins(24), EDIT, SIZES, temperature=float("inf")).flattening
+    assert found.temperature is None and found.versus.value == pytest.approx(np.abs(base).mean() / 2)
+
+
 def test_too_few_draws_are_no_evidence():
     base = _base()
     found = measure_effect(Margins(base, base * 0.9, _draws(base, 0.0)), _twins(24), EDIT, SIZES)

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from kbne_edit import Edit, bake, fold, revert
+from kbne_edit.attribution.scores import ScoresWriter
 from kbne_edit.commands import main
 from kbne_edit.disk import publishing
 from kbne_edit.disk.publishing import create, staged
 from kbne_edit.errors import OutputError
 from kbne_edit.files import write_text
+from kbne_edit.recipe import Question
 from tiny import tiny_model
 
 EDIT = Edit("down", {0: {3: 2.0}, 1: {7: 4.0}})
@@ -98,6 +100,9 @@ def test_scores_and_edits_have_the_mode_that_the_umask_gives(tmp_path):
     (tmp_path / "edit.json").chmod(0o600)
     EDIT.save(tmp_path / "edit.json")
     assert _mode(tmp_path / "edit.json") == 0o600
+    settings = {"site": "down", "base": "b", "model": "m", "recipe": "r"}
+    ScoresWriter(tmp_path / "s.safetensors", (Question("Is it?", "yes", "d", "f"),), 1, 2, settings).close()
+    assert _mode(tmp_path / "s.safetensors") == 0o644
 
 
 # ------------------------------------------------------------------------------------------------- what others planted

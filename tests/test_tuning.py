@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -44,6 +45,7 @@ from kbne_edit.recipe import Question
 from kbne_edit.reporting.contents import report as report_of
 from kbne_edit.rule import Rule
 from kbne_edit.selection.select import by_dimension, selection
+from kbne_edit.tuning.choose import Chooser
 from kbne_edit.tuning.halves import Half, halves, whole_data
 from kbne_edit.tuning.journal import Journal
 from kbne_edit.tuning.objective import Goal, Looks, Run, goal_of
@@ -635,6 +637,31 @@ def test_draws_go_on_as_long_as_the_choice_outdoes_them(scores, tmp_path, monkey
     assert len({sha for block in on_test for sha in block}) == len(drawn)  # never the same neurons again
     assert len(drawn) == (79 if not as_good or as_good[0] >= DRAWS else DRAWS)
     assert result["confirmation"]["confirmed"] == (not as_good and figure["verdict"].endswith("beyond every control"))
+
+
+@pytest.mark.parametrize("least, chosen", [(0.75, True), (0.5, False)])
+def test_one_draw_that_does_as_well_is_enough(scores, least, chosen):
+    """The edit halves every margin; of 39 draws, 38 change nothing and one leaves this share of it."""
+    margin = np.random.default_rng(0).normal(0, 1, 200)
+    neutral_columns, right = np.ones((4, 3)), np.ones((200, 1))
+
+    def run(factor):
+        columns = np.stack([margin > 0, factor * margin, np.abs(factor * margin), margin > 0], 1).astype(float)
+        return Run({"a": columns, "ability": right}, neutral_columns)
+
+    seen = []
+
+    def draws(edits):
+        seen.extend(edits)
+        return [run(least if len(seen) - len(edits) + i == 20 else 1.0) for i in range(len(edits))]
+
+    bench = SimpleNamespace(base=run(1.0), run=lambda edit: run(0.5), draws=draws)
+    sizes = SimpleNamespace(layer_sizes=lambda site: [192] * 4)
+    goal = Goal({"a": PREFERENCE[2]}, ["ability"], 9.0, chance={"ability": 50.0})
+    space = Space(factors=(2.0,), taus=(0.1,), rules=("paper",))
+    found = Chooser(sizes, bench, goal, DRAWS).choose(space, {"down": load_scores(scores)}, 5, 0)
+    assert (found.edit is not None) == chosen and len(seen) == (DRAWS if chosen else 24)
+    assert found.points[0].as_good == (0 if chosen else 1) and found.points[0].beyond_random.high < 0
 
 
 def test_data_is_new_once(tmp_path):

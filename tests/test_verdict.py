@@ -52,8 +52,10 @@ def _selection(shared, total=20, unseen=()):
     return SelectionSummary("paper", total, 0.1, (0,), {}, {}, 5, shared, tuple(Shared(*pair) for pair in unseen))
 
 
-def _proofs(faults=(), behaviour=True, holds=True):
+def _proofs(faults=(), behaviour=True, holds=True, also_rounded=False):
     entries = (BehaviourProof("float32", "whole model", holds, holds, 0.0, 0.0, 9),) if behaviour else None
+    if also_rounded:
+        entries = (*entries, BehaviourProof("bfloat16", "whole model", True, False, 0.1, 0.1, 9))
     return Proofs(FileProof(EDIT, "given", 3, 1, 2, faults), entries)
 
 
@@ -83,6 +85,7 @@ def _proofs(faults=(), behaviour=True, holds=True):
         (specific_part(replace(_selection(0), controls_overlap=None)), "NOT MEASURED", "no unrelated question"),
         (proofs_part(None), "NOT MEASURED", ""),
         (proofs_part(_proofs()), "PASS", "bit for bit"),
+        (proofs_part(_proofs(also_rounded=True)), "PASS", "up to rounding"),
         (proofs_part(_proofs(behaviour=False)), "NOT MEASURED", "the second was left out"),
         (proofs_part(_proofs(faults=("x differs",))), "FAIL", "the first proof fails: x differs"),
         (proofs_part(_proofs(holds=False)), "FAIL", "the second proof fails"),
