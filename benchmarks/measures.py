@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kbne_edit import Edit, hooked
+from kbne_edit import Edit, hooked, load_recipe
+from kbne_edit.evaluation.batched import margins_of_edits
 from kbne_edit.evaluation.benchmark import Benchmark
 from kbne_edit.evaluation.measures import measure
 from kbne_edit.evaluation.scoring import Scorer
 from kbne_edit.evaluation.tasks import ENGLISH_MEASURES
+from kbne_edit.evaluation.twins import frequency_share, twin_scores
 from kbne_edit.models.loading import load_model, load_tokenizer
-from kbne_edit.statistics import change
+from kbne_edit.statistics import change, interval
 
 STEP = 4  # items between two writes
 
@@ -34,10 +36,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--tasks", default=",".join(ENGLISH_MEASURES))
     parser.add_argument("--all", action="store_true", help="also the figures by group")
+    parser.add_argument("--twins", action="store_true", help="only how the two margins of a twin hang together")
     parser.add_argument("--keep", type=Path, help="folder of what was measured already")
     arguments = parser.parse_args()
     scorer = Scorer(load_model(arguments.model, torch.float32), load_tokenizer(arguments.model))
     edit = Edit.load(arguments.edit) if arguments.edit else None
+    if arguments.twins:
+        print(twins(scorer, edit))
+        return
     if arguments.keep:
         arguments.keep.mkdir(parents=True, exist_ok=True)
     print("| measure | items | s | figure | base | edit | change |\n|---|---|---|---|---|---|---|", flush=True)
@@ -46,6 +52,20 @@ def main() -> None:
         before, seconds = columns_of(mark, scorer, None, arguments.keep)
         after = columns_of(mark, scorer, edit, arguments.keep)[0] if edit else None
         print("\n".join(table(mark, before, after, seconds, arguments.all)), flush=True)
+
+
+def twins(scorer: Scorer, edit: Edit | None) -> str:
+    """Mean s, correlation of a twin's margins, and the share of frequency in their square, of base and edit."""
+    twins = load_recipe("social-bias").twins
+    probes = [probe for twin in twins for probe in twin.probes]
+    lines = []
+    for name, row in zip(("base", "edit"), margins_of_edits(scorer.model, scorer.tokenizer, probes, [None, edit])):
+        value, low, high = interval(twin_scores(twins, row))
+        lines.append(
+            f"{name}: {len(twins)} twins, mean s {value:+.4f} [{low:+.4f}, {high:+.4f}], correlation of m1 and m2 "
+            f"{np.corrcoef(row[::2], row[1::2])[0, 1]:.2f}, share of frequency in m^2 {frequency_share(twins, row):.2f}"
+        )
+    return "\n".join(lines)
 
 
 def columns_of(mark: Benchmark, scorer: Scorer, edit: Edit | None, keep: Path | None) -> tuple[np.ndarray, float]:

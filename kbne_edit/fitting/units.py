@@ -77,16 +77,16 @@ class Unit:
     """One fact in one format.
 
     template: which of the format's templates. unrelated: two sentences that make no sense, in the context of ax and of
-    by. unknown: the two questions of the square, answered that it cannot be told; empty in other formats. Each shares
-    its context with two sentences of the square. a_first: whether group a is mentioned before group b; None where the
-    context does not name both.
+    by; empty in the units of a measure. unknown: the two questions of the square, answered that it cannot be told;
+    empty in other formats. Each shares its context with two sentences of the square. a_first: whether group a is
+    mentioned before group b; None where the context does not name both.
     """
 
     fact: Fact
     format: str
     template: int
     square: Square
-    unrelated: tuple[Sentence, Sentence]
+    unrelated: tuple[Sentence, ...]
     unknown: tuple[Sentence, ...] = ()
     a_first: bool | None = None
 

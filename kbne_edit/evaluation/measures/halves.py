@@ -1,0 +1,79 @@
+"""Which items of a measure a fit may read, and which are reported: no figure comes from what was fitted.
+
+The halves are of scenarios and of twins, by their place in the package, so they never change with a model, a seed or a
+limit. A scenario is in the same half in every language: its translation tells of it as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...errors import InputError
+from ...recipe import Twin, load_recipe
+from ..benchmark import Benchmark
+from .associations import recipe_name
+from .content import read_content
+from .decisions import Decisions, Scenario
+
+HALVED = ("decisions", "associations")  # measures that can be fitted
+
+
+@dataclass(frozen=True)
+class ScenarioHalves:
+    """Scenarios of the decisions in a language."""
+
+    fitted: tuple[Scenario, ...]
+    reported: tuple[Scenario, ...]
+
+
+@dataclass(frozen=True)
+class TwinHalves:
+    """Twins of the associations in a language."""
+
+    fitted: tuple[Twin, ...]
+    reported: tuple[Twin, ...]
+
+
+def scenario_halves(language: str) -> ScenarioHalves:
+    """Every other scenario. Raises NoDataError if the package has none in the language."""
+    scenarios = Decisions.from_dict(read_content("decisions", language)).scenarios
+    return ScenarioHalves(scenarios[::2], scenarios[1::2])
+
+
+def twin_halves(language: str) -> TwinHalves:
+    """Every other twin of each dimension; the dimensions take turns in which half has one more. Raises NoDataError."""
+    twins = load_recipe(recipe_name(language)).twins
+    fitted = _alternating([twin.dimension for twin in twins])
+    return TwinHalves(
+        tuple(twin for twin, first in zip(twins, fitted, strict=True) if first),
+        tuple(twin for twin, first in zip(twins, fitted, strict=True) if not first),
+    )
+
+
+def _alternating(groups: Sequence[str]) -> list[bool]:
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    places: Counter[str] = Counter()
+    result = []
+    for group in groups:
+        result.append((numbers[group] + places[group]) % 2 == 0)
+        places[group] += 1
+    return result
+
+
+def reported_half(mark: Benchmark, language: str) -> Benchmark:
+    """Decisions (stated or by name) or associations with the items of their reported half alone.
+
+    Raises InputError for another measure, or if none of its items is in that half.
+    """
+    if mark.name.startswith("decisions"):
+        kept = {f"decisions {scenario.name}" for scenario in scenario_halves(language).reported}
+    elif mark.name.startswith("associations"):
+        kept = {" | ".join(probe.first for probe in twin.probes) for twin in twin_halves(language).reported}
+    else:
+        raise InputError(f"{mark.name} has no half to be fitted: {', '.join(HALVED)} have")
+    items = [i for i, cluster in enumerate(mark.clusters) if cluster in kept]
+    if not items:
+        raise InputError(f"{mark.name}: none of its items is in the half that is reported: use a larger --limit")
+    return mark.take(items)
