@@ -59,7 +59,9 @@ def twins(scorer: Scorer, edit: Edit | None) -> str:
     twins = load_recipe("social-bias").twins
     probes = [probe for twin in twins for probe in twin.probes]
     lines = []
-    for name, row in zip(("base", "edit"), margins_of_edits(scorer.model, scorer.tokenizer, probes, [None, edit])):
+    edits = {"base": None} | ({"edit": edit} if edit else {})
+    margins = margins_of_edits(scorer.model, scorer.tokenizer, probes, list(edits.values()))
+    for name, row in zip(edits, margins, strict=True):
         value, low, high = interval(twin_scores(twins, row))
         lines.append(
             f"{name}: {len(twins)} twins, mean s {value:+.4f} [{low:+.4f}, {high:+.4f}], correlation of m1 and m2 "
