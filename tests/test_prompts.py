@@ -46,6 +46,15 @@ def test_the_first_of_several_tokens():
     assert found == {"ja": {"Ja", "Ġja", "ja", "ĠJa"}, "nein": {"ne…", "Ġne…", "Ne…"}}
 
 
+def test_other_words_that_mean_an_answer():
+    """Each token once, though "nope" begins with "no", and none that begins words for both answers."""
+    tokenizer = _tokenizer("yes", "Ġyes", "no", "Ġno", "No", "true", "Ġtrue", "so")
+    plain = answer_tokens(tokenizer, ("yes", "no"))
+    found = answer_tokens(tokenizer, ("yes", "no"), also={"yes": ["true", "so far"], "no": ["nope", "sooth"]})
+    assert set(found["yes"]) == {*plain["yes"], "true", "Ġtrue"}
+    assert found["no"] == plain["no"] and len(set(found["no"].values())) == len(found["no"])
+
+
 def test_neither_half_a_character_nor_a_beginning_that_two_answers_share():
     tokenizer = _tokenizer("not", "Not", "Ġnot", "ĠNot", "sure")
     assert _texts(tokenizer, ("not", "sure"))["not"] == {"not", "Not", "Ġnot", "ĠNot"}

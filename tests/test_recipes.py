@@ -11,7 +11,7 @@ import yaml
 from kbne_edit import Edit, bake, load_recipe
 from kbne_edit.errors import InputError, OutputError, RecipeError
 from kbne_edit.locating import Settings
-from kbne_edit.recipe import new_recipe, recipe_names
+from kbne_edit.recipe import Recipe, new_recipe, recipe_names
 from kbne_edit.recipe.parsing import KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,3 +336,22 @@ def test_names_that_would_not_stand_in_a_file(name, tmp_path):
     with pytest.raises(InputError, match="valid recipe name"):
         new_recipe(name, tmp_path / "r.yaml")
     assert not (tmp_path / "r.yaml").exists()
+
+
+def test_other_words_of_an_answer():
+    head = "kbne_recipe: 1\nname: x\nprompt: {chat: '{question}', plain: '{question}'}\nanswers: ['yes', 'no']\n"
+    items = "questions:\n  items: [{text: 'Is it?', answer: 'yes', form: f, dimension: d}]\n"
+
+    def read(also):
+        return Recipe.from_dict(yaml.load(head + also + items, Loader=yaml.BaseLoader) | {"kbne_recipe": 1})
+
+    assert read("").also == {} and read("also: {'no': [nope, never]}\n").also == {"no": ("nope", "never")}
+    for also, said in (
+        ("also: {'no': [nope], 'yes': [NOPE]}\n", "a word means two answers"),
+        ("also: {'no': [' Yes']}\n", "a word means two answers"),
+        ("also: {maybe: [perhaps]}\n", "also: unknown key maybe"),
+        ("also: [nope]\n", "also must map answers"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            read(also)
+    assert load_recipe("social-bias-zh").also["否"] == ("不", "不是", "不对")

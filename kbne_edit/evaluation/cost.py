@@ -272,7 +272,7 @@ def _answered(model: nn.Module, tokenizer: Any, recipe: Recipe, edit: Edit) -> d
     from .batched import score_edits
 
     try:
-        tokens = answer_tokens(tokenizer, recipe.answers)
+        tokens = answer_tokens(tokenizer, recipe.answers, also=recipe.also)
     except InputError:  # an answer is no token of this model
         return {}
     surfaces = [(answer, token) for answer, ids in tokens.items() for token in ids.values()]

@@ -49,7 +49,9 @@ def knowledge_benchmark(name: str, recipe: Recipe, tokenizer: Any, limit: int | 
     if not questions:
         raise NoDataError(f"{name}: the recipe {recipe.name} has no such questions")
     surfaces = [
-        (answer, token) for answer, ids in answer_tokens(tokenizer, recipe.answers).items() for token in ids.values()
+        (answer, token)
+        for answer, ids in answer_tokens(tokenizer, recipe.answers, also=recipe.also).items()
+        for token in ids.values()
     ]
     prompts = [encode(tokenizer, recipe, question) for question in questions]
 

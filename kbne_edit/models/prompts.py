@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, short, shown
@@ -73,7 +74,7 @@ def ask_with(
 def _asked(
     tokenizer: Any, recipe: Recipe, questions: Sequence[Question], plain: bool, before: str, fixed: dict | None
 ) -> dict:
-    answers = answer_tokens(tokenizer, recipe.answers, fixed)
+    answers = answer_tokens(tokenizer, recipe.answers, fixed, recipe.also)
     ids = [list(map(int, encode(tokenizer, recipe, question, plain, before))) for question in questions]
     return {"ids": ids, "answers": answers, "ending": _ending(tokenizer, ids[0], questions[0].text) if ids else ""}
 
@@ -165,20 +166,24 @@ def _words(text: str) -> str:
 
 
 def answer_tokens(
-    tokenizer: Any, answers: tuple[str, ...], fixed: dict[str, list[str]] | None = None
+    tokenizer: Any,
+    answers: tuple[str, ...],
+    fixed: dict[str, list[str]] | None = None,
+    also: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, dict]:
     """The next tokens that say each answer: {answer: {surface: id}}.
 
     Every vocabulary entry that reads as the answer once case and surrounding space are dropped; and where a common way
     to write it takes several tokens, the first of them ("Ne…" of "Nein"), unless it begins another answer as well.
-    Rejected: P of all the tokens, which needs a pass of its own for each of them. `fixed` gives the surfaces by hand
-    instead: {answer: [token text, …]}. Raises InputError if an answer has none.
+    Rejected: P of all the tokens, which needs a pass of its own for each of them. also: other words of an answer.
+    `fixed` gives the surfaces by hand instead: {answer: [token text, …]}. Raises InputError if an answer has none.
     """
     vocabulary = tokenizer.get_vocab()
     if fixed is not None:
         return {answer: _fixed(tokenizer, vocabulary, answer, fixed.get(answer, [])) for answer in answers}
     found: dict[str, dict[str, int]] = {answer: {} for answer in answers}
-    wanted = {answer.strip().casefold(): answer for answer in answers}
+    words = {answer: (answer, *also.get(answer, ())) for answer in answers}
+    wanted = {text.strip().casefold(): answer for answer, texts in words.items() for text in texts}
     shortest = min(map(len, wanted))
     for token, index in sorted(vocabulary.items(), key=lambda item: item[1]):
         if len(token) < shortest:
@@ -186,7 +191,7 @@ def answer_tokens(
         text = token if token.isascii() and token.isalpha() else tokenizer.decode([index])
         if answer := wanted.get(text.strip().casefold()):
             found[answer][token] = index
-    for answer, surfaces in _beginnings(tokenizer, found).items():
+    for answer, surfaces in _beginnings(tokenizer, found, words).items():
         found[answer] |= surfaces
         if not found[answer]:
             raise InputError(
@@ -196,12 +201,14 @@ def answer_tokens(
     return found
 
 
-def _beginnings(tokenizer: Any, whole: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """First tokens of surfaces that take several, of each answer. whole: the answers' single tokens."""
+def _beginnings(
+    tokenizer: Any, whole: dict[str, dict[str, int]], words: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, int]]:
+    """First tokens of surfaces that take several, of each answer. whole: the answers' single tokens; words: theirs."""
     starts: dict[str, dict[str, int]] = {answer: {} for answer in whole}
     for answer, found in starts.items():
-        written = answer.strip()
-        for surface in (written, written[:1].upper() + written[1:]):
+        written = [text.strip() for text in words[answer]]
+        for surface in (form for text in written for form in (text, text[:1].upper() + text[1:])):
             for text in (surface, f" {surface}"):
                 first, *more = tokenizer(text, add_special_tokens=False)["input_ids"] or [None]
                 read = tokenizer.decode([first]).strip() if more else ""
@@ -209,7 +216,10 @@ def _beginnings(tokenizer: Any, whole: dict[str, dict[str, int]]) -> dict[str, d
                     found[f"{tokenizer.convert_ids_to_tokens(first)}…"] = first
     every = [{*found.values(), *whole[answer].values()} for answer, found in starts.items()]
     shared = {index for ids in every for index in ids if sum(index in other for other in every) > 1}
-    return {answer: {s: i for s, i in found.items() if i not in shared} for answer, found in starts.items()}
+    return {
+        answer: {s: i for s, i in found.items() if i not in shared and i not in whole[answer].values()}
+        for answer, found in starts.items()
+    }
 
 
 def _fixed(tokenizer: Any, vocabulary: dict[str, int], answer: str, surfaces: list[str]) -> dict[str, int]:

@@ -20,6 +20,7 @@ KEYS = {
     "description",
     "prompt",
     "answers",
+    "also",
     "factor",
     "select",
     "subsets",
@@ -66,6 +67,7 @@ class Parser:
             language=self.string(data.get("language", "en"), "language"),
             prompt=prompt,
             answers=answers,
+            also=self.also(data.get("also", {}), answers),
             factor=self.number(data.get("factor", 2), "factor"),
             select=self.select(data.get("select", {})),
             subsets=self.subsets(data.get("subsets", []), len(questions)),
@@ -81,6 +83,18 @@ class Parser:
         return result
 
     # -------------------------------------------------------------------------------------------------- single values
+
+    def also(self, value: object, answers: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+        """Other words of an answer, none of which means two."""
+        if not isinstance(value, dict):
+            self.fault("also must map answers to lists of other words for them")
+            return {}
+        self.unknown(value, set(answers), "also")
+        found = {name: tuple(self.strings(words, f"also.{name}")) for name, words in value.items() if name in answers}
+        every = [text.strip().casefold() for text in (*answers, *(text for words in found.values() for text in words))]
+        if len(set(every)) < len(every):
+            self.fault("also: a word means two answers, or stands twice")
+        return found
 
     def fault(self, text: str) -> None:
         if len(self.faults) < _MOST_FAULTS:

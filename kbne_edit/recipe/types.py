@@ -113,13 +113,15 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe. sha256: of the file, for the record. pairings: of the questions' grid, in its order."""
+    """A validated recipe. also: other words that mean an answer. sha256: of the file, for the record. pairings: of the
+    questions' grid, in its order."""
 
     name: str
     description: str
     language: str
     prompt: dict[str, str]
     answers: tuple[str, ...]
+    also: dict[str, tuple[str, ...]]
     factor: float
     select: Rule
     subsets: tuple[int, ...]
