@@ -107,7 +107,7 @@ def table(
         ]
         moved = "-"
         if after is not None:
-            value, low, high = change([before], [after], figure.of, mark.clusters)
+            value, low, high = change([before], [after], figure.of, mark.drawn())
             moved = f"{value:+.{figure.digits}f} [{low:+.{figure.digits}f}, {high:+.{figure.digits}f}]"
         head = (mark.name, str(len(mark.sizes)), f"{seconds:.0f}") if not lines else ("", "", "")
         lines.append("| " + " | ".join([*head, figure.name, *values, *["-"] * (2 - len(values)), moved]) + " |")

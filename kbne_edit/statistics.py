@@ -23,7 +23,20 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 Figure = Callable[[np.ndarray], np.ndarray]  # column means [..., k] -> the figure [...]
-Clusters = Sequence[object] | np.ndarray | None  # a name or number for each item, [n]
+
+
+class Crossed(NamedTuple):
+    """Clusters of two kinds that cross, as scenarios and names do: a name for each item of either kind, [n] each.
+
+    Both kinds are drawn, and an item counts as often as its two clusters together (Owen's pigeonhole bootstrap, 2007).
+    Rejected: to draw one kind alone. What items share of the other kind is then taken for the same in every sample.
+    """
+
+    first: Sequence[object] | np.ndarray
+    second: Sequence[object] | np.ndarray
+
+
+Clusters = Sequence[object] | np.ndarray | Crossed | None  # a name or number for each item, [n]
 
 _RESAMPLES = 2000
 _PERMUTATIONS = 9999  # with the observed one 10 000: the smallest p is 1e-4
@@ -83,10 +96,10 @@ def pooled(parts: Sequence[Part], resamples: int = _RESAMPLES) -> Interval:
     parts = [Part(*part) for part in parts]
     draws, count = [], 0
     for seed, part in enumerate(parts):
-        sums, sizes = _by_cluster(part.columns, part.clusters)
-        means = _resampled(sums, sizes, resamples, seed)
+        means = _resampled(part.columns, part.clusters, resamples, seed)
         draws.append(np.concatenate([np.atleast_1d(part.figure(block)) for block in means]))
-        count = min(count, len(sums)) if count else len(sums)
+        drawn = _number(part.clusters, len(part.columns))
+        count = min(count, drawn) if count else drawn
     low, high = np.nanquantile(np.mean(draws, 0), _tails(count))
     value = float(np.mean([part.figure(part.columns.mean(0)) for part in parts]))
     return Interval(value, float(low), float(high))
@@ -100,7 +113,7 @@ def change(
     before, after: arrays [n, k] of the same items. Where one of them holds several arrays (random draws of a control),
     their figures are averaged, and the draws are resampled with the items: their spread is part of the interval.
     """
-    sums, sizes = _by_cluster(np.concatenate([*before, *after], 1), clusters)
+    columns = np.concatenate([*before, *after], 1)
     k, rng = before[0].shape[1], np.random.default_rng(1)
 
     def average(means: np.ndarray, first: int, count: int) -> np.ndarray:
@@ -113,12 +126,21 @@ def change(
     def difference(means: np.ndarray) -> np.ndarray:
         return average(means, len(before), len(after)) - average(means, 0, len(before))
 
-    draws = np.concatenate([difference(means) for means in _resampled(sums, sizes, _RESAMPLES, 0)])
-    low, high = np.nanquantile(draws, _tails(len(sums)))
-    return Interval(float(difference(sums.sum(0) / sizes.sum())), float(low), float(high))
+    draws = np.concatenate([difference(means) for means in _resampled(columns, clusters, _RESAMPLES, 0)])
+    low, high = np.nanquantile(draws, _tails(_number(clusters, len(columns))))
+    return Interval(float(difference(columns.mean(0))), float(low), float(high))
 
 
-def _by_cluster(columns: np.ndarray, clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:
+def _number(clusters: Clusters, items: int) -> int:
+    """How many clusters are drawn; of two kinds, of the one that has fewer."""
+    if clusters is None:
+        return items
+    if isinstance(clusters, Crossed):
+        return min(_number(clusters.first, items), _number(clusters.second, items))
+    return len(np.unique(np.asarray(clusters)))
+
+
+def _by_cluster(columns: np.ndarray, clusters: Sequence[object] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """(sums [m, k] of each cluster's items, their numbers [m])."""
     if clusters is None:
         return columns, np.ones(len(columns))
@@ -146,13 +168,28 @@ def _student(freedom: int) -> float:
     return z + sum(term / v**power for power, term in enumerate(terms, 1))
 
 
-def _resampled(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Column means [r, k] of resampled clusters, block by block. sums: [m, k]; sizes: [m]."""
-    rng, m = np.random.default_rng(seed), len(sums)
-    for size in _blocks(resamples, m):
-        index = rng.integers(0, m, (size, m))
-        counts = np.bincount((index + m * np.arange(size)[:, None]).ravel(), minlength=size * m).reshape(size, m)
+def _resampled(columns: np.ndarray, clusters: Clusters, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Column means [r, k] of resampled clusters, block by block. columns: [n, k]."""
+    rng = np.random.default_rng(seed)
+    if isinstance(clusters, Crossed):
+        places = [np.unique(np.asarray(kind), return_inverse=True)[1] for kind in clusters]
+        for size in _blocks(resamples, len(columns)):
+            first, second = (_drawn(rng, size, int(place.max()) + 1)[:, place] for place in places)
+            weights = (first * second).astype(float)
+            total = weights.sum(1, keepdims=True)
+            found = weights @ columns
+            yield np.divide(found, total, out=np.full(found.shape, np.nan), where=total > 0)
+        return
+    sums, sizes = _by_cluster(columns, clusters)
+    for size in _blocks(resamples, len(sums)):
+        counts = _drawn(rng, size, len(sums))
         yield counts @ sums / (counts @ sizes)[:, None]
+
+
+def _drawn(rng: np.random.Generator, size: int, m: int) -> np.ndarray:
+    """How often each of m clusters is drawn in each of `size` resamples, [size, m]."""
+    index = rng.integers(0, m, (size, m))
+    return np.bincount((index + m * np.arange(size)[:, None]).ravel(), minlength=size * m).reshape(size, m)
 
 
 def _blocks(total: int, n: int) -> Iterator[int]:
@@ -176,7 +213,7 @@ def least_change(before: np.ndarray, after: np.ndarray, clusters: Clusters = Non
     if none of 30 items got worse, no resample has a loss, but the model may well lose one item in 20.
     Of clusters as many items are counted as there are clusters: what they hold may all be the same.
     """
-    share = 1.0 if clusters is None else len(np.unique(np.asarray(clusters))) / len(before)
+    share = _number(clusters, len(before)) / len(before)
     n = share * len(before) + 2
     up = share * int(((before < 0.5) & (after > 0.5)).sum())
     down = share * int(((before > 0.5) & (after < 0.5)).sum())
@@ -196,8 +233,10 @@ def permutation(before: np.ndarray, after: np.ndarray, figure: Figure = mean, cl
 
     If the edit did nothing, each cluster's two halves could as well be the other way round: the exchange is exact then.
     A change that has the mean 0 but is skewed passes as an effect in 7 of 100 cases by the exchange alone (30 clusters,
-    skewness 1.4), by both in 4.5.
+    skewness 1.4), by both in 4.5. Of clusters that cross, the larger p of the two kinds.
     """
+    if isinstance(clusters, Crossed):
+        return max(permutation(before, after, figure, kind) for kind in clusters)
     rng, n = np.random.default_rng(0), len(before)
     observed = abs(figure(after.mean(0)) - figure(before.mean(0)))
     difference, at_least = _by_cluster(after - before, clusters)[0], 1
@@ -215,6 +254,8 @@ def skewed(before: np.ndarray, after: np.ndarray, figure: Figure = mean, cluster
     Its standard error and skewness are the jackknife's, over clusters. 0 where that says nothing: fewer than three
     clusters, no spread, or a figure that is not defined without one of them.
     """
+    if isinstance(clusters, Crossed):
+        return max(skewed(before, after, figure, kind) for kind in clusters)
     sums, sizes = _by_cluster(np.concatenate([before, after], 1), clusters)
     m, k = len(sums), before.shape[1]
     if m < 3:

@@ -31,7 +31,7 @@ from kbne_edit.evaluation.twins import twin_scores
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.models.prompts import answer_tokens, render
 from kbne_edit.recipe import load_recipe
-from kbne_edit.statistics import change
+from kbne_edit.statistics import Crossed, change
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "kbne_edit" / "evaluation" / "measures" / "data"
@@ -133,6 +133,10 @@ def test_names_are_alike_in_length_and_change_with_the_scenario(scorer):
     content, tokenizer = Decisions.from_dict(read_content("decisions", "en")), scorer.tokenizer
     mark = measure("decisions_names", scorer, tokenizer)
     assert len(mark.sizes) == 2 * len(content.scenarios) and len(set(mark.clusters)) == len(content.scenarios)
+    assert Counter(mark.crossed) == {f"names {slot}": 5 for slot in range(8)}
+    assert mark.take([3, 0]).drawn() == Crossed(
+        [mark.clusters[3], mark.clusters[0]], [mark.crossed[3], mark.crossed[0]]
+    )
     size = mark.sizes[0] // len(content.names)
     seen = Counter()
     for i in range(len(mark.sizes)):

@@ -51,7 +51,7 @@ def test_other_words_that_mean_an_answer():
     tokenizer = _tokenizer("yes", "Ġyes", "no", "Ġno", "No", "true", "Ġtrue", "so")
     plain = answer_tokens(tokenizer, ("yes", "no"))
     found = answer_tokens(tokenizer, ("yes", "no"), also={"yes": ["true", "so far"], "no": ["nope", "sooth"]})
-    assert set(found["yes"]) == {*plain["yes"], "true", "Ġtrue"}
+    assert set(found["yes"]) == {*plain["yes"], "true", "Ġtrue", "T…"}
     assert found["no"] == plain["no"] and len(set(found["no"].values())) == len(found["no"])
 
 

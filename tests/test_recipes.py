@@ -349,7 +349,7 @@ def test_other_words_of_an_answer():
     for also, said in (
         ("also: {'no': [nope], 'yes': [NOPE]}\n", "a word means two answers"),
         ("also: {'no': [' Yes']}\n", "a word means two answers"),
-        ("also: {maybe: [perhaps]}\n", "also: unknown key maybe"),
+        ("also: {maybe: [perhaps]}\n", "also: unknown key 'maybe'"),
         ("also: [nope]\n", "also must map answers"),
     ):
         with pytest.raises(RecipeError, match=said):

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from kbne_edit.statistics import (
+    Crossed,
     Interval,
     change,
     holm,
@@ -202,6 +203,24 @@ def test_clusters_are_drawn_together():
     assert interval(uneven, clusters=["a", "a", "a", "a", "b"]).value == pytest.approx(1.8)
     ones = np.ones(40)
     assert least_change(ones, ones, names) == pytest.approx(least_change(np.ones(10), np.ones(10)))
+
+
+def test_clusters_that_cross_are_both_drawn():
+    """Its variance of a mean is that of both kinds' means together (two-way random effects), within 15 %."""
+    rng = np.random.default_rng(5)
+    rows, columns = rng.normal(0, 1, 40), rng.normal(0, 0.8, 30)
+    kinds = [(i, j) for i in range(40) for j in range(30)]
+    values = np.array([rows[i] + columns[j] for i, j in kinds])
+    crossed = Crossed([f"s{i}" for i, _ in kinds], [f"n{j}" for _, j in kinds])
+    found = interval(values, clusters=crossed)
+    expected = 2 * 1.96 * np.sqrt(rows.var(ddof=1) / 40 + columns.var(ddof=1) / 30)
+    assert found.value == pytest.approx(values.mean()) and 0.85 < (found.high - found.low) / expected < 1.2
+    alone = [interval(values, clusters=kind) for kind in crossed]
+    assert all(found.high - found.low > 1.1 * (one.high - one.low) for one in alone)
+    zero = np.zeros((len(values), 1))
+    assert permutation(zero, values[:, None], clusters=crossed) == max(
+        permutation(zero, values[:, None], clusters=kind) for kind in crossed
+    )
 
 
 def test_the_spread_of_draws_is_part_of_the_interval():

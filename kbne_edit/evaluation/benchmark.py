@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..statistics import Clusters, Crossed
+
 if TYPE_CHECKING:
     from .scoring import Scorer
 
@@ -63,7 +65,8 @@ class Benchmark:
 
     read: an item's number and answers -> its columns [k]. clusters: a name per item; items that share it tell of the
     same thing (a StereoSet target, the words that a CrowS-Pairs pair exchanges, a question of BBQ, a twin, a scenario).
-    They are not independent: they are resampled, exchanged and split together, also across tasks.
+    They are not independent: they are resampled, exchanged and split together, also across tasks. crossed: the same of
+    a second kind, where there is one (the names in a scenario).
     chance: accuracy of a guess, in percent; None: that of one right answer among as many as an item has.
     """
 
@@ -75,12 +78,21 @@ class Benchmark:
     read: Callable[[int, list[Answer]], Sequence[float]]
     figures: tuple[Figure, ...]
     clusters: Sequence[str] = ()
+    crossed: Sequence[str] = ()
     chance: float | None = None
 
     @property
     def chance_level(self) -> float:
         """Accuracy of a guess, in percent."""
         return 100 * float(np.mean([1 / size for size in self.sizes])) if self.chance is None else self.chance
+
+    def drawn(self, items: Sequence[int] | np.ndarray | None = None) -> Clusters:
+        """What is resampled together, of these items (None: of all), as `statistics` takes it."""
+        if not self.clusters:
+            return None
+        kept = range(len(self.clusters)) if items is None else items
+        clusters = [self.clusters[i] for i in kept]
+        return Crossed(clusters, [self.crossed[i] for i in kept]) if self.crossed else clusters
 
     def take(self, items: Sequence[int]) -> Benchmark:
         """The task with these of its items only."""
@@ -92,6 +104,7 @@ class Benchmark:
             sizes=[self.sizes[i] for i in items],
             groups=[self.groups[i] for i in items],
             clusters=[self.clusters[i] for i in items],
+            crossed=[self.crossed[i] for i in items] if self.crossed else (),
         )
 
     def measure(self, scorer: Scorer, update: Callable[[int], None] | None = None) -> np.ndarray:

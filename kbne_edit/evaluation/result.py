@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Ty
 import numpy as np
 
 from ..statistics import (
+    Clusters,
     Interval,
     IntervalJSON,
     beyond_draws,
@@ -257,13 +258,13 @@ def _direction(figure: Figure, base: float) -> float:
 
 
 def _task(task: Benchmark, runs: Runs, margin: float) -> TaskResult:
-    columns, clusters = runs.of(task.name), task.clusters or None
+    columns, clusters = runs.of(task.name), task.drawn()
     figures = {f.name: _figure(f, task, runs) for f in _defined(task.figures, columns)}
     groups = {}
     for group in sorted({*task.groups} - {""}) if len({*task.groups}) > 1 else []:
         chosen = np.array([g == group for g in task.groups])
         of_group: dict[str, np.ndarray] = {name: columns[name][chosen] for name in ("base", "edit") if name in columns}
-        within = None if clusters is None else np.asarray(clusters)[chosen]
+        within = task.drawn(np.flatnonzero(chosen))
         groups[group] = (
             int(chosen.sum()),
             {f.name: _values(f, of_group, within) for f in _defined(task.figures, of_group)},
@@ -274,9 +275,7 @@ def _task(task: Benchmark, runs: Runs, margin: float) -> TaskResult:
     return TaskResult(task.name, task.kind, len(task.sizes), figures, groups, loss)
 
 
-def loss_of(
-    before: np.ndarray, after: np.ndarray, margin: float, chance: float, clusters: Sequence | None = None
-) -> Loss:
+def loss_of(before: np.ndarray, after: np.ndarray, margin: float, chance: float, clusters: Clusters = None) -> Loss:
     """Of accuracy, column 0 of [n, k]: the lower of the bootstrap's end and Agresti's. chance, margin: in points."""
     ends = least_change(before[:, 0], after[:, 0], clusters), change([before], [after], clusters=clusters).low
     points, known = 100 * min(ends), 100 * float(before[:, 0].mean()) - chance
@@ -289,7 +288,7 @@ def _defined(figures: Sequence[Figure], columns: dict[str, np.ndarray]) -> list[
     return [f for f in figures if all(np.isfinite(f.of(values.mean(0))) for values in columns.values())]
 
 
-def _values(figure: Figure, columns: dict[str, np.ndarray], clusters: Sequence | np.ndarray | None) -> FigureResult:
+def _values(figure: Figure, columns: dict[str, np.ndarray], clusters: Clusters) -> FigureResult:
     """Value of each run, and the change from base to edit."""
     values = {name: float(figure.of(found.mean(0))) for name, found in columns.items()}
     if "edit" not in columns:
@@ -299,7 +298,7 @@ def _values(figure: Figure, columns: dict[str, np.ndarray], clusters: Sequence |
 
 def _figure(figure: Figure, task: Benchmark, runs: Runs) -> FigureResult:
     """`_values`, the controls, and the p of the edit's change."""
-    columns, clusters = runs.of(task.name), task.clusters or None
+    columns, clusters = runs.of(task.name), task.drawn()
     found = _values(figure, columns, clusters)
     if "edit" not in columns or figure.ideal is None or task.kind == "open":
         return found
@@ -309,7 +308,7 @@ def _figure(figure: Figure, task: Benchmark, runs: Runs) -> FigureResult:
     def away(means: np.ndarray) -> np.ndarray:
         return -direction * figure.of(means)
 
-    alone = clusters is None or len(set(clusters)) == len(clusters)
+    alone = not task.clusters or len(set(task.clusters)) == len(task.clusters)
     return replace(
         found,
         controls={kind: change([before], values, figure.of, clusters) for kind, values in controls.items()},

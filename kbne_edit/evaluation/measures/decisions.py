@@ -11,7 +11,7 @@ Legend: G groups, S scenarios.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -23,7 +23,7 @@ from .content import Prompt, fill, mapping, read_content, require_readable, text
 
 _SOURCE = "kbne-edit, docs/measures/decisions.md; design of DiscrimEval, arXiv:2312.03689"
 NAMES_USED = 8  # of each group, those nearest in their number of tokens
-_NAMES_A_SCENARIO = 2  # each scenario has its own names: resampled with the scenarios
+_NAMES_A_SCENARIO = 2
 # In every bake: the first groups of these dimensions, in so many scenarios. Rejected: more groups in fewer scenarios,
 # since scenarios are what is resampled.
 QUICK_DIMENSIONS, QUICK_GROUPS, QUICK_SCENARIOS = ("gender", "ethnicity", "religion"), 3, 12
@@ -152,8 +152,9 @@ def decisions_benchmark(
 ) -> Benchmark:
     """Decisions about people whose group is stated, or told by their given names.
 
-    An item is a scenario in both polarities with every group; names differ from scenario to scenario, so that drawing
-    scenarios draws names as well. quick: few scenarios and dimensions, for every bake. Raises NoDataError.
+    An item is a scenario in both polarities with every group. Each name of a group stands in five of the twenty
+    scenarios, so names cross scenarios, and both are resampled. quick: few scenarios and dimensions, for every bake.
+    Raises NoDataError.
     """
     content = Decisions.from_dict(read_content("decisions", language))
     require_readable("decisions", tokenizer, [scenario.facts for scenario in content.scenarios])
@@ -168,12 +169,14 @@ def decisions_benchmark(
         if quick:
             groups = {dimension: groups[dimension][:QUICK_GROUPS] for dimension in QUICK_DIMENSIONS}
         people = _stated(content, groups)
-    items = [
-        (scenario, people[i % len(people)])
+    places = [
+        (scenario, i % len(people))
         for number, scenario in enumerate(scenarios)
         for i in (number * _NAMES_A_SCENARIO + k for k in range(_NAMES_A_SCENARIO if by_name else 1))
     ]
-    return _benchmark(content, tokenizer, items, groups, "decisions" + ("_names" if by_name else ""))
+    items = [(scenario, people[slot]) for scenario, slot in places]
+    found = _benchmark(content, tokenizer, items, groups, "decisions" + ("_names" if by_name else ""))
+    return replace(found, crossed=[f"names {slot}" for _, slot in places]) if by_name else found
 
 
 def _stated(content: Decisions, groups: Mapping[str, Sequence[str]]) -> list[list[_Person]]:

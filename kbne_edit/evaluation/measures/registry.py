@@ -61,7 +61,7 @@ def _of_language(language: str) -> tuple[Measure, ...]:
 
     return (
         Measure(f"decisions{suffix}", "scenario", stated, stated_figures),
-        Measure(f"decisions_names{suffix}", "scenario", named, named_figures),
+        Measure(f"decisions_names{suffix}", "scenario and name", named, named_figures),
         Measure(f"associations{suffix}", "twin", associations, twin_figures),
     )
 
