@@ -26,7 +26,8 @@ VERSION = 1
 class Edit:
     """Factors of feed-forward neurons.
 
-    site: "down" scales h_i, the input of the down-projection; "gate" scales gate_i, before the activation.
+    site: "down" scales h_i, the input of the down-projection; "gate" scales gate_i, before the activation; "up"
+        scales up_i.
     factors: {layer: {neuron: factor}}, neurons counted from 0 within their layer.
     base: fingerprint of the checkpoint it was made for (`Checkpoint.fingerprint()`); None fits every model that has
         these layers and neurons.

@@ -15,9 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from kbne_edit.architectures import Family
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -46,35 +49,47 @@ def _sections(command: click.Command, name: str, parent: click.Context | None) -
 
 def architectures() -> str:
     """What is known of each architecture, from the table that the code reads."""
-    from kbne_edit.families import FAMILIES, REFUSED, text_parts
+    from kbne_edit.architectures import FAMILIES, INFERRED, MULTIMODAL, NOT_CAUSAL, REASONS
 
     head = (
         "# Architectures\n\nBy the model type in config.json. Written by `scripts/make_docs.py` from "
-        "`kbne_edit/families.py`.\n"
+        "`kbne_edit/architectures.py`. `python benchmarks/architectures.py` runs every causal architecture of the "
+        "installed transformers, tiny and seeded, and prints what works.\n"
     )
-    rows = ["| architecture | feed-forward block | sites | IA³ form |", "|---|---|---|---|"]
-    for name, family in sorted(FAMILIES.items()):
-        block = "mixture of experts" if family.experts else "gated" if family.gate else "plain"
-        block += ", gate and up in one tensor" if family.packed else ""
-        block += ", a shared expert" if family.shared else ""
-        sites = "down, gate" if family.gate and not family.experts else "down"
-        rows.append(f"| `{name}` | {block} | {sites} | {'no' if family.experts else 'yes'} |")
+    rows = ["| architecture | feed-forward block | sites | attribution | IA³ form |", "|---|---|---|---|---|"]
+    rows += [_architecture(name, family) for name, family in sorted(FAMILIES.items())]
     known = (
         f"{len(FAMILIES)} architectures. If the text part of a multimodal checkpoint is one of them, kbne-edit edits "
+        "the text part and copies the rest bit for bit. Tested: "
+        f"{', '.join(f'`{name}`' for name in MULTIMODAL)}.\n"
     )
-    known += "the text part and copies the rest bit for bit. Tested: "
-    known += ", ".join(f"`{name}`" for name in text_parts()) + ".\n"
     known += (
         "\nAn architecture that is not in the table is inferred if transformers can build it: kbne-edit takes the one "
-    )
-    known += (
         "projection that closes each layer's feed-forward block. The site is down, and both proofs apply as for any "
+        f"other. `kbne-edit bake` prints a note. Tested: {', '.join(f'`{name}`' for name in INFERRED)}.\n"
+        "\nAttribution by packed rows computes all layers of many questions in one pass. Where layers hand a state "
+        "from token to token, share keys and values, or bias attention by position, the model runs whole for each "
+        "layer, prompt by prompt: the same scores, many times the work. Gemma 4 E2B and E4B and Falcon with ALiBi run "
+        "whole, too. A block that Zamba uses in several layers has its neurons in the first of them.\n"
     )
-    known += "other. `kbne-edit bake` prints a note. Models that share keys and values between layers (Gemma 4 E2B and "
-    known += "E4B), Falcon with ALiBi and models with recurrent layers are computed whole, prompt by prompt.\n"
+    reasons: dict[str, list[str]] = {
+        f"{kind}, not a causal language model": list(names) for kind, names in NOT_CAUSAL.items()
+    }
+    for name, reason in REASONS.items():
+        reasons.setdefault(reason, []).append(name)
     refused = ["## Refused, with the reason\n", "| architecture | reason |", "|---|---|"]
-    refused += [f"| {', '.join(f'`{name}`' for name in names)} | {reason} |" for reason, names in REFUSED.items()]
+    refused += [f"| {', '.join(f'`{name}`' for name in names)} | {reason} |" for reason, names in reasons.items()]
     return "\n".join([head, known, *rows, "", *refused, ""])
+
+
+def _architecture(name: str, family: Family) -> str:
+    block = "mixture of experts" if family.experts else "gated" if family.gate else "plain"
+    block += ", gate and up in one tensor" if family.packed else ""
+    block += ", a shared expert" if family.shared else ""
+    block += ", not in every layer" if family.sparse else ""
+    sites = "down, gate, up" if family.gate else "down"
+    rows = "whole prompts" if family.recurrent else "packed rows"
+    return f"| `{name}` | {block} | {sites} | {rows} | {'no' if family.experts else 'yes'} |"
 
 
 def picture() -> str:

@@ -112,8 +112,39 @@ def test_scores_equal_gradients_of_the_weights(name, positions):
             assert (got - want.reshape(-1)).abs().max() <= 1e-5 * scores.abs().max()
 
 
-def test_gate_site_is_refused():
-    with pytest.raises(FamilyError, match="--site down"), hooked(tiny_model("mixtral"), Edit("gate", {0: {1: 2.0}})):
+@pytest.mark.parametrize("site", ["gate", "up"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "llama4_text", "granitemoe", "gemma4_text"])
+def test_gate_and_up_of_experts(name, site, tmp_path):
+    """Apart, side by side, interleaved with biases, transposed, beside a shared expert: fold, hooks and apply_."""
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "base")
+    sizes = [end(found) for found in places(model, site)]
+    edit = Edit(site, {layer: {n: 2.0 for n in (3, size // 2, size - 1)} for layer, size in enumerate(sizes)})
+    fold(tmp_path / "base", edit, tmp_path / "out")
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        before = model(ids).logits
+        with hooked(model, edit):
+            expected = model(ids).logits
+        assert not torch.equal(before, expected)
+        assert torch.equal(load_model(tmp_path / "out", torch.float32)(ids).logits, expected)
+        assert verify(tmp_path / "base", tmp_path / "out").ok
+        assert torch.equal(edit.apply_(model)(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "phi3"])
+def test_up_is_linear(name):
+    """Of an ordinary gated block, a factor on up is a factor on h."""
+    model, ids, neurons = tiny_model(name), torch.tensor([PROMPT]), {0: {3: 4.0, 40: 0.5}}
+    logits = []
+    for site in ("down", "up", "gate"):
+        with torch.no_grad(), hooked(model, Edit(site, neurons)):
+            logits.append(model(ids).logits)
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+
+
+def test_a_plain_block_has_neither_gate_nor_up():
+    with pytest.raises(FamilyError, match="--site down"), hooked(tiny_model("gpt2"), Edit("up", {0: {1: 2.0}})):
         pass
 
 

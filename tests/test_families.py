@@ -20,7 +20,7 @@ from kbne_edit.folding.plan import Plan
 from kbne_edit.models.places import num_neurons, places
 from kbne_edit.proofs import behaviour
 from kbne_edit.proofs.passes import last_rounding
-from tiny import FAMILIES, HYBRIDS, MIXTURES, MULTIMODAL, WHOLE, tiny_config, tiny_model
+from tiny import FAMILIES, HYBRIDS, MIXTURES, MORE, MORE_HYBRIDS, MULTIMODAL, WHOLE, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 17, 40, 8, 22, 31, 9, 60]])
 NEURONS = {0: (3, 47), 2: (0, 10, 11)}
@@ -175,7 +175,9 @@ def test_every_family_is_under_the_contract():
     from kbne_edit.families import FAMILIES as known
 
     text_parts = {tiny_config(name).text_config.model_type for name in WHOLE}
-    assert set(known) == {name.split("-")[0] for name in [*FAMILIES, *MIXTURES, *HYBRIDS]} | text_parts
+    assert set(known) == {
+        name.split("-")[0] for name in [*FAMILIES, *MIXTURES, *HYBRIDS, *MORE_HYBRIDS]
+    } | text_parts | {*MORE}
 
 
 def _stack(prefix, layers):

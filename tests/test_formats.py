@@ -116,8 +116,7 @@ REFUSED = {
     "attention": (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), "k_proj"),
     "output of down": (IA3Config(target_modules=["down_proj"], feedforward_modules=[]), r"\[32, 1\]"),
     "input of gate": (IA3Config(target_modules=["gate_proj"], feedforward_modules=["gate_proj"]), r"\[1, 32\]"),
-    "up": (IA3Config(target_modules=["up_proj"], feedforward_modules=[]), "up_proj"),
-    "both": (IA3Config(target_modules=["down_proj", "gate_proj"], feedforward_modules=["down_proj"]), "both sites"),
+    "both": (IA3Config(target_modules=["down_proj", "gate_proj"], feedforward_modules=["down_proj"]), "several sites"),
     "head": (
         IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], modules_to_save=["lm_head"]),
         "lm_head",
@@ -180,6 +179,7 @@ def _bytes(folder, pattern="*"):
         ("llama", "down"),
         ("llama-biased", "gate"),
         ("phi3", "gate"),
+        ("phi3", "up"),
         ("gpt2", "down"),
         ("mixtral", "down"),
         ("gpt_oss", "down"),

@@ -10,28 +10,35 @@ from kbne_edit import Edit, attribute, fold, hooked, revert, verify
 from kbne_edit.attribution import gradients
 from kbne_edit.attribution.gradients import attributions
 from kbne_edit.evaluation.batched import score_edits
+from kbne_edit.families import end
 from kbne_edit.models.loading import load_model
-from kbne_edit.models.places import is_recurrent
+from kbne_edit.models.places import is_recurrent, places
 from kbne_edit.models.trees import Tree, logits_at
-from tiny import HYBRIDS, INFERRED, WHOLE_PROMPTS, tiny_model
+from tiny import HYBRIDS, INFERRED, MORE_HYBRIDS, WHOLE_PROMPTS, tiny_model
 
 PROMPTS, ANSWERS = [[5, 9, 40, 7, 8], [7, 8, 9, 10, 11, 30]], [[11, 12], [13]]
-EDIT = Edit("down", {0: {3: 2.0, 17: 4.0}, 2: {40: 0.5}})
 
 
-@pytest.fixture(params=[*HYBRIDS, *INFERRED, *WHOLE_PROMPTS])
+@pytest.fixture(params=[*HYBRIDS, *MORE_HYBRIDS, *INFERRED, *WHOLE_PROMPTS])
 def hybrid(request, tmp_path):
     model = tiny_model(request.param)
     model.save_pretrained(tmp_path / "base")
     return model, tmp_path
 
 
+def _edit(model):
+    """Neurons of the first and the last layer that have a feed-forward block."""
+    sizes = {layer: end(found) for layer, found in enumerate(places(model, "down")) if found}
+    return Edit("down", {min(sizes): {3: 2.0, 17: 4.0}, max(sizes): {sizes[max(sizes)] - 1: 0.5}})
+
+
 def test_the_fold_equals_the_hooks(hybrid):
     model, folder = hybrid
     assert is_recurrent(model)
-    fold(folder / "base", EDIT, folder / "out")
+    edit = _edit(model)
+    fold(folder / "base", edit, folder / "out")
     ids = torch.tensor([PROMPTS[1]])
-    with torch.inference_mode(), hooked(model, EDIT):
+    with torch.inference_mode(), hooked(model, edit):
         expected = model(input_ids=ids, use_cache=False).logits
     baked = load_model(folder / "out", torch.float32)
     with torch.inference_mode():
@@ -47,11 +54,12 @@ def test_texts_side_by_side_are_scored_as_each_alone(hybrid):
     """They begin alike, so that a packed pass would mix their states."""
     model, _ = hybrid
     pairs = [([5, 9], [40, 7]), ([5, 9], [40, 8, 3]), ([5, 9, 40], [11])]
-    found = score_edits(model, pairs, [None, EDIT])
+    changed = _edit(model)
+    found = score_edits(model, pairs, [None, changed])
     tree = Tree([context + text for context, text in pairs])
     logits = logits_at(model, tree, range(len(tree.tokens)))
     for i, (context, text) in enumerate(pairs):
-        for row, edit in enumerate((None, EDIT)):
+        for row, edit in enumerate((None, changed)):
             with torch.inference_mode(), hooked(model, edit) if edit else nullcontext():
                 logp = model(input_ids=torch.tensor([context + text]), use_cache=False).logits[0].log_softmax(-1)
             expected = sum(float(logp[len(context) - 1 + k, token]) for k, token in enumerate(text))
@@ -63,7 +71,7 @@ def test_texts_side_by_side_are_scored_as_each_alone(hybrid):
 def test_attribution_is_complete(hybrid):
     """In a mixture of experts a router's choice turns along the path, and no quadrature is complete across a jump."""
     model, _ = hybrid
-    dense = not hasattr(model.config, "num_experts_per_tok")
+    dense = not any(place.experts for layer in places(model, "down") for place in layer)
     for result, ids, answer in zip(attributions(model, PROMPTS, ANSWERS), PROMPTS, ANSWERS, strict=True):
         assert result.residual.max() < 0.01 or not dense
         with torch.inference_mode():

@@ -12,7 +12,7 @@ PACKAGE = Path(kbne_edit.__file__).parent
 # neighbours, which may not import each other.
 ORDER = """
 errors statistics distributed
-structure
+structure architectures
 progress files families plots rule
 yamlfile
 edit recipe

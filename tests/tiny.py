@@ -241,12 +241,137 @@ HYBRIDS: dict[str, dict] = {
     "qwen3_next": _MOE | _LINEAR | dict(shared_expert_intermediate_size=40, decoder_sparse_step=1),
     "qwen3_5_moe_text": _MOE | _LINEAR | dict(shared_expert_intermediate_size=40),
 }
+_SHARED_EXPERT = _MOE | dict(shared_expert_intermediate_size=40, decoder_sparse_step=1)
+_KIMI = _SHARED | dict(
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    num_key_value_heads=4,
+    linear_attn_config=dict(short_conv_kernel_size=4, head_dim=8, num_heads=4, kda_layers=[1, 3], full_attn_layers=[2]),
+)
+_ZAMBA = _COMMON | dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    attention_head_dim=16,
+    mamba_d_state=16,
+    n_mamba_heads=4,
+    chunk_size=8,
+    use_mamba_kernels=False,
+    max_position_embeddings=64,
+    adapter_rank=4,
+    layers_block_type=["hybrid", "mamba", "hybrid", "hybrid"],
+)
+# Hybrids of which some layers have no feed-forward block, or use an earlier one again; others that run whole.
+MORE_HYBRIDS: dict[str, dict] = {
+    "jamba": _MOE
+    | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1)
+    | dict(mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=4, use_mamba_kernels=False),
+    "nemotron_h": _SHARED
+    | dict(
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        n_groups=1,
+        ssm_state_size=16,
+        chunk_size=8,
+        conv_kernel=4,
+        moe_shared_expert_intermediate_size=40,
+        use_mamba_kernels=False,
+    ),
+    "zamba2": _ZAMBA | dict(num_mem_blocks=2),
+    "zamba": _ZAMBA | dict(mamba_expand=2, mamba_d_conv=4, mamba_dt_rank=4),
+    "lfm2_moe": _MOE | dict(num_dense_layers=1, conv_L_cache=3, layer_types=["conv", "full_attention", "conv"]),
+    "minimax": _MOE | dict(layer_types=["linear_attention", "full_attention", "linear_attention"], block_size=4),
+    "kimi_linear": _KIMI,
+    "granitemoehybrid-moe": _MOE
+    | _MAMBA
+    | dict(shared_intermediate_size=40, layer_types=["mamba", "attention", "mamba"]),
+    "bloom": _COMMON | dict(hidden_size=32, n_layer=3, n_head=4),
+    "mpt": _COMMON | dict(d_model=32, n_heads=4, n_layers=3, expansion_ratio=2, max_seq_len=64),
+    "gemma3n_text": _GEMMA4
+    | dict(
+        num_hidden_layers=4,
+        intermediate_size=[48, 40, 48, 48],
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97,
+        altup_num_inputs=2,
+        laurel_rank=4,
+    ),
+}
+# What architectures call their sizes. `MORE` takes of it what a configuration class knows.
+_ANY = (
+    _SHARED
+    | _LATENT
+    | _MAMBA
+    | dict(n_embd=32, n_inner=48, n_layer=3, n_head=4, n_positions=64, d_model=32, n_heads=4, n_layers=3, ffn_dim=48)
+    | dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+    | dict(linear_conv_kernel_dim=4, shared_expert_intermediate_size=40, decoder_sparse_step=1, sliding_window=8)
+    | dict(
+        d_ff=48, dff=48, dim_ff=48, attention_window_size=8, lru_width=32, chunk_size=8, dropout=0.0, resid_pdrop=0.0
+    )
+)
+# Architectures of the table that the suite leaves to benchmarks/architectures.py, which runs all of them.
+MORE: dict[str, dict] = {
+    "apertus1p5_text": {},
+    "aria_text": dict(moe_num_experts=4, moe_topk=2),
+    "axk1": {},
+    "axk2": dict(num_key_value_heads=4, index_n_heads=2, index_head_dim=8, index_topk=4),
+    "bailing_hybrid": dict(
+        num_key_value_heads=4, layer_types=["linear_attention", "full_attention", "linear_attention"]
+    ),
+    "beam": {},
+    "bitnet": {},
+    "cohere2_moe": {},
+    "ctrl": dict(n_ctx=64),
+    "deepseek_v32": dict(num_key_value_heads=4, index_n_heads=2, index_head_dim=8, index_topk=4),
+    "deepseek_v4": dict(num_key_value_heads=1, index_n_heads=2, index_head_dim=8, index_topk=4),
+    "doge": {},
+    "dots3_note_text": dict(num_key_value_heads=4),
+    "exaone": {},
+    "flint": {},
+    "gemma4_unified_text": dict(global_head_dim=16),
+    "glm_moe_dsa": dict(num_key_value_heads=4, index_n_heads=2, index_head_dim=8, index_topk=4),
+    "granitemoe_swa": {},
+    "granitemoeshared": dict(shared_intermediate_size=40),
+    "hy_v3": {},
+    "hy_v4": dict(num_key_value_heads=4),
+    "internlm3": {},
+    "iquestcoder": {},
+    "kolibri1": {},
+    "laguna": {},
+    "lara_mini": {},
+    "lfm3": dict(layer_types=["conv", "full_attention", "conv"], conv_L_cache=3),
+    "mimo_v2_flash": dict(num_key_value_heads=2),
+    "modernbert-decoder": dict(local_attention=8),
+    "moshi": dict(ffn_dim=96),
+    "openai-gpt": {},
+    "qwen4_exp_text": dict(
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
+    "recurrent_gemma": {},
+    "rwkv": dict(attention_hidden_size=32, context_length=64),
+    "sarvam_mla": dict(num_key_value_heads=4),
+    "sarvam_moe": {},
+    "xlstm": dict(hidden_size=128, embedding_dim=128, num_heads=4, num_blocks=3, chunk_size=16),
+    "zaya": dict(num_experts_per_tok=1),
+}
 # In no table: their structure is read off the modules. ALiBi and shared keys and values are computed whole, too.
 INFERRED: dict[str, dict] = {
     "biogpt": _NEOX,
     "diffllama": _LLAMA | dict(num_key_value_heads=4),
     "gpt_neox_japanese": _NEOX | dict(intermediate_multiple_size=2),
-    "mpt": _COMMON | dict(d_model=32, n_heads=4, n_layers=3, expansion_ratio=2, max_seq_len=64),
 }
 WHOLE_PROMPTS: dict[str, dict] = {
     "falcon-alibi": FAMILIES["falcon"] | dict(alibi=True),
@@ -264,8 +389,14 @@ WHOLE = MULTIMODAL | MULTIMODAL_MIXTURES | TEXT_ALONE
 
 
 def tiny_config(name: str):
+    if name in MORE:
+        known = type(AutoConfig.for_model(name))
+        names = {*known().to_dict(), *getattr(known, "attribute_map", {})}
+        return known(**{key: value for key, value in _ANY.items() if key in names} | MORE[name])
     model_type, *_ = name.split("-")
-    return AutoConfig.for_model(model_type, **(FAMILIES | MIXTURES | HYBRIDS | INFERRED | WHOLE_PROMPTS | WHOLE)[name])
+    return AutoConfig.for_model(
+        model_type, **(FAMILIES | MIXTURES | HYBRIDS | MORE_HYBRIDS | INFERRED | WHOLE_PROMPTS | WHOLE)[name]
+    )
 
 
 def auto_class(name: str):
@@ -279,12 +410,15 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32):
     model = build(tiny_config(name), dtype=torch.float32, experts_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
             if parameter.dim() >= 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         saved = model.state_dict().keys()
         for name, buffer in model.named_buffers():  # a router's bias, a layer's scale
-            if name in saved:
+            # MiniMax saves what makes its linear attention causal.
+            if name in saved and buffer.is_floating_point() and "decay" not in name:
                 buffer.add_(torch.randn_like(buffer) * 0.05)
     return model if dtype == torch.float32 else model.to(dtype)

@@ -34,7 +34,7 @@ from ..models.places import decoder_layers, is_recurrent, post_norm
 from ..progress import say
 from .quadrature import Adaptive, Fixed, Found, Path, quadrature
 from .rows import Asked, Pack, Rows, Segment, trunk
-from .whole import Question, settle
+from .whole import Question, settle, uses
 
 TOLERANCE = 0.01  # completeness residual of a layer, relative to the question's largest score
 
@@ -158,7 +158,8 @@ def attributions(
             Question(layers.model, site, input_ids[q], answer_ids[q], other_ids[q] if other_ids else None, positions)
             for q in wanted
         )
-        yield from _unpacked(layers, questions, partial(_rule, quadrature, layers.model, tolerance, positions), arrived)
+        count = positions * uses(layers.model, site)
+        yield from _unpacked(layers, questions, partial(_rule, quadrature, layers.model, tolerance, count), arrived)
         return
     every = packs(layers.model, input_ids, quadrature, positions)
     todo = [pack for pack in every if not set(pack).isdisjoint(wanted)]

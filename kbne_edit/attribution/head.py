@@ -9,7 +9,7 @@ Legend: R rows, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -123,15 +123,44 @@ class _AtHead(Exception):
 def before_head(model: Any, hidden: Tensor) -> Tensor:
     """What the model gives to its head for these outputs of the last layer: [1, R, D] -> [R, D]."""
 
+    found = at_head(model, lambda: head(model, hidden))
+    return found.reshape(-1, found.shape[-1])
+
+
+def at_head(model: Any, run: Callable[[], Any]) -> Tensor:
+    """What the model gives to its head while `run` runs it, which is left there: [B, N, D]."""
+
     def leave(hidden: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
         raise _AtHead(hidden)
 
     try:
         with replaced([model.get_output_embeddings()], leave):
-            head(model, hidden)
+            run()
     except _AtHead as reached:
-        return reached.hidden.reshape(-1, reached.hidden.shape[-1])
+        return reached.hidden
     raise AssertionError(f"{type(model).__name__} did not call its head")
+
+
+def after_head(model: Any, hidden: Tensor) -> Tensor:
+    """The head, and what the model does to its output: what `at_head` gave, [R, D] -> logits [R, V] float32.
+
+    For models that run whole. Where something follows the head (a scale, a soft cap), the model itself runs on one
+    token a row, with these states at its head.
+    """
+    output = model.get_output_embeddings()
+    logits = output(hidden)
+
+    def given(of_rows: Tensor) -> Tensor:
+        ids = np.zeros((len(of_rows), 1), int)
+        with replaced([output], lambda *_, **__: of_rows[:, None]):
+            return model(input_ids=on_device(model, ids), use_cache=False).logits[:, -1]
+
+    if model not in _ends_with_head:
+        _ends_with_head[model] = torch.equal(given(logits[:1]), logits[:1])
+    return (logits if _ends_with_head[model] else given(logits)).float()
+
+
+_ends_with_head: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def head(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..families import SITES
 from . import options
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ PART = click.Choice(["association", "sentiment", "prior", "guess", "all"])
     help="File for the gradients, to resume and reuse.  [default: beside --out]",
 )
 @click.option("--draws", type=int, default=3, show_default=True, help="Number of draws of shuffled labels.")
-@click.option("--site", type=click.Choice(["down", "gate"]), default="down", show_default=True, help="Where to scale.")
+@click.option("--site", type=click.Choice(SITES), default="down", show_default=True, help="Where to scale.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import one_line
+from ..families import SITES
 from ..rule import COMBINE, RULES
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ locating = _together(
     ),
     click.option(
         "--site",
-        type=click.Choice(["down", "gate"]),
+        type=click.Choice(SITES),
         default="down",
         show_default=True,
-        help="Where to scale: input of the down-projection, or output of the gate projection.",
+        help="Where to scale: input of the down-projection, or output of the gate or up projection.",
     ),
     click.option(
         "--quadrature",

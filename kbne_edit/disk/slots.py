@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..architectures import beside
 from ..errors import FamilyError, shown
-from ..families import Family, Site, end, family_of, hidden_size, num_layers, unknown_family_hint
+from ..families import Family, Site, end, family_of, hidden_size, num_layers, owners, unknown_family_hint
 from .layouts.codecs import Codec, codec_of
 from .tensors import TensorInfo
 
@@ -24,9 +25,10 @@ class Slot:
     Whatever the format, what carries a neuron is a column or a row of one tensor whose dtype can be multiplied (of a
     quantised matrix: of its scales). The rest of the tool knows slots and no formats.
     experts: None, or the size of axis 0 where the tensor stacks all experts.
-    start: where along the axis the first of the neurons stands. Of a quantised matrix's carrier also: codec, how its
-    numbers are multiplied (a key of `CODECS`; None: as its dtype says); view: the shape that it is read in, where that
-    is not its own; block: where rows share a scale, the tensor that holds it and how many rows do.
+    start: where along the axis the first of the neurons stands; stride: how far the next one is.
+    Of a quantised matrix's carrier also: codec, how its numbers are multiplied (a key of `CODECS`; None: as its dtype
+    says); view: the shape that it is read in, where that is not its own; block: where rows share a scale, the tensor
+    that holds it and how many rows do.
     """
 
     tensor: str
@@ -36,9 +38,15 @@ class Slot:
     neurons: int
     experts: int | None = None
     start: int = 0
+    stride: int = 1
     codec: str | None = None
     view: tuple[int, ...] | None = None
     block: tuple[str, int] | None = None
+
+    @property
+    def along(self) -> slice:
+        """Its neurons along the axis."""
+        return slice(self.start, self.start + self.neurons * self.stride, self.stride)
 
     def numbers(self, tensor: TensorInfo) -> Codec:
         """How the tensor's numbers are read and multiplied. Raises CheckpointError where they cannot be."""
@@ -55,14 +63,19 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], site: Site
     `shapes` maps tensor names on disk to shapes. Raises FamilyError if a layer's tensor is absent or ambiguous.
     """
     family, count, size = family_of(config), num_layers(config), hidden_size(config)
-    stack = _decoder(shapes, family, count)
-    result = {}
+    family.module(site)
+    stack, again = _decoder(shapes, family, count), owners(config)
+    result: dict[int, list[Slot]] = {}
     for layer in range(count):
+        if layer in again:  # the block stands at the layer that uses it first
+            result[layer] = []
+            continue
         own = stack.get(layer, {})
-        result[layer] = _expert_slots(own, shapes, layer, family, size) or _dense_slots(
-            own, shapes, layer, family, site
-        )
-        if not result[layer]:
+        result[layer] = []
+        for names in filter(None, (family.disk, family)):
+            found = _Layer(layer, own, shapes, names, site)
+            result[layer] = result[layer] or _expert_slots(found, size) or _dense_slots(found, names.down)
+        if not result[layer] and not (family.sparse and own):
             name = f"{family.layers.rpartition('.')[2]}.{layer}.{family.module(site)}.weight"
             raise FamilyError(
                 f"no tensor on disk for {name} of {shown(config['model_type'])}; "
@@ -78,6 +91,7 @@ def _decoder(shapes: Iterable[str], family: Family, count: int) -> dict[int, dic
     another prefix. The decoder's prefix is the one that has all `count` layers; where several have, the one that the
     family names (`model.layers`).
     """
+    family = family.disk or family
     stem = family.layers.rpartition(".")[2]
     pattern = re.compile(rf"((?:.*?\.)??){re.escape(stem)}\.(\d+)\.(.+)")
     stacks: dict[str, dict[int, dict[str, str]]] = {}
@@ -107,42 +121,76 @@ def layer_sizes(by_layer: dict[int, list[Slot]]) -> list[int]:
 _OTHER_PARTS = re.compile(r"(?:^|[._])(?:vision|visual|audio)")  # towers have layers, too; only the text is edited
 
 
-def _dense_slots(
-    own: dict[str, str], shapes: dict[str, tuple[int, ...]], layer: int, family: Family, site: Site
-) -> list[Slot]:
-    """own: {name below the layer: full name}."""
+class _Layer(NamedTuple):
+    """A layer on disk. own: {name below the layer: full name}; shapes: of all tensors; family: names in use on disk."""
+
+    index: int
+    own: dict[str, str]
+    shapes: Shapes
+    family: Family
+    site: Site
+
+
+def _dense_slots(layer: _Layer, down: str, offset: int = 0) -> list[Slot]:
+    """down: the block's down-projection."""
+    family, site = layer.family, layer.site
     # W_down is [D, F] in nn.Linear and [F, D] in Conv1D; W_gate is [F, D], packed [2 F, D] with the gate first.
-    axis, share = (0 if site == "gate" or family.conv1d else 1), (2 if site == "gate" and family.packed else 1)
+    axis, share = (0 if site != "down" or family.conv1d else 1), (2 if site != "down" and family.packed else 1)
+    path = family.module(site) if down == family.down else beside(down, site)
     result = []
-    for kind in ("weight", "bias") if site == "gate" else ("weight",):
-        if name := own.get(f"{family.module(site)}.{kind}"):
-            shape = _shape(name, shapes, 2 if kind == "weight" else 1)
-            result.append(Slot(name, layer, axis, 0, shape[axis] // share))
+    for kind in ("weight", "bias") if site != "down" else ("weight",):
+        if name := layer.own.get(f"{path}.{kind}"):
+            shape = _shape(name, layer.shapes, 2 if kind == "weight" else 1)
+            neurons = shape[axis] // share
+            start = neurons if share == 2 and site == "up" else 0
+            result.append(Slot(name, layer.index, axis, offset, neurons, start=start))
     return result if result and result[0].tensor.endswith("weight") else []
 
 
-def _expert_slots(
-    own: dict[str, str], shapes: dict[str, tuple[int, ...]], layer: int, family: Family, size: int
-) -> list[Slot]:
-    """own: as of `_dense_slots`; size: D."""
+def _expert_slots(layer: _Layer, size: int) -> list[Slot]:
+    """size: D."""
+    family = layer.family
     if family.experts is None:
         return []
+    stacked = "N" not in family.expert_down
+    result = _stacked(layer, size) if stacked else _one_by_one(layer)
+    if result and family.shared:
+        result += _dense_slots(layer, family.shared, end(result))
+    return result
+
+
+def _stacked(layer: _Layer, size: int) -> list[Slot]:
+    """All experts in one tensor, [E, out, in] or transposed."""
+    family, site = layer.family, layer.site
+    if not (down := layer.own.get(family.expert_down)):
+        return []
+    experts, a, b = _shape(down, layer.shapes, 3)
+    transposed = a != size if family.transposed is None else family.transposed  # as transformers decides it
+    neurons = a if transposed else b
+    if site == "down":
+        return [Slot(down, layer.index, 1 if transposed else 2, 0, neurons, experts)]
     result = []
-    if "N" not in family.expert_down:
-        if name := own.get(family.expert_down):
-            experts, a, b = _shape(name, shapes, 3)
-            transposed = a != size if family.transposed is None else family.transposed  # as transformers decides it
-            result.append(Slot(name, layer, *((1, 0, a) if transposed else (2, 0, b)), experts))
-    else:
-        pattern = re.compile(re.escape(family.expert_down).replace("N", r"(\d+)"))
-        numbered = {int(match[1]): name for below, name in own.items() if (match := pattern.fullmatch(below))}
-        if sorted(numbered) != list(range(len(numbered))):
-            raise FamilyError(f"layer {layer} lacks the tensors of some experts: it has {len(numbered)}")
-        for expert, name in sorted(numbered.items()):
-            size = _shape(name, shapes, 2)[1]
-            result.append(Slot(name, layer, 1, expert * size, size))
-    if result and family.shared and (name := own.get(f"{family.shared}.weight")):
-        result.append(Slot(name, layer, 1, end(result), _shape(name, shapes, 2)[1]))
+    for name in (family.expert_gate_up, f"{family.expert_gate_up}_bias"):
+        if full := layer.own.get(name or ""):
+            shape = _shape(full, layer.shapes, 3 if name == family.expert_gate_up else 2)
+            axis = 2 if transposed and len(shape) == 3 else 1
+            start, stride = (int(site == "up"), 2) if family.interleaved else (neurons * int(site == "up"), 1)
+            result.append(Slot(full, layer.index, axis, 0, neurons, experts, start=start, stride=stride))
+    return result
+
+
+def _one_by_one(layer: _Layer) -> list[Slot]:
+    """A tensor for each expert."""
+    family, site = layer.family, layer.site
+    pattern = re.compile(re.escape(beside(family.expert_down, site)).replace("N", r"(\d+)"))
+    numbered = {int(match[1]): name for below, name in layer.own.items() if (match := pattern.fullmatch(below))}
+    if sorted(numbered) != list(range(len(numbered))):
+        raise FamilyError(f"layer {layer.index} lacks the tensors of some experts: it has {len(numbered)}")
+    result = []
+    axis = 1 if site == "down" else 0
+    for expert, name in sorted(numbered.items()):
+        neurons = _shape(name, layer.shapes, 2)[axis]
+        result.append(Slot(name, layer.index, axis, expert * neurons, neurons))
     return result
 
 
@@ -165,9 +213,9 @@ _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 def readout(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> Readout | None:
     """The final norm and the unembedding on disk; None where the last layer's output does not fit the unembedding."""
     family = family_of(config)
-    first = slots(shapes, config, "down")[0][0].tensor
-    stem = family.layers.rpartition(".")[2]
-    prefix = first[: first.rindex(f"{stem}.0.")]
+    first = next(slot for layer in slots(shapes, config, "down").values() for slot in layer)
+    stem = (family.disk or family).layers.rpartition(".")[2]
+    prefix = first.tensor[: first.tensor.rindex(f"{stem}.{first.layer}.")]
     heads = [name for name in shapes if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)]
     tied = [name for part in _EMBEDDINGS if (name := f"{prefix}{part}.weight") in shapes]
     norms = [name for part in _NORMS if (name := f"{prefix}{part}.weight") in shapes]
@@ -185,7 +233,7 @@ def _shape(name: str, shapes: dict[str, tuple[int, ...]], dimensions: int) -> tu
 def by_neuron(array: np.ndarray, slot: Slot) -> np.ndarray:
     """A slot's tensor with one row per neuron of the slot, [neurons, …]."""
     if slot.experts:
-        moved = np.moveaxis(array, slot.axis, 1)
+        moved = np.moveaxis(array, slot.axis, 1)[:, slot.along]
         return moved.reshape(slot.experts * slot.neurons, -1)
-    moved = np.moveaxis(array, slot.axis, 0)[slot.start : slot.start + slot.neurons]
+    moved = np.moveaxis(array, slot.axis, 0)[slot.along]
     return moved.reshape(len(moved), -1)

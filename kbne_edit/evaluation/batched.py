@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attribution.head import head
+from ..attribution.head import after_head, at_head, head
 from ..edit import Edit
 from ..errors import InputError
 from ..families import end
@@ -202,8 +202,8 @@ def _looked_up(
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, states: Tensor) -> Tensor:
-    """Logits [K, V] float32 of the last layer's output at some positions, [K, D]: norm, head and what follows it."""
-    return head(model, states[None])
+    """Logits [K, V] float32 of what `last_states` gave at some positions, [K, D]: norm, head and what follows it."""
+    return after_head(model, states) if is_recurrent(model) else head(model, states[None])
 
 
 class _Reached(Exception):
@@ -215,12 +215,12 @@ class _Reached(Exception):
 
 @torch.inference_mode()
 def last_states(model: nn.Module, tree: Tree, edits: Sequence[Edit | None]) -> Tensor:
-    """The last layer's output for a tree under each edit, [E, N, D].
+    """The last layer's output for a tree under each edit, [E, N, D]; what comes to the head of a model that runs whole.
 
     Raises EditError if an edit does not fit the model.
     """
     if is_recurrent(model):
-        return unpacked(tree, lambda ids: _states(model, edits, ids), model)
+        return unpacked(tree, lambda ids: _states_at_head(model, edits, ids), model)
     device, depth = model.get_input_embeddings().weight.device, np.array(tree.depth)  # type: ignore[operator]
     return _states(
         model,
@@ -244,6 +244,17 @@ def _states(model: nn.Module, edits: Sequence[Edit | None], input_ids: Tensor, *
         except _Reached as reached:
             return reached.hidden
     raise AssertionError(f"{type(model).__name__} did not call its last layer")
+
+
+def _states_at_head(model: nn.Module, edits: Sequence[Edit | None], input_ids: Tensor) -> Tensor:
+    """`_states` of a model that runs whole, one step further: what it gives to its head.
+
+    Its layers may hand on more than hidden states (keys and values, streams, the embedded tokens), so all of them run
+    on every edit.
+    """
+    ids = input_ids.expand(len(edits), -1)
+    with _scaled(model, edits, input_ids.shape[1]):
+        return at_head(model, lambda: model(input_ids=ids, use_cache=False))
 
 
 @contextmanager

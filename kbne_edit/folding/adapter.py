@@ -39,17 +39,26 @@ def load_edit(path: str | Path, checkpoint: Checkpoint) -> Edit:
 
 
 class _Vector(NamedTuple):
-    """Where an IA3 vector acts. shape: (1, F) scales a module's input, (F, 1) its output, packed gates (2 F, 1)."""
+    """Where an IA3 vector acts. shape: (1, F) scales a module's input, (F, 1) its output, packed gates (2 F, 1).
+
+    start: which of its values is the first neuron's.
+    """
 
     module: str
     site: Site
     layer: int
     neurons: int
     shape: tuple[int, int]
+    start: int
 
     @property
     def key(self) -> str:
         return f"base_model.model.{self.module}.ia3_l"
+
+    def takes(self, name: str, values: np.ndarray) -> bool:
+        """True if it is the vector of that name, and scales its own neurons alone (of a fused gate and up)."""
+        others = np.delete(values.ravel(), np.s_[self.start : self.start + self.neurons])
+        return name == self.key and values.shape == self.shape and bool((others == 1).all())
 
 
 def _vectors(checkpoint: Checkpoint) -> list[_Vector]:
@@ -57,10 +66,13 @@ def _vectors(checkpoint: Checkpoint) -> list[_Vector]:
     family = family_of(checkpoint.config)
     found = []
     for site in SITES if family.gate else SITES[:1]:
-        for layer, (slot, *_) in checkpoint.slots(site).items():
+        for layer, (slot, *_) in ((layer, found) for layer, found in checkpoint.slots(site).items() if found):
             size = slot.neurons if checkpoint.quantised else checkpoint.shapes[slot.tensor][slot.axis]
             shape = (1, size) if site == "down" else (size, 1)
-            found.append(_Vector(f"{family.layers}.{layer}.{family.module(site)}", site, layer, slot.neurons, shape))
+            start = 0 if site == "down" or checkpoint.quantised else slot.start
+            found.append(
+                _Vector(f"{family.layers}.{layer}.{family.module(site)}", site, layer, slot.neurons, shape, start)
+            )
     return found
 
 
@@ -74,7 +86,8 @@ def write_adapter(checkpoint: Checkpoint, edit: Edit, part: Path, source: Origin
     tensors = {}
     for vector in used:
         values = np.ones(max(vector.shape), np.float32)
-        values[list(edit.factors[vector.layer])] = list(edit.factors[vector.layer].values())
+        neurons = vector.start + np.array(list(edit.factors[vector.layer]))
+        values[neurons] = list(edit.factors[vector.layer].values())
         tensors[vector.key] = ("F32", values.reshape(vector.shape))
     modules = sorted(vector.module for vector in used)
     config = {
@@ -120,22 +133,22 @@ def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Edit:
     check_form("peft", checkpoint)
     if not (folder / _WEIGHTS).is_file():
         raise EditError(f"{folder} has no {_WEIGHTS}: save the adapter again with PEFT (safe_serialization)")
-    shard, known = Shard.open(folder / _WEIGHTS), {v.key: v for v in _vectors(checkpoint)}
+    shard, known = Shard.open(folder / _WEIGHTS), _vectors(checkpoint)
     sites: dict[Site, dict[int, dict[int, float]]] = {}
     for tensor in shard.tensors:
         values = to_float(read_array(shard, tensor), tensor.dtype)
         if tensor.name.endswith(".ia3_l") and (values == 1).all():
             continue
-        vector = known.get(tensor.name)
-        if vector is None or values.shape != vector.shape or (values.ravel()[vector.neurons :] != 1).any():
+        vector = next((vector for vector in known if vector.takes(tensor.name, values)), None)
+        if vector is None:
             raise EditError(
                 f"{folder} changes {shown(tensor.name)} {list(values.shape)}: an edit scales the input of the "
-                "down-projections or the output of the gate projections of this model, and nothing else"
+                "down-projections or the output of the gate or up projections of this model, and nothing else"
             )
-        factors = {n: float(factor) for n, factor in enumerate(values.ravel()) if factor != 1}
+        factors = {n - vector.start: float(factor) for n, factor in enumerate(values.ravel()) if factor != 1}
         sites.setdefault(vector.site, {})[vector.layer] = factors
     if len(sites) != 1:
-        what = "both sites, and an edit has one" if sites else "nothing"
+        what = "several sites, and an edit has one" if sites else "nothing"
         raise EditError(f"{folder} scales {what}: train it with target_modules and feedforward_modules at one of them")
     ((site, layers),) = sites.items()
     return Edit(site, layers, read_metadata(folder / _WEIGHTS).get("kbne_base"), {"adapter": folder.resolve().name})

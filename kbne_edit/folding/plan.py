@@ -134,7 +134,9 @@ def _targets(checkpoint: Checkpoint, edit: Edit) -> tuple[dict[str, Target], Ine
             if inside.any():
                 slot.numbers(checkpoint.tensors[slot.tensor][1])
                 expert, index = np.divmod(neurons[inside] - slot.offset, slot.neurons)
-                target = Target(slot, index + slot.start, values[inside], expert if slot.experts else None)
+                target = Target(
+                    slot, slot.start + index * slot.stride, values[inside], expert if slot.experts else None
+                )
                 if checkpoint.quantised:
                     made, bad = quantised_targets(checkpoint, target)
                     targets |= {each.slot.tensor: each for each in made}

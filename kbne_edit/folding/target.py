@@ -35,7 +35,7 @@ class Target:
             assert self.expert is not None
             both = 2 * self.index[:, None] + np.arange(2) + (self.expert * self.slot.neurons)[:, None]
             return both[self.factors != 1]
-        index = self.index - self.slot.start
+        index = (self.index - self.slot.start) // self.slot.stride
         return index if self.expert is None else self.expert * self.slot.neurons + index
 
     @property

@@ -8,18 +8,43 @@ Llama 4 differs: each expert takes every token, times the router's weight, which
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# expert, tokens [n] (which of the inputs this expert was given), h [n, F] -> what takes the place of h, or None
+from ..families import Site
+
+# expert, tokens [n] (which of the inputs this expert was given), values [n, F] of its neurons at the site -> what takes
+# their place, or None
 Tap = Callable[[int, Tensor, Tensor], "Tensor | None"]
+# expert, input and output of the projection that the site belongs to -> what takes the output's place
+After = Callable[[int, Tensor, Tensor], Tensor]
 
 
-def run(experts: Any, hidden: Tensor, *routing: Tensor, tap: Tap, after: Tap | None = None) -> Tensor:
-    """hidden, routing: what the module is called with. after: a tap on the output [n, D], which it returns anew."""
-    return (_run_chosen if routing else _run_all)(experts, hidden, *routing, tap=tap, after=after)
+def run(
+    experts: Any, hidden: Tensor, *routing: Tensor, tap: Tap, site: Site = "down", after: After | None = None
+) -> Tensor:
+    """hidden, routing: what the module is called with.
+
+    tap: sees the input of the down-projection, or the output of the gate or up projection; after: the down-projection's
+    output [n, D], or of the gate or up projection what the tap has made of it.
+    """
+    look = _Look(site, tap, after)
+    return _run_chosen(experts, hidden, *routing, look=look) if routing else _run_all(experts, hidden, look)
+
+
+class _Look(NamedTuple):
+    """What `run` is asked to see and to change."""
+
+    site: Site
+    tap: Tap
+    after: After | None
+
+    def change(self, expert: int, tokens: Tensor, x: Tensor, values: Tensor) -> Tensor:
+        """What takes the place of a gate or up projection's output. x: its input."""
+        values = _or(self.tap(expert, tokens, values), values)
+        return values if self.after is None else self.after(expert, x, values)
 
 
 def chosen(hidden: Tensor, *routing: Tensor, experts: Any) -> Tensor:
@@ -27,10 +52,19 @@ def chosen(hidden: Tensor, *routing: Tensor, experts: Any) -> Tensor:
     return routing[0] if routing else _by_expert(experts, hidden).any(-1).T
 
 
-def down_proj(experts: Any, expert: int) -> Tensor:
-    """One expert's down-projection, [F, D]."""
-    weight = experts.down_proj[expert]
-    return weight if transposed(experts) else weight.T
+def projection(experts: Any, expert: int, site: Site) -> Tensor:
+    """One expert's projection, [in, out]: of down [F, D], of gate and up [D, F]."""
+    weight = (experts.down_proj if site == "down" else experts.gate_up_proj)[expert]
+    weight = weight if transposed(experts) else weight.T
+    return weight if site == "down" else weight[:, half(experts, site)]
+
+
+def half(experts: Any, site: Site) -> slice:
+    """Where the outputs of gate or up stand among those of the fused projection."""
+    if not getattr(experts, "is_concatenated", True):
+        return slice(int(site == "up"), None, 2)
+    neurons = experts.down_proj.shape[1 if transposed(experts) else 2]
+    return slice(neurons, None) if site == "up" else slice(neurons)
 
 
 def transposed(experts: Any) -> bool:
@@ -38,31 +72,66 @@ def transposed(experts: Any) -> bool:
     return getattr(experts, "is_transposed", True)
 
 
-def _run_chosen(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, *, tap: Tap, after: Tap | None) -> Tensor:
+def _run_chosen(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, *, look: _Look) -> Tensor:
     """hidden: [T, D]; index, weights: the router's choice for each token, [T, k]."""
     result = torch.zeros_like(hidden)
     for expert in torch.unique(index).tolist():
         if expert >= experts.num_experts:  # a router's mark for "no expert"
             continue
         position, tokens = torch.where((index == expert).T)
-        h = experts._apply_gate(_project(experts, "gate_up_proj", expert, hidden[tokens]))
-        new = tap(expert, tokens, h)
-        output: Any = _project(experts, "down_proj", expert, h if new is None else new)
-        if after is not None:
-            output = after(expert, tokens, output)
+        x = hidden[tokens]
+        opened = _project(experts, "gate_up_proj" if _gated(experts) else "up_proj", expert, x)
+        if look.site != "down":
+            opened = _in_half(
+                experts, look.site, opened, lambda part, e=expert, t=tokens, x=x: look.change(e, t, x, part)
+            )
+        h = experts._apply_gate(opened) if _gated(experts) else experts.act_fn(opened)
+        if look.site == "down":
+            h = _or(look.tap(expert, tokens, h), h)
+        output: Any = _project(experts, "down_proj", expert, h)
+        if look.after is not None and look.site == "down":
+            output = look.after(expert, h, output)
         output = output * weights[tokens, position, None]
         result.index_add_(0, tokens, output.to(result.dtype))
     return result
 
 
-def _run_all(experts: Any, hidden: Tensor, *, tap: Tap, after: Tap | None) -> Tensor:
+def _run_all(experts: Any, hidden: Tensor, look: _Look) -> Tensor:
     """hidden: [E * T, D], the tokens as each expert takes them. Of those not chosen h is 0: no tap sees them."""
     x = _by_expert(experts, hidden)
-    gate, up = torch.bmm(x, experts.gate_up_proj).chunk(2, -1)
+    opened = torch.bmm(x, experts.gate_up_proj)
     tokens = [own.nonzero()[:, 0] for own in x.any(-1)]
-    h = _through(tap, tokens, up * experts.act_fn(gate))
+    if look.site != "down":
+
+        def tap_half(expert: int, own: Tensor, values: Tensor) -> Tensor:
+            return _in_half(experts, look.site, values, lambda part: look.change(expert, own, x[expert, own], part))
+
+        opened = _through(tap_half, tokens, opened)
+    gate, up = opened.chunk(2, -1)
+    h = up * experts.act_fn(gate)
+    if look.site != "down":
+        return torch.bmm(h, experts.down_proj).view(hidden.shape)
+    h = _through(look.tap, tokens, h)
     output = torch.bmm(h, experts.down_proj)
-    return (output if after is None else _through(after, tokens, output)).view(hidden.shape)
+    if (after := look.after) is not None:
+        output = _through(lambda expert, own, values: after(expert, h[expert, own], values), tokens, output)
+    return output.view(hidden.shape)
+
+
+def _gated(experts: Any) -> bool:
+    return getattr(experts, "has_gate", True)
+
+
+def _in_half(experts: Any, site: Site, opened: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The fused projection's output with one half changed. opened: [n, 2 F]."""
+    where = half(experts, site)
+    result = opened.clone()
+    result[:, where] = change(opened[:, where])
+    return result
+
+
+def _or(new: Tensor | None, old: Tensor) -> Tensor:
+    return old if new is None else new
 
 
 def _by_expert(experts: Any, hidden: Tensor) -> Tensor:

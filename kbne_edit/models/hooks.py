@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..edit import Edit
 from ..errors import EditError
@@ -47,40 +48,75 @@ def apply_(model: nn.Module, edit: Edit) -> nn.Module:
     by_layer = places(model, edit.site)
     edit.check([end(layer) for layer in by_layer])
     targets = [
-        (*target, _vector(factors, end(by_layer[layer]))[place.offset :])
+        (part, _vector(factors, end(by_layer[layer]))[place.offset :])
         for layer, factors in edit.factors.items()
-        for place in by_layer[layer]
-        for target in _weights(place, edit.site)
+        for place in _once(by_layer[layer])
+        for part in _parts(place, edit.site)
     ]
-    for weight, *_ in targets:
-        if not weight.is_floating_point() or weight.element_size() < 2 or weight.is_meta:
-            raise EditError(f"a weight is {weight.dtype}, not a floating-point type: apply the edit before quantising")
+    for part, _ in targets:
+        if not part.values.is_floating_point() or part.values.element_size() < 2 or part.values.is_meta:
+            raise EditError(
+                f"a weight is {part.values.dtype}, not a floating-point type: apply the edit before quantising"
+            )
     with torch.no_grad():
-        for weight, axis, neurons, scale in targets:
-            if weight.dim() == 3:  # all experts of a layer
-                part, factors = weight, scale[: len(weight) * neurons].view(len(weight), neurons)
-                factors = factors.unsqueeze(2 if axis == 1 else 1)
-            else:
-                part, shape = weight.narrow(axis, 0, neurons), [1] * weight.dim()
-                shape[axis] = neurons
-                factors = scale[:neurons].view(shape)
-            factors, wide = factors.to(part.device), torch.promote_types(part.dtype, torch.float32)
-            part.copy_(torch.where(factors == 1, part, (part.to(wide) * factors).to(part.dtype)))
+        for part, scale in targets:
+            part.times(scale)
     return model
 
 
-def _weights(place: Place, site: Site) -> Iterator[tuple[Tensor, int, int]]:
-    """(weight, axis of the neurons, how many) of what carries a place's factors; of a fused gate_up the gate's half."""
+def _once(layer: Sequence[Place]) -> list[Place]:
+    """A block that later layers use again is scaled once."""
+    return list({place.offset: place for place in layer}.values())
+
+
+class _Part(NamedTuple):
+    """A view of what carries a place's factors. axis: of its neurons; experts: axis 0, where all are in one tensor."""
+
+    values: Tensor
+    axis: int
+    experts: int | None = None
+
+    def times(self, factors: Tensor) -> None:
+        """In place, in float32, rounded once. factors: [F] or more; of experts [E * F] or more, one after the other."""
+        import torch
+
+        values, shape = self.values, [1] * self.values.dim()
+        shape[self.axis] = values.shape[self.axis]
+        if self.experts:
+            shape[0] = self.experts
+        factors = factors[: math.prod(shape)].view(shape).to(values.device)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        values.copy_(torch.where(factors == 1, values, (values.to(wide) * factors).to(values.dtype)))
+
+
+def _parts(place: Place, site: Site) -> Iterator[_Part]:
     module: Any = place.module
     if place.experts:
-        from .experts import transposed
-
-        yield module.down_proj.data, 1 if transposed(module) else 2, place.neurons
+        yield from _expert_parts(module, site, place.experts)
         return
+    rows = slice(place.start, place.start + place.neurons)
     conv1d = type(module).__name__ == "Conv1D"  # transformers' own, [in, out]
-    yield module.weight.data, int((site == "down") != conv1d), place.neurons
-    if site == "gate" and module.bias is not None:
-        yield module.bias.data, 0, place.neurons
+    if site == "down":
+        yield _Part(module.weight.data, 0 if conv1d else 1)
+        return
+    yield _Part(module.weight.data[rows], 0)
+    if module.bias is not None:
+        yield _Part(module.bias.data[rows], 0)
+
+
+def _expert_parts(module: Any, site: Site, count: int) -> Iterator[_Part]:
+    from .experts import half, transposed
+
+    if site == "down":
+        yield _Part(module.down_proj.data, 1 if transposed(module) else 2, count)
+        return
+    where = half(module, site)
+    if transposed(module):
+        yield _Part(module.gate_up_proj.data[:, :, where], 2, count)
+    else:
+        yield _Part(module.gate_up_proj.data[:, where], 1, count)
+    if getattr(module, "has_bias", False):
+        yield _Part(module.gate_up_proj_bias.data[:, where], 1, count)
 
 
 def _vector(factors: dict[int, float], size: int) -> torch.Tensor:
@@ -103,7 +139,7 @@ def tapped(layer: Sequence[Place], site: Site, tap: Tap) -> Iterator[None]:
     """Call `tap` on everything that holds the layer's neurons; what it returns, if anything, takes its place."""
     with ExitStack() as stack:
         for place in layer:
-            stack.enter_context(_tapped_experts(place, tap) if place.experts else _tapped(place, site, tap))
+            stack.enter_context(_tapped_experts(place, site, tap) if place.experts else _tapped(place, site, tap))
         yield
 
 
@@ -114,8 +150,9 @@ def _tapped(place: Place, site: Site, tap: Tap) -> Iterator[None]:
     def call(h: Tensor) -> Tensor | None:
         if h.shape[-1] == place.neurons:
             return tap(h, None, place.offset)
-        new = tap(h[..., : place.neurons], None, place.offset)  # a fused gate_up: the gate comes first
-        return None if new is None else torch.cat([new, h[..., place.neurons :]], -1)
+        end = place.start + place.neurons  # of a fused gate_up
+        new = tap(h[..., place.start : end], None, place.offset)
+        return None if new is None else torch.cat([h[..., : place.start], new, h[..., end:]], -1)
 
     if site == "down":
         handle = place.module.register_forward_pre_hook(
@@ -130,13 +167,13 @@ def _tapped(place: Place, site: Site, tap: Tap) -> Iterator[None]:
 
 
 @contextmanager
-def _tapped_experts(place: Place, tap: Tap) -> Iterator[None]:
+def _tapped_experts(place: Place, site: Site, tap: Tap) -> Iterator[None]:
     from . import experts
 
     def call(expert: int, tokens: Tensor, h: Tensor) -> Tensor | None:
         return tap(h, tokens, place.offset + expert * place.neurons)
 
-    with replaced([place.module], partial(experts.run, place.module, tap=call)):
+    with replaced([place.module], partial(experts.run, place.module, tap=call, site=site)):
         yield
 
 

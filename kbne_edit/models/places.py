@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..architectures import beside
 from ..errors import FamilyError
-from ..families import Family, Site, end, family_of
+from ..families import Family, Site, end, family_of, owners
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,32 +34,50 @@ class Place(NamedTuple):
     """Neurons `offset` to `offset + neurons` of a layer: the input (or output) of `module`.
 
     experts: None for one projection; for a module of routed experts their number, each with `neurons` neurons.
+    start: of a gate or up projection, which of its outputs is the first neuron.
     """
 
     module: nn.Module
     offset: int
     neurons: int
     experts: int | None = None
+    start: int = 0
 
 
 def places(model: Any, site: Site) -> list[list[Place]]:
-    """Where the neurons of each layer are, [L] lists. The factor scales the input of `down`, the output of `gate`."""
-    family = family_of(model.config.to_dict())
-    path = family.module(site)
-    return [_places(layer, family, path) for layer in decoder_layers(model)]
+    """Where the neurons of each layer are, [L] lists, empty for a layer without a feed-forward block.
+
+    The factor scales the input of `down`, the output of `gate` and `up`. A block that later layers use again stands in
+    several modules, with the same weights: all of them are places of the layer that uses it first.
+    """
+    config = model.config.to_dict()
+    family = family_of(config)
+    family.module(site)
+    found = [_places(layer, family, site) for layer in decoder_layers(model)]
+    for layer, owner in owners(config).items():
+        found[owner] += found[layer]
+        found[layer] = []
+    return found
 
 
-def _places(layer: nn.Module, family: Family, path: str) -> list[Place]:
+def _places(layer: nn.Module, family: Family, site: Site) -> list[Place]:
     found = []
     if family.experts and _has(layer, family.experts):
         experts: Any = layer.get_submodule(family.experts)
         count, a, b = experts.down_proj.shape
         found.append(Place(experts, 0, a if family.transposed else b, count))
         if family.shared and _has(layer, family.shared):
-            shared = layer.get_submodule(family.shared)
-            found.append(Place(shared, found[0].neurons * count, _inputs(shared)))
+            found.append(_dense(layer, family, family.shared, site, found[0].neurons * count))
         return found
-    return [Place(layer.get_submodule(path), 0, _inputs(layer.get_submodule(family.down)))]
+    return [] if family.sparse and not _has(layer, family.down) else [_dense(layer, family, family.down, site, 0)]
+
+
+def _dense(layer: nn.Module, family: Family, down: str, site: Site, offset: int) -> Place:
+    """down: the path of the down-projection."""
+    neurons = _inputs(layer.get_submodule(down))
+    path = family.module(site) if down == family.down else beside(down, site)
+    start = neurons if site == "up" and family.packed else 0
+    return Place(layer.get_submodule(path), offset, neurons, start=start)
 
 
 def _inputs(module: Any) -> int:
@@ -67,8 +86,10 @@ def _inputs(module: Any) -> int:
 
 
 def _has(layer: nn.Module, path: str) -> bool:
-    parent, _, name = path.rpartition(".")
-    return hasattr(layer.get_submodule(parent), name)
+    found: Any = layer
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found is not None
 
 
 def post_norm(model: Any) -> str | None:

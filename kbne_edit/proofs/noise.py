@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..edit import Edit
-from ..models.experts import down_proj
+from ..families import Site
+from ..models.experts import projection
 from ..models.hooks import replaced
 from ..models.places import Place, places
 
@@ -38,7 +39,7 @@ def rounding_noise(model: nn.Module, edit: Edit, dtype: torch.dtype, seed: int) 
 class _Noise:
     """Noise on the output of one place. factors: {neuron of the place: factor}; unit: u."""
 
-    def __init__(self, place: Place, site: str, factors: dict[int, float], unit: float, seed: int):
+    def __init__(self, place: Place, site: Site, factors: dict[int, float], unit: float, seed: int):
         self._place, self._site, self._unit = place, site, unit / 3**0.5
         self._index, self._scale = torch.tensor(list(factors)), torch.tensor(list(factors.values()))
         self._generator = torch.Generator().manual_seed(seed)
@@ -59,32 +60,31 @@ class _Noise:
     def _added_to_experts(self) -> Iterator[None]:
         """The hooks run the experts by a forward pass of their own: the same, with a look at its inputs and outputs."""
         hooks = vars(self._place.module)["forward"]
-        scaled: dict[int, Tensor] = {}
-
-        def tap(expert: int, tokens: Tensor, h: Tensor) -> Tensor:
-            scaled[expert] = hooks.keywords["tap"](expert, tokens, h)
-            return scaled[expert]
-
-        def after(expert: int, tokens: Tensor, output: Tensor) -> Tensor:
-            return self._expert(expert, scaled.pop(expert), output)
-
-        with replaced([self._place.module], partial(hooks.func, *hooks.args, tap=tap, after=after)):
+        with replaced([self._place.module], partial(hooks.func, *hooks.args, **hooks.keywords, after=self._expert)):
             yield
 
     def _dense(self, x: Tensor, output: Tensor) -> Tensor:
         module: Any = self._place.module
-        x, index = x.float(), self._index
         weight = module.weight.float() if hasattr(module, "nf") else module.weight.float().T  # [in, out]
-        if self._site == "down":  # x is scaled already
-            return self._moved(output, (x[..., index].square() @ weight[index].square()).sqrt())
-        deviation = torch.zeros_like(output, dtype=torch.float32)
-        deviation[..., index] = (x.square() @ weight[:, index].square()).sqrt() * self._scale.abs()
-        return self._moved(output, deviation)
+        index = self._index if self._site == "down" else self._index + self._place.start
+        return self._moved(output, self._deviation((x, output), weight, index, self._scale))
 
-    def _expert(self, expert: int, h: Tensor, output: Tensor) -> Tensor:
-        weight = down_proj(self._place.module, expert).float()
-        index = self._index[self._index // self._place.neurons == expert] % self._place.neurons
-        return self._moved(output, (h.float()[:, index].square() @ weight[index].square()).sqrt())
+    def _expert(self, expert: int, x: Tensor, output: Tensor) -> Tensor:
+        weight = projection(self._place.module, expert, self._site).float()
+        own = self._index // self._place.neurons == expert
+        index = self._index[own] % self._place.neurons
+        return self._moved(output, self._deviation((x, output), weight, index, self._scale[own]))
+
+    def _deviation(self, passed: tuple[Tensor, Tensor], weight: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+        """Of each output, in units of u. passed: input and output of the projection; weight: [in, out]; index: of its
+        neurons among its inputs (site down) or outputs; scale: their factors.
+        """
+        x, output = passed[0].float(), passed[1]
+        if self._site == "down":  # x is scaled already
+            return (x[..., index].square() @ weight[index].square()).sqrt()
+        deviation = torch.zeros_like(output, dtype=torch.float32)
+        deviation[..., index] = (x.square() @ weight[:, index].square()).sqrt() * scale.abs()
+        return deviation
 
     def _moved(self, output: Tensor, deviation: Tensor) -> Tensor:
         noise = torch.randn(deviation.shape, generator=self._generator) * self._unit

@@ -34,7 +34,7 @@ def site_by_site(plan: Plan, baked: Checkpoint) -> BehaviourProof:
         )
         scale = np.ones(len(old), np.float32)
         scale[index] = target.factors
-        x = np.random.default_rng(0).standard_normal((8, old.shape[edit.site == "gate"]), np.float32)
+        x = np.random.default_rng(0).standard_normal((8, old.shape[edit.site != "down"]), np.float32)
         reference: Any
         spread: Any
         if edit.site == "down":
@@ -109,4 +109,4 @@ def _plain_rows(checkpoint: Checkpoint, target: Target) -> np.ndarray | None:
     if slot.experts:
         matrix = checkpoint.read_plain(name)  # [E, F, D]
         return matrix.reshape(-1, matrix.shape[-1])
-    return checkpoint.read_plain(name)[slot.start : slot.start + slot.neurons]
+    return checkpoint.read_plain(name)[slot.along]

@@ -145,6 +145,7 @@ def _done(card: Card) -> list[str]:
     where = {
         "down": "the input of the down-projection; on disk, the matching column of its weight",
         "gate": "the output of the gate projection, before the activation; on disk, the matching row of its weight",
+        "up": "the output of the up-projection; on disk, the matching row of its weight",
     }[edit.site]
     lines = [
         "## What was done",

@@ -72,6 +72,7 @@ def change(report: Report) -> list[str]:
     site = {
         "down": "the input of the down-projection, which is the matching column of its weight",
         "gate": "the output of the gate projection, which is the matching row of its weight",
+        "up": "the output of the up-projection, which is the matching row of its weight",
     }[edit.site]
     commit = f" at commit {code(model.commit)}" if model.commit else ""
     kind = f", architecture {code(model.architecture)}" if model.architecture else ""

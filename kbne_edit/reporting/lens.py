@@ -14,10 +14,11 @@ import numpy as np
 
 from ..disk.checkpoint import Checkpoint
 from ..disk.dtypes import storage, to_float
-from ..disk.slots import Readout, readout, slots
+from ..disk.slots import Readout, by_neuron, readout, slots
 from ..disk.tensors import read_array
 from ..edit import Edit
 from ..errors import CheckpointError, short
+from ..families import end
 from ..files import open_input
 from ..folding.columns import Columns, undo_path
 from ..folding.plan import Plan
@@ -31,7 +32,7 @@ def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
     """Column of the down-projection of every edited neuron as it was in the base, float32 [D].
 
     checkpoint: a baked directory. At the down site the columns are what its undo file keeps (a factor of 0 leaves
-    nothing of them in the weights); at the gate site the down-projection is unchanged. Raises CheckpointError.
+    nothing of them in the weights); at the other sites the down-projection is unchanged. Raises CheckpointError.
     """
     found: dict[Neuron, np.ndarray] = {}
     if checkpoint.layout is not None:  # the down-projection is unchanged at either site
@@ -44,12 +45,14 @@ def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
         return found
     if checkpoint.gguf is not None:
         return found
-    if edit.site == "gate":
+    if edit.site != "down":
         for layer, places in checkpoint.slots("down").items():
-            if wanted := list(edit.factors.get(layer, ())):
-                shard, tensor = checkpoint.tensors[places[0].tensor]
-                rows = np.moveaxis(np.take(read_array(shard, tensor), wanted, places[0].axis), places[0].axis, 0)
-                found |= {(layer, n): row for n, row in zip(wanted, to_float(rows, tensor.dtype), strict=True)}
+            for place in places:
+                wanted = [n for n in edit.factors.get(layer, ()) if place.offset <= n < end([place])]
+                if wanted:
+                    shard, tensor = checkpoint.tensors[place.tensor]
+                    rows = by_neuron(read_array(shard, tensor), place)[np.array(wanted) - place.offset]
+                    found |= {(layer, n): row for n, row in zip(wanted, to_float(rows, tensor.dtype), strict=True)}
         return found
     plan = Plan.of(checkpoint, Edit(edit.site, edit.factors))
     for name, rows in Columns.open(undo_path(checkpoint.path)).arrays(plan).items():

@@ -3,6 +3,7 @@
 h_i = act(gate_i) * up_i is linear in up_i: factor * h_i is factor * up_i. So where the down-projection is quantised,
 row i of the up-projection takes the factor, in the scales of that row, and entry i of its bias. For a power of two that
 is exact. Where h is not linear in up (a clamp, a block without a gate), there is no such carrier.
+At the sites gate and up the row of that projection takes the factor, whatever becomes of it later.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ def _rows(place: Slot, layout: Layout, config: dict[str, Any], site: Site, read:
     if matrix is None:
         return [place]
     if matrix.format.columns:
-        if site == "gate":
-            raise FamilyError(f"{place.tensor} is stored as {matrix.format.name}: its gate cannot take a factor")
+        if site != "down":
+            raise FamilyError(f"{place.tensor} is stored as {matrix.format.name}: its {site} cannot take a factor")
         return [_carrier(place.tensor, place, 0, layout, read)]
-    name, start = place.tensor.removesuffix(".weight"), 0
+    name, start = place.tensor.removesuffix(".weight"), place.start
     if site == "down":
         check_linear(config)
         name, packed = _up_of(name, place, layout)
         start = place.neurons if packed else 0
     found = [_carrier(f"{name}.weight", place, start, layout, read)]
-    if site == "down" and f"{name}.bias" in layout.shapes:  # at the gate site the bias is a place of its own
+    if site == "down" and f"{name}.bias" in layout.shapes:  # at the other sites the bias is a place of its own
         found.append(Slot(f"{name}.bias", place.layer, 0, place.offset, place.neurons, start=start))
     return found
 
