@@ -96,4 +96,4 @@ class Chooser:
         return replace(point, beyond_random=beyond, draws=len(draws), as_good=as_good)
 
     def _as_good(self, run: Run, draws: Sequence[Run]) -> int:
-        return sum(self.goal.distance(draw) <= self.goal.distance(run) for draw in draws)
+        return sum(self.goal.distance(draw.tasks) <= self.goal.distance(run.tasks) for draw in draws)

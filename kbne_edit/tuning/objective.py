@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -75,9 +75,9 @@ class Goal:
             parts.append(Part(np.concatenate(columns, 1), difference, self.clusters.get(name)))
         return pooled(parts)
 
-    def distance(self, run: Run) -> float:
-        """The figure's distance from its ideal, mean over the tasks."""
-        return float(np.mean([f.distance(run.tasks[name].mean(0)) for name, f in self.steering.items()]))
+    def distance(self, tasks: Mapping[str, np.ndarray]) -> float:
+        """The figure's distance from its ideal, mean over the tasks: {task: columns [n, k]}."""
+        return float(np.mean([f.distance(tasks[name].mean(0)) for name, f in self.steering.items()]))
 
     def lowest(self, base: Run, run: Run) -> dict[str, float]:
         """Lower end, in points of what is above chance, of the change of each ability."""

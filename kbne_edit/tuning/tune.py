@@ -261,8 +261,8 @@ class _TestHalf:
     def _outdone(self, bench: Bench, runs: Runs, edit: Edit, sizes: list[int]) -> Runs:
         """With more draws, until one does as well as the edit or the looks need no more."""
         drawn = [run for run in runs if run.kind == RANDOM]
-        own = self.goal.distance(cast("Run", runs.edit))
-        while FEWEST_DRAWS <= len(drawn) < self.looks.draws and all(self.goal.distance(run) > own for run in drawn):
+        own = self.goal.distance(cast("Run", runs.edit).tasks)
+        while FEWEST_DRAWS <= len(drawn) < self.looks.draws and all(self.goal.distance(run.tasks) > own for run in drawn):
             seeds = range(len(drawn), min(len(drawn) + _BLOCK, self.looks.draws))
             columns = bench.measure_draws(self.scorer, [random_edit(edit, sizes, seed) for seed in seeds])
             drawn += [Run(RANDOM, f"random {seed + 1}", tasks) for seed, tasks in zip(seeds, columns, strict=True)]
