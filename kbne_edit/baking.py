@@ -195,21 +195,21 @@ def bake(
     _check_output(source, out, form, shard_size, overwrite)
     if edit is not None and RANK != 0:
         return None
-    with resolved(source, say) as found:
-        checkpoint = Checkpoint.open(found.path)
+    with resolved(source, say) as base:
+        checkpoint = Checkpoint.open(base.path)
         _say_notes(checkpoint)
         _check_form(form, checkpoint)
         folder = Path(work) if work else work_folder(out)
-        forbid_overlap(out, found.origin)
-        forbid_overlap(folder / "scores.safetensors", found.origin, option="--work")  # it may hold the model
+        forbid_overlap(out, base.origin)
+        forbid_overlap(folder / "scores.safetensors", base.origin, option="--work")  # it may hold the model
         if isinstance(edit, (str, Path)):
             forbid_overlap(out, edit)
             edit = load_edit(edit, checkpoint)
         check_out(out, overwrite)
-        recipe = load_recipe(settings.recipe or recipe_of(edit) or found.recipe)
+        recipe = load_recipe(settings.recipe or recipe_of(edit) or base.recipe)
         located = None
         if edit is None:
-            choice = _locate(found, checkpoint, recipe, folder, settings)
+            choice = _locate(base, checkpoint, recipe, folder, settings)
             if choice is None:
                 return None
             edit, located = choice
@@ -218,11 +218,11 @@ def bake(
         plan = Plan.of(checkpoint, edit, shard_size, "skip" if skip_inexact else "refuse")
         if skipped := edit.num_neurons - plan.edit.num_neurons:
             say(f"left out: {skipped} neurons of {edit.num_neurons} cannot take their factor in this format exactly")
-        origin = Origin(found.id, found.commit)
+        origin = Origin(base.id, base.commit)
         result = BakeResult(origin, out, form, auto_class(checkpoint.config), plan, located, dry_run)
         if dry_run:
             return result
-        job = _Job(found, out, recipe, overwrite, behaviour, measure)
+        job = _Job(base, out, recipe, overwrite, behaviour, measure)
         return _write(job, result) if form == "checkpoint" else _write_alone(job, result)
 
 

@@ -62,13 +62,13 @@ class Streamed:
         transforms = get_model_conversion_mapping(self.model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        found: dict[int | None, list[str]] = {}
+        result: dict[int | None, list[str]] = {}
         for name in self._checkpoint.plain_shapes:
             target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
             if target in known:
                 layer = int(target.removeprefix(path).split(".")[0]) if target.startswith(path) else None
-                found.setdefault(layer, []).append(name)
-        return found
+                result.setdefault(layer, []).append(name)
+        return result
 
     def _load(self, layer: int | None) -> None:
         """Read a layer's tensors, or what is outside all layers, and let transformers put them where they belong."""

@@ -27,10 +27,10 @@ def command(source: str, baked: Path, edit_path: Path | None, no_behaviour: bool
     from ..verifying import verify
 
     edit = Edit.load(edit_path) if edit_path else None
-    with resolved(source, say) as found:
-        total = 2 * sum(shard.size for shard in Checkpoint.open(found.path).shards)
+    with resolved(source, say) as base:
+        total = 2 * sum(shard.size for shard in Checkpoint.open(base.path).shards)
         with progress("verify", total, "B") as update:
-            proofs = verify(found.path, baked, edit=edit, behaviour=not no_behaviour, progress=update)
+            proofs = verify(base.path, baked, edit=edit, behaviour=not no_behaviour, progress=update)
     proven = proofs.edit
     factors = ", ".join(f"{factor:g}" for factor in proven.distinct_factors)
     head = f"edit: {proven.num_neurons} neurons, site {proven.site}, factor {factors}"

@@ -98,11 +98,11 @@ def header_of(shard: Shard) -> bytes:
 
 def headers(checkpoint: Checkpoint) -> dict[str, bytes]:
     """What it takes to cut the files again as they are: their heads, and the index if there is one."""
-    found = {shard.path.name: header_of(shard) for shard in checkpoint.shards}
+    result = {shard.path.name: header_of(shard) for shard in checkpoint.shards}
     if checkpoint.index:
         with open_input(checkpoint.index) as file:
-            found[INDEX] = file.read()
-    return found
+            result[INDEX] = file.read()
+    return result
 
 
 def old_shard(name: str, head: bytes, tensors: Collection[str]) -> NewShard:

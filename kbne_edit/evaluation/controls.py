@@ -36,13 +36,15 @@ def controls_of(
     """
     Plan.of(checkpoint, edit, inexact="ignore")
     neurons = checkpoint.layer_sizes(edit.site)
-    found = [Control("random neurons", f"random {seed + 1}", random_edit(edit, neurons, seed)) for seed in range(draws)]
+    result = [
+        Control("random neurons", f"random {seed + 1}", random_edit(edit, neurons, seed)) for seed in range(draws)
+    ]
     if scores:
-        found.append(Control("control questions", "control questions", _by_controls(edit, checkpoint, scores)))
+        result.append(Control("control questions", "control questions", _by_controls(edit, checkpoint, scores)))
     inverse = {la: {n: 1 / f for n, f in ns.items() if f} for la, ns in edit.factors.items()}
     if any(inverse.values()):
-        found.append(Control("inverse factor", "inverse factor", Edit(edit.site, inverse)))
-    return found
+        result.append(Control("inverse factor", "inverse factor", Edit(edit.site, inverse)))
+    return result
 
 
 def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:

@@ -212,8 +212,8 @@ class Effect:
         known = {key: kind(record[f"random_{key}"]) for key, kind in kinds.items() if f"random_{key}" in record}
         flat = None
         if "versus_flattened" in record:
-            heat = record["temperature"]
-            flat = Flattening(None if heat is None else float(heat), interval_of("versus_flattened"))
+            temperature = record["temperature"]
+            flat = Flattening(None if temperature is None else float(temperature), interval_of("versus_flattened"))
         return cls(
             aim=str(record.get("aim", "balance")),
             probes=int(record["probes"]),

@@ -183,12 +183,12 @@ def evaluate(
         raise InputError("evaluate takes an edit or a baked directory, not both")
     data = Path(data) if data else None
     check_given(tasks, data, device, recipe)
-    with resolved(source, say) as found:
-        checkpoint = Checkpoint.open(found.path)
+    with resolved(source, say) as base:
+        checkpoint = Checkpoint.open(base.path)
         known = _known(Path(baked), checkpoint.path) if baked else None
         edit = known.edit if known else edit
         controls = controls_of(edit, checkpoint, draws, scores) if edit else []
-        asked = load_recipe(recipe or recipe_of(edit) or found.recipe)
+        asked = load_recipe(recipe or recipe_of(edit) or base.recipe)
         scorer_of = scorers(checkpoint.path, device, dtype)
         scorer = scorer_of(Path(baked) if baked else checkpoint.path)
         ready = benchmarks(tasks, data, limit, asked, scorer, scorer.tokenizer)
@@ -204,8 +204,8 @@ def evaluate(
             impact = _impact(scorer, asked, edit, checkpoint)
     results = results_of(ready, runs, margin)
     return Evaluation(
-        model=found.id,
-        commit=found.commit,
+        model=base.id,
+        commit=base.commit,
         recipe=asked.name,
         limit=limit,
         margin=margin,

@@ -218,19 +218,19 @@ class TaskResult:
 
 def results_of(tasks: Sequence[Benchmark], runs: Runs, margin: float, only: str | None = None) -> dict[str, TaskResult]:
     """Every figure for every run; for the edit also changes and tests (of the figure `only`, if given)."""
-    found = {task.name: _task(task, runs, margin) for task in tasks}
+    result = {task.name: _task(task, runs, margin) for task in tasks}
     places = [
         (task.name, name)
         for task in tasks
-        for name, figure in found[task.name].figures.items()
+        for name, figure in result[task.name].figures.items()
         if figure.p is not None and only in (None, name)
     ]
-    p_holm = holm([cast("float", found[task].figures[name].p) for task, name in places])
-    further = _further({place: found[place[0]].figures[place[1]] for place in places}, runs)
+    p_holm = holm([cast("float", result[task].figures[name].p) for task, name in places])
+    further = _further({place: result[place[0]].figures[place[1]] for place in places}, runs)
     for (task, name), p in zip(places, p_holm, strict=True):
-        figures = found[task].figures
+        figures = result[task].figures
         figures[name] = replace(figures[name], p_holm=p, beyond_random=further.get((task, name), 0))
-    return found
+    return result
 
 
 def _further(tested: dict[tuple[str, str], FigureResult], runs: Runs) -> dict[tuple[str, str], int]:
@@ -299,18 +299,18 @@ def _values(figure: Figure, columns: dict[str, np.ndarray], clusters: Clusters) 
 def _figure(figure: Figure, task: Benchmark, runs: Runs) -> FigureResult:
     """`_values`, the controls, and the p of the edit's change."""
     columns, clusters = runs.of(task.name), task.drawn()
-    found = _values(figure, columns, clusters)
+    result = _values(figure, columns, clusters)
     if "edit" not in columns or figure.ideal is None or task.kind == "open":
-        return found
+        return result
     before, after, controls = columns["base"], columns["edit"], runs.controls(task.name)
-    direction = _direction(figure, found.values["base"])
+    direction = _direction(figure, result.values["base"])
 
     def away(means: np.ndarray) -> np.ndarray:
         return -direction * figure.of(means)
 
     alone = not task.clusters or len(set(task.clusters)) == len(task.clusters)
     return replace(
-        found,
+        result,
         controls={kind: change([before], values, figure.of, clusters) for kind, values in controls.items()},
         beyond={kind: change(values, [after], away, clusters) for kind, values in controls.items()},
         draws=len(controls.get(RANDOM, ())),

@@ -77,11 +77,11 @@ class Runs:
 
     def controls(self, task: str) -> dict[Kind, list[np.ndarray]]:
         """{kind of control: columns of each of its runs} of one task."""
-        found: dict = {}
+        result: dict = {}
         for run in self.runs:
             if run.kind not in ("base", "edit") and task in run.tasks:
-                found.setdefault(run.kind, []).append(run.tasks[task])
-        return found
+                result.setdefault(run.kind, []).append(run.tasks[task])
+        return result
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ class Bench:
         from .batched import score_edits
 
         tasks = [task for task in self.tasks if task.kind == "bias"]
-        found: list[Columns] = [{} for _ in edits]
+        result: list[Columns] = [{} for _ in edits]
         with progress(f"{label} ({len(edits)})", sum(len(task.pairs) for task in tasks) * len(edits), "request") as up:
             for task in tasks if edits else ():
                 scored = score_edits(scorer.model, task.pairs, edits, longest_row=scorer.max_length, update=up)
-                for columns, logp, greedy in zip(found, scored.logprobs, scored.greedy, strict=True):
+                for columns, logp, greedy in zip(result, scored.logprobs, scored.greedy, strict=True):
                     columns[task.name] = task.columns(list(zip(logp.tolist(), greedy.tolist(), strict=True)))
-        return found
+        return result
 
     def complete(self, scorer: Scorer, edited: Measured | None, controls: Sequence[Control]) -> Runs:
         """The base, the edit as measured, the controls, and the flattened base. scorer: of the base."""

@@ -54,10 +54,10 @@ class Scorer(HFLM):
         """(context, continuation) as lm-eval's loglikelihood turns it into tokens, special cases and all."""
         from lm_eval.api.instance import Instance
 
-        found: list[Pair] = []
+        result: list[Pair] = []
 
         def collect(encoded: Any, **_: Any) -> list[tuple[float, bool]]:
-            found.extend((context, continuation) for _, context, continuation in encoded)
+            result.extend((context, continuation) for _, context, continuation in encoded)
             return []
 
         instances = [Instance("loglikelihood", {}, request, 0) for request in requests]
@@ -66,7 +66,7 @@ class Scorer(HFLM):
             self.loglikelihood(instances, disable_tqdm=True)
         finally:
             del self._loglikelihood_tokens
-        return found
+        return result
 
     def score(self, pairs: Sequence[Pair], update: Callable[[int], None] | None = None) -> list[tuple[float, bool]]:
         """(log-probability, is the greedy continuation) of each pair. update: called with the pairs done since."""

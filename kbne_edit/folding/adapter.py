@@ -64,16 +64,16 @@ class _Vector(NamedTuple):
 def _vectors(checkpoint: Checkpoint) -> list[_Vector]:
     """One of every layer for each site that the family has."""
     family = family_of(checkpoint.config)
-    found = []
+    result = []
     for site in SITES if family.gate else SITES[:1]:
-        for layer, (slot, *_) in ((layer, found) for layer, found in checkpoint.slots(site).items() if found):
+        for layer, (slot, *_) in ((layer, result) for layer, result in checkpoint.slots(site).items() if result):
             size = slot.neurons if checkpoint.quantised else checkpoint.shapes[slot.tensor][slot.axis]
             shape = (1, size) if site == "down" else (size, 1)
             start = 0 if site == "down" or checkpoint.quantised else slot.start
-            found.append(
+            result.append(
                 _Vector(f"{family.layers}.{layer}.{family.module(site)}", site, layer, slot.neurons, shape, start)
             )
-    return found
+    return result
 
 
 def write_adapter(checkpoint: Checkpoint, edit: Edit, part: Path, source: Origin) -> None:

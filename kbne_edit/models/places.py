@@ -53,22 +53,22 @@ def places(model: Any, site: Site) -> list[list[Place]]:
     config = model.config.to_dict()
     family = family_of(config)
     family.module(site)
-    found = [_places(layer, family, site) for layer in decoder_layers(model)]
+    result = [_places(layer, family, site) for layer in decoder_layers(model)]
     for layer, owner in owners(config).items():
-        found[owner] += found[layer]
-        found[layer] = []
-    return found
+        result[owner] += result[layer]
+        result[layer] = []
+    return result
 
 
 def _places(layer: nn.Module, family: Family, site: Site) -> list[Place]:
-    found = []
+    result = []
     if family.experts and _has(layer, family.experts):
         experts: Any = layer.get_submodule(family.experts)
         count, a, b = experts.down_proj.shape
-        found.append(Place(experts, 0, a if family.transposed else b, count))
+        result.append(Place(experts, 0, a if family.transposed else b, count))
         if family.shared and _has(layer, family.shared):
-            found.append(_dense(layer, family, family.shared, site, found[0].neurons * count))
-        return found
+            result.append(_dense(layer, family, family.shared, site, result[0].neurons * count))
+        return result
     return [] if family.sparse and not _has(layer, family.down) else [_dense(layer, family, family.down, site, 0)]
 
 

@@ -181,7 +181,7 @@ def answer_tokens(
     vocabulary = tokenizer.get_vocab()
     if fixed is not None:
         return {answer: _fixed(tokenizer, vocabulary, answer, fixed.get(answer, [])) for answer in answers}
-    found: dict[str, dict[str, int]] = {answer: {} for answer in answers}
+    result: dict[str, dict[str, int]] = {answer: {} for answer in answers}
     words = {answer: (answer, *also.get(answer, ())) for answer in answers}
     wanted = {text.strip().casefold(): answer for answer, texts in words.items() for text in texts}
     shortest = min(map(len, wanted))
@@ -190,15 +190,15 @@ def answer_tokens(
             continue
         text = token if token.isascii() and token.isalpha() else tokenizer.decode([index])
         if answer := wanted.get(text.strip().casefold()):
-            found[answer][token] = index
-    for answer, surfaces in _beginnings(tokenizer, found, words).items():
-        found[answer] |= surfaces
-        if not found[answer]:
+            result[answer][token] = index
+    for answer, surfaces in _beginnings(tokenizer, result, words).items():
+        result[answer] |= surfaces
+        if not result[answer]:
             raise InputError(
                 f"the tokenizer has no token that begins the answer {answer!r} and no other: use other answers, or "
                 "name its tokens with --answers"
             )
-    return found
+    return result
 
 
 def _beginnings(

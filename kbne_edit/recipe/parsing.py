@@ -90,11 +90,11 @@ class Parser:
             self.fault("also must map answers to lists of other words for them")
             return {}
         self.unknown(value, set(answers), "also")
-        found = {name: tuple(self.strings(words, f"also.{name}")) for name, words in value.items() if name in answers}
-        every = [text.strip().casefold() for text in (*answers, *(text for words in found.values() for text in words))]
+        result = {name: tuple(self.strings(words, f"also.{name}")) for name, words in value.items() if name in answers}
+        every = [text.strip().casefold() for text in (*answers, *(text for words in result.values() for text in words))]
         if len(set(every)) < len(every):
             self.fault("also: a word means two answers, or stands twice")
-        return found
+        return result
 
     def fault(self, text: str) -> None:
         if len(self.faults) < _MOST_FAULTS:

@@ -34,17 +34,17 @@ def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
     checkpoint: a baked directory. At the down site the columns are what its undo file keeps (a factor of 0 leaves
     nothing of them in the weights); at the other sites the down-projection is unchanged. Raises CheckpointError.
     """
-    found: dict[Neuron, np.ndarray] = {}
+    result: dict[Neuron, np.ndarray] = {}
     if checkpoint.layout is not None:  # the down-projection is unchanged at either site
         for layer, places in slots(checkpoint.plain_shapes, checkpoint.config, "down").items():
             for place in places:
                 inside = [n for n in edit.factors.get(layer, ()) if 0 <= n - place.offset < place.neurons]
                 if inside:
                     matrix = checkpoint.read_plain(place.tensor)
-                    found |= {(layer, n): matrix[:, n - place.offset] for n in inside}
-        return found
+                    result |= {(layer, n): matrix[:, n - place.offset] for n in inside}
+        return result
     if checkpoint.gguf is not None:
-        return found
+        return result
     if edit.site != "down":
         for layer, places in checkpoint.slots("down").items():
             for place in places:
@@ -52,8 +52,8 @@ def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
                 if wanted:
                     shard, tensor = checkpoint.tensors[place.tensor]
                     rows = by_neuron(read_array(shard, tensor), place)[np.array(wanted) - place.offset]
-                    found |= {(layer, n): row for n, row in zip(wanted, to_float(rows, tensor.dtype), strict=True)}
-        return found
+                    result |= {(layer, n): row for n, row in zip(wanted, to_float(rows, tensor.dtype), strict=True)}
+        return result
     plan = Plan.of(checkpoint, Edit(edit.site, edit.factors))
     for name, rows in Columns.open(undo_path(checkpoint.path)).arrays(plan).items():
         target = plan.targets[name]
@@ -61,8 +61,8 @@ def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
             rows = rows.T
         neurons = (target.slot.offset + target.neurons).tolist()
         wide = to_float(rows, checkpoint.tensors[name][1].dtype)
-        found |= {(target.slot.layer, n): row for n, row in zip(neurons, wide, strict=True)}
-    return found
+        result |= {(target.slot.layer, n): row for n, row in zip(neurons, wide, strict=True)}
+    return result
 
 
 def vocabulary(path: Path) -> dict[int, str] | None:

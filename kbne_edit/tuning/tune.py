@@ -100,9 +100,9 @@ def tune(
     if any((out / name).exists() for name in ("config.json", MANIFEST)):
         raise OutputError(f"{out} holds a model, whose files are not to be mixed with others: choose another --out")
     files = {Path(path): load_scores(path) for path in ([scores] if isinstance(scores, (str, Path)) else scores)}
-    with resolved(source, say) as found:
-        forbid_overlap(out / RESULT, found.origin)
-        checkpoint = Checkpoint.open(found.path)
+    with resolved(source, say) as base:
+        forbid_overlap(out / RESULT, base.origin)
+        checkpoint = Checkpoint.open(base.path)
         sites = _sites(files, checkpoint)
         asked = load_recipe(recipe or next(iter(files.values())).settings["recipe"])
         scorer = scorers(checkpoint.path, device, dtype)(checkpoint.path)
@@ -118,7 +118,7 @@ def tune(
             bench = DevBench(scorer, dev, journal)
             chooser = Chooser(checkpoint, bench, goal, draws)
             chosen = chooser.choose(space, {site: files[path] for site, path in sites.items()}, trials, seed)
-            record = measured | {"model": found.id, "commit": found.commit, "recipe": asked.name} | choice
+            record = measured | {"model": base.id, "commit": base.commit, "recipe": asked.name} | choice
             record |= _on_dev(chosen, bench, goal)
             if chosen.edit and not dev_only:
                 _use_test(out, choice, measured, chosen.edit)
@@ -133,14 +133,14 @@ def tune(
 
 def _sites(files: dict[Path, Scores], checkpoint: Checkpoint) -> dict[str, Path]:
     """{site: its scores file}. Raises InputError if a file is of another model, or a site has two."""
-    found: dict[str, Path] = {}
+    result: dict[str, Path] = {}
     for path, scores in files.items():
         if scores.base != checkpoint.fingerprint():
             raise ScoresError(f"{path} was made for another model: locate again")
-        if scores.site in found:
+        if scores.site in result:
             raise InputError(f"{path} is the second scores file of the site {scores.site}: tune takes one of each site")
-        found[scores.site] = path
-    return found
+        result[scores.site] = path
+    return result
 
 
 def _measured(checkpoint: Checkpoint, recipe: Recipe, dev: Half, test: Half, dtype: str) -> dict:
@@ -262,7 +262,9 @@ class _TestHalf:
         """With more draws, until one does as well as the edit or the looks need no more."""
         drawn = [run for run in runs if run.kind == RANDOM]
         own = self.goal.distance(cast("Run", runs.edit).tasks)
-        while FEWEST_DRAWS <= len(drawn) < self.looks.draws and all(self.goal.distance(run.tasks) > own for run in drawn):
+        while FEWEST_DRAWS <= len(drawn) < self.looks.draws and all(
+            self.goal.distance(run.tasks) > own for run in drawn
+        ):
             seeds = range(len(drawn), min(len(drawn) + _BLOCK, self.looks.draws))
             columns = bench.measure_draws(self.scorer, [random_edit(edit, sizes, seed) for seed in seeds])
             drawn += [Run(RANDOM, f"random {seed + 1}", tasks) for seed, tasks in zip(seeds, columns, strict=True)]

@@ -45,10 +45,10 @@ def _rows(place: Slot, layout: Layout, config: dict[str, Any], site: Site, read:
         check_linear(config)
         name, packed = _up_of(name, place, layout)
         start = place.neurons if packed else 0
-    found = [_carrier(f"{name}.weight", place, start, layout, read)]
+    result = [_carrier(f"{name}.weight", place, start, layout, read)]
     if site == "down" and f"{name}.bias" in layout.shapes:  # at the other sites the bias is a place of its own
-        found.append(Slot(f"{name}.bias", place.layer, 0, place.offset, place.neurons, start=start))
-    return found
+        result.append(Slot(f"{name}.bias", place.layer, 0, place.offset, place.neurons, start=start))
+    return result
 
 
 def check_linear(config: dict[str, Any]) -> None:

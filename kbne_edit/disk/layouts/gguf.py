@@ -228,13 +228,13 @@ class Rows:
 def neuron_rows(entries: Mapping[str, Entry], layer: int, site: str) -> list[Rows]:
     """Where the rows of a layer's up-projection (site "gate": gate projection) are. Raises FamilyError."""
     prefix, part = f"blk.{layer}.", "gate" if site == "gate" else "up"
-    found: list[Rows] = []
+    result: list[Rows] = []
     if (stacked := entries.get(f"{prefix}ffn_{part}_exps.weight")) is not None:
         experts, neurons = stacked.shape[:2]
-        found.append(Rows(stacked.name, 0, neurons, 0, experts))
+        result.append(Rows(stacked.name, 0, neurons, 0, experts))
         if (shared := entries.get(f"{prefix}ffn_{part}_shexp.weight")) is not None:
-            found.append(Rows(shared.name, experts * neurons, shared.shape[0]))
-        return found
+            result.append(Rows(shared.name, experts * neurons, shared.shape[0]))
+        return result
     down = entries.get(f"{prefix}ffn_down.weight")
     rows = entries.get(f"{prefix}ffn_{part}.weight") or entries.get(f"{prefix}ffn_up.weight")
     if down is None or rows is None:
@@ -244,7 +244,7 @@ def neuron_rows(entries: Mapping[str, Entry], layer: int, site: str) -> list[Row
     if not packed and (rows.shape[0] != neurons or not rows.name.endswith(f"{part}.weight")):
         raise FamilyError(f"{rows.name} has {rows.shape[0]} rows and {down.name} takes {neurons}: not a gated block")
     start = neurons if packed and part == "up" else 0
-    found.append(Rows(rows.name, 0, neurons, start))
+    result.append(Rows(rows.name, 0, neurons, start))
     if (bias := entries.get(re.sub(r"weight$", "bias", rows.name))) is not None:
-        found.append(Rows(bias.name, 0, neurons, start))
-    return found
+        result.append(Rows(bias.name, 0, neurons, start))
+    return result
