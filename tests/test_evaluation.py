@@ -305,7 +305,7 @@ def test_knowledge_equals_a_plain_loop(demo, base_report):
 def test_knowledge_with_several_surfaces_and_answers(chatty):
     """By hand: an answer has the sum of its surfaces, and must be above each other answer, not above one of them."""
     questions = [Question("Is a group a form?", answer, "d", "") for answer in ("yes", "no", "form")]
-    recipe = SimpleNamespace(name="r", answers=("yes", "no", "form"), prompt={"plain": "{question}"})
+    recipe = SimpleNamespace(name="r", answers=("yes", "no", "form"), also={}, prompt={"plain": "{question}"})
     recipe.ask = lambda _: questions
     task = knowledge_benchmark("knowledge", recipe, load_tokenizer(chatty), None)
     count = task.sizes[0]
