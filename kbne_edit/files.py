@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, TextIO
 from .errors import CheckpointError, InputError, OutputError, of_the_machine, short, shown
 
 MOST_JSON = 24 << 20  # bytes: the objects can take thirty times as much, and memory is to stay below 1 GB
+_CONTAINERS = 1 << 20  # lists and objects: a header of 300,000 tensors has fewer, and they are read in two seconds
+_COMMAS = 4 << 20
 _DEEPEST = 50
 LFS_POINTER = b"version https://git-lfs"
 
@@ -67,6 +69,10 @@ def parse_json(raw: bytes, where: str, kind: type[InputError] = CheckpointError,
             raise ValueError("a Git LFS pointer, not the file itself: run `git lfs pull`")
         if len(raw) > MOST_JSON:
             raise ValueError(f"more than {MOST_JSON >> 20} MB")
+        if raw.count(b"[") + raw.count(b"{") > _CONTAINERS:  # tiny ones are slow, and take much memory
+            raise ValueError(f"more than {_CONTAINERS:,} lists and objects")
+        if raw.count(b",") > _COMMAS:
+            raise ValueError(f"more than {_COMMAS:,} values")
         data = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
         if _depth(data) > _DEEPEST:
             raise ValueError(f"nested deeper than {_DEEPEST} levels")

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kbne_edit import Edit, Settings, bake, load_scores, locate
 from kbne_edit.attribution.answers import SMALL, Answers, AttributionSummary, Mass, Tally
-from kbne_edit.attribution.scores import Scores
-from kbne_edit.errors import CheckpointError, InputError
+from kbne_edit.attribution.scores import Row, Scores, ScoresWriter
+from kbne_edit.errors import CheckpointError, InputError, ScoresError
+from kbne_edit.models.bounds import check_tokens
 from kbne_edit.recipe import Question
 from kbne_edit.statistics import wilson
 
@@ -205,3 +206,22 @@ def test_a_scores_file_of_an_earlier_version(tmp_path):
     save_file(tensors, path, about)
     old = load_scores(path)
     assert (old.values == new.values).all() and np.allclose(old.p_answers, new.p_answers, rtol=1e-6)
+
+
+def test_the_last_token_and_the_last_position_are_taken():
+    model = chat_model(max_position_embeddings=64)  # of 320 tokens
+    check_tokens(model, [0, 319], [0, 63])
+    for ids, positions in (([320], [0]), ([1], [64])):
+        with pytest.raises(InputError):
+            check_tokens(model, ids, positions)
+
+
+def test_scores_that_are_no_numbers_are_not_written(tmp_path):
+    settings = {"site": "down", "base": "b", "model": "m", "recipe": "r"}
+    writer = ScoresWriter(tmp_path / "s.safetensors", (Question("Is it?", "yes", "d", "f"),), 1, 2, settings)
+    for scores, p in ((np.array([[1.0, np.nan]]), 0.5), (np.zeros((1, 2)), np.inf)):
+        with pytest.raises(ScoresError, match="not numbers"):
+            writer.write(0, Row(scores, p, 0.1, 0.6, 0.0, 0.0, 3))
+    writer.close()
+    with pytest.raises(ScoresError, match="unfinished"):
+        load_scores(tmp_path / "s.safetensors")

@@ -143,3 +143,22 @@ def test_the_neuron_after_the_last_is_refused():
             pass
     with hooked(model, Edit("down", {2: {47: 2.0}})):
         pass
+
+
+def test_a_hook_rounds_the_product_once():
+    """The factor itself is not rounded to the activation's dtype: .3 is not a bfloat16."""
+    model, seen = tiny_model("llama", torch.bfloat16), []
+    down = decoder_layers(model)[1].mlp.down_proj
+
+    def look(_, args):
+        seen.append(args[0].clone())
+
+    down.register_forward_pre_hook(look)
+    with hooked(model, Edit("down", {1: {3: 0.3, 5: -1.7}})), torch.no_grad():
+        down.register_forward_pre_hook(look)  # behind the edit's own
+        model(torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]]))
+    before, after = seen
+    expected = before.clone()
+    for neuron, factor in ((3, 0.3), (5, -1.7)):
+        expected[..., neuron] = (before[..., neuron].float() * factor).bfloat16()
+    assert torch.equal(after, expected) and not torch.equal(after, before)

@@ -253,6 +253,8 @@ def test_a_clone_that_finds_the_disk_full_is_no_reason_to_write(number, base, tm
         (b"[" * 100_000 + b"]" * 100_000, "not JSON that can be read"),
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "a key stands twice, 'c'"),
         (b" " * ((24 << 20) + 1), "more than 24 MB"),
+        (b"[" + b"[]," * (1 << 20) + b"[]]", "more than 1,048,576 lists and objects"),
+        (b"[" + b"1," * ((4 << 20) + 1) + b"1]", "more than 4,194,304 values"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         (b"\xff", "not JSON"),
     ],

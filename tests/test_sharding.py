@@ -386,3 +386,16 @@ def test_on_the_command_line(tmp_path):
     assert all(f"  {name} ({index[name]})" in planned for name in read_manifest(tmp_path / "out")["tensors"])
     run("revert", "out", "--out", "again")
     assert _files(tmp_path / "again") == _files(ROOT / "kbne_edit" / "demo")
+
+
+def test_new_files_say_their_format_where_the_base_does_not(tmp_path):
+    """Loaders ask for it."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    save_file(load_file(file), file)
+    fold(tmp_path / "base", Edit("down", {0: {3: 2.0}}), tmp_path / "out", shard_size="40KB")
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        with safe_open(shard, "pt") as held:
+            assert held.metadata() == {"format": "pt"}

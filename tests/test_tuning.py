@@ -1031,6 +1031,9 @@ def test_a_sweep_that_chose_another_edit_is_left_out(baked, tuned, tmp_path):
     other.write_text(json.dumps(tuned[1] | {"chosen": "0" * 64}))
     with pytest.raises(InputError, match="did not choose this edit"):
         report_of(baked, tuning=other)
+    other.write_text(json.dumps(tuned[1] | {"base": "0" * 64}))  # the same edit, of another model
+    with pytest.raises(InputError, match="did not choose this edit"):
+        report_of(baked, tuning=other)
     other.write_text(json.dumps(tuned[1] | {"points": [{"bias": "much"}]}))
     with pytest.raises(InputError, match="another form"):
         report_of(baked, tuning=other)
