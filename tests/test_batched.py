@@ -8,6 +8,7 @@ import torch
 
 from kbne_edit import Edit, hooked
 from kbne_edit.errors import EditError
+from kbne_edit.evaluation import batched
 from kbne_edit.evaluation.batched import margins_of_edits, score_edits
 from kbne_edit.models.places import decoder_layers, num_neurons
 from kbne_edit.recipe import Probe
@@ -66,6 +67,33 @@ def test_every_edit_is_as_if_it_were_alone(name):
                 assert got.greedy[row, i] == greedy
     moved = np.abs(got.logprobs - got.logprobs[0]).max(1)
     assert (moved[1:] > 100 * PER_TOKEN).all()  # the edits do something, so that agreement means something
+
+
+@pytest.mark.parametrize("block", [7, 40, 2048])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_the_vocabulary_in_blocks(block, temperature, monkeypatch):
+    """97 tokens in 14 blocks, in three, in one: the same sums, and the same likeliest token."""
+    monkeypatch.setattr(batched, "VOCABULARY_BLOCK", block)
+    model, rng = tiny_model("llama"), np.random.default_rng(1)
+    edits, pairs = _edits(model, rng), _pairs()
+    greedy = [int(model(torch.tensor([context])).logits[0, -1].argmax()) for context, _ in pairs[:3]]
+    pairs += [(context, [token]) for (context, _), token in zip(pairs, greedy, strict=False)]
+    got = score_edits(model, pairs, edits, temperature=temperature)
+    for row, edit in enumerate(edits):
+        with hooked(model, edit) if edit else nullcontext():
+            want = [_plain(model, *pair, temperature) for pair in pairs]
+        np.testing.assert_allclose(got.logprobs[row], [logp.sum() for logp, _ in want], atol=1e-4)
+        assert got.greedy[row].tolist() == [hit for _, hit in want]
+    assert got.greedy[0, -3:].all() and not got.greedy[0].all()
+
+
+def test_a_flattening_takes_what_the_model_made_before(monkeypatch):
+    model = tiny_model("llama")
+    edits, kept = _edits(model, np.random.default_rng(1)), {}
+    wanted = score_edits(model, _pairs(), [None], temperature=1.7).logprobs
+    score_edits(model, _pairs(), edits[::-1], kept=kept)
+    monkeypatch.setattr(batched, "last_states", None)  # no further pass
+    assert np.array_equal(score_edits(model, _pairs(), [None], temperature=1.7, kept=kept).logprobs, wanted)
 
 
 def test_gate_and_down_in_one_batch():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..models.hooks import replaced
 from ..models.places import decoder_layers, is_recurrent
+from ..models.widening import computed_in
 from .calls import Output, forward, new_cache, on_device
 
 _BLOCK = 4096  # rows of W at a time: 8 MB of logits with 512 rows
@@ -104,7 +105,7 @@ def is_plain(model: Any, hidden: Tensor) -> bool:
     """
     if model not in _plain:
         output = model.get_output_embeddings()
-        plain = isinstance(output, nn.Linear) and output.weight.dtype == torch.float32 and not output.weight.is_meta
+        plain = isinstance(output, nn.Linear) and computed_in(model) == torch.float32 and not output.weight.is_meta
         if plain:
             known = torch.linspace(-100, 100, len(output.weight), device=output.weight.device)
             with torch.no_grad(), replaced([output], lambda z, *args, **kwargs: known.expand(*z.shape[:-1], -1)):

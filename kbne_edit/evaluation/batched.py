@@ -3,7 +3,7 @@
 Texts are packed into trees (`models.trees`), so what several begin with stands there once. A pass starts with one batch
 entry. Before the first layer that any of the edits touches it is repeated once per edit, and from there each entry has
 its own factors. So layers below are computed once for all edits, and above a layer's weights are read once for all of
-them. The head is given the kept positions in blocks, so no logits of a whole pass are ever held.
+them. The head is swept in blocks of its rows, so no logits of a whole pass are ever held.
 
 Legend: E edits, N tokens of a tree, K kept positions, D hidden size, F neurons of a layer, V vocabulary.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attribution.head import after_head, at_head, head
+from ..attribution.head import after_head, at_head, before_head, head, is_plain
 from ..edit import Edit
 from ..errors import InputError
 from ..families import end
@@ -31,6 +31,7 @@ from ..recipe import Probe
 
 TREE_TOKENS = 512  # of one tree: attention within it grows with the square
 _BATCH_TOKENS = 4096  # of one pass, over all edits: bounds memory, and is enough to keep a matrix product busy
+VOCABULARY_BLOCK = 2048  # rows of the head at a time: 33 MB of logits with all tokens of a pass
 _HEAD_ROWS = 512  # positions that go through the head at once: it makes [rows, V] logits
 
 # The last layer's output of the model itself, [K, D], by the tokens of a tree and the K of them that are kept
@@ -171,6 +172,8 @@ def _looked_up(
     model: nn.Module, states: Tensor, index: list[int], target: list[int], temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(log-probabilities [E, T], is it the likeliest token [E, T]) of tokens at kept positions. states: [E, K, D]."""
+    if not is_recurrent(model) and is_plain(model, states[:1, :1]):
+        return _by_blocks(model, states, index, target, temperature)
     at: Any
     place: Any
     count, kept = states.shape[:2]
@@ -198,6 +201,33 @@ def _looked_up(
         logp[edit, place] = (found - norm[at]).double().cpu().numpy()
         hits[edit, place] = (found == largest[at]).cpu().numpy()
     return logp, hits
+
+
+def _by_blocks(
+    model: nn.Module, states: Tensor, index: list[int], target: list[int], temperature: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_looked_up` in one sweep over blocks of the head's rows, so that no logits [E * K, V] are ever held."""
+    count, kept = states.shape[:2]
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    z = before_head(model, states.reshape(1, count * kept, -1)).to(output.weight.device)
+    at = (torch.arange(count)[:, None] * kept + torch.tensor(index)).flatten().to(z.device)
+    tokens = torch.tensor(target, device=z.device).repeat(count)
+    found = torch.empty(len(at), device=z.device)
+    largest, total = torch.full((len(z),), -torch.inf, device=z.device), torch.zeros(len(z), device=z.device)
+    for start in range(0, len(output.weight), VOCABULARY_BLOCK):
+        block = slice(start, start + VOCABULARY_BLOCK)
+        bias = None if output.bias is None else output.bias[block].float()
+        logits = nn.functional.linear(z, output.weight[block].float(), bias)
+        if temperature != 1:
+            logits /= temperature
+        inside = ((tokens >= start) & (tokens < block.stop)).nonzero()[:, 0]
+        found[inside] = logits[at[inside], tokens[inside] - start]
+        new = torch.maximum(largest, logits.amax(1))
+        total = total * (largest - new).exp() + logits.sub_(new[:, None]).exp_().sum(1)
+        largest = new
+    logp = found - (largest + total.log())[at]
+    hits = found == largest[at]
+    return logp.double().view(count, -1).cpu().numpy(), hits.view(count, -1).cpu().numpy()
 
 
 @torch.inference_mode()
