@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .disk.checkpoint import Checkpoint
-from .distributed import LOCAL_RANK, LOCAL_SIZE, Team, team
+from .distributed import LOCAL_SIZE, Team, team
 from .errors import InputError
 from .files import forbid_overlap, parse_size
 from .hub.source import Source, resolved, usual_recipe
@@ -201,14 +201,18 @@ def _supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
 
     from .attribution.gradients import Resident
     from .attribution.streamed import Streamed
+    from .models.devices import SPREAD, chosen_device, device_memory
     from .models.loading import load_model
 
     dtype = getattr(torch, settings.dtype)
     budget = parse_size(settings.memory) if settings.memory else memory.SHARE * memory.available() / LOCAL_SIZE
     need = memory.needed(checkpoint, dtype.itemsize)
-    if settings.device != "cpu" or need <= budget:
+    device = chosen_device(settings.device)
+    if device not in ("cpu", SPREAD):
+        room = memory.SHARE * device_memory(device)
+        budget = min(budget, room) if settings.memory else room
+    if device == SPREAD or need <= budget:
         say(f"loading {checkpoint.path} in {settings.dtype}")
-        device = f"cuda:{LOCAL_RANK}" if settings.device == "cuda" and LOCAL_SIZE > 1 else settings.device
         graphs = memory.GRAPHS
         if settings.memory:
             graphs = min(graphs, budget - memory.in_memory(checkpoint, dtype.itemsize) - memory.OVERHEAD)
@@ -221,7 +225,7 @@ def _supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
     if settings.dtype != "float32":
         raise InputError(f"--dtype {settings.dtype} needs the model in memory ({need / 1e9:.1f} GB): use float32")
     say(f"{checkpoint.path} takes {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used: reading it layer by layer")
-    return Streamed(checkpoint, budget)
+    return Streamed(checkpoint, budget, device)
 
 
 class Choice(NamedTuple):

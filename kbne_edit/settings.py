@@ -9,7 +9,7 @@ from .attribution.names import quadrature_name
 from .errors import InputError, shown
 from .families import Site
 from .files import parse_size
-from .models.devices import check_device
+from .models.devices import AUTO, check_device
 from .recipe import Recipe
 from .rule import Rule
 
@@ -26,7 +26,7 @@ class Settings:
     positions: how many of a prompt's last positions are scaled (the paper's: 1).
 
     memory: what attribution may use, e.g. "8GB" (None: most of what is free); a model that does not fit is read layer
-    by layer.
+    by layer. device: of torch; "auto": the accelerator where there is one.
     """
 
     recipe: str | Path | None = None
@@ -46,7 +46,7 @@ class Settings:
     before: str = ""
     drop_wrong: bool = False
     min_stability: float | None = None
-    device: str = "cpu"
+    device: str = AUTO
     objective: str = "probability"
     positions: int = 1
     dtype: str = "float32"

@@ -7,6 +7,7 @@ from kbne_edit.attribution.gradients import attributions, packs
 from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import InputError
+from kbne_edit.models import devices
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, MULTIMODAL_MIXTURES, tiny_model
 
 PROMPTS = [[5, 17, 40, 8, 22, 31], [5, 17, 40, 9], [5, 17, 40, 8, 60, 3, 7]]
@@ -27,6 +28,34 @@ def test_same_scores_as_in_memory(name, positions, tmp_path):
         assert (got.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()
         assert got.p == pytest.approx(want.p, rel=1e-6)
         assert (got.nodes == want.nodes).all()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3_text"])
+def test_layers_that_are_sent_to_a_device_give_the_same_scores(name, tmp_path):
+    """`cpu:0` is to torch another device than `cpu`, so that every tensor is sent; tied weights stay tied."""
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    sent = Streamed(Checkpoint.open(tmp_path), PLENTY, "cpu:0")
+    assert (sent.model.lm_head.weight is sent.model.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    both = (attributions(layers, PROMPTS, ANSWERS, quadrature="gauss-4") for layers in (sent, model))
+    for got, want in zip(*both, strict=True):
+        assert (got.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()
+
+
+@pytest.mark.parametrize(
+    "count, processes, rank, expected",
+    [(1, 1, 0, "cuda"), (4, 1, 0, "spread"), (4, 4, 2, "cuda:2"), (2, 4, 3, "cuda:1"), (0, 1, 0, "cpu")],
+)
+def test_auto_takes_the_accelerator(count, processes, rank, expected, monkeypatch, caplog):
+    """A machine with so many GPUs, as torch would describe it."""
+    caplog.set_level("INFO", "kbne_edit")
+    found = torch.device("cuda") if count else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.setattr(devices, "LOCAL_SIZE", processes)
+    monkeypatch.setattr(devices, "LOCAL_RANK", rank)
+    assert devices.chosen_device("auto") == expected and devices.chosen_device("mps") == "mps"
+    assert any("computing on" in line for line in caplog.messages) == bool(count)
 
 
 def test_weights_are_read_twice_for_all_questions(tmp_path):

@@ -37,8 +37,10 @@ from ..progress import progress, say
 
 
 class Streamed:
-    """Supplies a checkpoint's layers one by one (`attribution.Layers`). memory: budget of the whole process in bytes.
+    """Supplies a checkpoint's layers one by one (`attribution.Layers`). memory: budget of what computes, in bytes.
 
+    device: where the layers compute. Each is read and put together in the machine's memory (pinned where the device can
+    fetch from there by itself), and copied to the device while the layer before it computes.
     bytes_read: what was read of the weights so far. Raises CheckpointError if a tensor is missing, InputError if not
     even one question fits the budget.
     """
@@ -46,12 +48,15 @@ class Streamed:
     graphs: float = 0  # the weights are gone before the way down
     max_rows = float("inf")  # bounded by the budget already
 
-    def __init__(self, checkpoint: Checkpoint, memory: float):
+    def __init__(self, checkpoint: Checkpoint, memory: float, device: str = "cpu"):
+        self._device = torch.device(device)
         self._checkpoint, self._memory, self.bytes_read = checkpoint, memory, 0
         self.model = _skeleton(checkpoint)
         self._layers, self._path = decoder_layers(self.model), family_of(self.model.config.to_dict()).layers + "."
         self._names = self._whose_tensors()
         self._load(None)
+        for module in self.model.modules():  # of layers the buffers alone: their parameters are not there yet
+            _to_device(module, self._device)
         self.model.tie_weights()
         outer = [(name, p) for name, p in self.model.named_parameters() if not name.startswith(self._path)]
         self._complete(name for name, p in outer if p.is_meta)
@@ -81,6 +86,8 @@ class Streamed:
         self.model.requires_grad_(False)
         if layer is not None:
             self._complete(name for name, p in self._layers[layer].named_parameters() if p.is_meta)
+            for module in self._layers[layer].modules():
+                _to_device(module, self._device)
 
     def _complete(self, absent: Iterable[str]) -> None:
         if name := next(iter(absent), None):
@@ -159,6 +166,21 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
         model = model_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
         _empty(model)  # norms start with ones, which would hide that their weight is missing
     return model.eval().requires_grad_(False)
+
+
+def _to_device(module: nn.Module, device: torch.device) -> None:
+    """Move a module's own weights and buffers, but those without memory."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if not parameter.is_meta and parameter.device != device:
+            setattr(module, name, nn.Parameter(_sent(parameter.data, device), requires_grad=False))
+    for name, buffer in module.named_buffers(recurse=False):
+        if not buffer.is_meta and buffer.device != device:
+            setattr(module, name, _sent(buffer, device))
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    pinned = device.type in ("cuda", "xpu") and values.device.type == "cpu"
+    return values.pin_memory().to(device, non_blocking=True) if pinned else values.to(device)
 
 
 def _empty(part: nn.Module) -> None:

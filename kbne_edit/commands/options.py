@@ -109,7 +109,7 @@ locating = _together(
         metavar="JSON",
         help='Tokens that count as each answer, e.g. {"yes": ["Yes"], "no": ["No"]}.',
     ),
-    click.option("--device", default="cpu", show_default=True, help="Torch device for the attribution."),
+    click.option("--device", default="auto", show_default=True, help="Torch device; auto: the accelerator, if any."),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -192,7 +192,7 @@ evaluating = _together(
         show_default=True,
         help="Loss of capability that must be excluded, in points of accuracy.",
     ),
-    click.option("--device", default="cpu", show_default=True, help="Torch device."),
+    click.option("--device", default="auto", show_default=True, help="Torch device; auto: the accelerator, if any."),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -163,7 +163,7 @@ def evaluate(
     scores: str | Path | None = None,
     draws: int = DRAWS,
     margin: float = 5.0,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
 ) -> Evaluation:
     """Figures of the base, of the edit and of its controls on the same items, and what can be said about them.

@@ -12,6 +12,7 @@ from ..disk.refusals import gguf_file
 from ..errors import CheckpointError, InputError, KbneError, one_line, short, shown
 from ..families import TEXT_ALONE, text_part
 from ..files import open_input, read_json
+from .devices import SPREAD, chosen_device
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +55,12 @@ def foreign(path: Path) -> Iterator[None]:
 def load_model(path: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The causal model of a directory, by plain transformers. Never runs code from the checkpoint.
 
+    device: of torch, or "auto" (`chosen_device`).
+
     Raises CheckpointError, also where weights are missing or of other shapes: transformers would make up random ones.
     """
-    spread = {"device_map": "auto"} if device == "auto" else {}
+    device = chosen_device(device)
+    spread = {"device_map": "auto"} if device == SPREAD else {}
     with foreign(path):
         with _conversions():
             model, report = _load(path, dtype, spread)

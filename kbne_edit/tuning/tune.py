@@ -69,7 +69,7 @@ def tune(
     draws: int = DRAWS,
     seed: int = 0,
     dev_only: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
 ) -> Tuning:
     """Choose an edit on dev, confirm it once on test; returns what OUT/tune.json holds.
