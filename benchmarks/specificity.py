@@ -106,7 +106,7 @@ class Bench:
         text = neutral.neutral_text(self.scorer.tokenizer, recipe)
         stories, self.texts = text.texts, text.rows
         halved = halves([task("stereoset_intrasentence", 2 * arguments.items)], stories, self.texts, seed=0)
-        self.pairs = {name: half.marks[0].pairs for name, half in zip(("dev", "test"), halved, strict=True)}
+        self.pairs = {name: half.benchmarks[0].pairs for name, half in zip(("dev", "test"), halved, strict=True)}
         self.arc = task("arc_easy", arguments.arc)
         self.logits = neutral.logits(self.scorer, self.texts)
         self.base = {"dev": self.margins("dev"), "test": self.margins("test"), "arc": self.accuracy()}

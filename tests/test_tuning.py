@@ -109,7 +109,9 @@ def _mark(name, stories, groups):
 def _sides(marks, stories=("s", "t"), seed=0):
     """The stories of each half: [{task: stories}, …]."""
     texts = [[1, i] for i in range(len(stories))]
-    return [{mark.name: list(mark.clusters) for mark in half.marks} for half in halves(marks, stories, texts, seed)]
+    return [
+        {mark.name: list(mark.clusters) for mark in half.benchmarks} for half in halves(marks, stories, texts, seed)
+    ]
 
 
 def test_halves_share_out_every_group_and_keep_stories_together():
@@ -429,7 +431,7 @@ def _edits(result, scores):
 
 
 def test_points_are_measured_on_dev(tuned, split, scores, scorer):
-    result, margins = tuned[1], _margins(split[0].marks[0])
+    result, margins = tuned[1], _margins(split[0].benchmarks[0])
     base = np.abs(margins(scorer.model))
     assert result["base_bias"]["probes"] == pytest.approx(base.mean(), abs=PER_TOKEN) and len(result["points"]) == 4
     for point in result["points"]:
@@ -444,7 +446,7 @@ def test_points_are_measured_on_dev(tuned, split, scores, scorer):
 
 
 def test_the_test_figures_are_of_the_test_half(tuned, split, scores, scorer):
-    result, margins = tuned[1], _margins(split[1].marks[0])
+    result, margins = tuned[1], _margins(split[1].benchmarks[0])
     entry = result["test"]["tasks"]["probes"]["figures"]["absolute margin"]
     assert entry["base"] == pytest.approx(np.abs(margins(scorer.model)).mean(), abs=PER_TOKEN)
     with hooked(scorer.model, _edits(result, scores)[result["chosen"]]):
@@ -499,7 +501,7 @@ def test_benchmarks_from_files_steer_together(scores, scorer, tmp_path):
     (point,) = result["points"]
     marks = benchmarks(names, data, None, load_recipe("demo"), scorer, scorer.tokenizer)
     (dev, _), changes = halves(marks, ["a", "b"], [[1], [2]], 0), []
-    for mark in dev.marks[:3]:
+    for mark in dev.benchmarks[:3]:
         before = mark.columns(scorer.score(mark.pairs))[:, 2].mean()
         with hooked(scorer.model, _edits(result, scores)[point["edit"]]):
             changes.append(mark.columns(scorer.score(mark.pairs))[:, 2].mean() - before)
@@ -711,7 +713,7 @@ class Spy:
 
 
 def _rows(half):
-    return {(*c, *a) for mark in half.marks for c, a in mark.pairs} | {tuple(text[:-1]) for text in half.texts}
+    return {(*c, *a) for mark in half.benchmarks for c, a in mark.pairs} | {tuple(text[:-1]) for text in half.texts}
 
 
 def test_the_test_half_is_scored_after_the_choice_and_once(scores, split, tmp_path, monkeypatch):
@@ -956,7 +958,7 @@ def test_probes_that_are_to_be_avoided_steer_by_their_signed_margin(scores, scor
     marks = benchmarks(["probes"], None, None, load_recipe(recipe), scorer, scorer.tokenizer)
     text = neutral.neutral_text(scorer.tokenizer, load_recipe(recipe))
     stories, texts = text.texts, text.rows
-    (dev,), (test,) = (half.marks for half in halves(marks, stories, texts, 0))
+    (dev,), (test,) = (half.benchmarks for half in halves(marks, stories, texts, 0))
     assert result["figure"] == "unwanted margin" and result["chosen_by"].startswith("the least of what is unwanted")
 
     def mean(mark, edit=None):

@@ -26,7 +26,7 @@ class DevBench:
 
     def __init__(self, scorer: Scorer, half: Half, journal: Journal):
         self._scorer, self._half, self._journal = scorer, half, journal
-        self._bench = Bench(half.marks, half.texts)
+        self._bench = Bench(half.benchmarks, half.texts)
         if len(journal):
             say(f"{len(journal)} measurements are done already")
 

@@ -21,25 +21,25 @@ from ..evaluation.benchmark import Benchmark
 class Half:
     """Tasks and neutral texts, each with its share of the items. texts: token ids of each text."""
 
-    marks: list[Benchmark]
+    benchmarks: list[Benchmark]
     texts: list[list[int]]
 
     def digests(self) -> dict[str, tuple[int, str]]:
         """{task: (items, SHA-256 of what the model is asked)}: equal exactly if the items are."""
-        asked = {mark.name: (len(mark.sizes), [mark.sizes, mark.pairs]) for mark in self.marks}
+        asked = {task.name: (len(task.sizes), [task.sizes, task.pairs]) for task in self.benchmarks}
         asked["neutral text"] = (len(self.texts), self.texts)
         return {name: (n, _digest(what)) for name, (n, what) in asked.items()}
 
 
-def whole_data(marks: Sequence[Benchmark], names: Sequence[str]) -> str:
+def whole_data(benchmarks: Sequence[Benchmark], names: Sequence[str]) -> str:
     """SHA-256 of all that these tasks ask, in whatever order and halves: the same data has the same."""
     items = []
-    for mark in marks:
+    for task in benchmarks:
         starts = [0]
-        for size in mark.sizes:
+        for size in task.sizes:
             starts.append(starts[-1] + size)
-        if mark.name in names:
-            items += [_digest([mark.name, mark.pairs[a:b]]) for a, b in zip(starts, starts[1:], strict=False)]
+        if task.name in names:
+            items += [_digest([task.name, task.pairs[a:b]]) for a, b in zip(starts, starts[1:], strict=False)]
     return _digest(sorted(items))
 
 
@@ -48,18 +48,18 @@ def _digest(what: object) -> str:
 
 
 def halves(
-    marks: Sequence[Benchmark], stories: Sequence[str], texts: Sequence[list[int]], seed: int
+    benchmarks: Sequence[Benchmark], stories: Sequence[str], texts: Sequence[list[int]], seed: int
 ) -> tuple[Half, Half]:
     """(dev, test). stories, texts: the neutral texts, and their token ids.
 
     Raises InputError where a half would be empty.
     """
     side: dict[str, int] = {}
-    dealt = [_deal(mark.name, mark.clusters, mark.groups, side, seed) for mark in marks]
+    dealt = [_deal(task.name, task.clusters, task.groups, side, seed) for task in benchmarks]
     neutral = _deal("neutral text", stories, [""] * len(stories), side, seed)
     dev, test = (
         Half(
-            [mark.take(items[half]) for mark, items in zip(marks, dealt, strict=True)],
+            [task.take(items[half]) for task, items in zip(benchmarks, dealt, strict=True)],
             [texts[i] for i in neutral[half]],
         )
         for half in (0, 1)

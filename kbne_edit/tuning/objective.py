@@ -148,26 +148,26 @@ def goal_of(halves: Sequence[Half], figure: str | None, margin: float, max_kl: f
 
     Raises InputError if nothing steers or bounds, or if a half is so small that no loss could ever be excluded.
     """
-    of_bias = [mark for mark in halves[0].marks if mark.kind == "bias"]
-    known = {f.name for mark in of_bias for f in mark.figures if f.ideal is not None}
+    of_bias = [task for task in halves[0].benchmarks if task.kind == "bias"]
+    known = {f.name for task in of_bias for f in task.figures if f.ideal is not None}
     figure = figure or next(filter(known.__contains__, FIGURES), FIGURES[0])
     steering = {m.name: f for m in of_bias for f in m.figures if f.name == figure and figure in known}
     if not steering:
         cure = f"--figure is one of {', '.join(sorted(known))}" if known else "there is no bias task with data at all"
         raise InputError(f"no bias task has the figure {figure!r}: {cure}")
-    by_kind = ([mark.name for mark in halves[0].marks if mark.kind == kind] for kind in ABILITIES)
+    by_kind = ([task.name for task in halves[0].benchmarks if task.kind == kind] for kind in ABILITIES)
     abilities = next(filter(None, by_kind), None)
     if not abilities:
         raise InputError(
             "no task bounds the loss of capability: add arc_easy, arc_challenge, openbookqa, copa or knowledge_controls"
         )
-    for mark in (mark for half in halves for mark in half.marks if mark.name in abilities):
-        unharmed = np.ones((len(mark.sizes), 1))
-        if (best := loss_of(unharmed, unharmed, margin, 0.0, mark.clusters or None).lowest) <= -margin:
+    for task in (task for half in halves for task in half.benchmarks if task.name in abilities):
+        unharmed = np.ones((len(task.sizes), 1))
+        if (best := loss_of(unharmed, unharmed, margin, 0.0, task.clusters or None).lowest) <= -margin:
             raise InputError(
-                f"{mark.name} has {len(unharmed)} items in a half, too few to exclude a loss of {margin:g} points even "
+                f"{task.name} has {len(unharmed)} items in a half, too few to exclude a loss of {margin:g} points even "
                 f"where none is lost (lower end {best:.1f}): take more, or --margin {math.floor(-best) + 1}"
             )
-    clusters = {mark.name: mark.clusters for mark in halves[0].marks if mark.clusters}
-    chance = {mark.name: mark.chance_level for mark in halves[0].marks if mark.name in abilities}
+    clusters = {task.name: task.clusters for task in halves[0].benchmarks if task.clusters}
+    chance = {task.name: task.chance_level for task in halves[0].benchmarks if task.name in abilities}
     return Goal(steering, abilities, margin, max_kl, clusters, chance)

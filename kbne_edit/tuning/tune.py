@@ -241,10 +241,10 @@ class _TestHalf:
 
     def confirm(self, edit: Edit, controls: list[Control], sizes: list[int]) -> dict:
         """The edit and its controls, by `evaluate`'s code; the steering figure alone is tested. sizes: of layers."""
-        goal, bench = self.goal, Bench(self.half.marks, self.half.texts)
+        goal, bench = self.goal, Bench(self.half.benchmarks, self.half.texts)
         runs = bench.complete(self.scorer, bench.measure(self.scorer, "confirm on test: edit", edit), controls)
         runs = self._outdone(bench, runs, edit, sizes)
-        results = results_of(self.half.marks, runs, goal.margin, goal.figure.name)
+        results = results_of(self.half.benchmarks, runs, goal.margin, goal.figure.name)
         figures = neutral_of(runs)
         confirmation = goal.confirmed(results, figures["KL from the base"]["edit"].value, self.looks)
         return {
