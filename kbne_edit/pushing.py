@@ -22,7 +22,7 @@ from .errors import CheckpointError, OutputError, ProofError
 from .folding.adapter import adapter_fault
 from .folding.delta import delta_fault
 from .folding.plan import Plan
-from .hub.client import TIMEOUT, talking
+from .hub.client import TIMEOUT, hub_address, talking, without_password
 from .hub.licences import metadata_in, notices
 from .hub.source import resolved
 from .progress import progress, say
@@ -207,7 +207,7 @@ def _message(manifest: Manifest) -> str:
 
 def _send(result: PushResult, directory: Path, files: dict[str, str], message: str) -> PushResult:
     """Create the repository if need be, upload and commit, and compare what the Hub holds with what was sent."""
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if get_token() is None:
         raise OutputError("you are not logged in to the Hub: run `hf auth login` with a token that may write")
@@ -233,8 +233,8 @@ def _send(result: PushResult, directory: Path, files: dict[str, str], message: s
     )
     if wrong := _differing(api, name, commit.oid, directory, files):
         raise OutputError(f"{name}: the Hub does not hold {wrong[0]} as it was sent: push again")
-    url = (commit.pr_url if create_pr else None) or f"{constants.ENDPOINT}/{name}"
-    return replace(result, commit=commit.oid, url=url)
+    url = (commit.pr_url if create_pr else None) or f"{hub_address()}/{name}"
+    return replace(result, commit=commit.oid, url=without_password(url))
 
 
 def _differing(api: Any, name: str, commit: str, directory: Path, files: dict[str, str]) -> list[str]:

@@ -218,10 +218,14 @@ def test_the_last_token_and_the_last_position_are_taken():
 
 def test_scores_that_are_no_numbers_are_not_written(tmp_path):
     settings = {"site": "down", "base": "b", "model": "m", "recipe": "r"}
-    writer = ScoresWriter(tmp_path / "s.safetensors", (Question("Is it?", "yes", "d", "f"),), 1, 2, settings)
+    questions = (Question("Is it?", "yes", "d", "f"), Question("Was it?", "yes", "d", "f"))
+    writer = ScoresWriter(tmp_path / "s.safetensors", questions, 1, 2, settings)
     for scores, p in ((np.array([[1.0, np.nan]]), 0.5), (np.zeros((1, 2)), np.inf)):
         with pytest.raises(ScoresError, match="not numbers"):
             writer.write(0, Row(scores, p, 0.1, 0.6, 0.0, 0.0, 3))
+    for q, p in enumerate((0.4, 0.6)):  # right is what is likelier than every other answer
+        with pytest.raises(ScoresError, match=rf"unfinished \({q} questions"):
+            load_scores(tmp_path / "s.safetensors")
+        writer.write(q, Row(np.ones((1, 2)), p, 0.3 + q / 2, 0.9, 0.0, 0.0, 3))
     writer.close()
-    with pytest.raises(ScoresError, match="unfinished"):
-        load_scores(tmp_path / "s.safetensors")
+    assert load_scores(tmp_path / "s.safetensors").correct.tolist() == [True, False]

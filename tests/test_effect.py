@@ -172,6 +172,14 @@ def test_draws_are_measured_on_some_of_many_twins_and_compared_on_these():
     assert stub.asked[0] == (120, 2, 1.0) and {asked[0] for asked in stub.asked[1:]} == {48}
 
 
+def test_a_draw_that_does_just_as_well_counts():
+    base = _base()
+    draws = _draws(base, 0.0)
+    draws[30] = base * 0.9
+    found = measure_effect(Margins(base, base * 0.9, draws), _twins(24), EDIT, SIZES)
+    assert (found.random.as_low, found.random.draws, found.state) == (1, 32, "none")
+
+
 def test_a_model_flattened_for_good_prefers_nothing():
     base = _base()
     stub = Margins(base, base * 0.5, _draws(base, 0.0))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hub import SIGNATURE, Fault, serving, sha256
 from kbne_edit import Edit
+from kbne_edit.hub.client import without_password
 from tiny import tiny_model
 
 CLI = Path(__file__).resolve().parent.parent / "cli.py"
@@ -563,3 +564,9 @@ def test_refusals_of_a_push(out, hub, cli):
 
 def test_the_base_is_not_overwritten(out, hub, cli):
     _refused(cli("push", "out", "org/tiny", token=TOKEN), "is the base itself", "--create-pr")
+
+
+def test_a_password_in_the_address_is_not_shown():
+    assert without_password("https://me:se@cret@hub.local:1/api") == "https://hub.local:1/api"
+    assert without_password("https://hub.local/a@b") == "https://hub.local/a@b"
+    assert without_password("me:secret@hub.local") == "hub.local"

@@ -90,3 +90,19 @@ def test_weights_that_the_configuration_names(tmp_path):
     (path / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
     with pytest.raises(CheckpointError, match=r"transformers_weights: 'other\.safetensors'"):
         load_model(path, torch.float32)
+
+
+@pytest.mark.parametrize("value", ["x", True, [2, "x"], 1.5])
+def test_special_tokens_that_are_none(value, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        load_model(tmp_path / "m", torch.float32)
+
+
+def test_a_greedy_continuation_knows_no_beams_and_penalties(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    settings = {"eos_token_id": [2, 5], "num_beams": 4, "repetition_penalty": 9.0, "temperature": [1], "min_length": 9}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(settings))
+    kept = load_model(tmp_path / "m", torch.float32).generation_config
+    assert kept.eos_token_id == [2, 5] and kept.num_beams in (None, 1) and kept.repetition_penalty in (None, 1.0)

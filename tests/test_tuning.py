@@ -621,24 +621,33 @@ def test_the_best_of_random_edits_is_rarely_below_all_draws(uses, candidates):
     assert 0.03 < below.mean() < 0.06
 
 
+def test_draws_end_with_the_first_that_does_as_well(tuned):
+    result = tuned[1]
+    figure = result["test"]["tasks"]["probes"]["figures"]["absolute margin"]
+    as_good = [i for i in range(figure["draws"]) if figure[f"random {i + 1}"] <= figure["edit"]]
+    assert result["confirmation"]["candidates"] == len(result["points"]) == 4
+    assert figure["draws"] == (79 if not as_good or as_good[0] >= DRAWS else DRAWS)
+    assert result["confirmation"]["confirmed"] == (not as_good and figure["verdict"].endswith("beyond every control"))
+
+
 def test_draws_go_on_as_long_as_the_choice_outdoes_them(scores, tmp_path, monkeypatch):
-    measured, inner = [], Bench.measure_draws
+    measured, drawn, inner, distance = [], [], Bench.measure_draws, Goal.distance
 
     def noting(bench, scorer, edits, *args):
         measured.append([edit.sha256 for edit in edits])
-        return inner(bench, scorer, edits, *args)
+        drawn.extend(inner(bench, scorer, edits, *args))
+        return drawn[-len(edits) :]
+
+    def far(goal, columns):
+        return distance(goal, columns) + 1e3 * any(columns is other for other in drawn)
 
     monkeypatch.setattr(Bench, "measure_draws", noting)
+    monkeypatch.setattr(Goal, "distance", far)  # of runs on the test half alone
     result = tune("demo", scores, tmp_path / "out", **ASKED)
-    figure = result["test"]["tasks"]["probes"]["figures"]["absolute margin"]
-    drawn = [figure[f"random {i + 1}"] for i in range(figure["draws"])]
-    as_good = [i for i, value in enumerate(drawn) if value <= figure["edit"]]
-    assert result["confirmation"]["candidates"] == len(result["points"]) == 4
     on_test = measured[list(map(len, measured)).index(DRAWS) :]
-    assert list(map(len, on_test)) == [DRAWS] + [40] * ((len(drawn) - DRAWS) // 40)
-    assert len({sha for block in on_test for sha in block}) == len(drawn)  # never the same neurons again
-    assert len(drawn) == (79 if not as_good or as_good[0] >= DRAWS else DRAWS)
-    assert result["confirmation"]["confirmed"] == (not as_good and figure["verdict"].endswith("beyond every control"))
+    assert list(map(len, on_test)) == [DRAWS, 79 - DRAWS]
+    assert len({sha for block in on_test for sha in block}) == 79  # never the same neurons again
+    assert result["test"]["tasks"]["probes"]["figures"]["absolute margin"]["draws"] == 79
 
 
 @pytest.mark.parametrize("least, chosen", [(0.75, True), (0.5, False)])
@@ -664,6 +673,8 @@ def test_one_draw_that_does_as_well_is_enough(scores, least, chosen):
     found = Chooser(sizes, bench, goal, DRAWS).choose(space, {"down": load_scores(scores)}, 5, 0)
     assert (found.edit is not None) == chosen and len(seen) == (DRAWS if chosen else 24)
     assert found.points[0].as_good == (0 if chosen else 1) and found.points[0].beyond_random.high < 0
+    bounded = Chooser(sizes, bench, replace(goal, max_kl=0.5), DRAWS)  # the texts' KL is 1
+    assert bounded.choose(space, {"down": load_scores(scores)}, 5, 0).edit is None
 
 
 def test_data_is_new_once(tmp_path):

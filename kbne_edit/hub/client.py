@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import InputError, of_the_machine
+from ..errors import InputError, of_the_machine, one_line
 
 TIMEOUT = 30.0  # seconds without an answer; the client itself would wait for ever
 
@@ -62,7 +62,6 @@ def _answer(failure: BaseException) -> Any:
 
 
 def _explain(failure: BaseException, name: str, revision: str | None, writing: bool) -> str:
-    from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     chain = _chain(failure)
@@ -74,7 +73,7 @@ def _explain(failure: BaseException, name: str, revision: str | None, writing: b
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
         return f"HF_HUB_OFFLINE is set, so the Hub cannot be reached for {name}: unset it, or {instead}"
     if any(isinstance(e, (HTTPError, ConnectionError, TimeoutError)) for e in chain):
-        return f"{name}: the Hub cannot be reached at {constants.ENDPOINT}: check the network, or {instead}"
+        return f"{name}: the Hub cannot be reached at {hub_address()}: check the network, or {instead}"
     if isinstance(failure, OSError) and failure.errno:
         return f"{name}: {failure.strerror}{f' ({failure.filename})' if failure.filename else ''}"
     what = "push" if writing else "download"
@@ -83,7 +82,6 @@ def _explain(failure: BaseException, name: str, revision: str | None, writing: b
 
 def _explain_answer(answer: Any, name: str, revision: str | None, writing: bool) -> str:
     """One line for an answer that refuses. The client's own text is not shown: it can hold signed addresses."""
-    from huggingface_hub import constants
     from huggingface_hub.errors import (
         DisabledRepoError,
         GatedRepoError,
@@ -91,7 +89,7 @@ def _explain_answer(answer: Any, name: str, revision: str | None, writing: bool)
         RevisionNotFoundError,
     )
 
-    page, status = f"{constants.ENDPOINT}/{name}", answer.response.status_code
+    page, status = f"{hub_address()}/{name}", answer.response.status_code
     if isinstance(answer, GatedRepoError):
         return f"{name} is gated: accept its terms on {page}, then log in with `hf auth login`"
     if isinstance(answer, RevisionNotFoundError):
@@ -122,9 +120,21 @@ def _explain_answer(answer: Any, name: str, revision: str | None, writing: bool)
 
 
 def _tokens_page() -> str:
+    return f"{hub_address()}/settings/tokens"
+
+
+def hub_address() -> str:
+    """The Hub's address as messages show it: HF_ENDPOINT can hold a user's name and password."""
     from huggingface_hub import constants
 
-    return f"{constants.ENDPOINT}/settings/tokens"
+    return without_password(constants.ENDPOINT)
+
+
+def without_password(url: str) -> str:
+    """An address without what stands before an @ of its host, on one line."""
+    scheme, separator, rest = url.rpartition("://")
+    host, slash, path = rest.partition("/")
+    return one_line(scheme + separator + host.rpartition("@")[2] + slash + path)
 
 
 def _first_line(failure: BaseException) -> str:

@@ -72,7 +72,28 @@ def complete(model: Any, report: dict, path: Path) -> Any:
     """The model, ready for use. report: transformers' of the load. Raises CheckpointError if weights are missing."""
     if faults := _faults(report):
         raise CheckpointError(f"{path} does not hold this model's weights: {faults}")
+    _forget_sampling(model, path)
     return model.eval().requires_grad_(False)
+
+
+def _forget_sampling(model: Any, path: Path) -> None:
+    """Of generation_config.json keep the special tokens alone: beams, penalties and the like are no part of a greedy
+    continuation. Raises CheckpointError where a special token is none."""
+    from transformers import GenerationConfig
+
+    if getattr(model, "generation_config", None) is None:
+        return
+    kept = {
+        key: getattr(model.generation_config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    for key, value in kept.items():
+        ids = value if isinstance(value, list) else [value] if value is not None else []
+        if any(isinstance(number, bool) or not isinstance(number, int) for number in ids):
+            raise CheckpointError(
+                f"{path}: {key} of generation_config.json is {shown(value)}: it must be a token's number, or a list of "
+                "such numbers"
+            )
+    model.generation_config = GenerationConfig(**kept)
 
 
 def _load(path: Path, dtype: torch.dtype, spread: dict) -> tuple:
