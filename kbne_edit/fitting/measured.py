@@ -69,7 +69,7 @@ class Held:
     def parts(self) -> tuple[str, ...]:
         """What any of the units tells of."""
         there = np.array([~np.isnan(unit.mixture[:, 0]) for unit in self.rows]).any(0)
-        found = {kind for kind, known in zip(KINDS, there.tolist(), strict=True) if known}
+        found = {KINDS[i] for i in np.flatnonzero(there)}
         return tuple(part for part in MEASURED if part in found or (part == "sentiment" and "tone" in found))
 
     def margins(self, model: nn.Module, site: Site, at: Tensor | None = None, temperature: float = 1.0) -> np.ndarray:
