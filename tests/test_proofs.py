@@ -226,3 +226,14 @@ def test_rounding_equals_torch_s_for_every_kind_of_number(name, dtype):
     got = torch.from_numpy(from_float(values, name).view(np.int16)).view(dtype)
     expected = torch.from_numpy(values).to(dtype)
     assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_a_factor_that_is_off_by_a_hundred_thousandth_is_more_than_rounding(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    neurons = dict.fromkeys(range(0, 48, 2), 3.5)
+    fold(tmp_path / "base", Edit("down", {0: neurons, 2: neurons}), tmp_path / "out")
+    for factor, holds in ((3.5, True), (3.5 * (1 + 1e-5), False)):
+        edit = Edit("down", {layer: dict.fromkeys(neurons, factor) for layer in (0, 2)})
+        plan = Plan.of(Checkpoint.open(tmp_path / "base"), edit)
+        (proof,) = behaviour_proof(plan, Checkpoint.open(tmp_path / "out"))
+        assert proof.holds == holds and not (holds and proof.bit_equal and proof.noise == 0), proof
