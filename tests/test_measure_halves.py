@@ -4,11 +4,21 @@ import numpy as np
 import pytest
 import torch
 
+from kbne_edit import Edit, load_recipe
 from kbne_edit.errors import InputError
-from kbne_edit.evaluation.measures import measure
-from kbne_edit.evaluation.measures.halves import reported_half, scenario_halves, twin_halves
+from kbne_edit.evaluation.effect import margins_in
+from kbne_edit.evaluation.measures import measure, measure_quick
+from kbne_edit.evaluation.measures.decisions import decisions_benchmark
+from kbne_edit.evaluation.measures.halves import (
+    fitted_measures,
+    reported_half,
+    scenario_halves,
+    twin_halves,
+    unfitted_twins,
+)
 from kbne_edit.evaluation.scoring import Scorer
 from kbne_edit.evaluation.twins import twin_scores
+from kbne_edit.fitting.fit import FitSettings, chosen_units
 from kbne_edit.fitting.measure_units import forbid_reported, measure_units
 from kbne_edit.fitting.rows import KINDS, encode_units
 from kbne_edit.fitting.units import Sentence, Square, Unit, load_units
@@ -37,14 +47,37 @@ def test_halves_share_nothing_and_are_as_large(language):
 def test_what_is_reported_leaves_out_what_is_fitted(scorer):
     for name in ("decisions", "decisions_names", "associations"):
         whole = measure(name, scorer, scorer.tokenizer)
-        half = reported_half(whole, "en")
+        half = reported_half(whole)
         assert len(half.sizes) * 2 == len(whole.sizes) and set(half.clusters) < set(whole.clusters)
         texts = [scorer.tokenizer.decode([*context, *answer]) for context, answer in half.pairs]
         for unit in measure_units("decisions" if "decisions" in name else name):
             facts = unit.square.ax.text.partition("Should")[0].removeprefix("Question: ")
             assert not any(facts in text for text in texts)
-    with pytest.raises(InputError, match="has no half to be fitted"):
-        reported_half(measure("help_parity", scorer, scorer.tokenizer, 2), "en")
+    assert reported_half(measure("help_parity", scorer, scorer.tokenizer, 2)).clusters
+    few = measure("decisions", scorer, scorer.tokenizer).take([0, 2])
+    with pytest.raises(InputError, match="none of its items is in the half that is reported"):
+        reported_half(few)
+    assert reported_half(few, ["associations"]) is few
+
+
+def test_an_edit_that_was_fitted_to_a_measure_is_judged_by_the_other_half(scorer):
+    """In effect's twins, and in what every bake measures."""
+    edit = Edit("down", {1: {3: 4.0}}, found={"measures": ["associations", "decisions"]})
+    plain = Edit("down", {1: {3: 4.0}}, found={"measures": "associations"})
+    twins = load_recipe("social-bias").twins
+    assert (
+        fitted_measures(edit) == ("decisions", "associations") and fitted_measures(plain) == fitted_measures(None) == ()
+    )
+    assert unfitted_twins(twins, edit) == twin_halves("en").reported and unfitted_twins(twins, plain) == twins
+    margins = margins_in(scorer.model, scorer.tokenizer)
+    quick = measure_quick(scorer.model, scorer.tokenizer, edit, "en", margins, lambda _: None)
+    names = {s.name for s in scenario_halves("en").reported}
+    decisions = decisions_benchmark("en", scorer.tokenizer, None, quick=True)
+    kept = [c for c in decisions.clusters if c.removeprefix("decisions ") in names]
+    assert [q.items for q in quick] == [len(kept), 30] and 0 < len(kept) < len(decisions.clusters)
+    units, contrasts = chosen_units(FitSettings(pairs=("decisions", "associations")))
+    assert len(units) == 470 and not contrasts
+    forbid_reported(units)
 
 
 def test_the_association_of_a_twin_s_unit_is_its_score(scorer, chatty):

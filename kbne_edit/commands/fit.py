@@ -22,7 +22,8 @@ PART = click.Choice(["association", "sentiment", "prior", "guess", "all"])
     "--pairs",
     multiple=True,
     metavar="NAME|FILE",
-    help="Facts to fit: a type, a file, own, stereoset or crows_pairs; repeatable.  [default: own]",
+    help="What to fit: a type, a file, own, stereoset, crows_pairs, or half of decisions or associations; repeatable."
+    "  [default: own]",
 )
 @click.option("--data", metavar="DIR", help="Folder with the files of stereoset and crows_pairs.")
 @click.option("--language", default="en", show_default=True, help="Language of the package's pairs.")

@@ -26,6 +26,7 @@ from ..statistics import Interval, IntervalJSON
 from .controls import controls_of
 from .effect import DRAWS
 from .impact import NOT_MEASURED, Impact, ImpactJSON, measure_impact, recipe_of
+from .measures.halves import fitted_measures, reported_half
 from .result import TaskJSON, TaskResult, neutral_of, results_of
 from .runs import Bench
 from .verdict import Verdict, VerdictJSON, benchmarked, verdict_of
@@ -192,6 +193,7 @@ def evaluate(
         scorer_of = scorers(checkpoint.path, device, dtype)
         scorer = scorer_of(Path(baked) if baked else checkpoint.path)
         ready = benchmarks(tasks, data, limit, asked, scorer, scorer.tokenizer)
+        ready = [reported_half(task, fitted_measures(edit)) for task in ready]
         text = neutral_text(scorer.tokenizer, asked)
         bench = Bench(ready, text.rows)
         edited = bench.measure(scorer, "evaluate: edit", None if baked else edit) if edit else None

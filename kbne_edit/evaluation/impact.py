@@ -14,6 +14,7 @@ from ..progress import say
 from ..recipe import Recipe, recipe_names
 from .cost import Cost, CostJSON, NeutralRun, measure_cost
 from .effect import Effect, EffectJSON, Margins, margins_in, measure_effect
+from .measures.halves import unfitted_twins
 from .measures.quick import QuickMeasure, QuickMeasureJSON, Remembered, measure_quick
 
 if TYPE_CHECKING:
@@ -97,9 +98,10 @@ def measure_impact(model: nn.Module, tokenizer: Any, recipe: Recipe, edit: Edit,
 def _effect(
     margins: Margins, recipe: Recipe, edit: Edit, neurons: Sequence[int], temperature: float | None
 ) -> Effect | None:
-    say(f"effect: {len(recipe.twins)} probes and their twins, beside random neurons")
+    twins = unfitted_twins(recipe.twins, edit)
+    say(f"effect: {len(twins)} probes and their twins, beside random neurons")
     try:
-        return measure_effect(margins, recipe.twins, edit, neurons, aim=recipe.aim, temperature=temperature)
+        return measure_effect(margins, twins, edit, neurons, aim=recipe.aim, temperature=temperature)
     except InputError as error:
         say(f"effect: not measured: {error}")
         return None

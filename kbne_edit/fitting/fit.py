@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..disk.checkpoint import Checkpoint
 from ..edit import Edit
 from ..errors import InputError
+from ..evaluation.measures.halves import HALVED
 from ..evaluation.neutral import packaged
 from ..families import SITES, Site
 from ..files import forbid_overlap
@@ -24,6 +25,7 @@ from .collect import Reading, collect
 from .contrasts import contrast_units
 from .directions import Directions, matched
 from .everyday import everyday
+from .measure_units import forbid_reported, measure_units
 from .measured import Held, Measure, Scaled, flattening, scaled
 from .passes import Neutral
 from .problem import best_even, cross_validate, folds, shuffled
@@ -42,7 +44,8 @@ _SET_ASIDE = 10  # one fact in so many is measured and not fitted
 class FitSettings:
     """How to fit.
 
-    pairs: types, files, "own" (all types of the language) or the public "stereoset" and "crows_pairs" (None: own).
+    pairs: types, files, "own" (all types of the language), the public "stereoset" and "crows_pairs", or the fitted half
+    of "decisions" and "associations" (None: own).
     data: folder of the public ones' files. part: "association", "sentiment", "prior", "guess" or "all", which is all of
     these but the prior. max_kl: nats per token on neutral text. facts, contrasts, texts: how many are read.
     neurons: how many are changed (None: all). even: as of `problem` (None: by cross-validation). dtype: "auto" is that
@@ -77,9 +80,14 @@ class FitSettings:
         return tuple(name for name in self.pairs or () if name in PUBLIC)
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """The measures of the package among the pairs."""
+        return tuple(name for name in self.pairs or () if name in HALVED)
+
+    @property
     def own(self) -> tuple[str, ...] | None:
         """Types and files; None: all types of the language."""
-        names = tuple(name for name in self.pairs or ("own",) if name not in PUBLIC)
+        names = tuple(name for name in self.pairs or ("own",) if name not in (*PUBLIC, *HALVED))
         return None if "own" in names else names
 
     def check(self) -> None:
@@ -222,14 +230,18 @@ class _Run:
             for layer, part in enumerate(parts)
         }
         record = found.record(self.settings.part, self.settings.max_kl, self.settings.seed)
-        return replace(found.edit, factors=changed, found={"fit": record.to_dict()})
+        measures = {"measures": list(self.settings.measures)} if self.settings.measures else {}
+        return replace(found.edit, factors=changed, found={"fit": record.to_dict()} | measures)
 
 
 def chosen_units(settings: FitSettings) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
     """(units, contrasts): as many as the settings ask for, drawn by the seed, of every type the same share."""
+    units = tuple(unit for name in settings.measures for unit in measure_units(name, settings.language))
     if settings.own == ():
-        return (), ()
-    units = load_units(settings.own, language=settings.language)
+        return _drawn(units, settings.facts, settings.seed), ()
+    units += load_units(settings.own, language=settings.language)
+    if settings.pairs:  # a file may hold anything
+        forbid_reported(units, settings.language)
     contrasts = contrast_units(load_pairs(settings.own, settings.language))
     return _drawn(units, settings.facts, settings.seed), _drawn(contrasts, settings.contrasts, settings.seed)
 

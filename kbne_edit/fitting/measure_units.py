@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ..errors import InputError, shown
 from ..evaluation.measures.content import fill, read_content
 from ..evaluation.measures.decisions import Decisions, Scenario
-from ..evaluation.measures.halves import HALVED, scenario_halves, twin_halves
+from ..evaluation.measures.halves import HALVED, LANGUAGES, scenario_halves, twin_halves
 from ..recipe import Twin
 from .units import Fact, Sentence, Square, Unit
 
@@ -32,7 +32,9 @@ def measure_units(name: str, language: str = "en") -> tuple[Unit, ...]:
 
 
 def forbid_reported(units: Sequence[Unit], language: str = "en") -> None:
-    """Raise InputError for a unit with a sentence, or a prompt, of a reported half."""
+    """Raise InputError for a unit with a sentence, or a prompt, of a reported half in that language."""
+    if language not in LANGUAGES:
+        return
     kept = {text for twin in twin_halves(language).reported for p in twin.probes for text in (p.first, p.second)}
     facts = [scenario.facts for scenario in scenario_halves(language).reported]
     for unit in units:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+from ...edit import Edit
 from ...errors import InputError
 from ...recipe import Twin, load_recipe
 from ..benchmark import Benchmark
@@ -17,6 +19,7 @@ from .associations import recipe_name
 from .content import read_content
 from .decisions import Decisions, Scenario
 
+LANGUAGES = ("en", "de", "fr", "es", "zh")
 HALVED = ("decisions", "associations")  # measures that can be fitted
 
 
@@ -34,6 +37,12 @@ class TwinHalves:
 
     fitted: tuple[Twin, ...]
     reported: tuple[Twin, ...]
+
+
+def fitted_measures(edit: Edit | None) -> tuple[str, ...]:
+    """The measures whose fitted half an edit was made with: of these the other half alone is reported."""
+    named = edit.found.get("measures") if edit else None
+    return tuple(name for name in HALVED if isinstance(named, list) and name in named)
 
 
 def scenario_halves(language: str) -> ScenarioHalves:
@@ -62,18 +71,36 @@ def _alternating(groups: Sequence[str]) -> list[bool]:
     return result
 
 
-def reported_half(mark: Benchmark, language: str) -> Benchmark:
-    """Decisions (stated or by name) or associations with the items of their reported half alone.
+def reported_half(mark: Benchmark, measures: Sequence[str] = HALVED) -> Benchmark:
+    """The task without items that these measures allow to be fitted, in whichever task and language they stand.
 
-    Raises InputError for another measure, or if none of its items is in that half.
+    Raises InputError if none is left.
     """
-    if mark.name.startswith("decisions"):
-        kept = {f"decisions {scenario.name}" for scenario in scenario_halves(language).reported}
-    elif mark.name.startswith("associations"):
-        kept = {" | ".join(probe.first for probe in twin.probes) for twin in twin_halves(language).reported}
-    else:
-        raise InputError(f"{mark.name} has no half to be fitted: {', '.join(HALVED)} have")
-    items = [i for i, cluster in enumerate(mark.clusters) if cluster in kept]
+    fitted = _fitted_clusters(tuple(measures))
+    items = [i for i, cluster in enumerate(mark.clusters) if cluster not in fitted]
+    if len(items) == len(mark.clusters):
+        return mark
     if not items:
         raise InputError(f"{mark.name}: none of its items is in the half that is reported: use a larger --limit")
     return mark.take(items)
+
+
+def unfitted_twins(twins: Sequence[Twin], edit: Edit) -> tuple[Twin, ...]:
+    """The twins that the edit was not fitted to."""
+    fitted = _fitted_clusters(fitted_measures(edit))
+    return tuple(twin for twin in twins if _cluster(twin) not in fitted)
+
+
+@lru_cache(maxsize=4)
+def _fitted_clusters(measures: tuple[str, ...]) -> frozenset[str]:
+    found: set[str] = set()
+    for language in LANGUAGES if measures else ():
+        if "decisions" in measures:
+            found |= {f"decisions {scenario.name}" for scenario in scenario_halves(language).fitted}
+        if "associations" in measures:
+            found |= {_cluster(twin) for twin in twin_halves(language).fitted}
+    return frozenset(found)
+
+
+def _cluster(twin: Twin) -> str:
+    return " | ".join(probe.first for probe in twin.probes)

@@ -24,6 +24,7 @@ from ..twins import twin_scores
 from .associations import recipe_name
 from .content import require_readable
 from .decisions import decisions_benchmark
+from .halves import fitted_measures, reported_half, unfitted_twins
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,13 +131,16 @@ def measure_quick(
     model: nn.Module, tokenizer: Any, edit: Edit, language: str, margins: Margins, say: Callable[[str], None]
 ) -> tuple[QuickMeasure, ...]:
     """Decisions and associations under base and edit; () if the package has none in the language, or if the model's
-    tokenizer cannot read them. margins: of probes; say: called with a line on the time that they took."""
+    tokenizer cannot read them. Scenarios and twins that the edit was fitted to are left out.
+
+    margins: of probes; say: called with a line on the time that they took.
+    """
     from ..batched import score_edits
 
     start = time.monotonic()
     try:
-        mark = decisions_benchmark(language, tokenizer, None, quick=True)
-        twins = _twins(language, tokenizer)
+        mark = reported_half(decisions_benchmark(language, tokenizer, None, quick=True), fitted_measures(edit))
+        twins = unfitted_twins(_twins(language, tokenizer), edit)
     except InputError as error:  # also where an answer is no token of this model
         say(f"decisions and associations: not measured: {error}")
         return ()

@@ -11,6 +11,7 @@ from ..figures import TWINS
 from .associations import associations_benchmark
 from .content import read_content
 from .decisions import Decisions, decisions_benchmark, decisions_figures
+from .halves import LANGUAGES
 from .help import Help, help_benchmark, help_figures
 from .questions import FIGURES as QUESTION_FIGURES
 from .questions import questions_benchmark
@@ -18,8 +19,6 @@ from .regard import Regard, regard_benchmark, regard_figures
 
 if TYPE_CHECKING:
     from ..scoring import Scorer
-
-LANGUAGES = ("en", "de", "fr", "es", "zh")
 
 
 @dataclass(frozen=True)
