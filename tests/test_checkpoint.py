@@ -270,3 +270,13 @@ def test_a_factor_that_overflows_the_dtype_is_refused(tmp_path):
     with pytest.raises(EditError, match=r"down_proj.weight overflow F16: pass a smaller --factor"):
         fold(tmp_path / "base", Edit("down", {1: {3: 2.0**20}}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_byte_gives_no_base_back(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    fold(tmp_path / "base", Edit("down", {1: {3: 2.0}}), tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")  # of the final norm, which no edit touches
+    with pytest.raises(CheckpointError, match="changed after baking"):
+        revert(tmp_path / "out", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
