@@ -383,6 +383,8 @@ def test_states_of_a_cost(cost, state):
 def test_a_constant_answer_is_no_better_than_chance():
     yes = np.array(["yes"] * 30 + ["no"] * 10)
     assert Balanced.of((yes == "yes").astype(float), yes).constant
+    nearly = (yes == "yes") | (np.arange(40) == 35)  # a little better, within chance
+    assert Balanced.of(nearly.astype(float), yes).value > 0.5 and Balanced.of(nearly.astype(float), yes).constant
     assert Balanced.of(np.ones(40), yes)[::3] == (1.0, 0.5) and not Balanced.of(np.ones(40), yes).constant
 
 
