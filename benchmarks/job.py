@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -23,10 +24,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import kbne_edit
 from kbne_edit import Edit
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.hub.source import resolved
+from kbne_edit.recipe import load_recipe
 
 LOAD = """
 import sys, torch
@@ -87,7 +88,7 @@ def an_edit(model: Path) -> Edit:
 
 
 def gemma(folder: Path) -> Path:
-    """A seeded Gemma 3 of 0.27B parameters with 262,144 tokens, and the demo's tokenizer."""
+    """A seeded Gemma 3 of 0.27B parameters with 262,144 tokens, and a tokenizer of words."""
     import torch
     from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
@@ -103,9 +104,25 @@ def gemma(folder: Path) -> Path:
         dtype="bfloat16",
     )
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(kbne_edit.__file__).parent / "demo" / name, folder / name)
+    tokenizer_of_words(folder)
     return folder
+
+
+def tokenizer_of_words(folder: Path) -> None:
+    """Write a tokenizer that knows the words of the recipe, one token each."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Sequence, Split
+    from transformers import PreTrainedTokenizerFast
+
+    recipe = load_recipe("social-bias")
+    texts = [question.text for question in recipe.ask(None)] + ["yes no Yes No YES NO Question Answer : . ? ,"]
+    texts += [text for twin in recipe.twins for probe in twin.probes for text in (probe.first, probe.second)]
+    pattern = r"\w+|[^\w\s]"
+    words = ["<unk>", "<eos>", *sorted({word for text in texts for word in re.findall(pattern, text)})]
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = Sequence([Split(Regex(r"\s+"), "removed"), Split(Regex(pattern), "isolated")])
+    PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
 
 
 def summed(rows: dict[str, list[Cost]]) -> dict[str, dict[str, float]]:
