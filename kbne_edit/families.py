@@ -57,8 +57,13 @@ def family_of(config: dict) -> Family:
     if part.get("num_kv_shared_layers") or part.get("alibi"):
         family = replace(family, recurrent=True)
     if part.get("enable_moe_block"):  # Gemma 4 may have experts beside the dense block, which every token takes
-        stacked = {"expert_down": "experts.down_proj", "expert_gate_up": "experts.gate_up_proj"}
-        family = replace(family, experts="experts", shared=family.down, **stacked)
+        family = replace(
+            family,
+            experts="experts",
+            shared=family.down,
+            expert_down="experts.down_proj",
+            expert_gate_up="experts.gate_up_proj",
+        )
     if part is config:
         return family
     return replace(family, layers=f"model.{TEXT_MODEL.get(model_type, 'language_model')}.layers")

@@ -124,7 +124,7 @@ _OTHER_PARTS = re.compile(r"(?:^|[._])(?:vision|visual|audio)")  # towers have l
 class _Layer(NamedTuple):
     """A layer on disk. own: {name below the layer: full name}; shapes: of all tensors; family: names in use on disk."""
 
-    index: int
+    number: int
     own: dict[str, str]
     shapes: Shapes
     family: Family
@@ -143,7 +143,7 @@ def _dense_slots(layer: _Layer, down: str, offset: int = 0) -> list[Slot]:
             shape = _shape(name, layer.shapes, 2 if kind == "weight" else 1)
             neurons = shape[axis] // share
             start = neurons if share == 2 and site == "up" else 0
-            result.append(Slot(name, layer.index, axis, offset, neurons, start=start))
+            result.append(Slot(name, layer.number, axis, offset, neurons, start=start))
     return result if result and result[0].tensor.endswith("weight") else []
 
 
@@ -168,14 +168,14 @@ def _stacked(layer: _Layer, size: int) -> list[Slot]:
     transposed = a != size if family.transposed is None else family.transposed  # as transformers decides it
     neurons = a if transposed else b
     if site == "down":
-        return [Slot(down, layer.index, 1 if transposed else 2, 0, neurons, experts)]
+        return [Slot(down, layer.number, 1 if transposed else 2, 0, neurons, experts)]
     result = []
     for name in (family.expert_gate_up, f"{family.expert_gate_up}_bias"):
         if full := layer.own.get(name or ""):
             shape = _shape(full, layer.shapes, 3 if name == family.expert_gate_up else 2)
             axis = 2 if transposed and len(shape) == 3 else 1
             start, stride = (int(site == "up"), 2) if family.interleaved else (neurons * int(site == "up"), 1)
-            result.append(Slot(full, layer.index, axis, 0, neurons, experts, start=start, stride=stride))
+            result.append(Slot(full, layer.number, axis, 0, neurons, experts, start=start, stride=stride))
     return result
 
 
@@ -185,12 +185,12 @@ def _one_by_one(layer: _Layer) -> list[Slot]:
     pattern = re.compile(re.escape(beside(family.expert_down, site)).replace("N", r"(\d+)"))
     numbered = {int(match[1]): name for below, name in layer.own.items() if (match := pattern.fullmatch(below))}
     if sorted(numbered) != list(range(len(numbered))):
-        raise FamilyError(f"layer {layer.index} lacks the tensors of some experts: it has {len(numbered)}")
+        raise FamilyError(f"layer {layer.number} lacks the tensors of some experts: it has {len(numbered)}")
     result = []
     axis = 1 if site == "down" else 0
     for expert, name in sorted(numbered.items()):
         neurons = _shape(name, layer.shapes, 2)[axis]
-        result.append(Slot(name, layer.index, axis, expert * neurons, neurons))
+        result.append(Slot(name, layer.number, axis, expert * neurons, neurons))
     return result
 
 

@@ -8,6 +8,7 @@ Llama 4 differs: each expert takes every token, times the router's weight, which
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -82,9 +83,7 @@ def _run_chosen(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, *,
         x = hidden[tokens]
         opened = _project(experts, "gate_up_proj" if _gated(experts) else "up_proj", expert, x)
         if look.site != "down":
-            opened = _in_half(
-                experts, look.site, opened, lambda part, e=expert, t=tokens, x=x: look.change(e, t, x, part)
-            )
+            opened = _in_half(experts, look.site, opened, partial(look.change, expert, tokens, x))
         h = experts._apply_gate(opened) if _gated(experts) else experts.act_fn(opened)
         if look.site == "down":
             h = _or(look.tap(expert, tokens, h), h)
