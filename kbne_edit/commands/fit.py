@@ -70,7 +70,7 @@ def command(
     sentiment:   bad attributes against good ones, whichever the group
     prior:       one group against the other, whatever the attribute
     guess:       an answer to a question that cannot be told, against "it cannot be told"
-    all:         association, sentiment and guess
+    all:         association and sentiment
 
     Of the public pairs, StereoSet's dev split and half of CrowS-Pairs are read. One fact in ten is not fitted but
     measured. `evaluate --edit` measures the edit on public benchmarks.

@@ -45,9 +45,9 @@ class FitSettings:
     """How to fit.
 
     pairs: types, files, "own" (all types of the language), the public "stereoset" and "crows_pairs", or the fitted half
-    of "decisions" and "associations" (None: own).
-    data: folder of the public ones' files. part: "association", "sentiment", "prior", "guess" or "all", which is all of
-    these but the prior. max_kl: nats per token on neutral text. facts, contrasts, texts: how many are read.
+    of "decisions" and "associations" (None: own). data: folder of the public ones' files.
+    part: "association", "sentiment", "prior", "guess" or "all", which is association and sentiment.
+    max_kl: nats per token on neutral text. facts, contrasts, texts: how many are read.
     neurons: how many are changed (None: all). even: as of `problem` (None: by cross-validation). dtype: "auto" is that
     of the weights.
     """
@@ -71,7 +71,8 @@ class FitSettings:
     @property
     def parts(self) -> tuple[str, ...]:
         """What is lowered; public pairs always are."""
-        parts = ("association", "sentiment", "guess") if self.part == "all" else (self.part,)
+        # Not guesses: they cost so little KL that at equal weight they take what the others would have had.
+        parts = ("association", "sentiment") if self.part == "all" else (self.part,)
         return (*parts, "pair") if self.public else parts
 
     @property
