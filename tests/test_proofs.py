@@ -237,3 +237,8 @@ def test_a_factor_that_is_off_by_a_hundred_thousandth_is_more_than_rounding(tmp_
         plan = Plan.of(Checkpoint.open(tmp_path / "base"), edit)
         (proof,) = behaviour_proof(plan, Checkpoint.open(tmp_path / "out"))
         assert proof.holds == holds and not (holds and proof.bit_equal and proof.noise == 0), proof
+
+
+def test_powers_of_two_alone_are_exact():
+    for factor, exact in ((0.5, True), (4.0, True), (-2.0, True), (3.0, False), (0.3, False), (0.0, False)):
+        assert Edit("down", {0: {1: factor, 2: 2.0}}).exact == exact
