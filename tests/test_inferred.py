@@ -55,7 +55,7 @@ def test_what_cannot_be_inferred_is_refused_with_the_reason(config, reason):
 @pytest.mark.parametrize("name, reason", [("bloom", "ALiBi"), ("ernie", "encoder"), ("mamba", "no list|close")])
 def test_structures_that_are_none_of_a_decoder(name, reason):
     with pytest.raises(FamilyError, match=reason):
-        structure_of(AutoConfig.for_model(name, num_hidden_layers=2, hidden_size=48).to_dict())
+        structure_of(AutoConfig.for_model(name, num_hidden_layers=2, hidden_size=48, vocab_size=97).to_dict())
 
 
 def test_every_causal_architecture_of_transformers_has_an_answer():
