@@ -4,7 +4,7 @@ The base with run-time hooks against the baked directory, both loaded by plain t
 by bit where every factor is a power of two; otherwise within the rounding noise, which is computed (see `noise`).
 
 Each is loaded once, in the dtype that its weights are stored in, and compared in that dtype and in float32 (see
-`models.widening`). Both run the same tokens: the texts, and what the base with hooks writes after them. As many texts
+`models.widening`). Both run the same texts, in float32 with what the base with hooks writes after them. As many texts
 are continued alike as those in which both find the same token likeliest at each place of the continuation.
 """
 
@@ -128,6 +128,8 @@ class _Comparison:
 
     def _base(self, loaded: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> _Base | None:
         """What the base with hooks says. The model is gone when this returns: two are never in memory."""
+        import torch
+
         from ..models.hooks import hooked
         from ..models.widening import can_widen
 
@@ -135,15 +137,17 @@ class _Comparison:
         if len(dtypes) > 1 and not can_widen(model):
             return None
         with hooked(model, self.plan.edit):
-            texts = Texts.continued(model, proof_texts(self.plan.checkpoint))
-        references, noise = {}, {}
+            continued = Texts.continued(model, proof_texts(self.plan.checkpoint))
+        by_dtype, references, noise = {}, {}, {}
         for dtype in dtypes:
+            # 16 bits tell near ties apart by chance: continuations are compared in float32.
+            by_dtype[dtype] = texts = continued if dtype == torch.float32 else continued.without_continuations
             with _computing_in(dtype, model, loaded):
                 with hooked(model, self.plan.edit):
                     references[dtype] = run(model, texts)
                 check_finite(model, texts, references[dtype])
                 noise[dtype] = None if self.plan.exact else self._noise(model, texts, references[dtype], dtype)
-        return _Base(texts, references, noise)
+        return _Base(by_dtype, references, noise)
 
     def _noise(self, model: Any, texts: Texts, reference: Outcome, dtype: torch.dtype) -> float:
         """What rounding alone makes of the logits: the largest of a few draws."""
@@ -172,9 +176,11 @@ class _Comparison:
 
     def _compared(self, model: Any, base: _Base, dtype: torch.dtype, loaded: torch.dtype) -> BehaviourProof:
         """model: the output."""
-        reference, noise = base.references[dtype], base.noise[dtype]
+        import torch
+
+        reference, noise, texts = base.references[dtype], base.noise[dtype], base.texts[dtype]
         with _computing_in(dtype, model, loaded):
-            got = run(model, base.texts)
+            got = run(model, texts)
         difference, equal = logit_difference(got, reference), np.array_equal(got.logits, reference.logits)
         same = got.logits.argmax(1) == reference.logits.argmax(1)
         rerouted = 1 - float(same_route(got, reference).mean()) if reference.routes[0].size else None
@@ -188,7 +194,7 @@ class _Comparison:
             positions=len(same),
             kl=kl_divergence(reference.logits, got.logits),
             top1=float(same.mean()),
-            greedy=float(np.mean([same[where].all() for where in base.texts.written])),
+            greedy=float(np.mean([same[where].all() for where in texts.written])) if dtype == torch.float32 else None,
             rerouted=rerouted,
         )
 
@@ -197,7 +203,7 @@ class _Comparison:
 class _Base:
     """What the base with hooks says, by dtype. noise: None where the output must equal it bit for bit."""
 
-    texts: Texts
+    texts: dict[torch.dtype, Texts]
     references: dict[torch.dtype, Outcome]
     noise: dict[torch.dtype, float | None]
 

@@ -69,6 +69,10 @@ class Texts:
         return cls(rows, [len(ids) for ids in prompts])
 
     @property
+    def without_continuations(self) -> Texts:
+        return Texts([row[:length] for row, length in zip(self.rows, self.prompts, strict=True)], self.prompts)
+
+    @property
     def written(self) -> list[np.ndarray]:
         """Of each text, which of all positions predict its continuation."""
         starts = np.cumsum([0, *map(len, self.rows)])
