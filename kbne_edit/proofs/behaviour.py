@@ -44,7 +44,7 @@ from .sites import rows_by_rows, site_by_site
 if TYPE_CHECKING:
     import torch
 
-_NOISE_DRAWS = 3
+_FEWEST_DRAWS, _DIFFERENCES = 3, 100_000
 
 
 def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]:
@@ -150,9 +150,12 @@ class _Comparison:
         return _Base(by_dtype, references, noise)
 
     def _noise(self, model: Any, texts: Texts, reference: Outcome, dtype: torch.dtype) -> float:
-        """What rounding alone makes of the logits: the largest of a few draws."""
+        """What rounding alone makes of the logits: the largest of as many draws as `NOISE_FACTOR` presumes.
+
+        A tiny model has few logits: in three draws of bfloat16, none of them may move.
+        """
         noise = last_rounding(reference.logits, dtype)
-        for seed in range(_NOISE_DRAWS):
+        for seed in range(max(_FEWEST_DRAWS, -(-_DIFFERENCES // reference.logits.size))):
             with self._drawn(model, seed):
                 noise = max(noise, logit_difference(run(model, texts), reference))
         return noise
