@@ -15,7 +15,7 @@ from .distributed import RANK
 from .edit import Edit
 from .errors import CheckpointError, EditError, InputError, ProofError, shown
 from .evaluation.impact import NOT_MEASURED, Impact, ImpactJSON, impact_of, recipe_of
-from .evaluation.verdict import Verdict, VerdictJSON, verdict_of
+from .evaluation.verdict import Verdict, VerdictJSON, specific_part, verdict_of
 from .families import Site, family_of
 from .files import forbid_links_out, forbid_overlap, parse_size, work_folder
 from .folding.adapter import check_form, load_edit, write_adapter
@@ -24,7 +24,7 @@ from .folding.fold import fold_into
 from .folding.plan import Plan, StepJSON
 from .hub.licences import metadata_in
 from .hub.source import Source, resolved, usual_recipe
-from .locating import choose, locate_in
+from .locating import Doubt, Doubtful, Subject, choose, locate_in
 from .models.loading import auto_class
 from .progress import progress, say
 from .proofs.outcome import Proofs, ProofsJSON
@@ -177,6 +177,7 @@ def bake(
     work: str | Path | None = None,
     measure: bool = True,
     skip_inexact: bool = False,
+    doubtful: Doubtful | None = None,
 ) -> BakeResult | None:
     """Locate (unless `edit` is given), fold, prove; publish `out` only if both proofs hold.
 
@@ -187,7 +188,8 @@ def bake(
     Of several processes (`torchrun`) the first one folds; the others return None once the questions are done.
     dry_run: stop before anything is written to `out`. behaviour: False leaves the second proof out. measure: False
     leaves effect and cost out; the verdict then says that they were not measured. skip_inexact: leave out the neurons
-    of a quantised checkpoint that cannot take their factor without a loss, where there are any.
+    of a quantised checkpoint that cannot take their factor without a loss, where there are any. doubtful: called with
+    each doubt as soon as it is seen (answers after the first questions, the selection before the fold); it may raise.
     Raises InputError or a subclass; ProofError, and then nothing is written to `out`.
     """
     settings, out = settings or Settings(), Path(out)
@@ -209,7 +211,7 @@ def bake(
         recipe = load_recipe(settings.recipe or recipe_of(edit) or base.recipe)
         located = None
         if edit is None:
-            choice = _locate(base, checkpoint, recipe, folder, settings)
+            choice = _locate(Subject(base, checkpoint, recipe), folder, settings, doubtful)
             if choice is None:
                 return None
             edit, located = choice
@@ -266,17 +268,27 @@ def _check_form(form: str, checkpoint: Checkpoint) -> None:
 
 
 def _locate(
-    source: Source, checkpoint: Checkpoint, recipe: Recipe, folder: Path, settings: Settings
+    subject: Subject, folder: Path, settings: Settings, doubtful: Doubtful | None
 ) -> tuple[Edit, Located] | None:
     """The edit that the recipe's questions select; None in all but the first of several processes."""
-    scores = locate_in(source, checkpoint, recipe, folder / "scores.safetensors", settings, aside=True)
+    source, recipe = subject.base, subject.recipe
+    scores = locate_in(subject, folder / "scores.safetensors", settings, aside=True, doubtful=doubtful)
     if scores is None:
         return None
     chosen = choose(scores, recipe, settings)
+    _say_selection(chosen.summary(), doubtful)
     edit = chosen.edit
     edit.found.update(recipe=recipe.name, recipe_sha256=recipe.sha256, model=source.label, commit=source.commit)
     edit.save(folder / "edit.json")
     return edit, Located(chosen.summary(), AttributionSummary.of(scores), folder)
+
+
+def _say_selection(summary: SelectionSummary, doubtful: Doubtful | None) -> None:
+    """What was selected, before the fold, the proofs and the measuring take their time."""
+    part = specific_part(summary)
+    say(f"selected: {summary.neurons:,} neurons ({summary.share:.3%}) in {len(summary.layers)} layers; {part.reason}")
+    if doubtful and part.state != "PASS":
+        doubtful(Doubt("specific", f"{part.state}, {part.reason}"))
 
 
 def _write(job: _Job, result: BakeResult) -> BakeResult:

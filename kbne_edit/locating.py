@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -30,28 +31,54 @@ if TYPE_CHECKING:
     from .selection.select import Selection
 
 
-def locate(source: str, out: str | Path, settings: Settings | None = None) -> Scores | None:
+_EACH = 4  # questions that each answer must be right for before "the same to everything" is said
+
+
+class Doubt(NamedTuple):
+    """What is seen early, while there is time to stop. part: of the verdict that it will cost; reason: one sentence."""
+
+    part: str
+    reason: str
+
+
+Doubtful = Callable[[Doubt], None]
+
+
+def locate(
+    source: str, out: str | Path, settings: Settings | None = None, *, doubtful: Doubtful | None = None
+) -> Scores | None:
     """Attribute the recipe's questions and controls on a model, into the scores file `out`.
 
     source: a directory, ORG/NAME[@revision] on the Hub, or "demo". Of several processes (`torchrun`), each attributes
     its share and the first one writes; the others return None. Resumes where an interrupted run with the same settings
-    stopped; a finished file is returned as it is. Raises InputError or a subclass.
+    stopped; a finished file is returned as it is. doubtful: called with what makes the result doubtful as soon as it is
+    seen, after the first questions; it may raise to stop. Raises InputError or a subclass.
     """
     settings = settings or Settings()
     recipe = load_recipe(settings.recipe or usual_recipe(source))
     settings.check(recipe)
     with resolved(source, say) as base:
         forbid_overlap(out, base.origin)
-        return locate_in(base, Checkpoint.open(base.path), recipe, Path(out), settings)
+        subject = Subject(base, Checkpoint.open(base.path), recipe)
+        return locate_in(subject, Path(out), settings, doubtful=doubtful)
+
+
+class Subject(NamedTuple):
+    """A model's files, opened, and the recipe that asks it."""
+
+    base: Source
+    checkpoint: Checkpoint
+    recipe: Recipe
 
 
 def locate_in(
-    base: Source, checkpoint: Checkpoint, recipe: Recipe, out: Path, settings: Settings, aside: bool = False
+    subject: Subject, out: Path, settings: Settings, *, aside: bool = False, doubtful: Doubtful | None = None
 ) -> Scores | None:
     """`locate`. aside: as of `ScoresWriter`."""
     from .attribution.scores import ScoresWriter, load_scores
     from .models.prompts import ask
 
+    base, checkpoint, recipe = subject
     questions = recipe.ask(settings.questions)
     sizes = checkpoint.layer_sizes(settings.site)
     prompts = ask(
@@ -74,7 +101,7 @@ def locate_in(
                 say(f"{out}: {len(questions) - len(todo)} of {len(questions)} questions are done already")
             for answer, surfaces in prompts.answers.items():
                 say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
-            job = _Job(questions, prompts, settings, checkpoint.path)
+            job = _Job(questions, prompts, settings, checkpoint.path, doubtful)
             for q, row in job.rows(_supplier(checkpoint, settings), todo, processes):
                 writer.write(q, row)  # type: ignore[union-attr]  # rows come on the first process alone
     return load_scores(out) if writer else None
@@ -117,21 +144,25 @@ def _about(recipe: Recipe, prompts: Prompts, settings: Settings) -> dict:
 
 @dataclass(frozen=True)
 class _Job:
-    """Questions to attribute. path: of the model's files, None for a model in memory."""
+    """Questions to attribute. path: of the model's files, None for a model in memory. doubtful: as of `locate`."""
 
     questions: tuple[Question, ...]
     prompts: Prompts
     settings: Settings
     path: Path | None
+    doubtful: Doubtful | None = None
 
     def rows(self, layers: Layers, todo: list[int], processes: Team) -> Iterator[tuple[int, Row]]:
         """(question, its entry) of those to do, on the first process; each takes every n-th pack of questions."""
         from .attribution.gradients import attributions, packs
+        from .models.places import is_recurrent
 
         settings, total = self.settings, len(self.questions)
         ready = packs(layers.model, self.prompts.ids, settings.quadrature, settings.positions)
         wanted = [left for pack in ready if (left := [q for q in pack if q in todo])]
         shares = [sum(wanted[rank :: processes.size], []) for rank in range(processes.size)]
+        own = set(shares[processes.rank])
+        order = [q for pack in ready if not own.isdisjoint(pack) for q in pack]  # a pack is computed whole
         stream = attributions(
             layers,
             self.prompts.ids,
@@ -141,7 +172,7 @@ class _Job:
             only=shares[processes.rank],
             other_ids=self._others() if settings.objective == "log-odds" else None,
             positions=settings.positions,
-            arrived=_MassWatch(self.prompts, self.path) if processes.rank == 0 else None,
+            arrived=_Watch(self, shares[0] if is_recurrent(layers.model) else order) if processes.rank == 0 else None,
         )
         with progress("attribution", total, "question", total - len(todo)) as update:
             for turn in zip_longest(*shares):
@@ -174,25 +205,61 @@ class _Job:
         )
 
 
-class _MassWatch:
-    """Says once, before the attribution has cost anything, that answers are hardly what the model says next."""
+class _Watch:
+    """Says at once, before the attribution has cost anything, what makes it doubtful; each doubt once.
 
-    def __init__(self, prompts: Prompts, path: Path | None):
-        self._prompts, self._path, self._said = prompts, path, False
-        self._ids = sorted({index for ids in prompts.answers.values() for index in ids.values()})
+    order: the questions whose answers arrive, in their order.
+    """
+
+    def __init__(self, job: _Job, order: list[int]):
+        self._job, self._order, self._told = job, iter(order), set[str]()
+        answers = job.prompts.answers
+        self._tokens = {answer: list(surfaces.values()) for answer, surfaces in answers.items()}
+        self._given: list[str] = []
+        self._right: list[str] = []
 
     def __call__(self, next_token: Tensor) -> None:
+        import torch
+
+        by_answer = torch.stack([next_token[:, ids].sum(-1) for ids in self._tokens.values()])  # [answers, n]
+        names = list(self._tokens)
+        self._given += [names[index] for index in by_answer.argmax(0).tolist()]
+        self._right += [self._job.questions[next(self._order)].answer for _ in range(len(next_token))]
+        self._mass(next_token)
+        self._constant()
+
+    def _mass(self, next_token: Tensor) -> None:
         from .attribution.answers import Mass
         from .models.prompts import why_small
 
-        mass = Mass.of(next_token[:, self._ids].sum(-1).numpy())
-        if mass.small and not self._said:
-            self._said = True
-            why = why_small(self._path, self._prompts, int(next_token.mean(0).argmax())) if self._path else ""
-            say(
-                f"warning: all answers together have a probability of {mass.median:.1%} (median of {len(next_token)} "
-                "questions) at the position that is attributed" + (f": {why}" if why else "")
+        ids = sorted({index for tokens in self._tokens.values() for index in tokens})
+        mass = Mass.of(next_token[:, ids].sum(-1).numpy())
+        if mass.small:
+            path, token = self._job.path, int(next_token.mean(0).argmax())
+            why = why_small(path, self._job.prompts, token) if path else ""
+            self._doubt(
+                "mass",
+                f"all answers together have a probability of {mass.median:.1%} (median of {len(next_token)} "
+                "questions) at the position that is attributed" + (f": {why}" if why else ""),
             )
+
+    def _constant(self) -> None:
+        """The same answer to everything, once each answer has been right often enough to tell."""
+        often = all(self._right.count(answer) >= _EACH for answer in self._tokens)
+        if often and len(set(self._given)) == 1:
+            self._doubt(
+                "constant",
+                f"the model answers {self._given[0]!r} to each of the first {len(self._given)} questions, whichever "
+                "answer is right: what is attributed then says little about what it knows",
+            )
+
+    def _doubt(self, kind: str, reason: str) -> None:
+        if kind in self._told:
+            return
+        self._told.add(kind)
+        say(f"warning: {reason}")
+        if self._job.doubtful:
+            self._job.doubtful(Doubt("answers", reason))
 
 
 def _supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:

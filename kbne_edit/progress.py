@@ -105,6 +105,19 @@ def progress(label: str, total: int, unit: str = "", done: int = 0) -> Iterator[
 
 
 @contextmanager
+def paused() -> Iterator[None]:
+    """Bars stand still and out of the way while a person is asked."""
+    displays = list(_bars)
+    for display in displays:
+        display.stop()
+    try:
+        yield
+    finally:
+        for display in displays:
+            display.start()
+
+
+@contextmanager
 def _display() -> Iterator[Progress]:
     """The display of bars that is open already, or a new one."""
     from rich.console import Console

@@ -119,8 +119,8 @@ def test_probabilities_are_those_of_a_plain_softmax(chatty, tmp_path):
 def test_a_small_mass_is_said_first(chatty, tmp_path, caplog):
     caplog.set_level("INFO", "kbne_edit")
     locate(str(chatty), tmp_path / "s.safetensors", ASKED)
-    (said,) = [line for line in caplog.messages if line.startswith("warning")]
-    assert "all answers together have a probability of" in said and "--prompt plain" in said
+    (said,) = [line for line in caplog.messages if "all answers together have a probability of" in line]
+    assert said.startswith("warning: ") and "--prompt plain" in said
 
 
 def test_a_template_that_leaves_its_thinking_open(tmp_path, caplog):
@@ -130,6 +130,27 @@ def test_a_template_that_leaves_its_thinking_open(tmp_path, caplog):
     )
     locate(str(path), tmp_path / "s.safetensors", ASKED)
     assert "the chat template opens <think>" in caplog.text
+
+
+def test_the_same_to_everything_is_a_doubt_after_the_first_questions(tmp_path):
+    """With a final norm of almost nothing all tokens are as likely, and "yes" has four surfaces, "no" three."""
+    path, model, doubts = save_chat(tmp_path / "m"), chat_model(), []
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e-4)
+    model.save_pretrained(path)
+
+    def stop(doubt):
+        doubts.append(doubt)
+        if "to each of the first" in doubt.reason:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        locate(str(path), tmp_path / "s.safetensors", ASKED, doubtful=stop)
+    assert [doubt.part for doubt in doubts] == ["answers", "answers"] and "'yes'" in doubts[-1].reason
+    doubts.clear()
+    locate(str(path), tmp_path / "s.safetensors", ASKED, doubtful=doubts.append)
+    assert len(doubts) == 2  # each once, and the run goes on
+    assert Answers.of(load_scores(tmp_path / "s.safetensors")).constant == "yes"
 
 
 def test_a_large_mass_is_nothing_to_warn_of(tmp_path, caplog):

@@ -1,13 +1,20 @@
 """What cannot work is refused before a model is downloaded or loaded: here no model may be looked for at all."""
 
+import io
+from contextlib import nullcontext
+
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 
+from kbne_edit import bake
 from kbne_edit.commands import cli
+from kbne_edit.commands.findings import doubts
 from kbne_edit.edit import Edit
 from kbne_edit.errors import InputError
 from kbne_edit.hub import source
+from kbne_edit.locating import Doubt, Settings
 
 REFUSED = [
     ("bake", ["--rule", "paired"], "twin"),
@@ -87,3 +94,38 @@ def test_an_output_that_exists_is_refused_before_a_download(nowhere, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("mine")
     result = CliRunner().invoke(cli, ["bake", "--in", nowhere, "--out", "out"])
     assert "--overwrite" in str(result.exception)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    "part, typed, force, raised",
+    [
+        ("answers", "n\n", False, click.Abort),
+        ("answers", "y\n", False, None),
+        ("answers", "n\n", True, None),
+        ("specific", "n\n", False, None),
+    ],
+)
+def test_a_doubt_on_a_terminal(part, typed, force, raised, monkeypatch):
+    monkeypatch.setattr("sys.stdin", _Terminal(typed))
+    monkeypatch.setattr("sys.stderr", _Terminal())
+    with pytest.raises(raised) if raised else nullcontext():
+        doubts(force)(Doubt(part, "yes to everything"))
+
+
+def test_a_doubt_elsewhere_stops_nothing(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    doubts(False)(Doubt("answers", "yes to everything"))
+
+
+def test_a_selection_that_is_not_specific_is_said_before_the_fold(tmp_path, caplog):
+    caplog.set_level("INFO", "kbne_edit")
+    told = []
+    settings = Settings(questions=9)
+    bake("demo", tmp_path / "out", settings, dry_run=True, doubtful=told.append)
+    assert [doubt.part for doubt in told] == ["specific"] and not (tmp_path / "out").exists()
+    assert any(line.startswith("selected: ") for line in caplog.messages)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import options
-from .findings import cost_lines, effect_lines, measure_lines, measuring, verdict_lines
+from .findings import FORCE, cost_lines, doubts, effect_lines, measure_lines, measuring, verdict_lines
 
 if TYPE_CHECKING:
     from ..baking import BakeJSON, BakeResult
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the plan of the fold, and write no checkpoint.")
 @options.NO_BEHAVIOUR
 @measuring
+@FORCE
 @options.JSON
 @options.VERBOSE
 @options.OVERWRITE
@@ -63,9 +64,11 @@ def command(
 
     own = {name: given.pop(name) for name in _OWN}
     behaviour, measure = not given.pop("no_behaviour"), not given.pop("no_measure")
+    doubtful = doubts(given.pop("force"))
     if fitted:
         own["edit"] = _fitted(source, out, own["edit"], own["work"])
-    result = bake(source, out, options.settings(**given), behaviour=behaviour, measure=measure, **own)
+    settings = options.settings(**given)
+    result = bake(source, out, settings, behaviour=behaviour, measure=measure, doubtful=doubtful, **own)
     if result:  # None in all but the first of several processes
         options.show(result.to_dict(), as_json, _lines(result, verbose))
         if not result.dry_run:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+
+from ..progress import paused
 
 if TYPE_CHECKING:
     from ..evaluation.cost import Cost
     from ..evaluation.effect import Effect
     from ..evaluation.measures.quick import QuickMeasure
     from ..evaluation.verdict import Verdict
+    from ..locating import Doubt, Doubtful
     from ..statistics import Interval
 
 Command = TypeVar("Command", bound=Callable)
@@ -40,6 +44,26 @@ REQUIRE = click.option(
     callback=_parts,
     help="Exit with status 4 unless these parts of the verdict pass, e.g. effect,specific,cost,answers,proofs.",
 )
+
+
+FORCE = click.option(
+    "--force", is_flag=True, help="Do not stop to ask, on a terminal, where a model answers the same to everything."
+)
+
+
+def doubts(force: bool) -> Doubtful:
+    """What to do about a doubt that is seen early: ask, where a person sits at a terminal.
+
+    Anywhere else the run goes on. The doubt has been said, and the verdict counts it. Rejected: an early end where
+    `--require` names the part. A pipeline wants the verdict as JSON, whatever it is.
+    """
+
+    def decide(doubt: Doubt) -> None:
+        if doubt.part == "answers" and not force and sys.stdin.isatty() and sys.stderr.isatty():
+            with paused():
+                click.confirm("Go on all the same?", default=False, abort=True, err=True)
+
+    return decide
 
 
 def measuring(command: Command) -> Command:

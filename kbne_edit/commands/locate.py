@@ -6,19 +6,21 @@ from typing import Any
 import click
 
 from . import options
+from .findings import FORCE, doubts
 
 
 @click.command("locate")
 @options.SOURCE
 @options.out("Scores file to write, e.g. scores.safetensors; an interrupted one is continued.")
 @options.locating
+@FORCE
 @options.JSON
-def command(source: str, out: Path, as_json: bool, **values: Any) -> None:
+def command(source: str, out: Path, force: bool, as_json: bool, **values: Any) -> None:
     """Attribute a recipe's questions and controls to neurons; `select` turns the scores into an edit."""
     from ..attribution.answers import AttributionSummary
     from ..locating import locate
 
-    scores = locate(source, out, options.settings(**values))
+    scores = locate(source, out, options.settings(**values), doubtful=doubts(force))
     if scores is None:  # one of several processes, and not the first
         return
     summary = AttributionSummary.of(scores)
