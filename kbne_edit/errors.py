@@ -18,6 +18,21 @@ Each message is one sentence or two: what is wrong, where, and what to do.
 """
 
 import errno
+from typing import TypedDict
+
+
+class ErrorDetails(TypedDict):
+    """type: class of the exception; message: one line; status: the exit status."""
+
+    type: str
+    message: str
+    status: int
+
+
+class ErrorJSON(TypedDict):
+    """What a command prints with --json in place of its result."""
+
+    error: ErrorDetails
 
 
 class KbneError(Exception):

@@ -34,12 +34,13 @@ Schema = dict[str, Any]
 
 
 def outputs() -> dict[str, Any]:
-    """The type of what each command prints, by the command's name."""
+    """The type of what each command prints, by the command's name; "error": of what any of them prints instead."""
     from kbne_edit.applying import ApplyResult
     from kbne_edit.asking import AskJSON
     from kbne_edit.attribution.answers import AttributionSummary
     from kbne_edit.baking import BakeResult
     from kbne_edit.comparing import Comparison
+    from kbne_edit.errors import ErrorJSON
     from kbne_edit.evaluation.evaluate import Evaluation
     from kbne_edit.fitting.result import Fit
     from kbne_edit.fitting.unit_check import UnitsReport
@@ -61,6 +62,7 @@ def outputs() -> dict[str, Any]:
         "bake": BakeResult,
         "compare": Comparison,
         "doctor": Diagnosis,
+        "error": ErrorJSON,
         "evaluate": Evaluation,
         "fit": Fit,
         "locate": AttributionSummary,

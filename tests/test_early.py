@@ -1,20 +1,24 @@
 """What cannot work is refused before a model is downloaded or loaded: here no model may be looked for at all."""
 
 import io
+import shutil
 from contextlib import nullcontext
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner
+from command import run_command
+from printed import parsed
 
-from kbne_edit import bake
+from kbne_edit import bake, fold
 from kbne_edit.commands import cli
 from kbne_edit.commands.findings import doubts
 from kbne_edit.edit import Edit
 from kbne_edit.errors import InputError
 from kbne_edit.hub import source
 from kbne_edit.locating import Doubt, Settings
+from mutants import DEMO
 
 REFUSED = [
     ("bake", ["--rule", "paired"], "twin"),
@@ -129,3 +133,51 @@ def test_a_selection_that_is_not_specific_is_said_before_the_fold(tmp_path, capl
     bake("demo", tmp_path / "out", settings, dry_run=True, doubtful=told.append)
     assert [doubt.part for doubt in told] == ["specific"] and not (tmp_path / "out").exists()
     assert any(line.startswith("selected: ") for line in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "arguments, kind",
+    [
+        (["bake", "--in", "nowhere", "--out", "o"], "CheckpointError"),
+        (["bake", "--in", "demo"], "MissingParameter"),
+        (["verify", "nowhere"], "InputError"),
+        (["verify", "nowhere", "--baked", "other"], "UsageError"),
+    ],
+)
+def test_an_error_as_json(arguments, kind, tmp_path):
+    result = run_command(*arguments, "--json", cwd=tmp_path)
+    error = parsed("error", result.stdout)["error"]
+    assert (error["type"], error["status"], result.returncode) == (kind, 2, 2)
+    assert error["message"].splitlines() == [error["message"]] and error["message"] in result.stderr
+    assert not run_command(*arguments, cwd=tmp_path).stdout
+
+
+def test_a_result_that_misses_a_requirement_is_the_only_json(tmp_path):
+    Edit("down", {1: {5: 2.0}}).save(tmp_path / "edit.json")
+    arguments = [
+        "bake",
+        "--in",
+        "demo",
+        "--edit",
+        "edit.json",
+        "--out",
+        "o",
+        "--no-measure",
+        "--require",
+        "effect",
+        "--json",
+    ]
+    result = run_command(*arguments, cwd=tmp_path)
+    assert result.returncode == 4 and parsed("bake", result.stdout)["verdict"]["effect"] == "NOT MEASURED"
+
+
+def test_the_base_that_a_manifest_names(debiased, tmp_path):
+    """Of a model of the Hub, or the demo; a folder's name says nothing of its place."""
+    plain = run_command("verify", debiased, "--no-behaviour", cwd=tmp_path)
+    assert plain.returncode == 0 and "base: demo, by the manifest" in plain.stderr
+    named = run_command("verify", "--in", "demo", "--baked", debiased, "--no-behaviour", cwd=tmp_path)
+    assert named.returncode == 0 and named.stdout == plain.stdout and "by the manifest" not in named.stderr
+    shutil.copytree(DEMO, tmp_path / "mine")
+    fold(tmp_path / "mine", Edit("down", {1: {5: 2.0}}), tmp_path / "out")
+    refused = run_command("verify", "out", cwd=tmp_path)
+    assert refused.returncode == 2 and "add --in MODEL" in refused.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from importlib import import_module
@@ -12,7 +13,7 @@ from typing import NoReturn
 import click
 
 from .. import __version__
-from ..errors import KbneError, one_line, short
+from ..errors import ErrorJSON, KbneError, RequirementError, one_line, short
 from ..progress import show_progress
 
 _COMMANDS = {
@@ -91,29 +92,39 @@ def main() -> None:
         sys.exit(status if isinstance(status, int) else 0)
     except click.ClickException as error:
         error.show()
+        _print_json(type(error).__name__, error.format_message(), 2)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted: nothing was published; run the same command again to resume", err=True)
         sys.exit(130)
     except KbneError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, type(error).__name__)
     except BrokenPipeError:  # who read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}", 3)
+        _fail(f"{error.strerror or error}{where}", 3, "OSError")
     except MemoryError:
-        _fail("out of memory: use fewer --questions or a machine with more", 3)
+        _fail("out of memory: use fewer --questions or a machine with more", 3, "MemoryError")
     except SystemExit:
         raise
     except BaseException as error:  # a panic of a Rust library is no Exception
-        _fail(f"internal: {_described(error)}: this is a fault of kbne-edit; please report it", 70)
+        _fail(f"internal: {_described(error)}: this is a fault of kbne-edit; please report it", 70, "InternalError")
 
 
-def _fail(text: str, status: int) -> NoReturn:
-    click.echo(f"error: {one_line(text)[:600]}", err=True)
+def _fail(text: str, status: int, kind: str) -> NoReturn:
+    line = one_line(text)[:600]
+    click.echo(f"error: {line}", err=True)
+    _print_json(kind, line, status)
     sys.exit(status)
+
+
+def _print_json(kind: str, message: str, status: int) -> None:
+    """What ended the run, for a program that reads stdout. A result that misses a requirement stands there already."""
+    if "--json" in sys.argv[1:] and status != RequirementError.exit_code:
+        error: ErrorJSON = {"error": {"type": kind, "message": one_line(message), "status": status}}
+        click.echo(json.dumps({"version": 1, **error}, indent=1))
 
 
 def _described(error: BaseException) -> str:

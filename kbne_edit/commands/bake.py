@@ -155,7 +155,7 @@ def _next_lines(result: BakeResult, summary: BakeJSON) -> list[str]:
         scores = [] if work == work_folder(Path(out)) else ["--scores", str(work / "scores.safetensors")]
         commands = [
             ("python", "-c", f"{loader}A.from_pretrained({_literal(out)}{_gguf(out)})"),
-            ("kbne-edit", "verify", "--in", model, "--baked", out),
+            ("kbne-edit", "verify", out, "--in", model),
             ("kbne-edit", "report", out, *scores, "--out", f"{out}.html"),
             ("kbne-edit", "revert", out, "--out", f"{out}-reverted"),
         ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import options
+from .edited import BAKED, EDITED, SOURCE, base_of, directory
 from .explain import EXPLAIN
 from .findings import REQUIRE, cost_lines, effect_lines, measure_lines, verdict_lines
 
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
 
 @click.command("evaluate")
-@options.SOURCE
+@EDITED
+@SOURCE
+@BAKED
 @click.option("--edit", "edit_path", type=click.Path(path_type=Path), help="Evaluate this edit.json, applied by hooks.")
-@click.option("--baked", type=click.Path(path_type=Path), help="Evaluate this baked directory.")
 @options.evaluating
 @EXPLAIN
 @click.option(
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 @REQUIRE
 @options.JSON
 def command(
-    source: str,
+    source: str | None,
     edit_path: Path | None,
     tasks: str | None,
     out: Path | None,
@@ -52,13 +54,15 @@ def command(
                  decisions, decisions_names, associations (also with _de, _fr, _es, _zh), questions, help_parity,
                  regard_parity
 
-    Without --edit or --baked, only the base is measured. Needs lm-eval: pip install 'kbne-edit[eval]'.
+    Without EDITED or --edit, only the base is measured. Needs lm-eval: pip install 'kbne-edit[eval]'.
     """
     from ..edit import Edit
     from ..errors import OutputError
     from ..evaluation.evaluate import evaluate
     from ..files import forbid_overlap, write_json
 
+    values["baked"] = directory(values.pop("edited"), values["baked"])
+    source = base_of(values["baked"], source)
     if out and not out.absolute().parent.is_dir():  # said now, not after an hour
         raise OutputError(f"cannot write {out}: its folder does not exist")
     if out:

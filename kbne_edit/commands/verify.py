@@ -5,11 +5,13 @@ from pathlib import Path
 import click
 
 from . import options
+from .edited import BAKED, EDITED, SOURCE, base_of, directory
 
 
 @click.command("verify")
-@options.SOURCE
-@click.option("--baked", required=True, type=click.Path(path_type=Path), help="Directory to prove.")
+@EDITED
+@SOURCE
+@BAKED
 @click.option(
     "--edit",
     "edit_path",
@@ -18,19 +20,33 @@ from . import options
 )
 @options.NO_BEHAVIOUR
 @options.JSON
-def command(source: str, baked: Path, edit_path: Path | None, no_behaviour: bool, as_json: bool) -> int:
-    """Prove that --baked is --in with an edit folded in, and nothing else. The exit status is 1 if it is not."""
+def command(
+    edited: Path | None,
+    source: str | None,
+    baked: Path | None,
+    edit_path: Path | None,
+    no_behaviour: bool,
+    as_json: bool,
+) -> int:
+    """Prove that the directory EDITED is its base with an edit folded in, and nothing else.
+
+    The exit status is 1 if it is not.
+    """
     from ..disk.checkpoint import Checkpoint
     from ..edit import Edit
     from ..hub.source import resolved
     from ..progress import progress, say
     from ..verifying import verify
 
+    path = directory(edited, baked)
+    if path is None:
+        raise click.UsageError("Missing argument 'EDITED'.")
+    source = base_of(path, source)
     edit = Edit.load(edit_path) if edit_path else None
     with resolved(source, say) as base:
         total = 2 * sum(shard.size for shard in Checkpoint.open(base.path).shards)
         with progress("verify", total, "B") as update:
-            proofs = verify(base.path, baked, edit=edit, behaviour=not no_behaviour, progress=update)
+            proofs = verify(base.path, path, edit=edit, behaviour=not no_behaviour, progress=update)
     proven = proofs.edit
     factors = ", ".join(f"{factor:g}" for factor in proven.distinct_factors)
     head = f"edit: {proven.num_neurons} neurons, site {proven.site}, factor {factors}"

@@ -249,7 +249,7 @@ def next_command(verdict: Verdict, model: str, out: str) -> tuple[str, str]:
     """(what to do next, as a command). model: as --in takes it; out: the directory that was written."""
     model, out = shlex.quote(model), shlex.quote(out)
     if verdict.proofs.state == "FAIL":
-        return "see what differs", f"kbne-edit verify --in {model} --baked {out}"
+        return "see what differs", f"kbne-edit verify {out} --in {model}"
     if verdict.ship == "ship":
         return "show it to those who must judge it", f"kbne-edit report {out} --out {out}.html"
     if verdict.answers.state == "FAIL":

@@ -1,0 +1,44 @@
+"""The edited directory that a command is about, and the base that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+EDITED = click.argument("edited", required=False, type=click.Path(path_type=Path))
+BAKED = click.option("--baked", hidden=True, type=click.Path(path_type=Path))  # how earlier versions named it
+SOURCE = click.option(
+    "--in",
+    "source",
+    metavar="MODEL",
+    help="The base: directory, ORG/NAME[@REVISION], or demo.  [default: that of EDITED, if it is on the Hub]",
+)
+
+
+def directory(edited: Path | None, baked: Path | None) -> Path | None:
+    """The directory, however it was named."""
+    if edited and baked:
+        raise click.UsageError(f"two edited directories: {edited} and --baked {baked}")
+    return edited or baked
+
+
+def base_of(edited: Path | None, source: str | None) -> str:
+    """The base: `source`, or what the manifest of `edited` names. It is said, since the manifest is not to be trusted.
+
+    A manifest has the name of a local base, but not its place. Raises InputError.
+    """
+    from ..disk.manifest import Manifest
+    from ..errors import InputError
+    from ..progress import say
+
+    if source:
+        return source
+    if edited is None:
+        raise click.UsageError("Missing option '--in'.")
+    manifest = Manifest.read(edited)
+    origin = manifest.source if manifest else None
+    if origin is None or not (origin.commit or origin.id == "demo"):
+        raise InputError(f"{edited} does not name its base on the Hub: add --in MODEL")
+    say(f"base: {origin}, by the manifest of {edited}; --in MODEL names another")
+    return str(origin)
