@@ -120,6 +120,7 @@ def _cpu_seconds(pid):
 
 def _cases(case_of, numbers, tell):
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + (3 << 30),) * 2)
+    inherited = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # by the fork
     allowed, stray = [], []
     sys.addaudithook(lambda event, args: _stray(event, args, allowed, stray))
     for number in numbers:
@@ -130,7 +131,7 @@ def _cases(case_of, numbers, tell):
             allowed.clear()
         if stray:
             verdict = f"WRONG: wrote outside --out: {one_line(stray[0])}"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10) - inherited
         if peak > MEMORY_MB:
             verdict = f"WRONG: {peak} MB of memory"
         tell(f"{number}\t{kind}\t{verdict}")

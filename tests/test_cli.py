@@ -308,7 +308,10 @@ WRONG = {
     "encoder-decoder": (lambda b: _config(b, model_type="t5"), "encoder-decoder"),
     "long name": (lambda b: _config(b, model_type="x" * 9000, architectures=["y" * 9000]), "unknown architecture 'xxx"),
     "unknown": (lambda b: _config(b, model_type="newarch"), "unknown architecture 'newarch'"),
-    "recurrent": (lambda b: _config(b, model_type="mamba2"), "mamba2 has layers that hand a state from token to token"),
+    "recurrent": (
+        lambda b: _config(b, model_type="mamba2"),
+        "mamba2 cannot be edited: its layers have no feed-forward block",
+    ),
     "adapter": (_adapter, "adapter"),
     "pth": (_pth, ".pth"),
     "pickle": (_evil_bin, "nothing of it was run"),
@@ -356,7 +359,7 @@ def _refused(result, message, tmp_path):
         (["--in", "base", "--edit", "one.json"], "change nothing"),
         (["--in", "base", "--edit", "broken.json"], "not JSON"),
         (["--in", "base", "--edit", "edit.json", "--factor", "1e30"], "usable number"),
-        (["--in", "base", "--edit", "edit.json", "--site", "up"], "up"),
+        (["--in", "base", "--site", "sideways"], "sideways"),
         (["--in", "demo", "--edit", "edit.json", "--tau", "7"], "tau"),
     ],
 )

@@ -15,6 +15,7 @@ import click
 from .. import __version__
 from ..errors import ErrorJSON, KbneError, RequirementError, one_line, short
 from ..progress import show_progress
+from .config import PREFIX, config
 
 _COMMANDS = {
     "bake": "locate the neurons, fold the factors, prove the result",
@@ -47,7 +48,7 @@ class _Lazy(click.Group):
             return None
         command: click.Command = import_module(f".{name}", __name__).command
         if not isinstance(command, click.Group) and "quiet" not in {param.name for param in command.params}:
-            command.params.append(_quiet())
+            command.params += [config(), _quiet()]
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -88,7 +89,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files and tensors need not be text
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(standalone_mode=False, auto_envvar_prefix=PREFIX)
         sys.exit(status if isinstance(status, int) else 0)
     except click.ClickException as error:
         error.show()

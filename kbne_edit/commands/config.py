@@ -1,0 +1,54 @@
+"""Options from a file. What stands on the command line comes first, then the environment (KBNE_EDIT_BAKE_RULE), then
+the file, then the defaults.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+PREFIX = "KBNE_EDIT"  # of environment variables: PREFIX_COMMAND_OPTION
+
+
+def config() -> click.Option:
+    """--config of every command."""
+    return click.Option(
+        ["--config"],
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_read,
+        help="YAML file with options of this command, e.g. `rule: specific`.",
+    )
+
+
+def _read(context: click.Context, option: click.Parameter, path: Path | None) -> None:
+    """Make the file's values the defaults of this run. Raises InputError."""
+    from ..errors import InputError, shown
+    from ..yamlfile import read_yaml
+
+    if path is None:
+        return
+    try:
+        data, _ = read_yaml(path)
+    except InputError as error:
+        raise InputError(f"--config {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"--config {path}: must be a mapping of options to values, such as `rule: specific`")
+    params = {_long(param): param for param in context.command.params if param is not option}
+    if unknown := sorted(str(key) for key in data if key not in params):
+        raise InputError(f"--config {path}: {context.command.name} has no option {shown(unknown[0])}")
+    context.default_map = {str(params[key].name): _value(params[key], value) for key, value in data.items()}
+
+
+def _long(param: click.Parameter) -> str:
+    """The name of an option as it is typed, without its dashes; of an argument, its own."""
+    return max(param.opts, key=len).lstrip("-")
+
+
+def _value(param: click.Parameter, value: Any) -> Any:
+    """Lists are typed with commas, but where an option may be repeated."""
+    repeated = isinstance(param, click.Option) and param.multiple
+    return ",".join(map(str, value)) if isinstance(value, list) and not repeated else value
