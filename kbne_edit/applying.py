@@ -11,12 +11,12 @@ from .disk.publishing import staged
 from .errors import EditError, ProofError, shown
 from .evaluation.impact import NOT_MEASURED, Impact, ImpactJSON, impact_of, recipe_of
 from .evaluation.verdict import Verdict, VerdictJSON, verdict_of
-from .files import forbid_overlap
+from .files import forbid_overlap, parse_size
 from .folding.columns import Columns, delta_path
 from .folding.delta import DeltaRecord, fold_hashes, weights_hashes
 from .folding.fold import fold_into
 from .folding.plan import Plan
-from .hub.source import resolved
+from .hub.source import local_path, resolved
 from .progress import progress, say
 from .proofs.behaviour import behaviour_proof
 from .proofs.files import file_proof
@@ -96,10 +96,15 @@ def apply(
     of the edit, where the package has it; else social-bias).
     Raises CheckpointError for a damaged delta, EditError for another base, ProofError, OutputError.
     """
-    path = delta_path(delta)
-    with resolved(str(source), say) as base:
-        forbid_overlap(out, base.origin, delta)
-        checkpoint, record = Checkpoint.open(base.path), DeltaRecord.read(path)
+    source, path = str(source), delta_path(delta)
+    forbid_overlap(out, delta, *filter(None, [local_path(source)]))
+    record = DeltaRecord.read(path)  # what is wrong here is said before the base is downloaded
+    if isinstance(shard_size, str):
+        parse_size(shard_size, "--shard-size")
+    probed = load_recipe(recipe or recipe_of(record.edit) or "social-bias")
+    with resolved(source, say) as base:
+        forbid_overlap(out, base.origin)
+        checkpoint = Checkpoint.open(base.path)
         if checkpoint.fingerprint() != record.edit.base:
             raise EditError(f"{path} was made for another model than {source}: apply it to {shown(str(record.source))}")
         plan = Plan.of(checkpoint, record.edit, shard_size)
@@ -109,7 +114,6 @@ def apply(
             if not proofs.ok:
                 raise ProofError(f"the {proofs.failed} proof failed, {out} was not written: {proofs.fault}", proofs)
             result = ApplyResult(origin, Path(out), plan, proofs)
-            probed = load_recipe(recipe or recipe_of(plan.edit) or "social-bias")
             if measure:
                 result = replace(result, impact=impact_of(checkpoint, plan.edit, probed))
             manifest = replace(

@@ -23,7 +23,7 @@ from .folding.delta import manifest_of, write_delta
 from .folding.fold import fold_into
 from .folding.plan import Plan, StepJSON
 from .hub.licences import metadata_in
-from .hub.source import Source, resolved, usual_recipe
+from .hub.source import Source, local_path, resolved, usual_recipe
 from .locating import Doubt, Doubtful, Subject, choose, locate_in
 from .models.loading import auto_class
 from .progress import progress, say
@@ -193,7 +193,7 @@ def bake(
     Raises InputError or a subclass; ProofError, and then nothing is written to `out`.
     """
     settings, out = settings or Settings(), Path(out)
-    _check_settings(source, settings, edit)
+    known = _check_settings(source, settings, edit)
     _check_output(source, out, form, shard_size, overwrite)
     if edit is not None and RANK != 0:
         return None
@@ -208,7 +208,7 @@ def bake(
             forbid_overlap(out, edit)
             edit = load_edit(edit, checkpoint)
         check_out(out, overwrite)
-        recipe = load_recipe(settings.recipe or recipe_of(edit) or base.recipe)
+        recipe = known or load_recipe(recipe_of(edit) or usual_recipe(source))
         located = None
         if edit is None:
             choice = _locate(Subject(base, checkpoint, recipe), folder, settings, doubtful)
@@ -239,16 +239,20 @@ def _say_notes(checkpoint: Checkpoint) -> None:
         say(f"note: not carried over, since it is no part of the model: {', '.join(left[:8])}")
 
 
-def _check_settings(source: str, settings: Settings, edit: Edit | str | Path | None) -> None:
-    """Refuse settings that do not fit the recipe, or the edit, before anything is downloaded or loaded."""
+def _check_settings(source: str, settings: Settings, edit: Edit | str | Path | None) -> Recipe | None:
+    """Refuse settings that do not fit the recipe, or the edit, before anything is downloaded or loaded.
+
+    Returns the recipe; None where an edit is given that may name its own.
+    """
     if edit is None:
-        settings.check(load_recipe(settings.recipe or usual_recipe(source)))
-    else:
-        settings.check_beside_edit()
-        if settings.recipe is not None:
-            load_recipe(settings.recipe)
-        if isinstance(edit, (str, Path)) and not Path(edit).exists():
-            raise EditError(f"cannot read {edit}: No such file or directory")
+        recipe = load_recipe(settings.recipe or usual_recipe(source))
+        settings.check(recipe)
+        return recipe
+    settings.check_beside_edit()
+    asked = None if settings.recipe is None else load_recipe(settings.recipe)
+    if isinstance(edit, (str, Path)) and not Path(edit).exists():
+        raise EditError(f"cannot read {edit}: No such file or directory")
+    return asked
 
 
 def _check_output(source: str, out: Path, form: str, shard_size: int | str | None, overwrite: bool) -> None:
@@ -257,7 +261,7 @@ def _check_output(source: str, out: Path, form: str, shard_size: int | str | Non
         raise InputError(f"--shard-size cuts a checkpoint's weights, and --as {form} writes none: leave it out")
     if isinstance(shard_size, str):
         parse_size(shard_size, "--shard-size")
-    if out.parent.is_dir() and source != "demo" and not Path(source).expanduser().exists():
+    if out.parent.is_dir() and source != "demo" and local_path(source) is None:
         check_out(out, overwrite)  # of a local base it is said later, when it is known what must not be written over
 
 

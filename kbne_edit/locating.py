@@ -232,6 +232,8 @@ class _Watch:
         from .attribution.answers import Mass
         from .models.prompts import why_small
 
+        if "mass" in self._told:  # the reason takes a child process
+            return
         ids = sorted({index for tokens in self._tokens.values() for index in tokens})
         mass = Mass.of(next_token[:, ids].sum(-1).numpy())
         if mass.small:

@@ -24,17 +24,7 @@ def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_js
     """Put the edited columns of DELTA, written by `bake --as delta`, into a copy of its base, and prove the result."""
     from ..applying import apply
     from ..evaluation.verdict import next_command
-    from ..files import parse_size
-    from ..folding.columns import delta_path
-    from ..folding.delta import DeltaRecord
-    from ..recipe import load_recipe
 
-    if not Path(source).expanduser().exists():  # a damaged delta is refused before its base is downloaded
-        DeltaRecord.read(delta_path(delta))
-    if given["shard_size"]:
-        parse_size(given["shard_size"], "--shard-size")
-    if given["recipe"]:
-        load_recipe(given["recipe"])
     result = apply(
         delta,
         source,

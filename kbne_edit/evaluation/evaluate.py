@@ -17,7 +17,7 @@ from ..disk.checkpoint import Checkpoint
 from ..disk.manifest import Manifest
 from ..edit import Edit
 from ..errors import InputError
-from ..hub.source import resolved
+from ..hub.source import resolved, usual_recipe
 from ..progress import say
 from ..proofs.outcome import EditJSON, Proofs, edit_json
 from ..recipe import Recipe, load_recipe
@@ -189,7 +189,7 @@ def evaluate(
         known = _known(Path(baked), checkpoint.path) if baked else None
         edit = known.edit if known else edit
         controls = controls_of(edit, checkpoint, draws, scores) if edit else []
-        asked = load_recipe(recipe or recipe_of(edit) or base.recipe)
+        asked = load_recipe(recipe or recipe_of(edit) or usual_recipe(source))
         scorer_of = scorers(checkpoint.path, device, dtype)
         scorer = scorer_of(Path(baked) if baked else checkpoint.path)
         ready = benchmarks(tasks, data, limit, asked, scorer, scorer.tokenizer)

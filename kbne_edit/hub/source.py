@@ -53,7 +53,6 @@ class Source:
     origin: Path
     id: str
     commit: str | None = None
-    recipe: str = "social-bias"
 
     @property
     def label(self) -> str:
@@ -66,6 +65,12 @@ def usual_recipe(source: str) -> str:
     return "demo" if source == "demo" else "social-bias"
 
 
+def local_path(source: str) -> Path | None:
+    """Where a source lies on this machine; None for the demo, and for what is (or must be) downloaded."""
+    path = Path(source).expanduser()
+    return path if source != "demo" and path.exists() else None
+
+
 @contextmanager
 def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterator[Source]:
     """A local directory of safetensors for `source`; .bin weights are converted for the time of the context.
@@ -74,7 +79,7 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
     CheckpointError.
     """
     if source == "demo":
-        yield Source(DEMO, DEMO, "demo", None, "demo")
+        yield Source(DEMO, DEMO, "demo")
         return
     path = Path(os.path.expanduser(source))
     found = Source(path, path, source)
