@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from . import options
-from .findings import cost_lines, effect_lines, measure_lines, measuring, verdict_lines
+from .findings import impact_lines, measuring, verdict_lines
 
 
 @click.command("apply")
@@ -40,9 +40,7 @@ def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_js
     lines = [f"{delta} and {source} -> {out}: the weights that the delta was made from, by their SHA-256"]
     if given["verbose"]:
         lines += options.proof_lines(data)
-        lines += effect_lines(result.impact.effect) if result.impact.effect else []
-        lines += cost_lines(result.impact.cost) if result.impact.cost else []
-        lines += measure_lines(result.impact.measures)
+        lines += impact_lines(result.impact)
     lines += [*verdict_lines(result.verdict), f"written: {out}; -v shows the details"]
     options.show(data, as_json, [*lines, "next:", f"  {following}   # {purpose}"])
     result.verdict.require(require)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import options
-from .findings import FORCE, cost_lines, doubts, effect_lines, measure_lines, measuring, verdict_lines
+from .findings import FORCE, doubts, impact_lines, measuring, verdict_lines
 
 if TYPE_CHECKING:
     from ..baking import BakeJSON, BakeResult
@@ -127,9 +127,7 @@ def _details(result: BakeResult, summary: BakeJSON) -> list[str]:
         return lines
     if summary["form"] == "checkpoint":
         lines += options.proof_lines(summary["proofs"])
-    lines += effect_lines(result.impact.effect) if result.impact.effect else []
-    lines += cost_lines(result.impact.cost) if result.impact.cost else []
-    lines += measure_lines(result.impact.measures)
+    lines += impact_lines(result.impact)
     return lines
 
 

@@ -9,7 +9,7 @@ import click
 from . import options
 from .edited import BAKED, EDITED, SOURCE, base_of, directory
 from .explain import EXPLAIN
-from .findings import REQUIRE, cost_lines, effect_lines, measure_lines, verdict_lines
+from .findings import REQUIRE, impact_lines, verdict_lines
 
 if TYPE_CHECKING:
     from ..evaluation.benchmark import Figure
@@ -97,9 +97,7 @@ def _lines(result: Evaluation) -> list[str]:
             f"p: Holm's for {result.comparisons} comparisons; intervals: 95 % each, without a correction, paired "
             "bootstrap over items that hang together"
         )
-    lines += effect_lines(result.impact.effect) if result.impact.effect else []
-    lines += cost_lines(result.impact.cost) if result.impact.cost else []
-    lines += measure_lines(result.impact.measures)
+    lines += impact_lines(result.impact)
     return lines + (verdict_lines(result.verdict) if result.verdict else [])
 
 

@@ -13,6 +13,7 @@ from ..progress import paused
 if TYPE_CHECKING:
     from ..evaluation.cost import Cost
     from ..evaluation.effect import Effect
+    from ..evaluation.impact import Impact
     from ..evaluation.measures.quick import QuickMeasure
     from ..evaluation.verdict import Verdict
     from ..locating import Doubt, Doubtful
@@ -80,6 +81,13 @@ def number(values: Interval) -> str:
     return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
+def impact_lines(impact: Impact) -> list[str]:
+    """What was measured of an edit, beside its controls."""
+    lines = effect_lines(impact.effect) if impact.effect else []
+    lines += cost_lines(impact.cost) if impact.cost else []
+    return lines + measure_lines(impact.measures)
+
+
 def effect_lines(effect: Effect) -> list[str]:
     """Scores of the probes before and after, beside the controls."""
     random, (before, after) = effect.random, effect.score
@@ -123,9 +131,7 @@ def measure_lines(measures: Sequence[QuickMeasure]) -> list[str]:
     for measure in measures:
         counted = {"decisions": "scenarios", "associations": "twins"}.get(measure.name, "items")
         lines.append(f"{measure.name} ({measure.items} {counted}, {measure.language}):")
-        for figure in measure.figures:
-            if measure.name == "decisions" and figure.name not in ("largest gap", "flips"):
-                continue  # by dimension and group: in the manifest and on the page
+        for figure in measure.overall:
             if figure.unit == "percent":
                 value, low, high = figure.change
                 moved = f"{figure.before:.1f} to {figure.after:.1f} %, change {value:+.1f} [{low:+.1f}, {high:+.1f}]"

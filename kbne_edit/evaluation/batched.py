@@ -108,23 +108,15 @@ def score_edits(
     total, greedy = np.zeros(shape), np.ones(shape, bool)
     for part in cut(rows, int(min(TREE_TOKENS, longest(model)))):
         tree = Tree(rows[part])
-        order: dict[int, int] = {}
-        index: list[int] = []
-        target: list[int] = []
-        owner: list[int] = []
-        for path, of_row in zip(tree.paths, lookups[part], strict=True):
-            for pair, start, tokens in of_row:
-                index += [order.setdefault(node, len(order)) for node in path[start : start + len(tokens)]]
-                target += tokens
-                owner += [pair] * len(tokens)
+        asked = Asked.of(tree, lookups[part])
         step = max(_BATCH_TOKENS // len(tree.tokens), 1)
         for first in range(0, len(edits), step):
             some = edits[first : first + step]
-            states = _states_at(model, tree, some, list(order), kept)
-            logp, hits = _looked_up(model, states, index, target, temperature)
+            states = _states_at(model, tree, some, asked.nodes, kept)
+            logp, hits = _looked_up(model, states, asked.index, asked.target, temperature)
             for row in range(len(some)):
-                np.add.at(total[first + row], owner, logp[row])
-                np.logical_and.at(greedy[first + row], owner, hits[row])
+                np.add.at(total[first + row], asked.pair, logp[row])
+                np.logical_and.at(greedy[first + row], asked.pair, hits[row])
             update(len(some) * sum(map(len, lookups[part])))
     return Scored(total, greedy, np.array([len(continuation) for _, continuation in pairs]))
 
@@ -148,6 +140,31 @@ class Lookup(NamedTuple):
     pair: int
     start: int
     tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is looked up in one pass over a tree: K kept nodes, and for each of T tokens its pair, the kept node that
+    predicts it (a place among the kept ones), and the token itself.
+    """
+
+    nodes: list[int]
+    pair: list[int]
+    index: list[int]
+    target: list[int]
+
+    @classmethod
+    def of(cls, tree: Tree, lookups: Sequence[Sequence[Lookup]]) -> Asked:
+        """lookups: of each row of the tree."""
+        order: dict[int, int] = {}
+        asked = cls([], [], [], [])
+        for path, of_row in zip(tree.paths, lookups, strict=True):
+            for pair, start, tokens in of_row:
+                asked.index.extend(order.setdefault(node, len(order)) for node in path[start : start + len(tokens)])
+                asked.target.extend(tokens)
+                asked.pair.extend([pair] * len(tokens))
+        asked.nodes.extend(order)
+        return asked
 
 
 def unique_rows(

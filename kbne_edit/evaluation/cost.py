@@ -6,7 +6,7 @@ Legend: N predicted positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -20,7 +20,7 @@ from ..statistics import Interval, IntervalJSON, interval, mcnemar, wilson
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .neutral import NeutralText
+    from .neutral import Logits, NeutralText
 
 # What an edit may cost. Of the edits that the project measured, one with a KL of 0.30 had changed every greedy
 # continuation, and one of 0.14 had raised the perplexity by 8 %; those of 0.03 hardly showed.
@@ -228,18 +228,18 @@ class NeutralRun:
         """[texts, 4]: the base's loss, the edit's loss, KL, tokens."""
         from .neutral import both_columns
 
-        return both_columns(self.text.rows, self._blocks(self.after), self._blocks(self.before))
+        return both_columns(self.text.rows, self._logits(self.after), self._logits(self.before))
 
     def temperature(self, kl: float) -> float | None:
         """At which the base, so flattened, has this KL from itself."""
-        from .neutral import temperature_of
+        from .neutral import temperature
 
-        return temperature_of(lambda: self._blocks(self.before), kl)
+        return temperature(self._logits(self.before), kl)
 
-    def _blocks(self, states: Tensor) -> Iterator[Tensor]:
+    def _logits(self, states: Tensor) -> Logits:
         from .neutral import Logits
 
-        return Logits(self.model, states).blocks()
+        return Logits(self.model, states)
 
 
 def measure_cost(run: NeutralRun, tokenizer: Any, recipe: Recipe, edit: Edit) -> Cost:

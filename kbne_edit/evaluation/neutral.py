@@ -9,7 +9,7 @@ edit's KL (1e-5) is the difference of terms near 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,19 +146,14 @@ def logits(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Logits:
 
 def columns(texts: Sequence[Sequence[int]], found: Logits, base: Logits) -> np.ndarray:
     """[texts, 3] of a model with logits `found`; `base`: the logits of the base model."""
-    return columns_of(texts, found.blocks(), base.blocks())
-
-
-def columns_of(texts: Sequence[Sequence[int]], found: Iterable[Tensor], base: Iterable[Tensor]) -> np.ndarray:
-    """`columns`, of blocks of logits [positions, V] that follow each other."""
     return both_columns(texts, found, base)[:, 1:]
 
 
-def both_columns(texts: Sequence[Sequence[int]], found: Iterable[Tensor], base: Iterable[Tensor]) -> np.ndarray:
-    """[texts, 4]: the base's negative log-likelihood, then `columns_of`. Each block of logits is made once."""
+def both_columns(texts: Sequence[Sequence[int]], found: Logits, base: Logits) -> np.ndarray:
+    """[texts, 4]: the base's negative log-likelihood, then `columns`. Each block of logits is made once."""
     targets = torch.tensor([token for ids in texts for token in ids[1:]])
     parts, start = [], 0
-    for p, q in zip(base, found, strict=True):
+    for p, q in zip(base.blocks(), found.blocks(), strict=True):
         target = targets[start : start + len(p), None].to(q.device)
         start += len(p)
         losses = [(x.logsumexp(-1) - x.gather(1, target)[:, 0]).double() for x in (p, q)]
@@ -185,12 +180,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def temperature(base: Logits, kl: float) -> float | None:
-    """The temperature above 1 at which the base's mean KL from itself, so flattened, is `kl`; None if it never is."""
-    return temperature_of(base.blocks, kl)
-
-
-def temperature_of(blocks: Callable[[], Iterable[Tensor]], kl: float) -> float | None:
-    """`temperature`, of a function that gives the base's logits block by block, as often as it is asked.
+    """The temperature above 1 at which the base's mean KL from itself, so flattened, is `kl`; None if it never is.
 
     At the temperature 1 / (1 + d) the KL of a position is f(d) = log E[exp(d x)], with x = l - E[l], both means under
     p: a cumulant generating function, convex, 0 at d = 0. Its slope is known, so Newton's method ends after a few
@@ -200,7 +190,7 @@ def temperature_of(blocks: Callable[[], Iterable[Tensor]], kl: float) -> float |
     if kl <= 0:
         return None
     count, second, third, most = 0, 0.0, 0.0, 0.0
-    for block in blocks():
+    for block in base.blocks():
         p, x = _centred(block)
         square = p * x * x
         count += len(x)
@@ -215,7 +205,7 @@ def temperature_of(blocks: Callable[[], Iterable[Tensor]], kl: float) -> float |
     for _ in range(_NEWTON):
         d = min(max(d, 1 / _HOTTEST - 1), -1e-12)
         value, slope = 0.0, 0.0
-        for block in blocks():
+        for block in base.blocks():
             p, x = _centred(block)
             growth = torch.expm1(d * x)
             above = (p * (growth - d * x)).sum(-1).double()

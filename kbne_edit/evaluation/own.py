@@ -10,7 +10,7 @@ from ..recipe import Recipe
 from .benchmark import Answer, Benchmark, sample
 from .datafiles import NoDataError
 from .figures import AVOIDED, KNOWLEDGE, TWINS, twin_columns
-from .twins import twin_scores
+from .twins import twin_cluster, twin_scores
 
 if TYPE_CHECKING:
     from .scoring import Scorer
@@ -36,7 +36,7 @@ def probes_benchmark(recipe: Recipe, scorer: Scorer, limit: int | None) -> Bench
         groups=[twin.dimension for twin in twins],
         read=read,
         figures=TWINS if recipe.aim == "balance" else AVOIDED,
-        clusters=[" | ".join(probe.first for probe in twin.probes) for twin in twins],
+        clusters=[twin_cluster(twin) for twin in twins],
     )
 
 

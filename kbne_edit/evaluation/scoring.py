@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..models.loading import load_model, load_tokenizer
 from ..models.trees import Tree, cut, logits_at, tokens_of_a_pass
 from ..progress import say
-from .batched import Lookup, Pair, unique_rows
+from .batched import Asked, Lookup, Pair, unique_rows
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -98,21 +98,13 @@ class Scorer(HFLM):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One pass: (pair, log-probability, is it the likeliest token) of every token of every continuation."""
         tree = Tree(rows)
-        kept: dict[int, int] = {}
-        index: list[int] = []
-        target: list[int] = []
-        owner: list[int] = []
-        for path, of_row in zip(tree.paths, lookups, strict=True):
-            for pair, start, tokens in of_row:
-                index += [kept.setdefault(node, len(kept)) for node in path[start : start + len(tokens)]]
-                target += tokens
-                owner += [pair] * len(tokens)
-        logits = self.logits_at(tree, list(kept))
-        places, wanted = (torch.tensor(x, device=logits.device) for x in (index, target))
+        asked = Asked.of(tree, lookups)
+        logits = self.logits_at(tree, asked.nodes)
+        places, wanted = (torch.tensor(x, device=logits.device) for x in (asked.index, asked.target))
         blocks = logits.split(64)  # no second tensor of the logits' size
         values = logits[places, wanted] - torch.cat([block.logsumexp(-1) for block in blocks])[places]
         hits = torch.cat([block.argmax(-1) for block in blocks])[places] == wanted
-        return np.array(owner), values.double().cpu().numpy(), hits.cpu().numpy()
+        return np.array(asked.pair), values.double().cpu().numpy(), hits.cpu().numpy()
 
     def logits_at(self, tree: Tree, keep: list[int]) -> Tensor:
         """Logits [K, V] float32 of the tree's tokens `keep`, divided by the temperature."""

@@ -16,6 +16,11 @@ import numpy as np
 from ..recipe import Twin
 
 
+def twin_cluster(twin: Twin) -> str:
+    """The name under which a twin's items are resampled, and told to be fitted or reported."""
+    return " | ".join(probe.first for probe in twin.probes)
+
+
 def twin_scores(twins: Sequence[Twin], margins: np.ndarray, aim: str = "balance") -> np.ndarray:
     """Score of every twin, [..., N], from the margins of all their probes in order (`Recipe.probes`), [..., P].
 

@@ -252,7 +252,7 @@ def _cost(cost: Cost) -> list[str]:
 
 
 def _measures(measures: Sequence[QuickMeasure]) -> list[str]:
-    """The figures with an ideal; those of every group stand in the manifest."""
+    """The overall figures; those of every group stand in the manifest."""
     if not measures:
         return []
     rows = [
@@ -260,8 +260,7 @@ def _measures(measures: Sequence[QuickMeasure]) -> list[str]:
         f"{prose(figure.unit)} | {figure.before:.4g} | {figure.after:.4g} | {figure.change.value:+.2g} | "
         f"{figure.change.low:+.2g} to {figure.change.high:+.2g} |"
         for measure in measures
-        for figure in measure.figures
-        if measure.name != "decisions" or figure.name in ("largest gap", "flips")
+        for figure in measure.overall
     ]
     return [
         "",

@@ -38,6 +38,11 @@ class Scenario:
     yes: str
     no: str
 
+    @property
+    def cluster(self) -> str:
+        """The name under which its items are resampled, and told to be fitted or reported."""
+        return f"decisions {self.name}"
+
 
 @dataclass(frozen=True)
 class Decisions:
@@ -251,5 +256,5 @@ def _benchmark(
         groups=[""] * len(items),
         read=read,
         figures=decisions_figures(groups),
-        clusters=[f"decisions {scenario.name}" for scenario, _ in items],
+        clusters=[scenario.cluster for scenario, _ in items],
     )

@@ -15,6 +15,7 @@ from ...edit import Edit
 from ...errors import InputError
 from ...recipe import Twin, load_recipe
 from ..benchmark import Benchmark
+from ..twins import twin_cluster
 from .associations import recipe_name
 from .content import read_content
 from .decisions import Decisions, Scenario
@@ -71,24 +72,24 @@ def _alternating(groups: Sequence[str]) -> list[bool]:
     return result
 
 
-def reported_half(mark: Benchmark, measures: Sequence[str] = HALVED) -> Benchmark:
+def reported_half(task: Benchmark, measures: Sequence[str] = HALVED) -> Benchmark:
     """The task without items that these measures allow to be fitted, in whichever task and language they stand.
 
     Raises InputError if none is left.
     """
     fitted = _fitted_clusters(tuple(measures))
-    items = [i for i, cluster in enumerate(mark.clusters) if cluster not in fitted]
-    if len(items) == len(mark.clusters):
-        return mark
+    items = [i for i, cluster in enumerate(task.clusters) if cluster not in fitted]
+    if len(items) == len(task.clusters):
+        return task
     if not items:
-        raise InputError(f"{mark.name}: none of its items is in the half that is reported: use a larger --limit")
-    return mark.take(items)
+        raise InputError(f"{task.name}: none of its items is in the half that is reported: use a larger --limit")
+    return task.take(items)
 
 
 def unfitted_twins(twins: Sequence[Twin], edit: Edit) -> tuple[Twin, ...]:
     """The twins that the edit was not fitted to."""
     fitted = _fitted_clusters(fitted_measures(edit))
-    return tuple(twin for twin in twins if _cluster(twin) not in fitted)
+    return tuple(twin for twin in twins if twin_cluster(twin) not in fitted)
 
 
 @lru_cache(maxsize=4)
@@ -96,11 +97,7 @@ def _fitted_clusters(measures: tuple[str, ...]) -> frozenset[str]:
     found: set[str] = set()
     for language in LANGUAGES if measures else ():
         if "decisions" in measures:
-            found |= {f"decisions {scenario.name}" for scenario in scenario_halves(language).fitted}
+            found |= {scenario.cluster for scenario in scenario_halves(language).fitted}
         if "associations" in measures:
-            found |= {_cluster(twin) for twin in twin_halves(language).fitted}
+            found |= {twin_cluster(twin) for twin in twin_halves(language).fitted}
     return frozenset(found)
-
-
-def _cluster(twin: Twin) -> str:
-    return " | ".join(probe.first for probe in twin.probes)

@@ -17,8 +17,9 @@ import numpy as np
 from ...edit import Edit
 from ...errors import InputError
 from ...recipe import Probe, Twin, load_recipe
-from ...statistics import Interval, change
+from ...statistics import Clusters, Interval, change
 from ..benchmark import Figure
+from ..effect import Margins
 from ..figures import TWINS, twin_columns
 from ..twins import twin_scores
 from .associations import recipe_name
@@ -28,9 +29,6 @@ from .halves import fitted_measures, reported_half, unfitted_twins
 
 if TYPE_CHECKING:
     from torch import nn
-
-# Margins of probes under some edits (None: the model itself) at a temperature, [E, probes]; as `effect.Margins`.
-Margins = Callable[[Sequence[Probe], Sequence["Edit | None"], float], np.ndarray]
 
 
 class FigureChangeJSON(TypedDict):
@@ -90,6 +88,11 @@ class QuickMeasure:
     items: int
     figures: tuple[FigureChange, ...]
 
+    @property
+    def overall(self) -> tuple[FigureChange, ...]:
+        """The figures of no dimension or group alone."""
+        return tuple(f for f in self.figures if self.name != "decisions" or f.name in ("largest gap", "flips"))
+
     def __getitem__(self, name: str) -> FigureChange:
         """The figure of that name. Raises KeyError."""
         for figure in self.figures:
@@ -139,14 +142,14 @@ def measure_quick(
 
     start = time.monotonic()
     try:
-        mark = reported_half(decisions_benchmark(language, tokenizer, None, quick=True), fitted_measures(edit))
+        decisions = reported_half(decisions_benchmark(language, tokenizer, None, quick=True), fitted_measures(edit))
         twins = unfitted_twins(_twins(language, tokenizer), edit)
     except InputError as error:  # also where an answer is no token of this model
         say(f"decisions and associations: not measured: {error}")
         return ()
-    scored = score_edits(model, mark.pairs, [None, edit])
+    scored = score_edits(model, decisions.pairs, [None, edit])
     before, after = (
-        mark.columns(list(zip(logp.tolist(), greedy.tolist(), strict=True)))
+        decisions.columns(list(zip(logp.tolist(), greedy.tolist(), strict=True)))
         for logp, greedy in zip(scored.logprobs, scored.greedy, strict=True)
     )
     scores = twin_scores(twins, margins([probe for twin in twins for probe in twin.probes], [None, edit], 1.0))
@@ -154,8 +157,9 @@ def measure_quick(
         say("decisions and associations: not measured: the edited model gives no numbers")
         return ()
     base, edited = (np.array([twin_columns(score) for score in row]) for row in scores.tolist())
+    decided = _changes(decisions.figures, before, after, decisions.drawn())
     result = (
-        QuickMeasure("decisions", language, len(mark.sizes), _changes(mark.figures, before, after, mark.clusters)),
+        QuickMeasure("decisions", language, len(decisions.sizes), decided),
         QuickMeasure("associations", language, len(twins), _changes(TWINS, base, edited)),
     )
     say(f"decisions and associations ({language}): {time.monotonic() - start:.1f} s")
@@ -169,7 +173,7 @@ def _twins(language: str, tokenizer: Any) -> tuple[Twin, ...]:
 
 
 def _changes(
-    figures: Sequence[Figure], before: np.ndarray, after: np.ndarray, clusters: Sequence[str] | None = None
+    figures: Sequence[Figure], before: np.ndarray, after: np.ndarray, clusters: Clusters = None
 ) -> tuple[FigureChange, ...]:
     return tuple(
         FigureChange(
