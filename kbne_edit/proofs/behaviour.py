@@ -120,13 +120,13 @@ class _Comparison:
 
     def proofs(self, loaded: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> tuple[BehaviourProof, ...]:
         """One entry per dtype, of models loaded in `loaded`; () where that says less than a load in each of them."""
-        base = self._base(loaded, dtypes)
-        if base is None:
+        references = self._references(loaded, dtypes)
+        if references is None:
             return ()
         model = self.load(self.baked, loaded, self.plan.exact)
-        return tuple(self._compared(model, base, dtype, loaded) for dtype in dtypes)
+        return tuple(self._compared(model, reference, loaded) for reference in references)
 
-    def _base(self, loaded: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> _Base | None:
+    def _references(self, loaded: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> list[_Reference] | None:
         """What the base with hooks says. The model is gone when this returns: two are never in memory."""
         import torch
 
@@ -138,16 +138,17 @@ class _Comparison:
             return None
         with hooked(model, self.plan.edit):
             continued = Texts.continued(model, proof_texts(self.plan.checkpoint))
-        by_dtype, references, noise = {}, {}, {}
+        references = []
         for dtype in dtypes:
             # 16 bits tell near ties apart by chance: continuations are compared in float32.
-            by_dtype[dtype] = texts = continued if dtype == torch.float32 else continued.without_continuations
+            texts = continued if dtype == torch.float32 else continued.without_continuations
             with _computing_in(dtype, model, loaded):
                 with hooked(model, self.plan.edit):
-                    references[dtype] = run(model, texts)
-                check_finite(model, texts, references[dtype])
-                noise[dtype] = None if self.plan.exact else self._noise(model, texts, references[dtype], dtype)
-        return _Base(by_dtype, references, noise)
+                    outcome = run(model, texts)
+                check_finite(model, texts, outcome)
+                noise = None if self.plan.exact else self._noise(model, texts, outcome, dtype)
+            references.append(_Reference(dtype, texts, outcome, noise))
+        return references
 
     def _noise(self, model: Any, texts: Texts, reference: Outcome, dtype: torch.dtype) -> float:
         """What rounding alone makes of the logits: the largest of as many draws as `NOISE_FACTOR` presumes.
@@ -177,11 +178,11 @@ class _Comparison:
         with hooked(model, plan.edit), rounding_noise(model, plan.edit, self.own, seed):
             yield
 
-    def _compared(self, model: Any, base: _Base, dtype: torch.dtype, loaded: torch.dtype) -> BehaviourProof:
+    def _compared(self, model: Any, base: _Reference, loaded: torch.dtype) -> BehaviourProof:
         """model: the output."""
         import torch
 
-        reference, noise, texts = base.references[dtype], base.noise[dtype], base.texts[dtype]
+        dtype, texts, reference, noise = base.dtype, base.texts, base.outcome, base.noise
         with _computing_in(dtype, model, loaded):
             got = run(model, texts)
         difference, equal = logit_difference(got, reference), np.array_equal(got.logits, reference.logits)
@@ -203,12 +204,13 @@ class _Comparison:
 
 
 @dataclass(frozen=True)
-class _Base:
-    """What the base with hooks says, by dtype. noise: None where the output must equal it bit for bit."""
+class _Reference:
+    """What the base with hooks says in one dtype. noise: None where the output must equal it bit for bit."""
 
-    texts: dict[torch.dtype, Texts]
-    references: dict[torch.dtype, Outcome]
-    noise: dict[torch.dtype, float | None]
+    dtype: torch.dtype
+    texts: Texts
+    outcome: Outcome
+    noise: float | None
 
 
 @contextmanager

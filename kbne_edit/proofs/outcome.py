@@ -41,7 +41,7 @@ class FileProof:
         return replace(self, faults=(*self.faults, fault))
 
 
-class BehaviourJSON(TypedDict):
+class BehaviourFigures(TypedDict):
     """The second proof in one dtype. difference: of logits, noise: what rounding makes, in their standard deviations.
 
     kl: nats per token; top1, greedy, rerouted: shares, 0 to 1. A figure that was not measured is left out.
@@ -53,11 +53,16 @@ class BehaviourJSON(TypedDict):
     difference: float
     noise: float
     positions: int
-    ok: bool
     kl: NotRequired[float]
     top1: NotRequired[float]
     greedy: NotRequired[float]
     rerouted: NotRequired[float]
+
+
+class BehaviourJSON(BehaviourFigures):
+    """The same, and whether it holds."""
+
+    ok: bool
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ All other tensors are identical by the first proof, so the projections are all t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,8 @@ from .passes import NOISE_FACTOR
 
 
 def site_by_site(plan: Plan, baked: Checkpoint) -> BehaviourProof:
-    """Each edited projection on seeded inputs: W (factor h) from the base against W' h from the baked directory.
-
-    All other tensors are identical by the first proof, so the projections are all that can differ.
-    """
-    base, edit = plan.checkpoint, plan.edit
-    worst, noise, equal, rows = 0.0, 0.0, True, 0
+    """Each edited projection on seeded inputs: W (factor h) from the base against W' h from the baked directory."""
+    base, edit, seen = plan.checkpoint, plan.edit, _Seen()
     for name, target in plan.targets.items():
         dtype, index = base.tensors[name][1].dtype, target.neurons
         old, new = (  # [neurons, D]
@@ -34,7 +31,7 @@ def site_by_site(plan: Plan, baked: Checkpoint) -> BehaviourProof:
         )
         scale = np.ones(len(old), np.float32)
         scale[index] = target.factors
-        x = np.random.default_rng(0).standard_normal((8, old.shape[edit.site != "down"]), np.float32)
+        x = _inputs(old.shape[edit.site != "down"])
         reference: Any
         spread: Any
         if edit.site == "down":
@@ -44,19 +41,8 @@ def site_by_site(plan: Plan, baked: Checkpoint) -> BehaviourProof:
             reference, got = (x @ old.T) * scale, x @ new.T
             spread = np.sqrt((x**2) @ (old[index] ** 2).T) * np.abs(target.factors)
         unit = max(DTYPES[dtype].unit, 2.0**-24) / 3**0.5  # as in `noise`
-        worst = max(worst, float(np.abs(got - reference).max() / max(float(reference.std()), 1e-30)))
-        noise = max(noise, float(unit * spread.max() / max(float(reference.std()), 1e-30)))
-        equal &= np.array_equal(got, reference)
-        rows += len(x)
-    return BehaviourProof(
-        dtype="float32",
-        how="site by site",
-        holds=bool(equal) if edit.exact else worst <= NOISE_FACTOR * noise,
-        bit_equal=bool(equal),
-        difference=worst,
-        noise=noise,
-        positions=rows,
-    )
+        seen.compare(reference, got, unit * spread.max())
+    return seen.proof(edit.exact)
 
 
 def rows_by_rows(plan: Plan, baked: Checkpoint) -> BehaviourProof:
@@ -64,7 +50,7 @@ def rows_by_rows(plan: Plan, baked: Checkpoint) -> BehaviourProof:
 
     By our reader (of GGUF: by the gguf package), a matrix in memory at a time.
     """
-    worst, noise, equal, rows = 0.0, 0.0, True, 0
+    seen = _Seen()
     for target in plan.targets.values():
         old, new = (_plain_rows(checkpoint, target) for checkpoint in (plan.checkpoint, baked))
         if old is None or new is None:
@@ -74,22 +60,45 @@ def rows_by_rows(plan: Plan, baked: Checkpoint) -> BehaviourProof:
             if 0 <= neuron - target.slot.offset < len(old):
                 scale[neuron - target.slot.offset] = factor
         columns = target.slot.codec == "F4 pair"  # of the down-projection itself
-        x = np.random.default_rng(0).standard_normal((8, old.shape[0 if columns else 1]), np.float32)
+        x = _inputs(old.shape[0 if columns else 1])
         reference, got = ((x * scale) @ old, x @ new) if columns else ((x @ old.T) * scale, x @ new.T)
-        spread = float(reference.std()) or 1e-30
-        worst = max(worst, float(np.abs(got - reference).max()) / spread)
-        noise = max(noise, max(target.unit, 2.0**-24) * float(np.abs(reference).max()) / spread)
-        equal &= np.array_equal(got, reference)
-        rows += len(x)
-    return BehaviourProof(
-        dtype="float32",
-        how="site by site",
-        holds=bool(equal) if plan.exact else worst <= NOISE_FACTOR * noise,
-        bit_equal=bool(equal),
-        difference=worst,
-        noise=noise,
-        positions=rows,
-    )
+        seen.compare(reference, got, max(target.unit, 2.0**-24) * float(np.abs(reference).max()))
+    return seen.proof(plan.exact)
+
+
+def _inputs(size: int) -> np.ndarray:
+    """Seeded, [8, size]."""
+    return np.random.default_rng(0).standard_normal((8, size), np.float32)
+
+
+@dataclass
+class _Seen:
+    """What all projections together show. difference, noise: the largest, in standard deviations of the output."""
+
+    difference: float = 0.0
+    noise: float = 0.0
+    equal: bool = True
+    positions: int = 0
+
+    def compare(self, reference: np.ndarray, got: np.ndarray, noise: float) -> None:
+        """Of one projection. noise: what rounding makes of its output."""
+        deviation = max(float(reference.std()), 1e-30)
+        self.difference = max(self.difference, float(np.abs(got - reference).max()) / deviation)
+        self.noise = max(self.noise, float(noise) / deviation)
+        self.equal = self.equal and bool(np.array_equal(got, reference))
+        self.positions += len(reference)
+
+    def proof(self, exact: bool) -> BehaviourProof:
+        """exact: the outputs must be equal."""
+        return BehaviourProof(
+            dtype="float32",
+            how="site by site",
+            holds=self.equal if exact else self.difference <= NOISE_FACTOR * self.noise,
+            bit_equal=self.equal,
+            difference=self.difference,
+            noise=self.noise,
+            positions=self.positions,
+        )
 
 
 def _plain_rows(checkpoint: Checkpoint, target: Target) -> np.ndarray | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
 
 from ..attribution.answers import AttributionSummary
 from ..disk.manifest import RecipeRecord
@@ -16,7 +16,7 @@ from ..evaluation.effect import Effect
 from ..evaluation.measures.quick import QuickMeasure
 from ..evaluation.verdict import Verdict
 from ..families import Site
-from ..proofs.outcome import Proofs
+from ..proofs.outcome import BehaviourFigures, Proofs
 from ..rule import Rule, RuleJSON
 from ..statistics import Interval
 
@@ -37,20 +37,10 @@ def plain(value: object) -> object:
     return [plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
-class BehaviourRow(TypedDict):
+class BehaviourRow(BehaviourFigures):
     """The second proof in one dtype, with the figures that were measured (docs/output.md)."""
 
-    dtype: str
-    how: str
-    bit_equal: bool
-    difference: float
-    noise: float
-    positions: int
     holds: bool
-    kl: NotRequired[float]
-    top1: NotRequired[float]
-    greedy: NotRequired[float]
-    rerouted: NotRequired[float]
 
 
 class ProofsRow(TypedDict):
