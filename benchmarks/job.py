@@ -74,8 +74,8 @@ def steps(model: Path, folder: Path, questions: int | None) -> dict[str, list[st
         "fold and first proof": [*given, "--no-behaviour", "--no-measure", "--out", str(baked)],
         "fold and both proofs": [*given, "--no-measure", "--out", str(baked)],
         "fold, proofs, effect, cost": [*given, "--out", str(baked)],
-        "verify, first proof": [*kbne, "verify", "--in", name, "--baked", str(baked), "--no-behaviour"],
-        "verify": [*kbne, "verify", "--in", name, "--baked", str(baked)],
+        "verify, first proof": [*kbne, "verify", str(baked), "--in", name, "--no-behaviour"],
+        "verify": [*kbne, "verify", str(baked), "--in", name],
         "attribution": [*kbne, "locate", "--in", name, *asked, "--out", str(folder / "scores.safetensors")],
     }
 

@@ -122,8 +122,10 @@ def test_a_doubt_on_a_terminal(part, typed, force, raised, monkeypatch):
 
 
 def test_a_doubt_elsewhere_stops_nothing(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    typed = io.StringIO("n\n")
+    monkeypatch.setattr("sys.stdin", typed)
     doubts(False)(Doubt("answers", "yes to everything"))
+    assert typed.read() == "n\n"  # nothing was asked
 
 
 def test_a_selection_that_is_not_specific_is_said_before_the_fold(tmp_path, caplog):

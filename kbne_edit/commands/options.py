@@ -38,6 +38,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as
 VERBOSE = click.option(
     "-v", "--verbose", is_flag=True, help="Also print how the neurons were located, and each figure."
 )
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="Torch device; auto: the accelerator, if any."
+)
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 
@@ -109,7 +112,7 @@ locating = _together(
         metavar="JSON",
         help='Tokens that count as each answer, e.g. {"yes": ["Yes"], "no": ["No"]}.',
     ),
-    click.option("--device", default="auto", show_default=True, help="Torch device; auto: the accelerator, if any."),
+    DEVICE,
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -192,7 +195,7 @@ evaluating = _together(
         show_default=True,
         help="Loss of capability that must be excluded, in points of accuracy.",
     ),
-    click.option("--device", default="auto", show_default=True, help="Torch device; auto: the accelerator, if any."),
+    DEVICE,
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
