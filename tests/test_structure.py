@@ -27,7 +27,7 @@ reporting
 settings
 locating
 verifying
-baking folded applying pushing asking debiasing comparing diagnosing
+baking folded applying pushing asking debiasing comparing diagnosing recording
 commands
 """
 METHODS = {("edit.py", "models")}  # Edit.hooks and Edit.apply_, which import when they are called

@@ -12,6 +12,7 @@ from .explain import EXPLAIN
 from .findings import REQUIRE, impact_lines, verdict_lines
 
 if TYPE_CHECKING:
+    from ..edit import Edit
     from ..evaluation.benchmark import Figure
     from ..evaluation.evaluate import Evaluation
     from ..evaluation.result import FigureResult, TaskResult
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
     help="Scores file. Adds the neurons of its control questions as a control.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the result as JSON to this file.")
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path),
+    help="Directory whose manifest and card keep the result.  [default: EDITED]",
+)
+@click.option("--no-record", is_flag=True, help="Leave EDITED as it is: keep nothing of the result in it.")
 @REQUIRE
 @options.JSON
 def command(
@@ -45,6 +52,8 @@ def command(
     **values: Any,
 ) -> None:
     """Measure what an edit does to bias and capability. Base, edit and controls are measured on the same items.
+
+    The result goes into the manifest and the card of EDITED, and the verdict there follows it.
 
     \b
     Bias:        stereoset_intrasentence, stereoset_intersentence, crows_pairs, bbq, winogender, probes
@@ -60,6 +69,7 @@ def command(
     from ..errors import OutputError
     from ..evaluation.evaluate import evaluate
     from ..files import forbid_overlap, write_json
+    from ..recording import record_evaluation
 
     values["baked"] = directory(values.pop("edited"), values["baked"])
     source = base_of(values["baked"], source)
@@ -69,14 +79,35 @@ def command(
         model = None if source == "demo" else Path(source).expanduser()
         forbid_overlap(out, *filter(None, [model, edit_path, values["baked"], values["scores"]]))
     edit = Edit.load(edit_path) if edit_path else None
+    into = _kept_in(values["baked"], edit, values.pop("into"), values.pop("no_record"))
     result = evaluate(source, edit=edit, tasks=options.names(tasks), **values)
     record, lines = result.to_dict(), _lines(result)
+    if into:
+        record_evaluation(into, result, source, values["recipe"])
+        lines.append(f"recorded: {into} (manifest and card; `kbne-edit report {into} --out {into}.html` shows it)")
     if out:
         write_json(out, record)
         lines.append(f"written: {out}")
     options.show(record, as_json, lines)
     if result.verdict:
         result.verdict.require(require)
+
+
+def _kept_in(edited: Path | None, edit: Edit | None, into: Path | None, no_record: bool) -> Path | None:
+    """The directory that keeps the result, None if none does. It is looked at now, before an hour's work."""
+    from ..disk.manifest import Manifest
+    from ..recording import check_recordable
+
+    if into and (no_record or (edited is None and edit is None)):
+        raise click.UsageError("--into needs an edit that is evaluated: EDITED or --edit, and no --no-record")
+    if no_record or not (into or edited):
+        return None
+    if into is None and edited is not None and Manifest.read(edited) is None:
+        return None  # made elsewhere: there is nothing to keep it in
+    path = into or edited
+    assert path is not None
+    check_recordable(path)
+    return path
 
 
 def _lines(result: Evaluation) -> list[str]:

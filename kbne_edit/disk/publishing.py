@@ -36,7 +36,7 @@ def staged(out: str | Path, overwrite: bool = False, like: Path | None = None) -
         target = Path(os.path.abspath(out))
         _give_rights(part, target, like)
         _sync_tree(part)
-        if _is_fixed(target):
+        if is_fixed(target):
             _move_in(part, target)
         else:
             _swap(part, target)
@@ -68,7 +68,7 @@ def _claimed(given: Path, overwrite: bool) -> Iterator[Path]:
         with write_errors(given):
             out.parent.mkdir(parents=True, exist_ok=True)
             lock = _lock(part, given)
-            if not _is_fixed(out):
+            if not is_fixed(out):
                 _put_back(out)
             for left in part.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -87,14 +87,14 @@ def _claimed(given: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _part(out: Path) -> Path:
-    return out / ".kbne-partial" if _is_fixed(out) else _sibling(out, "partial")
+    return out / ".kbne-partial" if is_fixed(out) else _sibling(out, "partial")
 
 
 def _sibling(out: Path, state: str) -> Path:
     return out.parent / f".{out.name}.kbne-{state}"
 
 
-def _is_fixed(out: Path) -> bool:
+def is_fixed(out: Path) -> bool:
     """True for a folder that cannot be renamed: a mount point, or where this process stands."""
     try:
         here = Path.cwd()
@@ -235,7 +235,7 @@ def _give_rights(part: Path, out: Path, like: Path | None) -> None:
             for name in (*folders, *names):
                 _give_owner(Path(root) / name, there)
         _give_owner(part, there)
-        if not _is_fixed(out):
+        if not is_fixed(out):
             os.chmod(part, stat.S_IMODE(there.st_mode))
         return
     mask = os.umask(0o077)

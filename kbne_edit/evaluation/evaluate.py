@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 from ..attribution.answers import AttributionSummary
 from ..disk.checkpoint import Checkpoint
-from ..disk.manifest import Manifest
+from ..disk.manifest import TOOL, Manifest
 from ..edit import Edit
 from ..errors import InputError
 from ..hub.source import resolved, usual_recipe
@@ -24,9 +24,11 @@ from ..recipe import Recipe, load_recipe
 from ..selection.summary import SelectionSummary
 from ..statistics import Interval, IntervalJSON
 from .controls import controls_of
-from .effect import DRAWS
+from .cost import Cost
+from .effect import DRAWS, Effect
 from .impact import NOT_MEASURED, Impact, ImpactJSON, measure_impact, recipe_of
 from .measures.halves import fitted_measures, reported_half
+from .onrecord import KeptEvaluation, KeptTask, kept_evaluations
 from .result import TaskJSON, TaskResult, neutral_of, results_of
 from .runs import Bench
 from .verdict import Verdict, VerdictJSON, benchmarked, verdict_of
@@ -119,6 +121,20 @@ class Evaluation:
         """How many figures were tested, which Holm's p accounts for."""
         return sum(figure.tested for task in self.tasks.values() for figure in task.figures.values())
 
+    def kept(self) -> KeptEvaluation | None:
+        """What an output keeps of it; None where the base alone was measured."""
+        if self.verdict is None:
+            return None
+        return KeptEvaluation(
+            tool=TOOL,
+            recipe=self.recipe,
+            limit=self.limit,
+            margin=self.margin,
+            tasks=tuple(map(KeptTask.of, self.tasks.values())),
+            neutral={name: (runs["base"], runs["edit"]) for name, runs in self.neutral.figures.items()},
+            verdict=self.verdict,
+        )
+
     def to_dict(self) -> EvaluationJSON:
         """JSON form: what `evaluate --json` prints."""
         record: EvaluationJSON = {
@@ -169,7 +185,8 @@ def evaluate(
 ) -> Evaluation:
     """Figures of the base, of the edit and of its controls on the same items, and what can be said about them.
 
-    edit: by hooks; baked: a directory instead, from whose edit the controls are made; neither: the base alone.
+    edit: by hooks; baked: a directory instead, from whose edit the controls are made (the edit of an adapter or a delta
+    is applied by hooks); neither: the base alone.
     tasks: names (None: all that there are data for); data: a folder with their files (None: from the Hub); limit: items
     of each. recipe: of the questions. scores: a scores file, for the control neurons. draws: of random neurons, with
     fewer than 19 nothing is said to go beyond them. margin: in points of accuracy, the loss that a capability must
@@ -186,18 +203,19 @@ def evaluate(
     check_given(tasks, data, device, recipe)
     with resolved(source, say) as base:
         checkpoint = Checkpoint.open(base.path)
-        known = _known(Path(baked), checkpoint.path) if baked else None
+        known = _known(Path(baked), checkpoint) if baked else None
         edit = known.edit if known else edit
+        folded = Path(baked) if baked and known and known.folded else None
         controls = controls_of(edit, checkpoint, draws, scores) if edit else []
         asked = load_recipe(recipe or recipe_of(edit) or usual_recipe(source))
         scorer_of = scorers(checkpoint.path, device, dtype)
-        scorer = scorer_of(Path(baked) if baked else checkpoint.path)
+        scorer = scorer_of(folded or checkpoint.path)
         ready = benchmarks(tasks, data, limit, asked, scorer, scorer.tokenizer)
         ready = [reported_half(task, fitted_measures(edit)) for task in ready]
         text = neutral_text(scorer.tokenizer, asked)
         bench = Bench(ready, text.rows)
-        edited = bench.measure(scorer, "evaluate: edit", None if baked else edit) if edit else None
-        if baked:  # measured first, so that one model is in memory at a time
+        edited = bench.measure(scorer, "evaluate: edit", None if folded else edit) if edit else None
+        if folded:  # measured first, so that one model is in memory at a time
             scorer = None  # type: ignore[assignment]
             scorer = scorer_of(checkpoint.path)
         runs = bench.complete(scorer, edited, controls)
@@ -212,7 +230,7 @@ def evaluate(
         limit=limit,
         margin=margin,
         edit=edit,
-        how=str(baked) if baked else "hooks",
+        how=str(folded) if folded else "hooks",
         controls={control.name: control.edit.num_neurons for control in controls},
         temperature=runs.temperature,
         tasks=results,
@@ -232,43 +250,71 @@ def _impact(scorer: Scorer, recipe: Recipe, edit: Edit, checkpoint: Checkpoint) 
 
 @dataclass(frozen=True)
 class Known:
-    """What a baked directory says of its own run. proofs: those on record, the first one put to the test here."""
+    """What a directory says of its own run. folded: it is a checkpoint, and no adapter or delta.
+
+    proofs: those on record, the first one put to the test here. effect, cost, evaluations: on record, too.
+    """
 
     edit: Edit
-    proofs: Proofs | None
+    folded: bool
+    proofs: Proofs | None = None
     selection: SelectionSummary | None = None
     attribution: AttributionSummary | None = None
+    effect: Effect | None = None
+    cost: Cost | None = None
+    evaluations: tuple[KeptEvaluation, ...] = ()
 
 
-def _known(baked: Path, base: Path) -> Known:
+def _known(baked: Path, base: Checkpoint) -> Known:
     """Its edit by the first proof: what is evaluated is `base` with it, and nothing else."""
     from ..proofs.verify import verify
 
-    say(f"reading the edit of {baked}")
-    proof = verify(base, baked, behaviour=False).files
-    if not proof.holds:
-        raise InputError(f"{baked} is not {base} with an edit alone ({proof.faults[0]}): `kbne-edit verify` lists all")
     manifest = Manifest.read(baked)
-    selection: Any
-    attribution: Any
-    summary = (manifest.summary if manifest else None) or {}
+    if manifest and not manifest.is_checkpoint:
+        if manifest.edit.base != base.fingerprint():
+            raise InputError(f"{baked} was made for another model than {base.path}: pass its base with --in")
+        return _recorded(baked, manifest, manifest.edit)
+    say(f"reading the edit of {baked}")
+    proof = verify(base.path, baked, behaviour=False).files
+    if not proof.holds:
+        fault = proof.faults[0]
+        raise InputError(f"{baked} is not {base.path} with an edit alone ({fault}): `kbne-edit verify` lists all")
+    return _recorded(baked, manifest, proof.edit)
+
+
+def _recorded(baked: Path, manifest: Manifest | None, edit: Edit) -> Known:
+    """What the run of a directory wrote down. Raises InputError."""
+    if manifest is None:
+        return Known(edit, True)
+    summary = manifest.summary or {}
+
+    def read(name: str, kind: Any) -> Any:
+        return kind.from_dict(summary[name]) if name in summary else None
+
     try:
-        proofs = Proofs.from_dict(manifest.proofs, proof.edit) if manifest and manifest.proofs else None
-        selection, attribution = (
-            kind.from_dict(summary[name]) if name in summary else None
-            for name, kind in (("selection", SelectionSummary), ("attribution", AttributionSummary))
+        return Known(
+            edit,
+            manifest.is_checkpoint,
+            Proofs.from_dict(manifest.proofs, edit) if manifest.proofs else None,
+            read("selection", SelectionSummary),
+            read("attribution", AttributionSummary),
+            read("effect", Effect),
+            read("cost", Cost),
+            kept_evaluations(summary),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{baked}: its manifest has figures of another form than kbne-edit writes") from None
-    return Known(proof.edit, proofs, selection, attribution)
 
 
 def _verdict(known: Known | None, impact: Impact, results: dict[str, TaskResult]) -> Verdict:
+    """By what was measured here and, where it was not, by what the directory has on record."""
     verdict = verdict_of(
         answers=known.attribution.answers if known and known.attribution else None,
         selection=known.selection if known else None,
-        effect=impact.effect,
-        cost=impact.cost,
+        effect=impact.effect or (known.effect if known else None),
+        cost=impact.cost or (known.cost if known else None),
         proofs=known.proofs if known else None,
     )
+    for earlier in known.evaluations if known else ():
+        verdict = benchmarked(verdict, earlier.tasks)
     return benchmarked(verdict, list(results.values()))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
 
 from ..errors import InputError, RequirementError
 from ..proofs.outcome import Proofs
@@ -15,7 +15,6 @@ from .effect import FEWEST_DRAWS, Effect
 
 if TYPE_CHECKING:
     from ..attribution.answers import Answers
-    from .result import TaskResult
 
 State = Literal["PASS", "FAIL", "NO EVIDENCE", "NOT MEASURED"]
 Ship = Literal["ship", "do not ship", "try further"]
@@ -258,15 +257,48 @@ def next_command(verdict: Verdict, model: str, out: str) -> tuple[str, str]:
         return "fewer neurons cost less", f"kbne-edit bake --in {model} --rule specific --out {out}-specific"
     if verdict.specific.state == "FAIL":
         return "select what is specific to bias", f"kbne-edit bake --in {model} --rule specific --out {out}-specific"
-    return "measure on benchmarks, beside controls", f"kbne-edit evaluate --in {model} --baked {out}"
+    return "measure on benchmarks, beside controls", f"kbne-edit evaluate {out} --in {model}"
 
 
-def benchmarked(verdict: Verdict, tasks: Sequence[TaskResult]) -> Verdict:
+class JudgedFigure(Protocol):
+    """A figure of an evaluation, as it was measured or as an output keeps it."""
+
+    @property
+    def tested(self) -> bool: ...
+    @property
+    def state(self) -> str: ...
+    def beyond_every_control(self, state: Literal["better", "worse", "none"]) -> bool: ...
+
+
+class JudgedTask(Protocol):
+    """A task of an evaluation. loss: of an ability, or something that is false."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def figures(self) -> Mapping[str, Any]: ...  # of JudgedFigure
+    @property
+    def loss(self) -> object: ...
+
+
+def benchmarked(verdict: Verdict, tasks: Sequence[JudgedTask]) -> Verdict:
     """The same with what benchmarks say: where the probes were not measured, they tell of an effect; more bias beyond
-    every control, or a capability that got worse, is a failure in any case."""
-    figures = [(task.name, f) for task in tasks if task.kind == "bias" for f in task.figures.values() if f.tested]
-    worse = [f"{task}: {f.figure.name}" for task, f in figures if f.beyond_every_control("worse")]
-    better = [f"{task}: {f.figure.name}" for task, f in figures if f.beyond_every_control("better")]
+    every control, or a capability that got worse, is a failure in any case.
+
+    Of several evaluations the first one says whether there is an effect. A later one can only find a failure: who looks
+    again and again would find a figure that is better by chance.
+    """
+    figures: list[tuple[str, str, JudgedFigure]] = [
+        (task.name, name, figure)
+        for task in tasks
+        if task.kind == "bias"
+        for name, figure in task.figures.items()
+        if figure.tested
+    ]
+    worse = [f"{task}: {name}" for task, name, figure in figures if figure.beyond_every_control("worse")]
+    better = [f"{task}: {name}" for task, name, figure in figures if figure.beyond_every_control("better")]
     effect, cost = verdict.effect, verdict.cost
     if worse:
         effect = Part("FAIL", f"more bias, beyond every control ({', '.join(worse)})")

@@ -14,6 +14,7 @@ from ..errors import one_line
 from ..evaluation.cost import MOST_KL, MOST_RISE, Cost
 from ..evaluation.effect import Effect
 from ..evaluation.measures.quick import QuickMeasure
+from ..evaluation.onrecord import KeptEvaluation
 from ..hub.licences import duty, licence_of
 from ..proofs.outcome import Proofs
 from ..proofs.record import recorded_proofs
@@ -82,6 +83,7 @@ def text_of(card: Card, metadata: dict) -> str:
 
 def _intro(card: Card) -> list[str]:
     source, edit = card.source, card.manifest.edit
+    later = " or in a later evaluation" if card.measured.evaluations else ""
     base = code(source.id)
     if source.commit and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.id, re.ASCII):
         base = f"[{source.id}](https://huggingface.co/{source.id}) at commit {code(source.commit)}"
@@ -97,7 +99,7 @@ def _intro(card: Card) -> list[str]:
         f"# {prose(card.name)}, know-bias neurons scaled",
         "",
         f"{what}{_resharded(card.manifest)}It was made by {prose(card.manifest.tool)}; each figure below was "
-        "computed in the run that made it, and stands in `kbne_edit.json`.",
+        f"computed in the run that made it{later}, and stands in `kbne_edit.json`.",
     ]
 
 
@@ -214,11 +216,33 @@ def _read_back(card: Card) -> list[str]:
 
 def _measured(card: Card) -> list[str]:
     found, lines = card.measured, ["## What was measured", ""]
-    if not found.effect and not found.cost:
+    if not found.effect and not found.cost and not found.evaluations:
         return [*lines, "Nothing: neither the effect of the edit on bias nor its cost. That is not “no effect”."]
     lines += _effect(found.effect, card.recipe) if found.effect else ["Its effect on bias was not measured."]
     lines += ["", *(_cost(found.cost) if found.cost else ["Its cost was not measured."])]
-    return [*lines, *_measures(found.measures)]
+    lines += _measures(found.measures)
+    return lines + [line for one in found.evaluations for line in _benchmarks(one)]
+
+
+def _benchmarks(found: KeptEvaluation) -> list[str]:
+    """What `evaluate` measured of this output after it was made: the figures that were tested."""
+    rows = [
+        f"| {prose(task.name)} ({task.items}) | {prose(figure.name)}, {prose(figure.unit)} | "
+        f"{figure.base:.{figure.digits}f} | {figure.edit:.{figure.digits}f} | {figure.change.value:+.{figure.digits}f} "
+        f"({figure.change.low:+.{figure.digits}f} to {figure.change.high:+.{figure.digits}f}) | {prose(figure.text)} |"
+        for task in found.tasks
+        for figure in task.figures.values()
+        if figure.tested
+    ]
+    limit = "all items" if found.limit is None else f"at most {found.limit} items of each task"
+    return [
+        "",
+        f"Benchmarks, measured later by `kbne-edit evaluate` ({prose(found.tool)}, {limit}):",
+        "",
+        "| task (items) | figure | base | edit | change (95 % interval) | beside the controls |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
 
 
 def _effect(effect: Effect, recipe: str) -> list[str]:
@@ -277,12 +301,14 @@ def _not_found(card: Card) -> list[str]:
     """What a reader must not believe: said as plainly as what was found."""
     found = card.measured
     effect, lines = found.effect, ["## What was not found", ""]
-    if not effect:
+    if not effect and not found.evaluations:
         lines.append("- Whether this model shows less bias than its base: it was not measured.")
-    elif effect.state == "more":
+    elif not effect and found.verdict.effect.state != "PASS":
+        lines.append(f"- Less bias on benchmarks: {prose(found.verdict.effect.reason)}.")
+    if effect and effect.state == "more":
         what = "of what is unwanted" if effect.avoids else "bias"
         lines.append(f"- Less {what}: the edit raised the score more than random neurons did.")
-    elif effect.state == "none":
+    elif effect and effect.state == "none":
         lines.append(f"- An effect on the probes: {prose(found.verdict.effect.reason)}.")
     if effect and effect.preferred.after >= effect.preferred.before:
         side = "unwanted" if effect.avoids else "stereotype"
@@ -358,7 +384,7 @@ def _undo(card: Card) -> list[str]:
         "",
         "```bash",
         "kbne-edit revert model --out base                # the base, byte for byte, without a download",
-        f"kbne-edit verify --in {card.base} --baked model",
+        f"kbne-edit verify model --in {card.base}",
         "```",
     ]
 

@@ -99,6 +99,7 @@ def report(
         effect=recorded.effect,
         cost=recorded.cost,
         measures=recorded.measures,
+        evaluations=recorded.evaluations,
         verdict=recorded.verdict,
         tuning=sweep_of(Path(tuning) if tuning else work / RESULT, bool(tuning), edit, say),
         controls_overlap=found.scored.controls_overlap if found else controls,

@@ -8,6 +8,8 @@ from .. import plots
 from ..evaluation.cost import MOST_KL, MOST_RISE, Cost
 from ..evaluation.effect import Effect
 from ..evaluation.measures.quick import QuickMeasure
+from ..evaluation.onrecord import KeptEvaluation, KeptFigure
+from ..evaluation.result import RANDOM
 from ..files import json_text
 from ..plots import words
 from .markup import arrows, block, code, digest, figure, number, paragraph, signed, state, table
@@ -20,7 +22,8 @@ MEASURES = {"decisions": "Counterfactual decisions: scenarios", "associations": 
 
 def effects(report: Report) -> list[str]:
     sweep = _sweep(report.tuning) if report.tuning else []
-    return [*_effect(report), *sweep, *_measures(report.measures), *_further(report)]
+    benchmarks = [line for found in report.evaluations for line in _evaluation(found)]
+    return [*_effect(report), *sweep, *benchmarks, *_measures(report.measures), *_further(report)]
 
 
 def _effect(report: Report) -> list[str]:
@@ -28,6 +31,8 @@ def _effect(report: Report) -> list[str]:
     if effect is None:
         if report.tuning and report.tuning.test:
             return ["<p>The baking run measured no effect; the sweep that chose the edit did.</p>"]
+        if report.evaluations:
+            return ["<p>No effect on probes was measured; the benchmarks below are what there is.</p>"]
         return [
             "<p>Not measured: neither the effect of the edit on bias, nor that of a control. No claim that the model "
             "is less biased than its base can rest on this directory, and none that the edit has no effect.</p>"
@@ -94,6 +99,39 @@ def _measures(measures: Sequence[QuickMeasure]) -> list[str]:
         "above 0 by chance alone: compare it with the base's.</p>",
         *lines,
         '<p class="note">From, to: 95 % bootstrap interval of the change over scenarios, over twins.</p>',
+    ]
+
+
+def _evaluation(found: KeptEvaluation) -> list[str]:
+    """What `evaluate` measured of these files after they were made."""
+    rows = [
+        _benchmark(f"{words(task.name)}, {words(figure.name)}", task.items, figure)
+        for task in found.tasks
+        for figure in task.figures.values()
+    ]
+    heads = ["figure", "beside the controls", "items", "base", "edit", "change", "from", "to", "random neurons"]
+    limit = "all items" if found.limit is None else f"at most {found.limit:,} items of each task"
+    return [
+        "<h3>Benchmarks</h3>",
+        f"<p>Measured by <code>kbne-edit evaluate</code> ({words(found.tool)}; {limit}; recipe {code(found.recipe)}) "
+        f"after these files were made. Its verdict: <strong>{words(found.verdict.ship)}</strong>. “No effect found” "
+        "means that Holm's p over all tested figures is 0.05 or more.</p>",
+        table(f"Benchmarks ({len(found.tasks)} tasks)", heads, rows),
+        '<p class="note">From, to: 95 % bootstrap interval of the change over items that hang together. Random '
+        "neurons: mean change under draws of as many random neurons of the same layers.</p>",
+    ]
+
+
+def _benchmark(name: str, items: int, figure: KeptFigure) -> list[str]:
+    digits, random = figure.digits, figure.controls.get(RANDOM)
+    return [
+        f"{name}{' (%)' if figure.unit == 'percent' else f' ({words(figure.unit)})'}",
+        words(figure.text) if figure.tested else "not tested",
+        number(f"{items:,}"),
+        number(f"{figure.base:.{digits}f}"),
+        number(f"{figure.edit:.{digits}f}"),
+        *(number(f"{value:+.{digits}f}") for value in figure.change),
+        number(f"{random.value:+.{digits}f}" if random else ""),
     ]
 
 

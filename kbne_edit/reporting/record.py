@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from ..evaluation.cost import Cost
 from ..evaluation.effect import Effect
 from ..evaluation.measures.quick import QuickMeasure
+from ..evaluation.onrecord import KeptEvaluation, kept_evaluations
 from ..evaluation.verdict import Verdict, verdict_of
 from ..selection.summary import SelectionSummary
 from ..statistics import Interval
 
-KNOWN = {"selection", "attribution", "effect", "cost", "measures", "verdict"}
+KNOWN = {"selection", "attribution", "effect", "cost", "measures", "evaluations", "verdict"}
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a manifest's summary holds; None: it was not measured.
 
-    verdict: as recorded; of earlier versions, which had none, it is made of what they recorded.
+    verdict: as recorded; of earlier versions, which had none, it is made of what they recorded. evaluations: on
+    benchmarks, the oldest first.
     further: figures of a later version.
     """
 
@@ -27,6 +29,7 @@ class Measured:
     cost: Cost | None = None
     selection: SelectionSummary | None = None
     measures: tuple[QuickMeasure, ...] = ()
+    evaluations: tuple[KeptEvaluation, ...] = ()
     further: tuple[str, ...] = ()
 
     @classmethod
@@ -41,7 +44,8 @@ class Measured:
         else:
             verdict = verdict_of(effect=effect, cost=cost, selection=selection)
         measures = tuple(QuickMeasure.from_dict(record) for record in summary.get("measures", ()))
-        return cls(verdict, effect, cost, selection, measures, tuple(sorted(set(summary) - KNOWN)))
+        further = tuple(sorted(set(summary) - KNOWN))
+        return cls(verdict, effect, cost, selection, measures, kept_evaluations(summary), further)
 
 
 def effect_rows(effect: Effect) -> dict[str, Interval]:

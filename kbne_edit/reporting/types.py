@@ -14,6 +14,7 @@ from ..disk.manifest import RecipeRecord
 from ..evaluation.cost import Cost
 from ..evaluation.effect import Effect
 from ..evaluation.measures.quick import QuickMeasure
+from ..evaluation.onrecord import KeptEvaluation
 from ..evaluation.verdict import Verdict
 from ..families import Site
 from ..proofs.outcome import BehaviourFigures, Proofs
@@ -389,6 +390,7 @@ class Report:
     effect: Effect | None
     cost: Cost | None
     measures: tuple[QuickMeasure, ...]
+    evaluations: tuple[KeptEvaluation, ...]
     verdict: Verdict
     tuning: Sweep | None
     controls_overlap: int | None

@@ -158,6 +158,9 @@ def _effect(report: Report) -> Finding:
         said = "; ".join(f"{row.task}: {row.found}" for row in tuned.test)
         state: State = "holds" if tuned.confirmed and all(row.beyond for row in tuned.test) else "warning"
         return Finding(about, state, f"On items that had no part in the choice of the edit, {said}.")
+    if effect is None and report.evaluations:
+        part = report.verdict.effect
+        return Finding(about, "holds" if part.state == "PASS" else "warning", f"On benchmarks: {part.reason}.")
     if effect is None:
         text = "Whether this model shows less bias than its base was not measured. That is not “no effect”."
         return Finding(about, "open", text)
