@@ -236,7 +236,7 @@ def _say_notes(checkpoint: Checkpoint) -> None:
     for note in checkpoint.notes:
         say(f"note: {note}")
     if left := private_files(checkpoint.path):
-        say(f"note: not carried over, since it is no part of the model: {', '.join(left[:8])}")
+        say(f"note: not carried over, since it is not part of the model: {', '.join(left[:8])}")
 
 
 def _check_settings(source: str, settings: Settings, edit: Edit | str | Path | None) -> Recipe | None:

@@ -172,7 +172,9 @@ class _Job:
             only=shares[processes.rank],
             other_ids=self._others() if settings.objective == "log-odds" else None,
             positions=settings.positions,
-            arrived=_Watch(self, shares[0] if is_recurrent(layers.model) else order) if processes.rank == 0 else None,
+            on_next_token=_Watch(self, shares[0] if is_recurrent(layers.model) else order)
+            if processes.rank == 0
+            else None,
         )
         with progress("attribution", total, "question", total - len(todo)) as update:
             for turn in zip_longest(*shares):

@@ -1,7 +1,7 @@
 """Where an architecture that is in no table keeps its feed-forward neurons, read off the modules of transformers.
 
 The model is built without weights, by transformers' own class. Its decoder is the longest list of layers; in each of
-them the one linear projection to the hidden size that is no part of attention closes the feed-forward block.
+them the one linear projection to the hidden size that is not part of attention closes the feed-forward block.
 """
 
 from __future__ import annotations

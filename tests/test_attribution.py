@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from kbne_edit import attribute
 from kbne_edit.attribution.gradients import attributions
-from kbne_edit.attribution.quadrature import Found, Path, quadrature
+from kbne_edit.attribution.quadrature import NodeValues, Path, quadrature
 from kbne_edit.errors import InputError
 from kbne_edit.models.places import decoder_layers
 from tiny import FAMILIES, MULTIMODAL, tiny_model
@@ -175,7 +175,7 @@ def test_log_odds_against_captum():
 
 
 def test_more_positions_than_the_prompt_has():
-    with pytest.raises(InputError, match="7 positions are wanted, question 0 has 6 tokens"):
+    with pytest.raises(InputError, match="7 positions are to be scaled, and question 0 has 6 tokens"):
         attribute(tiny_model("llama"), [PROMPT], [ANSWER], positions=7)
 
 
@@ -229,7 +229,7 @@ def test_an_interval_is_exact_up_to_the_fifth_degree():
     rule, h, one = quadrature("gauss", 2, 1e-6), torch.ones(2, 1), torch.tensor([[6.0], [6.0]])
     found = {}
     for layer, gammas in rule.request().items():
-        found[layer] = Found(6 * gammas.double()[:, None] ** 5, gammas.double() ** 6)
+        found[layer] = NodeValues(6 * gammas.double()[:, None] ** 5, gammas.double() ** 6)
     rule.accept(h.double(), one.double(), 1.0, found)
     assert rule.nodes[1] == 3 and rule.request() == {} and rule.gradients.flatten().tolist() == pytest.approx([1, 1])
 

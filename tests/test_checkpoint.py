@@ -1,4 +1,4 @@
-"""Directories as they are found: indexes that do not fit, files that are no part of the model, many shards."""
+"""Directories as they are found: indexes that do not fit, files that are not part of the model, many shards."""
 
 import errno
 import fcntl

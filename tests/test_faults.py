@@ -81,7 +81,7 @@ def _jobs(inputs):
             lambda f: None,
         ),
         "bake": (lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False, measure=False), lambda f: None),
-        "cut anew": (
+        "resharded": (
             lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False, measure=False, shard_size="200KB"),
             lambda f: None,
         ),
@@ -100,7 +100,7 @@ def _undisturbed(work, prepare, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["locate", "bake", "cut anew", "overwrite"])
+@pytest.mark.parametrize("name", ["locate", "bake", "resharded", "overwrite"])
 def test_kills(name, inputs, tmp_path):
     """At every change of a file where there are few, at some of them in `locate`, and at a few random times."""
     work, prepare = _jobs(inputs)[name]
@@ -112,7 +112,7 @@ def test_kills(name, inputs, tmp_path):
         assert faults.kill_trial(work, tmp_path / f"{number}", inputs, whole, prepare=prepare, **strike) is None, strike
 
 
-@pytest.mark.parametrize("name", ["bake", "cut anew", "overwrite"])
+@pytest.mark.parametrize("name", ["bake", "resharded", "overwrite"])
 @pytest.mark.parametrize(
     "number, events", [(errno.ENOSPC, faults.FAILING), (errno.EIO, ("fsync",))], ids=["full disk", "fsync"]
 )

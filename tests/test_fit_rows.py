@@ -165,7 +165,7 @@ def test_what_is_no_finished_file_of_these_settings_is_refused(tmp_path):
     fill(file, [0])
     with pytest.raises(OutputError):
         GradientFile(path, SIZES, PLACE, SETTINGS)  # locked
-    with pytest.raises(ScoresError, match="not numbers"):
+    with pytest.raises(ScoresError, match="not finite"):
         file.write_fisher(0, torch.full((1, 5), torch.nan))
     file.close()
     with pytest.raises(ScoresError, match="1 of 7"):

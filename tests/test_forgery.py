@@ -76,7 +76,7 @@ def test_a_foreign_file(name, debiased, tmp_path):
 
 
 def test_a_header_that_says_more(cut_anew, tmp_path):
-    """Weights cut anew have headers that the base has not: they are made by rule, too."""
+    """Resharded weights have headers that the base does not have: they are made by rule, too."""
     base, out = cut_anew
     forged = shutil.copytree(out, tmp_path / "forged")
     path = max(forged.glob("model-*.safetensors"))

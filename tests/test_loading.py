@@ -56,7 +56,7 @@ def test_weights_that_are_not_the_model_are_refused(name, tmp_path):
 def test_nor_are_they_read_layer_by_layer(name, tmp_path):
     path = _saved(tmp_path / "m", CASES[name][0])
     with pytest.raises(CheckpointError):
-        for _ in Streamed(Checkpoint.open(path), 64e9).up():
+        for _ in Streamed(Checkpoint.open(path), 64e9).forward():
             pass
 
 

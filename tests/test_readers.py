@@ -69,7 +69,7 @@ def _transformers(folder):
 LAYOUTS = {
     "single": (None, None),
     "sharded": ("20KB", None),
-    "cut anew": (None, "25KB"),
+    "resharded": (None, "25KB"),
     "joined": ("20KB", "1GB"),
 }
 
@@ -196,7 +196,7 @@ def _installed(name):
 @pytest.fixture(scope="module", params=LAYOUTS)
 def served(request, tmp_path_factory):
     """The demo, with its tokenizer, edited: the output in this layout."""
-    shards, size = {"single": (None, None), "sharded": ("100KB", None), "cut anew": (None, "150KB")}.get(
+    shards, size = {"single": (None, None), "sharded": ("100KB", None), "resharded": (None, "150KB")}.get(
         request.param, ("100KB", "1GB")
     )
     folder = tmp_path_factory.mktemp("served")

@@ -434,7 +434,10 @@ WRONG = {
         "was changed after baking",
     ),
     "changed undo": (lambda c: (c / "kbne_undo.kbne").write_bytes(b"x"), "was changed after baking"),
-    "figures of another form": (lambda c: resealed(c, summary={"effect": {"probes": "many"}}) and None, "another form"),
+    "figures of another form": (
+        lambda c: resealed(c, summary={"effect": {"probes": "many"}}) and None,
+        "did not write",
+    ),
     "scores of another model": (_other_scores, "another model or site"),
     "no such scores": (lambda c: ["--scores", c.parent / "none.safetensors"], "none.safetensors"),
     "broken tokenizer": (lambda c: (c / "tokenizer.json").write_text("{"), "was changed after baking"),

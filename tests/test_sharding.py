@@ -1,4 +1,4 @@
-"""Weights cut anew into files of a given size: the same tensors for every reader, and the way back to the byte."""
+"""Weights resharded into files of a given size: the same tensors for every reader, and the way back to the byte."""
 
 import json
 import shutil
@@ -362,7 +362,7 @@ def test_report_card_and_push(base, proven):
     old = {row.name: row for row in report.provenance.resharded}
     assert set(old) == {path.name for path in base.glob("model*")}
     page = report.html()
-    assert all(row.sha256 in page for row in old.values()) and "cut anew" in page
+    assert all(row.sha256 in page for row in old.values()) and "resharded" in page
     before = len(list(base.glob("*.safetensors")))
     assert f"({before} became {count})" in ModelCard.load(proven / "README.md").text
     sent = push(proven, "org/other", dry_run=True).files

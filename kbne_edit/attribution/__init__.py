@@ -1,1 +1,1 @@
-"""Integrated gradients: questions and a model to scores."""
+"""Integrated gradients: from a model and questions to scores."""

@@ -1,4 +1,4 @@
-"""How a model answers the questions, and how exact the attribution is: what a scores file says of them."""
+"""How a model answers the questions, and how exact the attribution is, computed from a scores file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..recipe import Question
 from ..statistics import Interval, IntervalJSON, wilson
 from .scores import Scores
 
-SMALL = 0.1  # probability of all answers together below which another token is due at that position
+SMALL = 0.1  # total probability of all answers; below it the model is about to say something else
 
 
 class Tally(NamedTuple):
-    """How many answers are right, of how many. As JSON it is the list [right, total]."""
+    """How many answers of how many are right. In JSON the list [right, total]."""
 
     right: int
     total: int
@@ -29,9 +29,9 @@ class Tally(NamedTuple):
 
 
 class Mass(NamedTuple):
-    """Probability of all answers together at the position where the answer is due, 0 to 1.
+    """Total probability of all answers after the prompt, 0 to 1.
 
-    median: over the questions and controls. below: the share of them where it is below `SMALL`.
+    median: over questions and controls. below: the share of them where it is below `SMALL`.
     """
 
     median: float
@@ -39,7 +39,7 @@ class Mass(NamedTuple):
 
     @property
     def small(self) -> bool:
-        """True where the answer is not what the model says next: what is attributed is hardly its answer."""
+        """True if the model hardly ever answers: then the attribution does not explain its answers."""
         return self.median < SMALL
 
     @classmethod
@@ -48,7 +48,7 @@ class Mass(NamedTuple):
 
 
 class MassJSON(TypedDict):
-    """Probability of all answers together, 0 to 1. threshold: a median below it is small."""
+    """Total probability of all answers, 0 to 1. threshold: a median below it is small."""
 
     median: float
     below: float
@@ -56,10 +56,10 @@ class MassJSON(TypedDict):
 
 
 class AnswersJSON(TypedDict):
-    """How a model answers. right, controls_right: how many; by answer and form: [right, total]; shares: 0 to 1.
+    """How a model answers. right, controls_right: counts; by answer and form: [right, total]; shares: 0 to 1.
 
-    balanced: mean share of right answers over the answers. constant: the answer that a constant model would give, if
-    this one does no better.
+    balanced: balanced accuracy over the answers. constant: an answer that, given to everything, would do as well; or
+    null.
     """
 
     questions: int
@@ -78,12 +78,12 @@ class AnswersJSON(TypedDict):
 class Answers:
     """How a model answers. Shares and probabilities from 0 to 1.
 
-    questions, controls: all of them. by_answer, by_form: questions alone, by right answer and by form.
-    balanced: mean share of right answers over the answers, controls included, with its 95 % interval (Wilson).
-    constant: None where the model does better than the same answer to everything would, which has 1 / number of
-        answers; else the answer that it is right on most often.
-    mass: of all answers together; None where a scores file of an earlier version does not tell.
-    wrong: the questions that are answered wrongly.
+    questions, controls: totals. by_answer, by_form: questions about bias by right answer and by form.
+    balanced: balanced accuracy over the answers, controls included, with its 95 % interval (Wilson).
+    constant: None if the model does better than one answer to everything, whose balanced accuracy is 1 / number of
+        answers; else the answer that it gets right most often.
+    mass: None if a scores file of an earlier version does not say.
+    wrong: texts of the questions that are answered wrongly.
     """
 
     questions: Tally
@@ -102,7 +102,7 @@ class Answers:
     @classmethod
     def of(cls, scores: Scores) -> Answers:
         questions, right = scores.questions, scores.correct
-        asked = [i for i, q in enumerate(questions) if not q.control]
+        about_bias = [i for i, q in enumerate(questions) if not q.control]
         controls = [i for i, q in enumerate(questions) if q.control]
 
         def tally(among: Sequence[int]) -> Tally:
@@ -112,18 +112,18 @@ class Answers:
             keys = sorted({key(questions[i]) for i in among})
             return {k: tally([i for i in among if key(questions[i]) == k]) for k in keys}
 
-        everywhere = tallies(lambda q: q.answer, asked + controls)
+        everywhere = tallies(lambda q: q.answer, about_bias + controls)
         low, high = np.mean([wilson(t.right, t.total) for t in everywhere.values()], 0)
         balanced = Interval(float(np.mean([t.share for t in everywhere.values()])), float(low), float(high))
         return cls(
-            tally(asked),
+            tally(about_bias),
             tally(controls),
-            tallies(lambda q: q.answer, asked),
-            tallies(lambda q: q.form, asked),
+            tallies(lambda q: q.answer, about_bias),
+            tallies(lambda q: q.form, about_bias),
             balanced,
             _constant(everywhere, balanced),
             None if scores.p_answers is None else Mass.of(scores.p_answers),
-            tuple(questions[i].text for i in asked if not right[i]),
+            tuple(questions[i].text for i in about_bias if not right[i]),
         )
 
     def to_dict(self) -> AnswersJSON:
@@ -144,7 +144,7 @@ class Answers:
 
     @classmethod
     def from_dict(cls, record: dict, where: str = "answers") -> Answers:
-        """Inverse of `to_dict`; earlier versions wrote whether there is a constant answer, and no mass.
+        """Inverse of `to_dict`. Earlier versions wrote `constant` as true or false, and no mass.
 
         Raises CheckpointError.
         """
@@ -167,7 +167,7 @@ class Answers:
                 tuple(map(str, record["wrong"])),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise CheckpointError(f"{where} has figures of another form than kbne-edit writes") from None
+            raise CheckpointError(f"{where} has figures that kbne-edit did not write") from None
 
 
 def _constant(by_answer: dict[str, Tally], balanced: Interval) -> str | None:
@@ -179,7 +179,7 @@ def _constant(by_answer: dict[str, Tally], balanced: Interval) -> str | None:
 class AttributionJSON(AnswersJSON):
     """The answers, and how exact the attribution is.
 
-    largest_residual: of completeness, relative to its question's largest score. nodes_per_layer: mean.
+    largest_residual: of completeness, relative to its question's largest score. nodes_per_layer: mean number.
     """
 
     largest_residual: float
@@ -188,9 +188,9 @@ class AttributionJSON(AnswersJSON):
 
 @dataclass(frozen=True)
 class AttributionSummary:
-    """What is told of an attribution. As JSON it is one object: the answers' and these.
+    """Summary of an attribution. In JSON one object: the answers' keys and these.
 
-    largest_residual: of completeness, relative to its question's largest score. nodes_per_layer: mean.
+    largest_residual: of completeness, relative to its question's largest score. nodes_per_layer: mean number.
     """
 
     answers: Answers
@@ -215,4 +215,4 @@ class AttributionSummary:
         try:
             return cls(answers, float(record["largest_residual"]), float(record["nodes_per_layer"]))
         except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{where} has figures of another form than kbne-edit writes") from None
+            raise CheckpointError(f"{where} has figures that kbne-edit did not write") from None

@@ -2,15 +2,14 @@
 
     score_i = h_i * integral_0^1 dP(a* | gamma h) / dh_i dgamma        each layer separately, at the last position
 
-At the last N positions instead, gamma scales h at all of them, and the score is the sum of theirs.
+With the last N positions instead, gamma scales h at all of them, and the score is the sum over them.
 
 Legend: Q questions, L layers, F neurons per layer, T positions, D hidden size, V vocabulary, R rows.
 
 Questions pass through the layers forward and backward in packs (`rows`), for the nodes that their quadrature requests
-(`quadrature`). A
-model in memory takes one pack at a time and keeps each layer's graph; a model larger than memory (`streamed`) takes
-as many packs together as the budget holds, so that its weights are read twice for all of them. The prefix that all
-prompts share is computed once.
+(`quadrature`). A model in memory processes one pack at a time and keeps each layer's graph. A model larger than memory
+(`streamed`) processes as many packs together as the budget holds, and reads its weights twice for all of them. The
+prefix that all prompts share is computed once.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from ..models.masks import longest
 from ..models.memory import GRAPHS, ROWS
 from ..models.places import decoder_layers, is_recurrent, post_norm
 from ..progress import say
-from .quadrature import Adaptive, Fixed, Found, Path, quadrature
-from .rows import Asked, Pack, Rows, Segment, trunk
-from .whole import Question, settle, uses
+from .quadrature import Adaptive, Fixed, NodeValues, Path, quadrature
+from .rows import Pack, Rows, Segment, TokenPrompts, shared_prefix
+from .whole import Question, integrate, uses
 
 TOLERANCE = 0.01  # completeness residual of a layer, relative to the question's largest score
 
@@ -57,34 +56,35 @@ class Attribution:
 
 
 class Layers(Protocol):
-    """Who supplies a model's layers. model: everything else is resident; graphs: bytes that layers' graphs may take
-    between the way up and the way down; those beyond are computed again.
+    """Supplies a model's layers one after the other.
 
-    up, down: yield (index, layer) in order, each layer ready to compute until the next one is asked for.
-    group: how many of the packs may be on their way at once; packs: their own tokens; rows, bare: the tokens of each
-    question's rows, by layer, and of its bare row.
+    model: the model; everything but the layers is in memory. graphs: bytes that the layers' graphs may take between the
+    forward and the backward pass; other layers are computed again. max_rows: how many rows may run at once.
+    forward, backward: yield (index, layer) in order; a layer is ready to compute until the next one is requested.
+    group: how many of the packs may run at once; packs: numbers of their questions' tokens; rows, bare: tokens of each
+    question's rows, by layer, and of its unscaled row.
     """
 
     model: nn.Module
     graphs: float
     max_rows: float
 
-    def up(self) -> Iterable[tuple[int, nn.Module]]: ...
-    def down(self) -> Iterable[tuple[int, nn.Module]]: ...
+    def forward(self) -> Iterable[tuple[int, nn.Module]]: ...
+    def backward(self) -> Iterable[tuple[int, nn.Module]]: ...
     def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int], bare: int) -> int: ...
 
 
 class Resident:
-    """A model that is in memory (or spread over devices by a dispatcher). graphs: as of `Layers`."""
+    """Supplies the layers of a model in memory (possibly dispatched over devices). graphs: as of `Layers`."""
 
     def __init__(self, model: nn.Module, graphs: float = GRAPHS):
         self.max_rows: float
         self.model, self.graphs, self.max_rows = model, graphs, ROWS
 
-    def up(self) -> Iterable[tuple[int, nn.Module]]:
+    def forward(self) -> Iterable[tuple[int, nn.Module]]:
         return enumerate(decoder_layers(self.model))
 
-    def down(self) -> Iterable[tuple[int, nn.Module]]:
+    def backward(self) -> Iterable[tuple[int, nn.Module]]:
         return reversed(list(enumerate(decoder_layers(self.model))))
 
     def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int], bare: int) -> int:
@@ -104,13 +104,14 @@ def attribute(
 ) -> Tensor:
     """Integrated-gradient scores of every neuron for every question, float32 [Q, L, F] on the CPU.
 
-    model: causal language model of transformers; float32 weights are advised (scores inherit the model's precision).
+    model: a causal language model of transformers; use float32 weights (scores inherit the model's precision).
     input_ids: Q prompts as token ids. answer_ids: Q lists with the ids of the right answer's surface forms; P(a*) is
     the sum of their probabilities. quadrature: "gauss" (Gauss-Lobatto, refined per layer until the completeness
     residual is below `tolerance`), "gauss-N" (Gauss-Legendre, N nodes), "riemann-N" (N nodes linspace(0, 1, N), sum
-    / N; the published code uses N = 20). other_ids: Q lists with the ids of the wrong answers' surface forms; with them
-    not P(a*) is attributed but the log-odds log P(a*) / P(others), which do not saturate. positions: how many of the
-    last ones are scaled. Raises InputError for an empty answer, a prompt of fewer tokens or an unknown quadrature.
+    / N; the published code uses N = 20). other_ids: Q lists with the ids of the wrong answers' surface forms; with
+    them the log-odds log P(a*) / P(others) are attributed instead of P(a*): they do not saturate. positions: the
+    number N of last positions to scale. Raises InputError for an empty answer, a prompt shorter than N or an unknown
+    quadrature.
     """
     stream = attributions(
         model,
@@ -139,19 +140,18 @@ def attributions(
     only: Sequence[int] | None = None,
     other_ids: Sequence[Sequence[int]] | None = None,
     positions: int = 1,
-    arrived: Callable[[Tensor], None] | None = None,
+    on_next_token: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Attribution]:
-    """`attribute`, question by question as they are finished.
+    """`attribute`, yielding each question when it is finished.
 
-    arrived: called with the next-token distribution [n, V] of some prompts as soon as it is known, before any gradient.
-
-    layers: a model in memory, or who supplies its layers. only: indices of the questions that are wanted, in this
-    order. The others of their packs are computed with them, and all have their say in what counts as the common
-    beginning, so that a question's scores have the same bytes whichever others are wanted.
+    layers: a model in memory, or its `Layers`. only: indices of the questions to yield, in this order. The other
+    questions of their packs are computed as well, and all questions determine the shared prefix, so a question's
+    scores have the same bytes whichever others are yielded. on_next_token: called with the next-token distribution
+    [n, V] of n prompts as soon as it is known, before any gradient.
     """
     layers = Resident(layers) if isinstance(layers, nn.Module) else layers
     _check(input_ids, answer_ids, positions)
-    asked = Asked(input_ids, answer_ids, other_ids, positions)
+    prompts = TokenPrompts(input_ids, answer_ids, other_ids, positions)
     wanted = range(len(input_ids)) if only is None else only
     if is_recurrent(layers.model):
         questions: Any = (
@@ -159,21 +159,23 @@ def attributions(
             for q in wanted
         )
         count = positions * uses(layers.model, site)
-        yield from _unpacked(layers, questions, partial(_rule, quadrature, layers.model, tolerance, count), arrived)
+        yield from _unpacked(
+            layers, questions, partial(_rule, quadrature, layers.model, tolerance, count), on_next_token
+        )
         return
     every = packs(layers.model, input_ids, quadrature, positions)
     todo = [pack for pack in every if not set(pack).isdisjoint(wanted)]
     rule = partial(_rule, quadrature, layers.model, tolerance, positions)
     rows = [positions * len(gammas) for gammas in rule().request().values()]
     shared = _shared(input_ids, positions)
-    with _still(layers.model):
-        prefix = fresh = trunk(layers.model, input_ids[0][:shared]) if shared and todo else None
+    with _frozen(layers.model):
+        prefix = fresh = shared_prefix(layers.model, input_ids[0][:shared]) if shared and todo else None
         while todo:
             fit = layers.group([[len(input_ids[q]) - shared for q in pack] for pack in todo], rows, positions)
             group, todo = todo[:fit], todo[fit:]
-            running = [Pack(layers.model, asked.of(pack), site, prefix) for pack in group]
+            running = [Pack(layers.model, prompts.of(pack), site, prefix) for pack in group]
             rules = [[rule() for _ in pack] for pack in group]
-            _settle(layers, fresh, running, rules, arrived)
+            _integrate(layers, fresh, running, rules, on_next_token)
             for pack, questions, of_pack in zip(group, running, rules, strict=True):
                 for slot, (q, done) in enumerate(zip(pack, of_pack, strict=True)):
                     if q in wanted:
@@ -185,17 +187,17 @@ def _unpacked(
     layers: Layers,
     questions: Iterable[Question],
     rule: Callable[[], Fixed | Adaptive],
-    arrived: Callable[[Tensor], None] | None,
+    on_next_token: Callable[[Tensor], None] | None,
 ) -> Iterator[Attribution]:
-    """Question by question, of a model whose rows cannot be packed. Raises InputError if it is not in memory."""
+    """Question by question, for a model whose rows cannot be packed. Raises InputError if it is not in memory."""
     if not layers.graphs:
         raise InputError("a model with recurrent layers is attributed in memory only: pass a larger --memory")
-    with _still(layers.model):
+    with _frozen(layers.model):
         for question in questions:
             quadrature = rule()
-            bare = settle(question, quadrature)
-            if arrived:
-                arrived(bare.next_token[None])
+            bare = integrate(question, quadrature)
+            if on_next_token:
+                on_next_token(bare.next_token[None])
             p = float(bare.next_token[list(question.answer)].sum())
             yield _attribution(bare.h, bare.value, p, bare.next_token, quadrature)
 
@@ -203,7 +205,7 @@ def _unpacked(
 def packs(
     model: nn.Module, input_ids: Sequence[Sequence[int]], quadrature: str = "gauss", positions: int = 1
 ) -> list[range]:
-    """Which questions go through a layer side by side; the model and all questions decide, not who is wanted."""
+    """Which questions run side by side. Depends on the model and all questions, not on those to yield."""
     rows = positions * sum(map(len, _rule(quadrature, model, TOLERANCE, positions).request().values()))
     shared, most, result = _shared(input_ids, positions), longest(model), []
     start, tokens = 0, 0
@@ -227,119 +229,123 @@ def _check(input_ids: Sequence[Sequence[int]], answer_ids: Sequence[Sequence[int
         if not len(ids) or not len(answer):
             raise InputError(f"attribute: {'prompt' if not len(ids) else 'answer'} of question {index} has no token")
         if not 1 <= positions <= len(ids):
-            raise InputError(f"attribute: {positions} positions are wanted, question {index} has {len(ids)} tokens")
+            raise InputError(
+                f"attribute: {positions} positions are to be scaled, and question {index} has {len(ids)} tokens"
+            )
 
 
 def _shared(input_ids: Sequence[Sequence[int]], positions: int) -> int:
-    """How many tokens all prompts begin with; each keeps the last ones, which are scaled, for itself."""
+    """The length of the prefix that all prompts share. The scaled positions are never part of it."""
     shared = len(commonprefix([tuple(ids) for ids in input_ids]))
     return min(shared, *(len(ids) - positions for ids in input_ids)) if len(input_ids) > 1 else 0
 
 
-def _settle(
+def _integrate(
     layers: Layers,
-    stem: Segment | None,
-    asked: list[Pack],
+    prefix: Segment | None,
+    running: list[Pack],
     rules: list[list[Fixed | Adaptive]],
-    arrived: Callable[[Tensor], None] | None,
+    on_next_token: Callable[[Tensor], None] | None,
 ) -> None:
-    """Run the packs together, forward and backward, until no quadrature requests a node.
+    """Run the running together, forward and backward, until no quadrature requests another node.
 
-    stem: the shared prefix, None if it was computed before.
+    prefix: the shared prefix, None if it was computed before.
     """
-    for pack in asked:
-        pack.arrived = arrived
-    climbing = [*([stem] if stem else []), *asked]
+    for pack in running:
+        pack.on_next_token = on_next_token
+    segments = [*([prefix] if prefix else []), *running]
     bare = True
-    of_pack: Any  # rules, later answers
+    of_pack: Any  # rules, later results
     refined = isinstance(rules[0][0], Adaptive)
     if refined and post_norm(layers.model):
-        # Their nodes lie where the norm saturates, which is known only after the forward pass of the prompts.
-        sweep(layers, climbing, [], bare=False)
-        climbing = []
-        for pack, of_pack in zip(asked, rules, strict=True):
+        # The nodes depend on where the norm saturates, which only a forward pass of the prompts shows.
+        sweep(layers, segments, [], bare=False)
+        segments = []
+        for pack, of_pack in zip(running, rules, strict=True):
             for q, rule in enumerate(of_pack):
                 rule.paths = [Path(turn) for turn in pack.turns[:, q].tolist()]
     while True:
         requests = [[rule.request() for rule in of_pack] for of_pack in rules]
-        going = [p for p, of_pack in enumerate(requests) if any(of_pack)]
-        if not going:
+        active = [p for p, of_pack in enumerate(requests) if any(of_pack)]
+        if not active:
             return
-        found = _answer(layers, climbing, [(asked[p], requests[p]) for p in going], bare)
-        climbing, bare = [], False
-        for p, of_pack in zip(going, found, strict=True):
-            for q, answer in enumerate(of_pack):
+        results = _evaluate(layers, segments, [(running[p], requests[p]) for p in active], bare)
+        segments, bare = [], False
+        for p, of_pack in zip(active, results, strict=True):
+            for q, result in enumerate(of_pack):
                 if requests[p][q]:
-                    h, at_one = (values[:, q].flatten(1) for values in (asked[p].h, asked[p].gradient))
-                    rules[p][q].accept(h, at_one, asked[p].value[q], answer)
+                    h, at_one = (values[:, q].flatten(1) for values in (running[p].h, running[p].gradient))
+                    rules[p][q].accept(h, at_one, running[p].value[q], result)
 
 
 Wanted = list[tuple[Pack, list[dict[int, Tensor]]]]
 
 
-def _answer(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool) -> list[list[dict[int, Found]]]:
-    """`sweep`, with half as many rows at once wherever a device runs out of memory or the masks are too small."""
+def _evaluate(layers: Layers, segments: list[Segment], wanted: Wanted, bare: bool) -> list[list[dict[int, NodeValues]]]:
+    """`sweep`, with half as many rows at once if a device runs out of memory or the mask would be too large."""
     sizes = [
         pack.positions * sum(len(gammas) for request in of_pack for gammas in request.values())
         for pack, of_pack in wanted
     ]
-    room = min(
+    free = min(
         longest(layers.model) - len(pack.context.ids) - pack.count * pack.positions - size
         for (pack, _), size in zip(wanted, sizes, strict=True)
     )
     divisible = any(len(request) > 1 for _, of_pack in wanted for request in of_pack)
-    if not divisible and room < 0:
+    if not divisible and free < 0:
         most = longest(layers.model)
-        raise InputError(f"a prompt is too long: with its rows it must fit into {most} tokens here: shorten it")
-    if (sum(sizes) <= layers.max_rows and room >= 0) or not divisible:
+        raise InputError(f"a prompt is too long: with its rows it must fit into {most} tokens: shorten it")
+    if (sum(sizes) <= layers.max_rows and free >= 0) or not divisible:
         try:
-            return sweep(layers, climbing, wanted, bare)
+            return sweep(layers, segments, wanted, bare)
         except torch.OutOfMemoryError:
             if not divisible:
                 raise InputError("out of memory with the rows of one layer: use --device cpu or --memory") from None
         layers.max_rows = sum(sizes) // 2
         say(f"out of memory with {sum(sizes)} rows: continuing with {layers.max_rows} at once")
     first, second = _halves(wanted)
-    lower = _answer(layers, climbing, first, bare)
-    upper = _answer(layers, [], second, False)
+    lower = _evaluate(layers, segments, first, bare)
+    upper = _evaluate(layers, [], second, False)
     return [[a | b for a, b in zip(*pair, strict=True)] for pair in zip(lower, upper, strict=True)]
 
 
 def _halves(wanted: Wanted) -> tuple[Wanted, Wanted]:
-    """Each question's layers, cut in two."""
+    """Each question's layers, split in two."""
     first, second = [], []
     for pack, of_pack in wanted:
-        cut = [(sorted(request.items()), (len(request) + 1) // 2) for request in of_pack]
-        first.append((pack, [dict(items[:middle]) for items, middle in cut]))
-        second.append((pack, [dict(items[middle:]) for items, middle in cut]))
+        split = [(sorted(request.items()), (len(request) + 1) // 2) for request in of_pack]
+        first.append((pack, [dict(items[:middle]) for items, middle in split]))
+        second.append((pack, [dict(items[middle:]) for items, middle in split]))
     return first, second
 
 
-def sweep(layers: Layers, climbing: list[Segment], wanted: Wanted, bare: bool) -> list[list[dict[int, Found]]]:
+def sweep(layers: Layers, segments: list[Segment], wanted: Wanted, bare: bool) -> list[list[dict[int, NodeValues]]]:
     """One forward and one backward pass for these rows.
 
-    climbing: segments without hidden states yet; in each layer they run before the rows. bare: as of `Rows`.
+    segments: those without hidden states yet; in each layer they run before the rows. bare: as of `Rows`.
     """
     rows = [Rows(pack, request, layers.graphs, bare) if bare or any(request) else None for pack, request in wanted]
-    going = [batch for batch in rows if batch]
-    for index, layer in layers.up():
-        for traveller in climbing:
-            traveller.climb(index, layer)
-        for batch in going:
-            batch.up(index, layer)
-    for traveller in climbing:
-        traveller.arrive()
-    for batch in going:
+    active = [batch for batch in rows if batch]
+    for index, layer in layers.forward():
+        for segment in segments:
+            segment.forward(index, layer)
+        for batch in active:
+            batch.forward(index, layer)
+    for segment in segments:
+        segment.finish()
+    for batch in active:
         batch.head()
-    for index, layer in layers.down():
-        for batch in going:
-            batch.down(index, layer)
-    return [batch.found() if batch else [{} for _ in of_pack] for batch, (_, of_pack) in zip(rows, wanted, strict=True)]
+    for index, layer in layers.backward():
+        for batch in active:
+            batch.backward(index, layer)
+    return [
+        batch.results() if batch else [{} for _ in of_pack] for batch, (_, of_pack) in zip(rows, wanted, strict=True)
+    ]
 
 
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """No dropout and no weight gradients within the context (half of a backward pass would go into them)."""
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No dropout and no weight gradients within the context (weight gradients would take half of a backward pass)."""
     training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:

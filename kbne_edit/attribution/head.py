@@ -1,8 +1,8 @@
-"""From the last layer's output to what is attributed: norm, head, softmax over the vocabulary.
+"""From the last layer's output to the objective: norm, head, softmax over the vocabulary.
 
-The gradient of log sum exp(W z) with respect to z is W's rows, weighted by their probabilities. Value and gradient come
-from one sweep over blocks of W, as attention does it over keys: a block's logits meet the same rows of W again while
-those are in the processor's cache, and no tensor [R, V] ever exists.
+The gradient of log sum exp(W z) with respect to z is the mean of W's rows, weighted by their probabilities. Value and
+gradient come from one pass over blocks of W, as in flash attention over keys: a block is used twice while it is in the
+processor's cache, and no tensor [R, V] ever exists.
 
 Legend: R rows, V vocabulary, D hidden size.
 """
@@ -23,11 +23,11 @@ from ..models.widening import computed_in
 from .calls import Output, forward, new_cache, on_device
 
 _BLOCK = 4096  # rows of W at a time: 8 MB of logits with 512 rows
-_ROWS = 192  # rows at a time where the model does more to its logits than a product: it makes [R, V] of them
+_ROWS = 192  # rows at a time where the model transforms its logits, which needs a tensor [R, V]
 
 
 class Surfaces:
-    """Token ids of each question's answer, of unlike number."""
+    """Token ids of each question's answer, padded."""
 
     def __init__(self, answer_ids: Sequence[Sequence[int]]):
         self.ids = [list(ids) for ids in answer_ids]
@@ -36,17 +36,17 @@ class Surfaces:
         self._absent = torch.tensor([[False] * len(ids) + [True] * (width - len(ids)) for ids in self.ids])
 
     def logsumexp(self, logits: Tensor, owner: np.ndarray, among: Tensor | None = None) -> Tensor:
-        """Over the answer of each row's question. logits: [R, V], or of the tokens `among` alone, sorted -> [R]."""
+        """Over the answer of each row's question -> [R]. logits: [R, V], or only of the sorted tokens `among`."""
         padded = self._padded if among is None else torch.searchsorted(among, self._padded).clamp_max(len(among) - 1)
         ids, absent = (table[torch.from_numpy(owner)].to(logits.device) for table in (padded, self._absent))
         return torch.logsumexp(logits.gather(1, ids).masked_fill(absent, -torch.inf), -1)
 
 
 def objective(model: Any, hidden: Tensor, owner: np.ndarray, answers: Surfaces, others: Surfaces | None) -> Tensor:
-    """What is attributed, of the last layer's outputs [1, R, D], row by row of the questions `owner` -> [R].
+    """The objective from the last layer's outputs [1, R, D], for rows of the questions `owner` -> [R].
 
-    The probability of the answer; with `others` its log-odds against them, for which the rest of the vocabulary does
-    not matter. Differentiable by `hidden`.
+    It is the probability of the answer, or with `others` its log-odds against them, which need no other logits.
+    Differentiable with respect to `hidden`.
     """
     if not is_plain(model, hidden):
         parts = [slice(start, start + _ROWS) for start in range(0, len(owner), _ROWS)]
@@ -98,10 +98,10 @@ _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def is_plain(model: Any, hidden: Tensor) -> bool:
-    """Whether logits are a float32 product with the head's weight, and nothing after it (no scale, no soft cap).
+    """True if logits are the float32 product with the head's weight and nothing else (no scale, no soft cap).
 
-    Tried once per model, with known numbers in place of the head's output: configurations call what follows by many
-    names. hidden: [1, R, D].
+    Tested once per model with known numbers as the head's output, because configurations have many names for such
+    steps. hidden: [1, R, D].
     """
     if model not in _plain:
         output = model.get_output_embeddings()
@@ -115,21 +115,20 @@ def is_plain(model: Any, hidden: Tensor) -> bool:
 
 
 class _AtHead(Exception):
-    """Leaves the model's forward pass at its head. hidden: what the head is given."""
+    """Leaves the model's forward pass at its head. hidden: the head's input."""
 
     def __init__(self, hidden: Tensor):
         self.hidden = hidden
 
 
 def before_head(model: Any, hidden: Tensor) -> Tensor:
-    """What the model gives to its head for these outputs of the last layer: [1, R, D] -> [R, D]."""
-
-    found = at_head(model, lambda: head(model, hidden))
-    return found.reshape(-1, found.shape[-1])
+    """The head's input for these outputs of the last layer: [1, R, D] -> [R, D]."""
+    states = at_head(model, lambda: head(model, hidden))
+    return states.reshape(-1, states.shape[-1])
 
 
 def at_head(model: Any, run: Callable[[], Any]) -> Tensor:
-    """What the model gives to its head while `run` runs it, which is left there: [B, N, D]."""
+    """The head's input when `run` runs the model, [B, N, D]. The run stops there."""
 
     def leave(hidden: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
         raise _AtHead(hidden)
@@ -143,10 +142,10 @@ def at_head(model: Any, run: Callable[[], Any]) -> Tensor:
 
 
 def after_head(model: Any, hidden: Tensor) -> Tensor:
-    """The head, and what the model does to its output: what `at_head` gave, [R, D] -> logits [R, V] float32.
+    """The head and everything after it: states of `at_head`, [R, D] -> logits [R, V] float32.
 
-    For models that run whole. Where something follows the head (a scale, a soft cap), the model itself runs on one
-    token a row, with these states at its head.
+    For models that run as a whole. Where something follows the head (a scale, a soft cap), the model runs on one token
+    per row, with these states as the head's input.
     """
     output = model.get_output_embeddings()
     logits = output(hidden)
@@ -169,7 +168,7 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
     layers, rows = decoder_layers(model), hidden.reshape(-1, 1, hidden.shape[-1])
     ids = np.zeros((len(rows), 1), int)
     with replaced(layers, lambda *args, **kwargs: rows.as_subclass(Output)):
-        if is_recurrent(model):  # their caches hold states, which no layer is there to make
+        if is_recurrent(model):  # their caches hold states, which the replaced layers do not make
             logits = model(input_ids=on_device(model, ids), use_cache=False, logits_to_keep=1)
         else:
             logits = forward(model, ids, new_cache(layers, None, 0, keep=False))

@@ -1,4 +1,4 @@
-"""Names of quadratures, as options and settings give them. No torch: a wrong name is refused in the first second."""
+"""Names of quadratures in options and settings. Without torch, so that a wrong name is refused at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..errors import InputError, shown
 
 
 class QuadratureName(NamedTuple):
-    """kind: "gauss" or "riemann"; nodes: None for "gauss", which is refined until it is complete."""
+    """kind: "gauss" or "riemann"; nodes: None for "gauss", which is refined until completeness holds."""
 
     kind: str
     nodes: int | None

@@ -1,14 +1,13 @@
 """Quadrature of the path integral (docs/method.md, section 2): which nodes to evaluate, and their weighted sum.
 
-A quadrature asks for nodes layer by layer (`request`), takes what the model gave for them (`accept`), and asks again
-until `request` returns {}. It does not depend on the model, so one question or all of them can be evaluated between two
-rounds.
+A quadrature requests nodes for each layer (`request`) and accepts the model's values there (`accept`), until `request`
+returns {}. It does not know the model, so the caller may evaluate one question or many between two rounds.
 
-The default is Gauss-Lobatto, whose nodes include both ends: the gradient at gamma = 1 is that of the untouched prompt,
-which one row gives for all layers at once. The value at gamma = 0, which completeness needs, comes with a gradient that
-the rule uses. So a layer costs three rows at an accuracy of order 5, where Gauss-Legendre would take four. Where a norm
-follows the feed-forward block, the integrand changes near gamma = 0 and falls off as 1 / gamma beyond; there the nodes
-lie on a `Path` in another variable.
+The default is Gauss-Lobatto, whose nodes include both ends. The gradient at gamma = 1 is that of the unscaled prompt:
+one row gives it for all layers. The value at gamma = 0, which completeness needs, comes with a gradient that the rule
+uses as well. So a layer costs three rows at order 5, where Gauss-Legendre would cost four. Where a norm follows the
+feed-forward block, the integrand changes fast near gamma = 0 and falls off as 1 / gamma beyond; there the nodes lie on
+a `Path` in another variable.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from torch import Tensor
 
 from .names import quadrature_name
 
-# Four nodes per interval are enough for all layers but the first, whose integrand turns sharply near gamma = 0. These
-# intervals are dense near 0: where the first layer starts, and the first refinement of any other layer; later
-# refinements halve the intervals that need it. A pass over few rows costs nearly what one over many does, so the
-# layer that is known to be hard does not wait for one.
+# Four nodes per interval are enough for all layers but the first, whose integrand bends sharply near gamma = 0. These
+# intervals are dense near 0. The first layer starts with them, and they are the first refinement of any other layer;
+# later refinements halve the intervals that need it. The first layer starts refined because a pass over few rows costs
+# nearly as much as one over many.
 _GRADED = [(0.0, 1 / 128), (1 / 128, 1 / 64), (1 / 64, 1 / 32), (1 / 32, 1 / 16), (1 / 16, 1 / 4), (1 / 4, 1.0)]
 _ROUNDS = 8
 
-Point = tuple[Tensor, float]  # at one s of the path: its factor times dP/dh [F], and P(a* | gamma h)
+Point = tuple[Tensor, float]  # at one s of the path: (factor times dP/dh [F], P(a* | gamma h))
 
 
-class Found(NamedTuple):
-    """What one layer gave for its nodes. gradient: dP/dh, [n, F]; p: P(a* | gamma h), [n].
+class NodeValues(NamedTuple):
+    """The objective at a layer's nodes. gradient: dP/dh, [n, F]; p: P(a* | gamma h), [n].
 
-    P stands for whatever is attributed, a probability or log-odds; F for all that gamma scales, of N positions N * F.
+    P stands for the objective, a probability or log-odds. With N positions F stands for N * F.
     """
 
     gradient: Tensor
@@ -46,14 +45,13 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Path:
-    """gamma as a function of s from 0 to 1, and what a gradient at s counts for.
+    """gamma as a function of s from 0 to 1, and the weight of a gradient at s.
 
-    turn: None for gamma = s. Else the block's output y goes through an RMS norm, turn = sqrt(eps / mean(y^2)), and with
-    v = asinh(gamma / turn) the normed output is tanh(v) times its limit. All that follows is as smooth in u = tanh(v)
-    as it is in gamma elsewhere. The gradient dP/dh is smooth in u, too, once it is multiplied by dgamma/dv =
-    sqrt(gamma^2 + turn^2), which is what the norm divides by; what remains is dv = du / (1 - u^2), integrated exactly
-    (`weights`). s is u over its largest value. Rejected: nodes in log gamma, of which each interval takes as many as
-    the whole path takes here.
+    turn: None for gamma = s. Else an RMS norm follows the block's output y. Then turn = sqrt(eps / mean(y^2)), and with
+    v = asinh(gamma / turn) the normed output is tanh(v) times its limit. The objective is as smooth in u = tanh(v) as
+    it is in gamma elsewhere. So is dP/dh, once it is multiplied by dgamma/dv = sqrt(gamma^2 + turn^2), by which the
+    norm divides. The remaining dv = du / (1 - u^2) is integrated exactly (`weights`). s is u over its largest value.
+    Rejected: nodes in log gamma, which need as many nodes per interval as this path needs in total.
     """
 
     turn: float | None = None
@@ -64,18 +62,18 @@ class Path:
         return 1.0 if self.turn is None else 1 / math.hypot(1, self.turn)
 
     def gamma(self, s: float) -> float:
-        """A float32, so that the model computes with the very number that `factor` is taken at."""
+        """Rounded to float32, so that the model uses the number for which `factor` is computed."""
         if self.turn is None or s in (0, 1):
             return float(np.float32(s))
         u = s * self._most
         return float(np.float32(self.turn * u / math.sqrt(1 - u * u)))
 
     def factor(self, s: float) -> float:
-        """What the gradient at s is multiplied by."""
+        """The factor of the gradient at s."""
         return 1.0 if self.turn is None else math.hypot(self.gamma(s), self.turn)
 
     def weights(self, nodes: tuple[float, ...], a: float, b: float) -> np.ndarray:
-        """Of the nodes, for the integral from a to b: exact for polynomials in s of lower degree than their number."""
+        """The nodes' weights for the integral from a to b: exact for polynomials in s of degree < number of nodes."""
         return _weights(nodes, a, b, None if self.turn is None else self._most)
 
 
@@ -89,7 +87,7 @@ def _weights(nodes: tuple[float, ...], a: float, b: float, most: float | None) -
         low, high = math.atanh(a * most), math.atanh(b * most)
         v, w = low + (high - low) * (x + 1) / 2, w * (high - low) / 2
         s = np.tanh(v) / most
-    # In Chebyshev polynomials of a variable from -1 to 1 the system is well conditioned.
+    # In Chebyshev polynomials on [-1, 1] the system is well conditioned.
     at = np.polynomial.chebyshev.chebvander(2 * (np.array(nodes) - a) / (b - a) - 1, len(nodes) - 1)
     moments = np.polynomial.chebyshev.chebvander(2 * (s - a) / (b - a) - 1, len(nodes) - 1).T @ w
     return np.linalg.solve(at.T, moments)
@@ -101,39 +99,39 @@ STRAIGHT = Path()
 def quadrature(name: str, layers: int, tolerance: float, positions: int = 1) -> Fixed | Adaptive:
     """The quadrature called "gauss" (refined), "gauss-N" or "riemann-N", for L layers. Raises InputError.
 
-    positions: how many are scaled; h and gradients stand one position after the other, F values each.
+    positions: how many are scaled; h and gradients are concatenated over them, F values each.
     """
     kind, nodes = quadrature_name(name)
     return Adaptive(layers, tolerance, positions) if nodes is None else Fixed(kind, nodes, layers)
 
 
 class Fixed:
-    """The same nodes for every layer, gamma itself. After `accept`: gradients [L, F], p_zero [L], nodes [L]."""
+    """The same nodes in gamma for every layer. After `accept`: gradients [L, F], p_zero [L], nodes [L]."""
 
     def __init__(self, kind: str, n: int, layers: int):
         x, w = np.polynomial.legendre.leggauss(n) if kind == "gauss" else (np.linspace(-1, 1, n), np.full(n, 2 / n))
-        self._x = torch.tensor([*(x + 1) / 2, 0.0], dtype=torch.float32)  # at 0 for its value alone
+        self._x = torch.tensor([*(x + 1) / 2, 0.0], dtype=torch.float32)  # the node at 0 is for the value only
         self._w = torch.tensor([*w / 2, 0.0], dtype=torch.float32)
         self.gradients: Any  # a Tensor after `accept`
         self._layers, self.nodes, self.gradients = layers, np.full(layers, n), None
 
     def request(self) -> dict[int, Tensor]:
-        """The gammas at which each layer is to be evaluated next, {layer: gammas}; {} when no more are needed."""
+        """The gammas to evaluate next, {layer: gammas}; {} when no more are needed."""
         return dict.fromkeys(range(self._layers), self._x) if self.gradients is None else {}
 
-    def accept(self, h: Tensor, at_one: Tensor, p: float, found: dict[int, Found]) -> None:
-        """h: [L, F]; at_one: dP/dh at gamma = 1, [L, F]; p: P(a* | h); found: the answer to `request`."""
-        self.gradients = torch.stack([self._w @ found[layer].gradient for layer in range(self._layers)])
-        self.p_zero = np.array([found[layer].p[-1].item() for layer in range(self._layers)])
+    def accept(self, h: Tensor, at_one: Tensor, p: float, results: dict[int, NodeValues]) -> None:
+        """h: [L, F]; at_one: dP/dh at gamma = 1, [L, F]; p: P(a* | h); results: the values at the requested nodes."""
+        self.gradients = torch.stack([self._w @ results[layer].gradient for layer in range(self._layers)])
+        self.p_zero = np.array([results[layer].p[-1].item() for layer in range(self._layers)])
 
 
 class Adaptive:
-    """Composite Gauss-Lobatto on intervals that are split where completeness fails. Attributes as of `Fixed`; paths,
-    [L]: straight, unless they are set before the first request.
+    """Composite Gauss-Lobatto; intervals are split where completeness fails. Attributes as of `Fixed`; paths, [L]:
+    straight, unless they are set before the first request.
 
-    Completeness holds on each interval alone: integral_a^b = P(b) - P(a). The residuals of a layer's intervals are
-    added without sign, so that errors of opposite sign cannot hide each other; their sum must not exceed `tolerance`
-    of the question's largest score.
+    Completeness holds on each interval: integral_a^b = P(b) - P(a). A layer's residual is the sum of its intervals'
+    absolute residuals, so that errors of opposite sign do not cancel. It must not exceed `tolerance` times the
+    question's largest score.
     """
 
     def __init__(self, layers: int, tolerance: float, positions: int):
@@ -145,16 +143,16 @@ class Adaptive:
         self.nodes = np.zeros(layers, int)
 
     def request(self) -> dict[int, Tensor]:
-        """The gammas at which each layer is to be evaluated next, {layer: gammas}; {} when no more are needed."""
+        """The gammas to evaluate next, {layer: gammas}; {} when no more are needed."""
         return {layer: torch.tensor([self.paths[layer].gamma(s) for s in self._wanted(layer)]) for layer in self._todo}
 
     def _wanted(self, layer: int) -> list[float]:
         starts = [a for a, _ in self._todo[layer] if a not in self._starts[layer]]
         return starts + [x for a, b in self._todo[layer] for x in _inner(a, b)]
 
-    def accept(self, h: Tensor, at_one: Tensor, p: float, found: dict[int, Found]) -> None:
-        """h: [L, F]; at_one: dP/dh at gamma = 1, [L, F]; p: P(a* | h); found: the answer to `request`."""
-        for layer, rows in found.items():
+    def accept(self, h: Tensor, at_one: Tensor, p: float, results: dict[int, NodeValues]) -> None:
+        """h: [L, F]; at_one: dP/dh at gamma = 1, [L, F]; p: P(a* | h); results: the values at the requested nodes."""
+        for layer, rows in results.items():
             path, wanted = self.paths[layer], self._wanted(layer)
             points = {1.0: (path.factor(1.0) * at_one[layer], p)} | self._starts[layer]
             for s, gradient, value in zip(wanted, rows.gradient, rows.p.tolist(), strict=True):
@@ -175,7 +173,7 @@ class Adaptive:
 
 
 class _Part(NamedTuple):
-    """One interval's share of a layer's integral. gradient: [F]."""
+    """One interval's part of a layer's integral. gradient: [F]."""
 
     start: float
     end: float
@@ -196,7 +194,7 @@ def _part(h: Tensor, path: Path, a: float, b: float, points: dict[float, Point])
 
 
 def _finer(parts: list[_Part], allowed: float) -> list[tuple[float, float]]:
-    """New intervals in place of those that are not good enough yet."""
+    """New intervals in place of those with too large a residual."""
     if len(parts) == 1:
         return _GRADED
     bad = [part for part in parts if part.residual > allowed / len(parts)]

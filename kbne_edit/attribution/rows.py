@@ -1,19 +1,19 @@
-"""Questions on their way through a model, layer by layer: their tokens, and rows that scale h at their last positions.
+"""Forward and backward passes of questions, layer by layer: their tokens, and rows that scale h at the last positions.
 
-A (layer, gamma) pair of a question is one *row*: the question's last position (or its last N), which attends to the
-keys and values of what comes before. A row that belongs to layer l equals its question below l, so the rows start from
-none and grow: layer l appends its own as copies of the question's last positions, then scales h in them. One way up and
-one way down serve all layers.
+A (layer, gamma) pair of a question is one *row*: a copy of the question's last position (or its last N), which attends
+to the keys and values before it. Below its layer l a row equals its question. So there are no rows at first, and each
+layer l appends its own as copies of the question's last positions, then scales h in them. One forward and one backward
+pass serve all layers.
 
-The questions of a *pack* stand side by side in one sequence, and so do all their rows; a mask keeps them apart. So a
-layer's weights meet hundreds of rows at once, which is what a matrix product needs to be fast. Rejected: a batch with
-an entry per row, for which every question's keys and values must be repeated for each of its rows.
+The questions of a *pack* are side by side in one sequence, and so are all their rows; a mask keeps them apart. So a
+layer processes hundreds of rows in one fast matrix product. Rejected: a batch with an entry per row, which would repeat
+every question's keys and values for each of its rows.
 
-The model's own layers and head do the computing, with the arguments that the model itself would pass to them: a run of
-`model.forward` that is left at that layer (`_call`). So rotary tables, soft caps and logit scales are the model's, for
-every architecture, and a layer's weights are needed only while that layer is computed. Rejected: re-implementing the
-blocks (a second truth per family), and scaling rows within one call of `model.forward` (it cannot stop between two
-layers, which a model larger than memory needs).
+The model's own layers and head do the computing, with the arguments that the model itself would pass: `calls.call_of`
+runs `model.forward` up to that layer. So rotary tables, soft caps and logit scales are the model's own in every
+architecture, and a layer's weights are needed only while it is computed. Rejected: re-implementing the blocks (a second
+implementation per family), and scaling rows within one `model.forward` (which cannot pause between two layers, as a
+model larger than memory needs).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from ..models.memory import activations
 from ..models.places import decoder_layers, num_neurons, places, post_norm
 from .calls import Call, call_of, new_cache
 from .head import Surfaces, head, objective, of_logits
-from .quadrature import Found
+from .quadrature import NodeValues
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
 
 class Tokens(NamedTuple):
-    """Tokens side by side, [N] each. owner: whose they are (-1: everyone's); depth: position in their prompt.
+    """Tokens side by side, [N] each. owner: their question (-1: shared by all); depth: position in their prompt.
 
-    row: which row they belong to (-1: none, they are the prompt itself); fork: where that row leaves the prompt.
+    row: the row they belong to (-1: the prompt itself); fork: the depth at which that row branches off the prompt.
     """
 
     ids: np.ndarray
@@ -61,7 +61,8 @@ class Tokens(NamedTuple):
         return Tokens(*map(np.concatenate, zip(self, other, strict=True)))
 
     def seen_by(self, tokens: Tokens) -> np.ndarray:
-        """Which of these each of `tokens` may see, [N, K]: up to itself, its row, and its prompt up to the fork."""
+        """Which of these tokens each of `tokens` attends to, [N, K]: earlier ones of its row, and of its prompt before
+        the fork."""
         owner, depth, row, fork = (values[:, None] for values in tokens[1:])
         related = (self.owner == -1) | (self.owner == owner)
         return related & (self.depth <= depth) & ((self.row == row) | ((self.row == -1) & (self.depth < fork)))
@@ -71,9 +72,9 @@ NONE = Tokens(*(np.zeros(0, int) for _ in Tokens._fields))
 
 
 class Segment:
-    """Tokens that follow those of an earlier segment, with their keys and values kept.
+    """Tokens that follow those of an earlier segment; their keys and values are kept.
 
-    hidden: what the next layer takes, [1, N, D]; it ends as the last layer's output. context: all tokens up to its end.
+    hidden: input of the next layer, [1, N, D], in the end the last layer's output. context: all tokens up to its end.
     """
 
     def __init__(self, model: nn.Module, tokens: Tokens, before: Segment | None = None):
@@ -84,8 +85,8 @@ class Segment:
         self.cache: DynamicCache = new_cache(decoder_layers(model), before.cache if before else None, len(earlier.ids))
         self._mask = _mask_of(model, tokens, self.context)
 
-    def climb(self, index: int, layer: nn.Module) -> None:
-        """Go through layer `index`; at layer 0, start anew."""
+    def forward(self, index: int, layer: nn.Module) -> None:
+        """Run layer `index`; layer 0 starts from the embeddings."""
         first, call = call_of(self.model, index, self.tokens.ids, self.tokens.depth, self._mask, self.cache)
         if index == 0:
             self.hidden = first
@@ -95,49 +96,51 @@ class Segment:
         with torch.no_grad():
             self.hidden = call.run(layer, self.hidden)
 
-    def arrive(self) -> None:
-        """Called once the last layer is done."""
+    def finish(self) -> None:
+        """Called after the last layer."""
 
 
-def trunk(model: nn.Module, input_ids: Sequence[int]) -> Segment:
+def shared_prefix(model: nn.Module, input_ids: Sequence[int]) -> Segment:
     """The prefix that all prompts share."""
     count = len(input_ids)
     return Segment(model, Tokens.prompt(np.array(input_ids), np.full(count, -1), np.arange(count)))
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Q prompts and the answers to them, as tokens; see `gradients.attribute`. positions: N, the last ones."""
+class TokenPrompts:
+    """Q prompts and their answers as token ids; see `gradients.attribute`. positions: N."""
 
     input_ids: Sequence[Sequence[int]]
     answer_ids: Sequence[Sequence[int]]
     other_ids: Sequence[Sequence[int]] | None = None
     positions: int = 1
 
-    def of(self, pack: range) -> Asked:
-        """Some of the prompts."""
+    def of(self, pack: range) -> TokenPrompts:
+        """The prompts of a pack."""
         others = None if self.other_ids is None else [self.other_ids[q] for q in pack]
-        return Asked([self.input_ids[q] for q in pack], [self.answer_ids[q] for q in pack], others, self.positions)
+        return TokenPrompts(
+            [self.input_ids[q] for q in pack], [self.answer_ids[q] for q in pack], others, self.positions
+        )
 
 
 class Pack(Segment):
     """Questions side by side, each with its tokens after the shared prefix. Attributes, set by the forward pass:
 
-    h: the site's values at the last N positions, [L, Q, N, F] float32 on the CPU; p: P(a*), [Q]; value: the objective
-    (P(a*), or with `other_ids` the log-odds of a* against the other answers), [Q]; next_token: the model's
+    h: the site's activations at the last N positions, [L, Q, N, F] float32 on the CPU; p: P(a*), [Q]; value: the
+    objective (P(a*), or with `other_ids` the log-odds of a* against the other answers), [Q]; next_token: the model's
     distribution after each prompt, [Q, V] float32 on the CPU; turns: where a norm follows the block, the gamma at which
-    it begins to saturate, sqrt(eps / mean(y^2)), [L, Q] (`quadrature.Path`). After the first rows: gradient,
-    d value / dh, as h.
+    it begins to saturate, sqrt(eps / mean(y^2)), [L, Q] (`quadrature.Path`). After the first rows also: gradient,
+    d value / dh, shaped as h.
     """
 
     def __init__(
         self,
         model: Any,
-        asked: Asked,
+        prompts: TokenPrompts,
         site: Site,
         before: Segment | None = None,
     ):
-        input_ids, positions = asked.input_ids, asked.positions
+        input_ids, positions = prompts.input_ids, prompts.positions
         shared = len(before.context.ids) if before else 0
         lengths = [len(ids) - shared for ids in input_ids]
         super().__init__(
@@ -154,14 +157,14 @@ class Pack(Segment):
         weight = model.get_input_embeddings().weight
         self.hidden_size, self.itemsize = weight.shape[-1], weight.element_size()
         self._norm = post_norm(model)
-        # Where each question's last tokens stand, [Q, N].
+        # Indices of each question's last tokens, [Q, N].
         self.last = torch.tensor(np.cumsum(lengths))[:, None] + torch.arange(-positions, 0)
         self._others: Any  # Surfaces or None
-        self._answers, self._others = Surfaces(asked.answer_ids), asked.other_ids and Surfaces(asked.other_ids)
+        self._answers, self._others = Surfaces(prompts.answer_ids), prompts.other_ids and Surfaces(prompts.other_ids)
         self.base: list[Tensor]  # the last positions' input to each layer, [1, Q, D]
         self.gradient: Any = None  # a Tensor after the first rows
         self.turns: Any  # a Tensor or None
-        self.arrived: Callable[[Tensor], None] | None = None  # called with next_token
+        self.on_next_token: Callable[[Tensor], None] | None = None  # called with next_token
 
     def _run(self, index: int, layer: nn.Module, call: Call) -> None:
         if index == 0:
@@ -171,13 +174,13 @@ class Pack(Segment):
 
         def note(h: Tensor, tokens: Tensor | None, offset: int) -> None:
             where = tokens.cpu() if tokens is not None else torch.arange(self.hidden.shape[1])
-            at, whose, which = (where[:, None, None] == self.last).nonzero(as_tuple=True)  # of an expert, perhaps none
+            at, whose, which = (where[:, None, None] == self.last).nonzero(as_tuple=True)  # an expert may have none
             h = h.flatten(0, -2)[at.to(h.device)].float().cpu()
             self.h[index, whose, which, offset : offset + h.shape[-1]] = h
 
         def turn(norm: nn.Module, args: tuple) -> None:
             y = args[0].flatten(0, -2)[self.last.to(args[0].device)].float()
-            square = y.square().mean(-1).log().mean(-1).exp()  # of several positions the geometric mean
+            square = y.square().mean(-1).log().mean(-1).exp()  # over several positions the geometric mean
             self.turns[index] = (_eps(norm) / square.clamp_min(1e-30)).sqrt().cpu()
 
         with tapped(self.places[index], self.site, note), ExitStack() as stack:
@@ -186,49 +189,49 @@ class Pack(Segment):
                 stack.callback(handle.remove)
             super()._run(index, layer, call)
 
-    def arrive(self) -> None:
-        """The head, once the last layer is done."""
+    def finish(self) -> None:
+        """Run the head, after the last layer."""
         with torch.no_grad():
             logits = head(self.model, self.hidden[:, self.last[:, -1]])
         check_numbers(logits, self.model, "the base")
         self.value = of_logits(logits, np.arange(self.count), self._answers, self._others).tolist()
         self.next_token = logits.softmax(-1).cpu()
-        if self.arrived:
-            self.arrived(self.next_token)
+        if self.on_next_token:
+            self.on_next_token(self.next_token)
         self.p = [float(row[ids].sum()) for row, ids in zip(self.next_token, self._answers.ids, strict=True)]
 
     def rows(self, owner: np.ndarray) -> Tokens:
-        """The tokens of a row for each of these questions, one row after the other."""
+        """The tokens of one row for each of these questions."""
         last = self.last.numpy()[owner]
         depth = self.tokens.depth[last]
         whose, row, fork = (np.repeat(x, self.positions) for x in (owner, np.arange(len(owner)), depth[:, 0]))
         return Tokens(self.tokens.ids[last].ravel(), whose, depth.ravel(), row, fork)
 
     def objective(self, hidden: Tensor, owner: np.ndarray) -> Tensor:
-        """What is attributed, [R]. hidden: the last layer's output for rows of the questions `owner`, [1, R, D]."""
+        """The objective, [R]. hidden: the last layer's output for rows of the questions `owner`, [1, R, D]."""
         return objective(self.model, hidden, owner, self._answers, self._others)
 
 
 class Rows:
-    """Rows of some layers of a pack's questions: up through the layers, through the head, and down again.
+    """The rows of a pack's questions: forward through the layers, through the head, and backward.
 
-    gammas: per question {layer: [n]}. bare: one row per question more, in which nothing is scaled; its gradients at all
-    layers are those at gamma = 1, and become the pack's. graphs: bytes that the layers' graphs may take on the way up;
-    of as many of the last layers as that holds they are kept, so that nothing is computed twice. Of the others only
-    the input is held, and the layer is computed again on the way down.
+    gammas: per question {layer: [n]}. bare: True adds one row per question in which nothing is scaled; its gradients,
+    at gamma = 1 in every layer, become the pack's. graphs: bytes that the layers' graphs may take in the forward pass.
+    As many of the last layers as fit keep their graph. The others keep their input only, and are computed again in the
+    backward pass.
     """
 
     def __init__(self, pack: Pack, gammas: Sequence[dict[int, Tensor]], graphs: float, bare: bool):
         self.pack, self._gammas, self._each = pack, gammas, pack.positions
         self._bare, self._lowest = pack.count if bare else 0, 0 if bare else min(min(g) for g in gammas if g)
         self._kept = self._first_kept(graphs)  # layers from here on keep their graph
-        self._hidden: Any = None  # a Tensor on the way up
-        self._gradient: Any  # a Tensor on the way down
-        self._owner = np.zeros(0, int)  # of each row; its tokens stand side by side
-        self._start: dict[int, int] = {}  # of the layer's own rows
-        self._held: dict[int, Any] = {}  # _Held, or the layer's input alone
+        self._hidden: Any = None  # a Tensor in the forward pass
+        self._gradient: Any  # a Tensor in the backward pass
+        self._owner = np.zeros(0, int)  # of each row
+        self._start: dict[int, int] = {}  # {layer: index of its first row}
+        self._held: dict[int, Any] = {}  # {layer: _Held, or its input only}
         self._cache = new_cache(decoder_layers(pack.model), pack.cache, len(pack.context.ids), keep=False)
-        self.gradients: dict[int, Tensor] = {}  # of the layer's own rows
+        self.gradients: dict[int, Tensor] = {}  # {layer: gradients of its rows}
 
     def _first_kept(self, graphs: float) -> int:
         count, size = len(self.pack.places), self.pack.hidden_size
@@ -237,8 +240,8 @@ class Rows:
         needs = [activations(float(n), size, self.pack.itemsize) for n in rows[::-1]]  # from the last layer down
         return count - int(np.searchsorted(np.cumsum(needs), graphs, "right"))
 
-    def up(self, index: int, layer: nn.Module) -> None:
-        """Append the rows of layer `index`, if any, and go through it."""
+    def forward(self, index: int, layer: nn.Module) -> None:
+        """Append the rows of layer `index`, if any, and run it."""
         if index < self._lowest:
             return
         self._append(index)
@@ -257,28 +260,28 @@ class Rows:
         owner = np.concatenate([bare, np.repeat(np.arange(len(counts)), counts)])
         self._start[index] = len(self._owner) + len(bare)
         self._owner = np.concatenate([self._owner, owner])
-        own = self.pack.base[index][torch.from_numpy(owner)].flatten(0, 1)[None]
-        self._hidden = own if self._hidden is None else torch.cat([self._hidden.to(own.device), own], 1)
+        new = self.pack.base[index][torch.from_numpy(owner)].flatten(0, 1)[None]
+        self._hidden = new if self._hidden is None else torch.cat([self._hidden.to(new.device), new], 1)
 
     def _run(self, index: int, layer: nn.Module, hidden: Tensor) -> _Held:
-        """Rows through one layer; the layer's own have h scaled by their gammas."""
+        """Run the rows through one layer. In the layer's own rows, h is scaled by their gammas."""
         pack, start, hidden = self.pack, self._start[index] * self._each, hidden.detach().requires_grad_()
         of_rows = torch.cat([torch.zeros(self._start[index]), *(g[index] for g in self._gammas if index in g)])
         gammas = of_rows.repeat_interleave(self._each)
-        own: list[_Leaf] = []
+        scaled: list[_Leaf] = []
         bare: list[_Leaf] = []
 
         def tap(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
             flat = h.flatten(0, -2)
             where = torch.arange(len(flat), device=h.device) if tokens is None else tokens
-            for leaves, mask in (own, where >= start), (bare, where < self._bare * self._each):
+            for leaves, mask in (scaled, where >= start), (bare, where < self._bare * self._each):
                 at = mask.nonzero()[:, 0]
-                if not len(at):  # an expert that none of them was given to
+                if not len(at):  # none of them was routed to this expert
                     continue
                 part = flat[at]
-                if leaves is own:
+                if leaves is scaled:
                     part = (gammas.to(h)[where[at], None] * part.detach()).requires_grad_()
-                leaves.append(_Leaf(where[at] - (start if leaves is own else 0), offset, part))
+                leaves.append(_Leaf(where[at] - (start if leaves is scaled else 0), offset, part))
                 flat = flat.index_put((at,), part)
             return flat.view_as(h)
 
@@ -286,7 +289,7 @@ class Rows:
         mask = _mask_of(pack.model, tokens, pack.context.before(tokens))
         _, call = call_of(pack.model, index, tokens.ids, tokens.depth, mask, self._cache)
         with tapped(pack.places[index], pack.site, tap):
-            return _Held(hidden, own, bare, call.run(layer, hidden))
+            return _Held(hidden, scaled, bare, call.run(layer, hidden))
 
     def head(self) -> None:
         """The objective of every row, and its gradient with respect to the last layer's output."""
@@ -298,48 +301,49 @@ class Rows:
         self._gradient, self._values = torch.zeros_like(self._hidden), value.detach().cpu()
         self._gradient[:, last], self._hidden = gradient, None
 
-    def down(self, index: int, layer: nn.Module) -> None:
-        """The gradient one layer further down; at a layer that has rows, with respect to their h."""
+    def backward(self, index: int, layer: nn.Module) -> None:
+        """Backpropagate through layer `index`; if it has rows of its own, keep the gradient of their h."""
         if index < self._lowest:
             return
         held = self._held.pop(index)
         if index < self._kept:
             with torch.enable_grad():
                 held = self._run(index, layer, held)
-        leaves, inputs = [*held.own, *held.bare], [held.input] if index > self._lowest else []
+        leaves, inputs = [*held.scaled, *held.bare], [held.input] if index > self._lowest else []
         wanted = [leaf.values for leaf in leaves] + inputs
-        found = torch.autograd.grad(held.output, wanted, self._gradient.to(held.output.device)) if wanted else ()
+        gradients = torch.autograd.grad(held.output, wanted, self._gradient.to(held.output.device)) if wanted else ()
         start = self._start[index] * self._each
-        self.gradients[index] = self._gathered(held.own, found, held.input.shape[1] - start)
+        self.gradients[index] = self._gathered(held.scaled, gradients, held.input.shape[1] - start)
         if self._bare:
             if self.pack.gradient is None:
                 self.pack.gradient = torch.zeros_like(self.pack.h)
-            of_bare = self._gathered(held.bare, found[len(held.own) :], self._bare * self._each)
-            self.pack.gradient[index] = of_bare.view_as(self.pack.gradient[index])
-        self._gradient = found[-1][:, :start] if inputs else None
+            unscaled = self._gathered(held.bare, gradients[len(held.scaled) :], self._bare * self._each)
+            self.pack.gradient[index] = unscaled.view_as(self.pack.gradient[index])
+        self._gradient = gradients[-1][:, :start] if inputs else None
 
-    def _gathered(self, leaves: list[_Leaf], found: Sequence[Tensor], count: int) -> Tensor:
-        """The leaves' gradients, row by row: [rows, N * F] of `count` tokens; zero for experts that were not chosen."""
+    def _gathered(self, leaves: list[_Leaf], gradients: Sequence[Tensor], count: int) -> Tensor:
+        """The leaves' gradients by row, [rows, N * F] for `count` tokens; zero for experts that were not chosen."""
         result = torch.zeros(count, self.pack.neurons)
-        for leaf, gradient in zip(leaves, found, strict=False):
+        for leaf, gradient in zip(leaves, gradients, strict=False):
             result[leaf.tokens.cpu(), leaf.offset : leaf.offset + gradient.shape[-1]] = gradient.float().cpu()
         return result.view(count // self._each, self._each * self.pack.neurons)
 
-    def found(self) -> list[dict[int, Found]]:
-        """What each question's layers gave."""
-        result: list[dict[int, Found]] = [{} for _ in self._gammas]
+    def results(self) -> list[dict[int, NodeValues]]:
+        """The values at each question's nodes, by layer."""
+        result: list[dict[int, NodeValues]] = [{} for _ in self._gammas]
         for index, gradients in self.gradients.items():
             start = 0
             for of_question, gammas in zip(result, self._gammas, strict=True):
                 if index in gammas:
                     end = start + len(gammas[index])
                     p = self._values[self._start[index] + start : self._start[index] + end]
-                    of_question[index], start = Found(gradients[start:end], p), end
+                    of_question[index], start = NodeValues(gradients[start:end], p), end
         return result
 
 
 class _Leaf(NamedTuple):
-    """h of some tokens, [n, F'], as the layer goes on with it. tokens: which of those meant; offset: of neuron 0."""
+    """Activations of some tokens, [n, F'], as the layer continues with them. tokens: their indices among the rows'
+    tokens; offset: the first neuron."""
 
     tokens: Tensor
     offset: int
@@ -347,19 +351,19 @@ class _Leaf(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """One layer's graph. input, output: [1, N, D]; own: scaled h of the layer's own rows; bare: h of the bare ones."""
+    """One layer's graph. input, output: [1, N, D]; scaled: h of the layer's own rows; bare: h of the unscaled rows."""
 
     input: Tensor
-    own: list[_Leaf]
+    scaled: list[_Leaf]
     bare: list[_Leaf]
     output: Tensor
 
 
 def _eps(norm: nn.Module) -> float:
-    """What an RMS norm adds to the mean square; transformers' modules call it by several names."""
+    """What an RMS norm adds to the mean square; its name differs between modules of transformers."""
     return next(getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name))
 
 
 def _mask_of(model: nn.Module, tokens: Tokens, context: Tokens) -> Tensor | dict:
-    """What each of `tokens`, the last of their context, attends to."""
+    """The attention mask of `tokens`, which are the last of their context."""
     return attention_mask(model, context.seen_by(tokens), tokens.depth, context.depth)

@@ -1,8 +1,8 @@
-"""scores.safetensors: what `locate` computes, written question by question so that it can be resumed.
+"""scores.safetensors, the output of `locate`: written question by question, so that a run can be resumed.
 
-The file is laid out in full before the first question. A question's rows are written and synced before its `done`
-flag, so whatever moment a run is killed at, the next one starts at the first question without a flag and ends with
-the same bytes. Tensors: scores [Q, L, F] F32, p [Q], p_zero [Q, L], residual [Q, L], nodes [Q, L], p_best_wrong [Q],
+The file has its full size before the first question. A question's entries are written and synced before its `done`
+flag. So a run that is killed at any moment can be resumed at the first question without a flag, and ends with the same
+bytes. Tensors: scores [Q, L, F] F32, p [Q], p_zero [Q, L], residual [Q, L], nodes [Q, L], p_best_wrong [Q],
 p_answers [Q] (absent in files of earlier versions), done [Q] U8. The metadata holds questions, settings and the base's
 fingerprint.
 """
@@ -44,7 +44,7 @@ _DTYPE = {"F32": "<f4", "I32": "<i4", "U8": "u1"}
 class Scores:
     """A finished scores file.
 
-    values: [Q, L, F] float32. p: P(right answer), [Q]; p_best_wrong: P(likeliest other answer), [Q]. residual, nodes:
+    values: [Q, L, F] float32. p: P(right answer), [Q]; p_best_wrong: P(likeliest wrong answer), [Q]. residual, nodes:
     of the quadrature, [Q, L]. settings: the file's metadata. p_answers: P of all answers together, [Q]; None in a file
     of an earlier version with more than two answers.
     """
@@ -73,7 +73,7 @@ def load_scores(path: str | Path) -> Scores:
         raise ScoresError(f"{path} is unfinished ({int(arrays['done'].sum())} questions done): run locate again")
     for name in ("p", "p_answers", "p_best_wrong", "residual", "scores"):
         if name in arrays and not all(np.isfinite(row).all() for row in arrays[name]):
-            raise ScoresError(f"{path} holds values of {name} that are not numbers: it is damaged, run locate again")
+            raise ScoresError(f"{path} holds values of {name} that are not finite: it is damaged, run locate again")
     return Scores(
         arrays["scores"],
         arrays["p"],
@@ -104,9 +104,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
             raise TypeError
         if meta["site"] not in SITES or not all(isinstance(meta[k], str) for k in ("base", "model", "recipe")):
             raise TypeError
-        found = {tensor.name: tensor for tensor in shard.tensors}
-        sizes = dict(zip("QLF", found["scores"].shape, strict=True))
-        layout = {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}
+        tensors = {tensor.name: tensor for tensor in shard.tensors}
+        sizes = dict(zip("QLF", tensors["scores"].shape, strict=True))
+        layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         expected = _layout(sizes)
         if "p_answers" not in layout:
             del expected["p_answers"]
@@ -143,7 +143,7 @@ class Row:
 
 
 def gathered(questions: Sequence[Question], rows: Sequence[Row], settings: dict) -> Scores:
-    """`Scores` of questions that were attributed without a file. settings: as a file's metadata has them."""
+    """`Scores` from entries that were computed without a file. settings: as in a file's metadata."""
 
     def column(name: str, dtype: type = np.float32) -> np.ndarray:
         return np.array([getattr(row, name) for row in rows], dtype)
@@ -165,9 +165,9 @@ def gathered(questions: Sequence[Question], rows: Sequence[Row], settings: dict)
 class ScoresWriter:
     """Writes a scores file in place; `done` lists the questions that an earlier run finished.
 
-    The file is locked until `close`. aside: a file of other settings is kept under another name, and found again when
-    its settings come back; else it raises ScoresError. Raises OutputError if it cannot be written or another run is
-    writing it.
+    The file is locked until `close`. aside: True renames an existing file of other settings, and reuses it when those
+    settings come back; False raises ScoresError for it. Raises OutputError if the file cannot be written, or another
+    run is writing it.
     """
 
     def __init__(
@@ -180,19 +180,19 @@ class ScoresWriter:
         aside: bool = False,
     ):
         self.path = path
-        # A twin is written where there is one, so that all other files keep their bytes.
-        about = [{k: v for k, v in asdict(q).items() if k != "twin" or v} for q in questions]
-        meta = json.dumps({**settings, "questions": about}, sort_keys=True)
+        # `twin` is written only if there is one, so that files of other recipes keep their bytes.
+        records = [{k: v for k, v in asdict(q).items() if k != "twin" or v} for q in questions]
+        meta = json.dumps({**settings, "questions": records}, sort_keys=True)
         sizes = {"Q": len(questions), "L": layers, "F": neurons}
         with write_errors(path):
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
             self._handle = self._open(meta, sizes)
         try:
-            arrays, found = _read(path)
-            if (other := json.dumps(found, sort_keys=True)) != meta and aside:
+            arrays, stored = _read(path)
+            if (other := json.dumps(stored, sort_keys=True)) != meta and aside:
                 self._put_aside(other, meta, sizes)
-                arrays, found = _read(path)
-            if json.dumps(found, sort_keys=True) != meta:
+                arrays, stored = _read(path)
+            if json.dumps(stored, sort_keys=True) != meta:
                 raise ScoresError(
                     f"{path} was begun with another model, recipe or setting: move it away, or choose another --out"
                 )
@@ -203,7 +203,7 @@ class ScoresWriter:
         self.done = np.array(arrays["done"], bool)
 
     def _open(self, meta: str, sizes: dict[str, int]) -> int:
-        """An open file, locked. A new one is laid out under another name: who finds it by its name finds it whole."""
+        """Open and lock the file. A new one is laid out under another name, so that under its own name it is whole."""
         if not self.path.exists():
             fresh = self.path.with_name(self.path.name + ".new")
             handle = os.open(fresh, os.O_RDWR | os.O_CREAT, 0o666)
@@ -216,19 +216,19 @@ class ScoresWriter:
                     fresh.unlink()
                     raise
                 return handle
-            fresh.unlink()  # another run was quicker
+            fresh.unlink()  # another run was faster
             os.close(handle)
         handle = os.open(self.path, os.O_RDWR)
         claim(handle, self.path)
         return handle
 
     def _put_aside(self, other: str, meta: str, sizes: dict[str, int]) -> None:
-        """Give the locked file, whose metadata is `other`, a name of its own, and take up what there is for `meta`."""
+        """Rename the locked file, whose metadata is `other`, and open the one for `meta`, new or earlier."""
         kept, earlier = (
             self.path.with_stem(f"{self.path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
             for text in (other, meta)
         )
-        say(f"{self.path} is of another model, recipe or setting: it was renamed to {kept.name}")
+        say(f"{self.path} has another model, recipe or setting: it was renamed to {kept.name}")
         with write_errors(self.path):
             os.rename(self.path, kept)
             if earlier.exists():
@@ -242,7 +242,7 @@ class ScoresWriter:
         values = {field.name: getattr(row, field.name) for field in fields(row) if field.name in self._tensors}
         if not all(np.isfinite(np.asarray(value)).all() for value in values.values()):
             raise ScoresError(
-                f"question {q + 1} has scores that are not numbers: the model overflows, try --dtype float32"
+                f"question {q + 1} has scores that are not finite: the model overflows, try --dtype float32"
             )
         with write_errors(self.path):
             for name, value in sorted(values.items()):
@@ -252,7 +252,7 @@ class ScoresWriter:
             os.fsync(self._handle)
 
     def _put(self, name: str, q: int, value: np.ndarray | float) -> None:
-        """Not through a memory map: on a full disk that would end the process by a signal."""
+        """Write one value. Rejected: a memory map, which on a full disk would kill the process by a signal."""
         tensor = self._tensors[name]
         row = np.broadcast_to(np.asarray(value, _DTYPE[tensor.dtype]), tensor.shape[1:]).tobytes()
         position = tensor.start + q * len(row)
@@ -273,7 +273,7 @@ def _lay_out(handle: int, meta: str, sizes: dict[str, int]) -> None:
     os.truncate(handle, 0)
     os.pwrite(handle, head, 0)
     size = len(head) + sum(size for *_, size in tensors)
-    if hasattr(os, "posix_fallocate"):  # takes the space now: a hole that is read on a full disk kills the process
+    if hasattr(os, "posix_fallocate"):  # reserve the space now: on a full disk, touching a hole would kill the process
         os.posix_fallocate(handle, 0, size)
     else:
         os.truncate(handle, size)

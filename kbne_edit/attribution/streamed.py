@@ -1,8 +1,8 @@
-"""A model whose layers are read from its checkpoint when they are needed, for attribution beyond the memory's size.
+"""A model larger than memory: each layer is read from the checkpoint when it is needed.
 
-The model's modules exist without weights; embeddings, final norm and head are loaded for good, each layer for the time
-that it computes, while the next one is read and converted beside it. What a tensor on disk is called in memory, and
-how it is put together there, only transformers knows: its own loader fills in each layer.
+The modules are created without weights. Embeddings, final norm and head are loaded once. Each layer is loaded while it
+computes, and the next one is read and converted in the background. transformers' own loader fills in each layer,
+because it knows the names of tensors in memory and how they are put together.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from ..progress import progress, say
 
 
 class Streamed:
-    """Supplies a checkpoint's layers one by one (`attribution.Layers`). memory: budget of what computes, in bytes.
+    """Supplies a checkpoint's layers one by one (`gradients.Layers`). memory: budget in bytes.
 
-    device: where the layers compute. Each is read and put together in the machine's memory (pinned where the device can
-    fetch from there by itself), and copied to the device while the layer before it computes.
-    bytes_read: what was read of the weights so far. Raises CheckpointError if a tensor is missing, InputError if not
-    even one question fits the budget.
+    device: where the layers compute. A layer is assembled in the machine's memory (pinned for devices that copy from
+    there asynchronously), and copied to the device while the layer before it computes.
+    bytes_read: bytes of weights read so far. Raises CheckpointError if a tensor is missing, InputError if not even one
+    question fits the budget.
     """
 
-    graphs: float = 0  # the weights are gone before the way down
+    graphs: float = 0  # the weights are released before the backward pass
     max_rows = float("inf")  # bounded by the budget already
 
     def __init__(self, checkpoint: Checkpoint, memory: float, device: str = "cpu"):
@@ -55,14 +55,14 @@ class Streamed:
         self._layers, self._path = decoder_layers(self.model), family_of(self.model.config.to_dict()).layers + "."
         self._names = self._whose_tensors()
         self._load(None)
-        for module in self.model.modules():  # of layers the buffers alone: their parameters are not there yet
+        for module in self.model.modules():  # in layers only the buffers: their parameters are not loaded yet
             _to_device(module, self._device)
         self.model.tie_weights()
         outer = [(name, p) for name, p in self.model.named_parameters() if not name.startswith(self._path)]
         self._complete(name for name, p in outer if p.is_meta)
 
     def _whose_tensors(self) -> dict[int | None, list[str]]:
-        """The names on disk of each layer's tensors; None: of everything else that the model has."""
+        """The names on disk of each layer's tensors; under None those of everything else."""
         known, path = self.model.state_dict(), self._path
         transforms = get_model_conversion_mapping(self.model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -76,11 +76,11 @@ class Streamed:
         return result
 
     def _load(self, layer: int | None) -> None:
-        """Read a layer's tensors, or what is outside all layers, and let transformers put them where they belong."""
+        """Read a layer's tensors (None: everything outside the layers) and let transformers assign them."""
         names = self._names.get(layer, [])
         mapping: Any = get_model_conversion_mapping(self.model)
         config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
-        with quiet():  # outside the layers no tensor is put together from several: one at a time takes less memory
+        with quiet():  # outside the layers no tensor is assembled from several, so one at a time is enough
             for part in [names] if layer is not None else [[name] for name in names]:
                 convert_and_load_state_dict_in_model(self.model, {name: self._read(name) for name in part}, config)
         self.model.requires_grad_(False)
@@ -109,14 +109,14 @@ class Streamed:
         _, tensor = self._checkpoint.tensors[name]
         return tensor.end - tensor.start
 
-    def up(self) -> Iterator[tuple[int, nn.Module]]:
-        return self._supply(range(len(self._layers)), "up")
+    def forward(self) -> Iterator[tuple[int, nn.Module]]:
+        return self._supply(range(len(self._layers)), "forward")
 
-    def down(self) -> Iterator[tuple[int, nn.Module]]:
-        return self._supply(range(len(self._layers) - 1, -1, -1), "down")
+    def backward(self) -> Iterator[tuple[int, nn.Module]]:
+        return self._supply(range(len(self._layers) - 1, -1, -1), "backward")
 
-    def _supply(self, order: Sequence[int], way: str) -> Iterator[tuple[int, nn.Module]]:
-        with ThreadPoolExecutor(1) as pool, progress(f"layers, on the way {way}", len(order), "layer") as update:
+    def _supply(self, order: Sequence[int], direction: str) -> Iterator[tuple[int, nn.Module]]:
+        with ThreadPoolExecutor(1) as pool, progress(f"layers, {direction} pass", len(order), "layer") as update:
             pending = pool.submit(self._load, order[0])
             for index, following in zip(order, [*order[1:], None], strict=True):
                 pending.result()
@@ -127,7 +127,7 @@ class Streamed:
                 update(1)
 
     def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int], bare: int) -> int:
-        """How many of the packs fit the budget together. packs: their questions' tokens; rows, bare: as of `Layers`."""
+        """How many of the packs fit the budget together. Arguments as of `Layers`."""
         layer = max(
             sum(4 * math.prod(self._checkpoint.plain_shapes[name]) for name in names)
             for layer, names in self._names.items()
@@ -144,15 +144,15 @@ class Streamed:
         if not fit:
             raise InputError(
                 f"this model needs at least {(self._memory - free + needs[0]) / 1e9:.1f} GB of memory, and "
-                f"{self._memory / 1e9:.1f} GB are given: close other programs, or pass a larger --memory"
+                f"{self._memory / 1e9:.1f} GB are available: close other programs, or pass a larger --memory"
             )
-        said = sum(map(len, packs[:fit])), sum(map(len, packs))
-        say(f"reading the weights layer by layer, for {said[0]} of {said[1]} questions at a time")
+        at_once, questions = sum(map(len, packs[:fit])), sum(map(len, packs))
+        say(f"reading the weights layer by layer, for {at_once} of {questions} questions at a time")
         return fit
 
 
 class _Unallocated(TorchFunctionMode):
-    """`torch.empty` makes tensors without memory: parameters start with it, buffers (rotary tables) do not."""
+    """Makes `torch.empty` allocate nothing. Parameters begin with it, buffers such as rotary tables do not."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.empty:
@@ -164,12 +164,12 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     with foreign(checkpoint.path), _Unallocated():
         config = plain_config(load_config(checkpoint.path))
         model = model_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
-        _empty(model)  # norms start with ones, which would hide that their weight is missing
+        _empty(model)  # norms begin as ones, which would hide a missing weight
     return model.eval().requires_grad_(False)
 
 
 def _to_device(module: nn.Module, device: torch.device) -> None:
-    """Move a module's own weights and buffers, but those without memory."""
+    """Move a module's own weights and buffers, except those on the meta device."""
     for name, parameter in module.named_parameters(recurse=False):
         if not parameter.is_meta and parameter.device != device:
             setattr(module, name, nn.Parameter(_sent(parameter.data, device), requires_grad=False))
@@ -184,7 +184,7 @@ def _sent(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _empty(part: nn.Module) -> None:
-    """Let go of the weights of a layer, or of a model; buffers stay."""
+    """Release the weights of a layer or a model; buffers stay."""
     for module in part.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))

@@ -1,12 +1,11 @@
-"""Attribution where rows cannot be packed: the whole prompt for every node, the nodes of a layer as batch entries.
+"""Attribution where rows cannot be packed: the whole prompt for every node, a layer's nodes as batch entries.
 
-In a layer that hands a state from token to token no mask keeps two rows apart. So each question runs by itself: once
-as it is, and once for each layer with as many batch entries as the quadrature asks for nodes. That costs a pass over
-all layers for each layer, many times what packed rows cost.
+In a recurrent layer no mask keeps two rows apart. So each question runs by itself: once unscaled, and once for each
+layer with a batch entry per node. That costs a pass over all layers for each layer, many times the cost of packed rows.
 
-A block that a model runs through several times (Zamba's) is scaled in all of its uses, and a neuron's score is the sum
-over them: what is said of N positions below holds for N positions of each use, one use after the other. The path leads
-from 0 to what h is in the prompt at each use, whatever the earlier uses would make of it.
+A block that the model uses several times (Zamba's) is scaled in all uses, and a neuron's score is the sum over them.
+Below, N positions then stand for N positions of each use, one use after the other. The path of each use ends at the h
+that this use has in the unscaled prompt, whatever the scaled earlier uses would make of it.
 
 Legend: L layers, F neurons of a layer, N last positions that are scaled, T tokens of the prompt, n nodes, V vocabulary.
 """
@@ -26,14 +25,14 @@ from ..families import Site
 from ..models.bounds import check_numbers
 from ..models.hooks import Tap, tapped
 from ..models.places import num_neurons, places
-from .quadrature import Adaptive, Fixed, Found
+from .quadrature import Adaptive, Fixed, NodeValues
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a model. ids: the prompt, T tokens; answer, others: tokens of the right and the wrong answers.
+    """One question for one model. ids: the prompt, T tokens; answer, others: tokens of the right and the wrong answers.
 
-    others: None attributes P(answer), else the log-odds of both. positions: N.
+    others: None attributes P(answer), else the log-odds. positions: N.
     """
 
     model: Any  # of transformers
@@ -46,7 +45,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Bare:
-    """The prompt as it is. h, gradient: [L, N, F] float32; value: what is attributed; next_token: [V]."""
+    """The unscaled prompt. h, gradient: [L, N, F] float32; value: the objective; next_token: [V]."""
 
     h: Tensor
     gradient: Tensor
@@ -54,12 +53,12 @@ class Bare:
     next_token: Tensor
 
 
-def settle(question: Question, rule: Fixed | Adaptive) -> Bare:
-    """Evaluate the nodes that the rule requests until it requests no more."""
+def integrate(question: Question, rule: Fixed | Adaptive) -> Bare:
+    """Evaluate nodes until the rule requests no more."""
     bare = _bare(question)
     while request := rule.request():
-        found = {layer: _nodes(question, layer, gammas, bare) for layer, gammas in request.items()}
-        rule.accept(bare.h.flatten(1), bare.gradient.flatten(1), bare.value, found)
+        results = {layer: _nodes(question, layer, gammas, bare) for layer, gammas in request.items()}
+        rule.accept(bare.h.flatten(1), bare.gradient.flatten(1), bare.value, results)
     return bare
 
 
@@ -74,37 +73,37 @@ def _bare(question: Question) -> Bare:
     check_numbers(logits, question.model, "the base")
     value = _value(question, logits)
     gradients = torch.autograd.grad(value.sum(), shifts, allow_unused=True)
-    found = [torch.zeros(1, *shape[1:]) if gradient is None else gradient for gradient in gradients]
-    return Bare(h, torch.cat(found), float(value.detach()), logits[0].detach().softmax(-1).cpu())
+    gradient = torch.cat([torch.zeros(1, *shape[1:]) if g is None else g for g in gradients])
+    return Bare(h, gradient, float(value.detach()), logits[0].detach().softmax(-1).cpu())
 
 
-def _nodes(question: Question, layer: int, gammas: Tensor, bare: Bare) -> Found:
-    """One layer's h scaled by each gamma, [n], every node a batch entry."""
+def _nodes(question: Question, layer: int, gammas: Tensor, bare: Bare) -> NodeValues:
+    """The objective with one layer's h scaled by each gamma, [n]; every node is a batch entry."""
     count = question.positions * uses(question.model, question.site)
     shift = torch.zeros(len(gammas), count, num_neurons(question.model), requires_grad=True)
-    own = places(question.model, question.site)[layer]
-    if not own:  # a layer without a feed-forward block
-        return Found(shift.detach().flatten(1), torch.full((len(gammas),), bare.value))
-    with tapped(own, question.site, _tap(gammas, shift, question, bare.h[layer])):
+    blocks = places(question.model, question.site)[layer]
+    if not blocks:  # a layer without a feed-forward block
+        return NodeValues(shift.detach().flatten(1), torch.full((len(gammas),), bare.value))
+    with tapped(blocks, question.site, _tap(gammas, shift, question, bare.h[layer])):
         value = _value(question, _logits(question, len(gammas)))
     (gradient,) = torch.autograd.grad(value.sum(), [shift], allow_unused=True)
     gradient = torch.zeros_like(shift) if gradient is None else gradient
-    return Found(gradient.flatten(1), value.detach())
+    return NodeValues(gradient.flatten(1), value.detach())
 
 
 def uses(model: Any, site: Site) -> int:
-    """How often the model runs through a feed-forward block, at most."""
+    """The largest number of times that the model uses one feed-forward block."""
     counts = [Counter(place.offset for place in layer) for layer in places(model, site)]
     return max(count for layer in counts for count in layer.values())
 
 
 def _tap(gammas: Tensor | None, shift: Tensor, question: Question, h: Tensor) -> Tap:
-    """gamma h + shift at the last N positions, so that the gradient of `shift`, [n, N, F] of zeros, is that of gamma h.
+    """Replaces h by gamma h + shift at the last N positions. shift: zeros [n, N, F], whose gradient is that of gamma h.
 
-    gammas: [n]; None, for one entry, notes in h, [N, F], what it is there.
+    gammas: [n]. None, for a single entry: leaves h unscaled and stores it in `h`, [N, F].
     """
     last, length = question.positions, len(question.ids)
-    used: Counter[int] = Counter()  # how often the neurons from this one on were seen
+    used: Counter[int] = Counter()  # how many uses each slice of neurons has had
 
     def tap(values: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
         flat = values.reshape(-1, values.shape[-1])
@@ -127,7 +126,7 @@ def _tap(gammas: Tensor | None, shift: Tensor, question: Question, h: Tensor) ->
 
 
 def _logits(question: Question, count: int) -> Tensor:
-    """Logits [count, V] float32 after the prompt, which every batch entry holds."""
+    """Logits [count, V] float32 after the prompt, with `count` copies of it as batch entries."""
     device = question.model.get_input_embeddings().weight.device
     ids = torch.tensor([list(question.ids)] * count, device=device)
     with torch.enable_grad():
@@ -135,7 +134,7 @@ def _logits(question: Question, count: int) -> Tensor:
 
 
 def _value(question: Question, logits: Tensor) -> Tensor:
-    """What is attributed, [n]. logits: [n, V]."""
+    """The objective, [n]. logits: [n, V]."""
     answer = logits[:, list(question.answer)].logsumexp(-1)
     if question.others is not None:
         return (answer - logits[:, list(question.others)].logsumexp(-1)).cpu()

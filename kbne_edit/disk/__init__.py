@@ -1,1 +1,1 @@
-"""Checkpoints on disk: safetensors files, their shards, and the manifest. No torch, no model class."""
+"""Checkpoints on disk: safetensors files, their shards, and the manifest. Imports neither torch nor a model class."""

@@ -1,9 +1,9 @@
-"""Weights in .bin files, as torch.save writes them, read without a pickle machine.
+"""Reads the .bin files of torch.save without unpickling them.
 
-A pickle is a program. This module reads the few instructions that a table of plain tensors is made of, builds nothing
-but strings, numbers, tuples, lists, tables and descriptions of tensors, and refuses the rest. The work is bounded by
-the limits below, whatever the file says: a pickle of a few hundred bytes could otherwise run for ever, or fill memory.
-Rejected: torch.load(weights_only=True), which hashes and prints what it has built, and unpacks archives as they ask.
+A pickle is a program. This module interprets only the few opcodes that a dict of plain tensors needs. It builds
+strings, numbers, tuples, lists, dicts and descriptions of tensors, and refuses everything else. The limits below bound
+the work whatever the file says: a pickle of a few hundred bytes could otherwise run forever, or fill the memory.
+Rejected: torch.load(weights_only=True). It hashes and prints the objects it has built, and trusts an archive's sizes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..errors import SourceError, one_line, short, shown
 from ..files import open_input
 from .dtypes import DTYPES
 
-MOST_PICKLE = 16 << 20  # bytes of the table: some 50,000 tensors take that much
-MOST_STEPS = 4_000_000  # instructions of one pickle
+MOST_PICKLE = 16 << 20  # bytes of the pickle: enough for some 50,000 tensors
+MOST_STEPS = 4_000_000  # opcodes of one pickle
 MOST_DIMENSIONS = 16
-_SLACK = 16 << 20  # bytes that the tensors of a file may take beyond twice the file: tied ones are written twice
+_SLACK = 16 << 20  # bytes that a file's tensors may take beyond twice its size: tied tensors are written twice
 
 _STORAGES = {
     "DoubleStorage": "F64",
@@ -48,12 +48,12 @@ _Step = Callable[["_Reader"], Any]
 
 
 class _Refused(Exception):
-    """What a file holds that is no table of plain tensors."""
+    """The file is not a dict of plain tensors. The message says why."""
 
 
 @dataclass(frozen=True)
 class _Global:
-    """A name that the pickle refers to. It is never looked up."""
+    """A name that the pickle refers to. It is never imported."""
 
     module: str
     name: str
@@ -61,6 +61,8 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
+    """A block of `count` numbers that tensors are views of."""
+
     key: str
     dtype: str
     count: int
@@ -68,7 +70,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class BinTensor:
-    """One tensor of a .bin file. start: of its storage in the file; offset, strides: in elements of its dtype."""
+    """One tensor of a .bin file. start: byte offset of its storage in the file; offset, strides: in elements."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -90,7 +92,7 @@ class BinTensor:
         return True
 
     def read(self, path: Path) -> bytes:
-        """Its values in the order of its shape, as a safetensors file has them."""
+        """The values in row-major order, as a safetensors file stores them."""
         if not self.nbytes:
             return b""
         width = DTYPES[self.dtype].bits // 8
@@ -107,7 +109,7 @@ class BinTensor:
 
 @dataclass(frozen=True)
 class _Described:
-    """A tensor as the pickle describes it, before its storage is found."""
+    """A tensor as the pickle describes it, before its storage is located in the file."""
 
     storage: _Storage
     dtype: str
@@ -117,9 +119,9 @@ class _Described:
 
 
 def read_bin(path: Path) -> dict[str, BinTensor]:
-    """The tensors of a .bin file, {name: where it is}. Raises SourceError; nothing of the file is run.
+    """The tensors of a .bin file, by name. Runs nothing of the file. Raises SourceError.
 
-    Both forms are read: archives, and what torch before 1.6 wrote.
+    Reads both formats of torch.save: zip archives, and the older format of torch before 1.6.
     """
     try:
         with open_input(path, SourceError) as file:
@@ -141,16 +143,16 @@ def read_bin(path: Path) -> dict[str, BinTensor]:
 
 
 def _archive(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """(what data.pkl describes, {storage: its start and size in the file}) of an archive."""
+    """(the object in data.pkl, {storage: (start, size) in the file}) of a zip archive."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     tables = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(tables) != 1:
-        raise _Refused("an archive with one data.pkl is expected")
+        raise _Refused("an archive with exactly one data.pkl is expected")
     prefix = tables[0].filename.removesuffix("data.pkl")
     names = {entry.filename.removeprefix(prefix): entry for entry in entries if entry.filename.startswith(prefix)}
     if "constants.pkl" in names:
-        raise _Refused("it holds a program of TorchScript")
+        raise _Refused("it is a TorchScript archive, which holds code")
     order = names.get("byteorder")
     if order and _raw(file, order, size, 16) != b"little":
         raise _Refused("its numbers are big-endian")
@@ -164,9 +166,9 @@ def _archive(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]
 
 
 def _start(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> int:
-    """Where the bytes of an entry begin. Raises _Refused if they are compressed or not all there."""
+    """Where the bytes of an entry begin. Raises _Refused if they are compressed or truncated."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-        raise _Refused(f"{shown(entry.filename)} is compressed, and torch stores weights as they are")
+        raise _Refused(f"{shown(entry.filename)} is compressed, and torch.save never compresses")
     file.seek(entry.header_offset)
     head = file.read(30)
     if len(head) != 30 or head[:4] != b"PK\x03\x04":
@@ -186,13 +188,13 @@ def _raw(file: BinaryIO, entry: zipfile.ZipInfo, size: int, most: int) -> bytes:
 
 
 def _stream(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The same of a file that torch before 1.6 wrote: pickles, then the storages one after the other."""
+    """As `_archive`, for the format before torch 1.6: pickles, then the storages one after the other."""
     if _Reader(file).run() != 0x1950A86A20F9469CFC6C:
-        raise _Refused("it is no file that torch.save wrote")
+        raise _Refused("torch.save did not write it")
     if _Reader(file).run() != 1001:
-        raise _Refused("it is of an unknown version of torch.save")
-    about = _Reader(file).run()
-    if isinstance(about, dict) and about.get("little_endian") is False:
+        raise _Refused("its version of the torch.save format is unknown")
+    info = _Reader(file).run()
+    if isinstance(info, dict) and info.get("little_endian") is False:
         raise _Refused("its numbers are big-endian")
     reader = _Reader(file)
     table = reader.run()
@@ -212,9 +214,9 @@ def _stream(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]
 
 
 def _placed(table: Any, places: dict[str, tuple[int, int]], size: int) -> dict[str, BinTensor]:
-    """The tensors with their places in the file, once all of them are sound."""
+    """The tensors with their positions in the file, all of them checked."""
     if not isinstance(table, dict) or not all(isinstance(value, _Described) for value in table.values()):
-        raise _Refused("not a table of tensors")
+        raise _Refused("not a dict of tensors")
     result, total = {}, 0
     for name, tensor in table.items():
         start, length = places[tensor.storage.key]
@@ -239,7 +241,7 @@ def _placed(table: Any, places: dict[str, tuple[int, int]], size: int) -> dict[s
 
 @dataclass
 class _Reader:
-    """Reads one pickle of a table of tensors. storages: those that it named, by key."""
+    """Interprets one pickle of a dict of tensors. storages: those that it names, by key."""
 
     file: BinaryIO
     stack: list[Any] = field(default_factory=list)
@@ -248,23 +250,23 @@ class _Reader:
     storages: dict[str, _Storage] = field(default_factory=dict)
 
     def run(self) -> Any:
-        """What the pickle describes. Raises _Refused, or a builtin exception where it is damaged."""
+        """The object that the pickle describes. Raises _Refused, or a builtin exception if it is damaged."""
         start = self.file.tell()
         for _ in range(MOST_STEPS):
             code = self.file.read(1)
             if code == b".":
                 return self.stack.pop()
             if self.file.tell() - start > MOST_PICKLE:
-                raise _Refused(f"its table is larger than {MOST_PICKLE >> 20} MB")
+                raise _Refused(f"it is larger than {MOST_PICKLE >> 20} MB")
             step = _STEPS.get(code)
             if step is None:
-                raise _Refused(f"its pickle has an instruction {code!r}, which no table of tensors needs")
+                raise _Refused(f"its pickle has the opcode {code!r}, which a dict of tensors does not need")
             step(self)
-        raise _Refused(f"its pickle has more than {MOST_STEPS} instructions")
+        raise _Refused(f"its pickle has more than {MOST_STEPS} opcodes")
 
     def read(self, count: int) -> bytes:
         if count > MOST_PICKLE:
-            raise _Refused("a text in its pickle is too long")
+            raise _Refused("a string in its pickle is too long")
         data = self.file.read(count)
         if len(data) != count:
             raise _Refused("it is truncated")
@@ -293,47 +295,47 @@ class _Reader:
     def put_all(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
-            raise _Refused("it puts entries into what is no table")
+            raise _Refused("it sets items of something that is not a dict")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if not isinstance(key, (str, int)):  # the hash of a nested tuple can take for ever
-                raise _Refused("a key of its table is no text")
+            if not isinstance(key, (str, int)):  # hashing a nested tuple can take forever
+                raise _Refused("a key of its dict is not a string")
             target[key] = value
 
     def extend(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise _Refused("it appends to what is no list")
+            raise _Refused("it appends to something that is not a list")
         self.stack[-1].extend(values)
 
     def storage(self) -> None:
         kind, storage, key, _, count, *_ = self.stack.pop()
         if kind != "storage" or not isinstance(storage, _Global) or storage.name not in _STORAGES:
-            raise _Refused("it refers to something that is no storage of plain numbers")
+            raise _Refused("it refers to something that is not a storage of plain numbers")
         if not isinstance(key, str) or not isinstance(count, int):
             raise _Refused("a storage is damaged")
         self.storages[key] = _Storage(key, _STORAGES[storage.name], count)
         self.push(self.storages[key])
 
     def call(self) -> None:
-        """The few functions that tensors are made by; none of them is called."""
+        """Imitate the few functions that rebuild tensors; none of them is called."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            raise _Refused("it calls something that is no function of torch.save")
+            raise _Refused("it calls something that is not a function")
         if function == _Global("collections", "OrderedDict") and not arguments:
             self.push({})
         elif function.module != "torch._utils" or function.name not in _REBUILDS:
             raise _Refused(f"it asks for {one_line(function.module[:60])}.{one_line(function.name[:60])}")
         elif function.name.startswith("_rebuild_parameter"):
             if not isinstance(arguments[0], _Described):
-                raise _Refused("a parameter is no tensor")
+                raise _Refused("a parameter is not a tensor")
             self.push(arguments[0])
         else:
-            self.push(_described(arguments, own_dtype=function.name == "_rebuild_tensor_v3"))
+            self.push(_described(arguments, explicit_dtype=function.name == "_rebuild_tensor_v3"))
 
     def build(self) -> None:
-        """The attributes of a table, such as the versions of a module: no weights."""
+        """Ignore the attributes of a dict, such as a module's versions: they hold no weights."""
         self.stack.pop()
         if not isinstance(self.stack[-1], dict):
-            raise _Refused("it sets attributes of what is no table")
+            raise _Refused("it sets attributes of something that is not a dict")
 
 
 _REBUILDS = (
@@ -345,16 +347,16 @@ _REBUILDS = (
 )
 
 
-def _described(arguments: tuple[Any, ...], own_dtype: bool) -> _Described:
+def _described(arguments: tuple[Any, ...], explicit_dtype: bool) -> _Described:
     storage, offset, shape, strides, *rest = arguments
     dtype = storage.dtype
-    if own_dtype:  # dtypes without a storage class of their own: (requires_grad, hooks, dtype, metadata)
+    if explicit_dtype:  # a dtype without a storage class: (requires_grad, hooks, dtype, metadata)
         named = rest.pop(2)
         dtype = _TORCH.get(named.name, "") if named.module == "torch" else ""
         if not dtype:
             raise _Refused(f"a tensor is of type {one_line(named.name[:60])}")
     if len(rest) > 2 and rest[2]:
-        raise _Refused("a tensor is conjugate or negative by a mark, which is no plain weight")
+        raise _Refused("a tensor has the conjugate or negative flag, which plain weights do not have")
     numbers = (offset, *shape, *strides)
     if not all(type(n) is int and 0 <= n < 2**62 for n in numbers) or len(shape) != len(strides):
         raise _Refused("the shape of a tensor is damaged")

@@ -1,4 +1,4 @@
-"""A checkpoint directory: its configuration, its shards, the places of its neurons, and the files beside them."""
+"""A checkpoint directory: its configuration, its shards, its neurons' slots, and the other files."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from .tensors import Shard, TensorInfo, read_raw
 class Checkpoint:
     """A local checkpoint directory: config.json and its safetensors shards (or one file); or a GGUF file.
 
-    path: the directory, or the GGUF file where that was given. gguf: the header of a GGUF file.
+    path: the directory, or the GGUF file if that was given. gguf: the header of a GGUF file.
     """
 
     path: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
-    indexed: bool = False  # the shards are those of an index
-    notes: tuple[str, ...] = ()  # what is unusual about the directory, and was read as transformers does
+    indexed: bool = False  # an index names the shards
+    notes: tuple[str, ...] = ()  # what is unusual about the directory; it was read as transformers reads it
     gguf: Header | None = None
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
-        """Read config, index and every header. Raises CheckpointError that says what to do."""
+        """Read config, index and every header. Raises CheckpointError with advice."""
         path = Path(directory)
         if (file := gguf_file(path)) is not None:
             return cls._open_gguf(path, file)
@@ -72,7 +72,7 @@ class Checkpoint:
 
     @property
     def index(self) -> Path | None:
-        """The index that says which files are the shards; None where there is one file."""
+        """The index that names the shards; None if there is a single file."""
         return self.path / INDEX if self.indexed else None
 
     @cached_property
@@ -93,19 +93,19 @@ class Checkpoint:
 
     @property
     def quantised(self) -> bool:
-        """True if weights are codes and scales, so that only transformers' or our own reader makes numbers of them."""
+        """True if weights are stored as codes and scales, which must be dequantised before use."""
         return self.gguf is not None or self.layout is not None
 
     @property
     def formats(self) -> list[str]:
-        """The formats of its matrices, in words."""
+        """The names of its quantised formats, for messages."""
         if self.gguf is not None:
             return sorted({f"GGUF {entry.kind.name}" for entry in self.gguf.entries})
         return [] if self.layout is None else self.layout.formats
 
     @property
     def plain_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the checkpoint that a quantised one stands for (of GGUF under its own names)."""
+        """The shapes of the unquantised checkpoint (for GGUF under GGUF's names)."""
         if self.gguf is not None:
             return {entry.name: entry.shape for entry in self.gguf.entries}
         return self.shapes if self.layout is None else self.layout.shapes
@@ -126,7 +126,7 @@ class Checkpoint:
         return to_float(self.read_stored(name), self.tensors[name][1].dtype)
 
     def slots(self, site: Site) -> dict[int, list[Slot]]:
-        """Where each layer's factors go, {layer: [Slot, …]}; found once. Raises FamilyError."""
+        """Where each layer's factors go, {layer: [Slot, …]}; cached. Raises FamilyError."""
         if site not in self._slots:
             self._slots[site] = self._find_slots(site)
         return self._slots[site]
@@ -147,21 +147,23 @@ class Checkpoint:
         return {}
 
     def fingerprint(self) -> str:
-        """SHA-256 that identifies the weights, whatever their sharding; read from disk once per opened checkpoint."""
+        """SHA-256 that identifies the weights, however they are sharded; read from disk once."""
         return self._fingerprint
 
     @cached_property
     def _fingerprint(self) -> str:
         """SHA-256 over each tensor's name, dtype, shape and sample.
 
-        The sample is 4 KiB from the tensor's middle: enough to tell a fine-tuned model from its base in a few
-        milliseconds. It says "made for this model", not "undamaged": the manifest's full hashes say that.
+        The sample is 4 KiB from the tensor's middle. It tells a fine-tuned model from its base in a few milliseconds.
+        It identifies the model; whether the files are undamaged is what the manifest's full hashes say.
         """
         digest = hashlib.sha256()
         opened, file = None, None
         try:
             for name, (shard, tensor) in sorted(self.tensors.items()):
-                if opened is not shard or file is None:  # one file at a time: there may be more than may be open
+                if (
+                    opened is not shard or file is None
+                ):  # one open file at a time: there can be more shards than file handles
                     if file is not None:
                         file.close()
                     opened, file = shard, open_input(shard.path)
@@ -175,7 +177,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def other_files(self) -> tuple[list[str], list[str]]:
-        """`other_files` of the directory, besides the shards; of a GGUF file that was given alone there are none."""
+        """`other_files` of the directory, without the shards; none for a GGUF file that was given alone."""
         if self.path == self.shards[0].path:
             return [], []
         return other_files(self.path, {shard.path.name for shard in self.shards}, self.indexed)
@@ -186,10 +188,10 @@ def other_files(
 ) -> tuple[list[str], list[str]]:
     """(files to carry over, weight files to leave out), as sorted paths relative to the directory.
 
-    Left out: the same weights in other formats, and indexes of other files than the `shards`. A loader could prefer
-    them, and they are not edited. Neither: what is no part of a model, such as keys and a trainer's checkpoints (see
-    `names.is_private`); with `private` they are carried like the others. Links to files are followed (see
-    `files.forbid_links_out`). indexed: the index is the shards'.
+    Left out: the same weights in other formats, and indexes of other files than the `shards`. They are not edited, and
+    a loader could prefer them. In neither list: what is not part of the model, such as keys and a trainer's checkpoints
+    (see `names.is_private`); with `private` they are carried over, too. Links to files are followed (see
+    `files.forbid_links_out`). indexed: the index belongs to the shards.
     Raises CheckpointError for what cannot be carried over: links to folders, pipes, devices.
     """
     carry: list[str] = []
@@ -204,8 +206,8 @@ def other_files(
                 continue
             if not os.path.isfile(os.path.join(root, name)):
                 raise CheckpointError(
-                    f"{path} holds {shown(relative)}, which is no file (a pipe, a device, a link to a folder or to "
-                    "nothing): remove it, or put a copy of what is meant in its place"
+                    f"{path} holds {shown(relative)}, which is not a file (a pipe, a device, a link to a folder or to "
+                    "nothing): remove it, or replace it by a copy of what it points to"
                 )
             stale = name.endswith(INDEX_SUFFIX) and not (indexed and relative == INDEX)
             (leave if stale or is_weights(relative) else carry).append(relative)
@@ -213,8 +215,8 @@ def other_files(
 
 
 def private_files(path: Path) -> list[str]:
-    """What lies in a model's folder and is not carried over, because it is no part of the model; sorted."""
-    names = os.listdir(path) if path.is_dir() else []  # a GGUF file that was given alone has nothing beside it
+    """Names in a model's folder that are not carried over, because they are not part of the model; sorted."""
+    names = os.listdir(path) if path.is_dir() else []  # a GGUF file that was given alone has no folder
     return sorted(name for name in names if is_private(name) and not is_hidden(name))
 
 
@@ -223,7 +225,7 @@ def _cannot_list(error: OSError) -> None:
 
 
 def _sharded(path: Path, index: Path) -> tuple[tuple[Shard, ...], list[str]]:
-    """The shards that an index names, and notes. As transformers does, all tensors of these files are taken."""
+    """The shards that an index names, and notes. As in transformers, all tensors of these files count."""
     text = read_json(index)
     weight_map = text.get("weight_map") if isinstance(text, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -242,18 +244,18 @@ def _sharded(path: Path, index: Path) -> tuple[tuple[Shard, ...], list[str]]:
         for tensor in shard.tensors:
             if tensor.name in held:
                 raise CheckpointError(
-                    f"{path}: {shown(tensor.name)} stands in two files, {held[tensor.name]} and {shard.path.name} "
+                    f"{path}: {shown(tensor.name)} is in two files, {held[tensor.name]} and {shard.path.name} "
                     "(transformers takes the latter): load the model with transformers and save it again"
                 )
             held[tensor.name] = shard.path.name
     notes = []
     for name in sorted(weight_map.keys() - held.keys())[:3]:
-        notes.append(f"{index} names {shown(name)}, which no file holds: left aside, as transformers does")
+        notes.append(f"{index} names {shown(name)}, which no file holds: ignored, as transformers does")
     for name in sorted(held.keys() - weight_map.keys())[:3]:
-        notes.append(f"{index} does not name {shown(name)} of {held[name]}: taken, as transformers does")
+        notes.append(f"{index} does not name {shown(name)} of {held[name]}: used, as transformers does")
     for name in sorted(n for n in held.keys() & weight_map.keys() if held[n] != weight_map[n])[:3]:
         notes.append(
-            f"{index} has {shown(name)} in {weight_map[name]}; it stands in {held[name]}, and is taken from there"
+            f"{index} places {shown(name)} in {weight_map[name]}; it is in {held[name]}, and is read from there"
         )
     return shards, notes
 

@@ -1,4 +1,4 @@
-"""The one table of the dtypes that a safetensors file can hold, and rounding to them."""
+"""The table of the dtypes that a safetensors file can hold, and rounding to them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from ..errors import CheckpointError
 class DType:
     """One stored dtype.
 
-    name: as safetensors writes it; bits: of one value; torch: its name in torch, None where torch has none;
-    numpy: what its bytes are read as, None where numpy has no such type (BF16 is read as uint16).
-    precision: bits of the significand, the hidden one included; smallest: the least number of full precision. Both are
-    0 for dtypes that carry no plain weights.
+    name: in safetensors; bits: of one value; torch: its name in torch, None if torch has none; numpy: the type that its
+    bytes are read as, None if numpy has no such type (BF16 is read as uint16). precision: bits of the significand, the
+    hidden one included; smallest: the smallest normal number. Both are 0 for dtypes that hold no plain weights.
     """
 
     name: str
@@ -37,7 +36,7 @@ class DType:
         return 2.0**-self.precision
 
 
-# In the order in which safetensors' writer puts tensors into a file: the widest first.
+# In the order in which safetensors writes tensors to a file: the widest first.
 DTYPES: dict[str, DType] = {
     dtype.name: dtype
     for dtype in (
@@ -66,9 +65,9 @@ DTYPES: dict[str, DType] = {
 
 
 def storage(dtype: str, where: str) -> np.dtype:
-    """What the bytes of an editable dtype are read as. Raises CheckpointError for dtypes that carry no plain weights.
+    """The numpy type of an editable dtype's bytes. Raises CheckpointError for dtypes that hold no plain weights.
 
-    where: the tensor, for the message.
+    where: the tensor's name, for the message.
     """
     kind = DTYPES[dtype]
     if not kind.editable:

@@ -1,4 +1,4 @@
-"""SHA-256 of files and of streams, beside the work of the caller."""
+"""SHA-256 of files and of streams, in the background of other work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..files import open_input
 
-CHUNK = 2 << 20  # bytes read at once: memory is independent of tensors, and the chunk stays in the cache while hashed
+CHUNK = 2 << 20  # bytes read at once: small enough to stay in the processor's cache while it is hashed
 
 
 def file_hash(path: Path) -> str:
@@ -31,7 +31,7 @@ def at_once() -> int:
 
 
 class TwoDigests:
-    """SHA-256 of a stream and of its edited twin, beside the caller's work; one computation until they part."""
+    """SHA-256 of a stream and of its edited copy, in the background; computed once while they are equal."""
 
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool = pool
@@ -40,7 +40,7 @@ class TwoDigests:
         self._jobs: list[Future[Any]] = []
 
     def update(self, before: bytes, after: bytes) -> None:
-        """Take the next piece of both; pass the same object twice where they are equal."""
+        """Add the next chunk of both; pass the same object twice where they are equal."""
         self._wait()
         if after is not before and self._after is None:
             self._after = self._before.copy()
@@ -53,14 +53,14 @@ class TwoDigests:
             job.result()
 
     def hexdigests(self) -> tuple[str, str]:
-        """SHA-256 of the stream and of its twin."""
+        """SHA-256 of the stream and of its edited copy."""
         self._wait()
         return self._before.hexdigest(), (self._after or self._before).hexdigest()
 
 
 @contextmanager
 def in_background() -> Iterator[Callable[..., Future[Any]]]:
-    """A thread for work that nobody waits for before the end, where its errors are raised."""
+    """Yields `submit(work, path)`, which runs in a thread; leaving the context waits and raises its errors."""
     pool = ThreadPoolExecutor(1)
     jobs: list[Future[Any]] = []
 

@@ -1,7 +1,7 @@
-"""The manifest: what a directory that this tool wrote says of itself, kbne_edit.json.
+"""The manifest, kbne_edit.json: what kbne-edit records about a directory that it wrote.
 
-It ends in the SHA-256 of its own text. That is a checksum against damage, which anybody can renew: nothing here is a
-proof, and who must rely on a directory compares it with its base (`verify`).
+It ends with the SHA-256 of its own text. That is a checksum against damage, which anybody can recompute. It proves
+nothing: to rely on a directory, compare it with its base (`verify`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .names import CARD, DELTA, INDEX, MANIFEST, OLD_DELTA
 
 VERSION = 1
 TOOL = f"kbne-edit {__version__}"
-# The edit in another form than a checkpoint: {the manifest's "form": the files that hold it, now or earlier}.
+# Forms of an edit other than a checkpoint: {the manifest's "form": the sets of files that hold it, now or earlier}.
 FORMS = {"peft": ({"adapter_config.json", "adapter_model.safetensors"},), "delta": ({DELTA}, {OLD_DELTA})}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a base comes from. id: of the Hub, or a folder's name; commit: on the Hub, None for a local directory."""
+    """Where a base comes from. id: on the Hub, or a folder's name; commit: on the Hub, None for a local directory."""
 
     id: str
     commit: str | None = None
@@ -51,7 +51,7 @@ class Origin:
 class FileRecord:
     """SHA-256 of one file. before: in the base, None for a file that the base does not have; after: as written.
 
-    base_name: what the base calls it, where that is another name.
+    base_name: its name in the base, if that differs.
     """
 
     before: str | None
@@ -74,7 +74,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class OldShard:
-    """A file of the base that was cut anew. before: its SHA-256; into: the files that hold its tensors now."""
+    """A file of the base that was resharded. before: its SHA-256; into: the files that hold its tensors now."""
 
     before: str
     into: tuple[str, ...]
@@ -106,9 +106,9 @@ class Manifest:
     """What was written: the edit, every file with its hashes, and what the run recorded.
 
     form: "checkpoint", "peft" or "delta". tensors: names of those that changed; undo: SHA-256 of the undo file;
-    left_out: weight files of the base in other formats; resharded: {file of the base: where it went}, {} where the
-    files are the base's. recipe, proofs, summary: on record, as plain JSON; None or {} where the run had none.
-    sealed: False if the file read is not to the byte what `write` wrote.
+    left_out: weight files of the base in other formats; resharded: {file of the base: its `OldShard`}, {} if the
+    files are the base's. recipe, proofs, summary: as recorded by the run; None if it had none.
+    sealed: False if the file is not byte for byte what `write` wrote.
     """
 
     edit: Edit
@@ -133,7 +133,7 @@ class Manifest:
         return self.form == "checkpoint"
 
     def with_file(self, name: str, record: FileRecord) -> Manifest:
-        """The same, with one more file."""
+        """A copy with one more file."""
         return replace(self, files=dict(sorted((self.files | {name: record}).items())))
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class Manifest:
         try:
             return cls._parsed(data, where)
         except (KeyError, TypeError, AttributeError, ValueError, EditError):
-            raise CheckpointError(f"{where} is damaged: it is no manifest that kbne-edit wrote") from None
+            raise CheckpointError(f"{where} is damaged: kbne-edit did not write it") from None
 
     @classmethod
     def _parsed(cls, data: dict[str, Any], where: str) -> Manifest:
@@ -196,7 +196,7 @@ class Manifest:
         )
 
     def record_sha256(self) -> str:
-        """SHA-256 of all that is on record, the card left out: the card says it, so that the two belong together."""
+        """SHA-256 of the record without the card. The card quotes it, which ties the two together."""
         data = self.to_dict()
         data["files"] = {name: entry for name, entry in data["files"].items() if name != CARD}
         return _seal(data)
@@ -207,30 +207,30 @@ class Manifest:
         (directory / MANIFEST).write_text(json_text({**data, "sha256": _seal(data)}), encoding="utf-8")
 
     def fold_sha256(self) -> str:
-        """SHA-256 of what was folded, by what, and what was left out: the undo file says it."""
+        """SHA-256 of the tool, the edit and the files left out. The undo file quotes it."""
         return _seal({"tool": self.tool, "edit": self.edit.to_dict(), "left_out": list(self.left_out)})
 
     def as_read(self) -> Manifest:
-        """The same as it is when it has been written and read: JSON has no tuples, and no numbers as keys."""
+        """The manifest after writing and reading: JSON has no tuples, and no numbers as keys."""
         return Manifest.from_dict(json.loads(json_text(self.to_dict())))
 
     @classmethod
     def read(cls, directory: str | Path) -> Manifest | None:
-        """The manifest of a directory that kbne-edit wrote, None where there is none. Raises CheckpointError."""
+        """The manifest of a directory, None if there is none. Raises CheckpointError."""
         path = Path(directory) / MANIFEST
         if not path.is_file():
             return None
         data = read_json(path)
         manifest = cls.from_dict(data, str(path))
         if not isinstance(data.get("sha256"), str):
-            raise CheckpointError(f"{path} is damaged: it is no manifest that kbne-edit wrote")
+            raise CheckpointError(f"{path} is damaged: kbne-edit did not write it")
         sealed = data["sha256"] == _seal(data) and path.read_bytes() == json_text(data).encode()
         return replace(manifest, sealed=sealed)
 
     def base_names(self, names: Iterable[str]) -> dict[str, str | None]:
         """{file of the directory: its name in the base}; None for one that the base does not have, such as the card.
 
-        .gitattributes, which the Hub adds to whatever it holds, is left out unless the manifest knows it.
+        .gitattributes, which the Hub adds to every repository, is left out unless the manifest lists it.
         """
         result = {}
         for name in names:

@@ -1,4 +1,4 @@
-"""Names of the files of a checkpoint, and of those that this tool adds."""
+"""Names of a checkpoint's files, and of the files that kbne-edit adds."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 MANIFEST = "kbne_edit.json"
-# No file of an output but its shards ends like weights: loaders may take all that do (see folding/columns.py).
+# Only shards have names that end like weights: loaders may load every such file (see folding/columns.py).
 UNDO, DELTA = "kbne_undo.kbne", "kbne_delta.kbne"
-OLD_UNDO, OLD_DELTA = "kbne_undo.safetensors", "kbne_delta.safetensors"  # what earlier versions called them
+OLD_UNDO, OLD_DELTA = "kbne_undo.safetensors", "kbne_delta.safetensors"  # names in earlier versions
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = f"model{INDEX_SUFFIX}"
 CARD = "README.md"
 
-# What may lie in a model's folder and is no part of it: keys, a clone's own folder, what a trainer left.
+# What a model's folder may hold besides the model: keys, a clone's .git, files of a trainer.
 _PRIVATE_FOLDERS = (
     ".*",
     "__pycache__",
@@ -36,17 +36,17 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".ms
 
 
 def is_weights(name: str) -> bool:
-    """True if a file of this name holds weights, or says which files do, in some format."""
+    """True if a file of this name holds weights, or is an index of them, in some format."""
     return name.endswith(_WEIGHTS) or name.endswith((".bin.index.json", f"consolidated{INDEX_SUFFIX}"))
 
 
 def is_hidden(path: str) -> bool:
-    """True for what programs keep beside the files of any folder: a clone's .git, the Hub's .cache, Python's."""
+    """True for folders that programs create anywhere: .git, the Hub's .cache, Python's __pycache__."""
     return path.split("/")[0] in (".git", ".cache", ".huggingface", "__pycache__")
 
 
 def is_private(path: str) -> bool:
-    """True if a file or folder, by its path below a model's folder, is no part of the model and is not passed on."""
+    """True if a file or folder, by its path below a model's folder, is not part of the model: it is never copied."""
     *folders, name = path.split("/")
     if name == ".gitattributes" and not folders:
         return False
@@ -65,13 +65,13 @@ _CHECKPOINT = (
 
 
 def is_part_of_checkpoint(path: str) -> bool:
-    """True if who writes checkpoints gives files such a name. path: below the checkpoint's folder."""
+    """True if writers of checkpoints use such a file name. path: below the checkpoint's folder."""
     return any(fnmatchcase(path.split("/")[-1], pattern) for pattern in _CHECKPOINT)
 
 
 def base_card(carried: Collection[str]) -> str:
-    """The name under which an output keeps the base's own card. carried: what is carried over from the base."""
+    """The name under which an output keeps the base's card. carried: the files carried over from the base."""
     name = f"{CARD.removesuffix('md')}base.md"
-    while name in carried:  # the base was baked itself
+    while name in carried:  # the base is itself the output of a bake
         name = f"{name.removesuffix('md')}base.md"
     return name

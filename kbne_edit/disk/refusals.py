@@ -1,4 +1,4 @@
-"""What is no checkpoint that can be edited, and the way out of it."""
+"""Refuses directories that are not an editable checkpoint, with advice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .names import INDEX
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that a path is, or that a directory holds as its only weights; None if there is none."""
+    """The GGUF file at a path, or the only one in a directory without config.json; None if there is none."""
     if path.suffix == ".gguf" and path.is_file():
         return path
     if not path.is_dir() or (path / "config.json").is_file():
@@ -22,7 +22,7 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint that can be edited. Raises CheckpointError for everything else, with the way out."""
+    """config.json of an editable checkpoint. Raises CheckpointError with advice for everything else."""
     try:
         if not os.listdir(path):
             raise CheckpointError(f"{path} is empty: a checkpoint directory holds config.json and the weights")
@@ -61,7 +61,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _forbid_pointers(path: Path) -> None:
-    """Raise CheckpointError if a small file of the directory is a Git LFS pointer: it would be carried over as one."""
+    """Raise CheckpointError if a small file of the directory is a Git LFS pointer: the output would inherit it."""
     for file in sorted(path.iterdir()):
         if not file.is_file() or not 100 < file.stat().st_size < 300 or file.suffix == ".safetensors":
             continue
@@ -71,8 +71,9 @@ def _forbid_pointers(path: Path) -> None:
 
 
 def no_weights(path: Path) -> str:
+    """The message for a directory with config.json and no safetensors weights."""
     if any(path.glob("pytorch_model*.bin*")):
-        return f"{path} holds .bin weights only: they are converted on the way (resolve the source first)"
+        return f"{path} holds .bin weights only: resolve the source first, which converts them"
     if any(path.glob("*.gguf")):
         return f"{path} holds config.json and GGUF weights: give the file itself, e.g. --in {next(path.glob('*.gguf'))}"
     if any(path.glob("*.pth")):

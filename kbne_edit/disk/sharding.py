@@ -1,7 +1,7 @@
-"""Which tensor stands in which file: a checkpoint cut anew into files of a given size, and how it was cut before.
+"""Resharding: which tensor is in which file, now and in the base.
 
-A header is all of a file that its tensors are not. So whoever keeps the headers can cut the files again as they were,
-to the byte.
+A safetensors file is its header and its tensors. So the headers of the old files are all it takes to restore them,
+byte for byte.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .tensors import Shard, TensorInfo, header_bytes, read_metadata
 
 @dataclass(frozen=True)
 class NewShard:
-    """One file of a layout. head: all before the data; tensors: their names, in file order."""
+    """One file of a new sharding. head: all bytes before the data; tensors: their names, in file order."""
 
     name: str
     head: bytes
@@ -28,17 +28,17 @@ class NewShard:
 
 
 def reshard(checkpoint: Checkpoint, size: int | str | None) -> tuple[NewShard, ...]:
-    """The checkpoint's tensors in files of at most `size` bytes, header included; () if they are cut so already.
+    """The checkpoint's tensors in files of at most `size` bytes, header included; () if that changes nothing.
 
-    size: a number of bytes, or text such as "5GB"; None leaves the files as they are. The tensors keep their order; one
-    that is larger has a file to itself. A single file is called model.safetensors, several model-00001-of-0000N and so
-    on. Raises InputError.
+    size: a number of bytes, or text such as "5GB"; None leaves the files as they are. The tensors keep their order; a
+    larger one has a file to itself. A single file is called model.safetensors, several model-00001-of-0000N and so on.
+    Raises InputError.
     """
     if size is None:
         return ()
     most = int(parse_size(size, "shard size")) if isinstance(size, str) else size
     if checkpoint.gguf is not None:
-        raise InputError("a GGUF file is one file, and is not cut anew: leave out the shard size")
+        raise InputError("a GGUF file cannot be resharded: leave out the shard size")
     if most < 1:
         raise InputError(f"shard size {size!r} holds nothing: give a size such as 5GB")
     metadata = shared_metadata(checkpoint)
@@ -53,32 +53,32 @@ def reshard(checkpoint: Checkpoint, size: int | str | None) -> tuple[NewShard, .
 
 
 def new_header(checkpoint: Checkpoint, names: Sequence[str], metadata: dict[str, str]) -> bytes:
-    """All before the data of a file that holds these tensors of the checkpoint. metadata: of `shared_metadata`."""
+    """The header of a file with these tensors of the checkpoint. metadata: of `shared_metadata`."""
     tensors = [checkpoint.tensors[name][1] for name in names]
     return header_bytes(((t.name, t.dtype, t.shape, t.end - t.start) for t in tensors), metadata)
 
 
 def _groups(tensors: Sequence[TensorInfo], most: int, metadata: dict[str, str]) -> list[list[TensorInfo]]:
-    """The tensors in turn, each where it fits beside those before it, else in the next file."""
+    """Fill one file after the other, in order."""
     groups: list[list[TensorInfo]] = []
-    longest = sum(tensor.end - tensor.start for tensor in tensors)  # no offset has more digits
+    longest = sum(tensor.end - tensor.start for tensor in tensors)  # the largest offset, so that no entry is longer
     empty = len(header_bytes([], metadata)) + 8  # the header is padded to a multiple of eight
-    room = 0
+    free = 0
     for tensor in tensors:
         entry = {tensor.name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [longest, longest]}}
-        takes = tensor.end - tensor.start + len(json.dumps(entry, separators=(",", ":")))
-        if not groups or takes > room:
+        needed = tensor.end - tensor.start + len(json.dumps(entry, separators=(",", ":")))
+        if not groups or needed > free:
             groups.append([])
-            room = most - empty
+            free = most - empty
         groups[-1].append(tensor)
-        room -= takes
+        free -= needed
     for group in groups:
-        group.sort(key=lambda tensor: -DTYPES[tensor.dtype].bits)  # the widest first: each is aligned to its own width
+        group.sort(key=lambda tensor: -DTYPES[tensor.dtype].bits)  # the widest first, so that each is aligned
     return groups
 
 
 def shared_metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """What the headers of all files say alike. format: loaders ask for it."""
+    """The metadata that all files have in common. "format" is always there: loaders need it."""
     first, *others = (read_metadata(shard.path) for shard in checkpoint.shards)
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     return {"format": "pt"} | shared
@@ -92,12 +92,13 @@ def index_text(checkpoint: Checkpoint, files: Sequence[NewShard]) -> str:
 
 
 def header_of(shard: Shard) -> bytes:
+    """All bytes of a file before the data."""
     with open_input(shard.path) as file:
         return file.read(shard.data_start)
 
 
 def headers(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """What it takes to cut the files again as they are: their heads, and the index if there is one."""
+    """What restores the present files: their headers, and the index if there is one."""
     result = {shard.path.name: header_of(shard) for shard in checkpoint.shards}
     if checkpoint.index:
         with open_input(checkpoint.index) as file:
@@ -106,12 +107,12 @@ def headers(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def old_shard(name: str, head: bytes, tensors: Collection[str]) -> NewShard:
-    """The file that had this header. Raises CheckpointError if it held others than the `tensors` that there are."""
+    """The old file with this header. Raises CheckpointError if the header names a tensor that is not in `tensors`."""
     header = parse_json(head[8:], f"the header of {name}")
     try:
         names = sorted(header.keys() - {"__metadata__"}, key=lambda tensor: tuple(header[tensor]["data_offsets"]))
         if not all(tensor in tensors for tensor in names):
             raise KeyError
     except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"the header of {name} as it was is damaged: the base cannot be restored") from None
+        raise CheckpointError(f"the old header of {name} is damaged: the base cannot be restored") from None
     return NewShard(name, head, tuple(names))

@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps its feed-forward neurons: which tensor on disk carries which of them, along which axis."""
+"""Where a checkpoint stores its feed-forward neurons: in which tensor on disk, along which axis."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Shapes = dict[str, tuple[int, ...]]  # of tensors on disk, by name
 class Slot:
     """One tensor on disk that carries factors: neurons `offset` to `offset + neurons` of the layer, along `axis`.
 
-    Whatever the format, what carries a neuron is a column or a row of one tensor whose dtype can be multiplied (of a
-    quantised matrix: of its scales). The rest of the tool knows slots and no formats.
+    In every format a neuron is a column or a row of one tensor whose numbers can be multiplied (for a quantised matrix
+    the scales). So the rest of the package handles slots and no formats.
     experts: None, or the size of axis 0 where the tensor stacks all experts.
-    start: where along the axis the first of the neurons stands; stride: how far the next one is.
-    Of a quantised matrix's carrier also: codec, how its numbers are multiplied (a key of `CODECS`; None: as its dtype
-    says); view: the shape that it is read in, where that is not its own; block: where rows share a scale, the tensor
-    that holds it and how many rows do.
+    start: index of the first neuron along the axis; stride: distance to the next one.
+    For carriers of quantised matrices: codec: how the numbers are multiplied, a key of `CODECS` (None: by the dtype);
+    view: the shape to read the tensor in, if not its own; block: where rows share a scale, (the tensor of scales, how
+    many rows share one).
     """
 
     tensor: str
@@ -45,7 +45,7 @@ class Slot:
 
     @property
     def along(self) -> slice:
-        """Its neurons along the axis."""
+        """The neurons' indices along the axis."""
         return slice(self.start, self.start + self.neurons * self.stride, self.stride)
 
     def numbers(self, tensor: TensorInfo) -> Codec:
@@ -53,7 +53,7 @@ class Slot:
         return codec_of(self.codec or tensor.dtype, tensor.name)
 
     def shape(self, tensor: TensorInfo) -> tuple[int, ...]:
-        """The shape that the tensor is read in."""
+        """The shape to read the tensor in."""
         return self.view or tensor.shape
 
 
@@ -64,18 +64,18 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], site: Site
     """
     family, count, size = family_of(config), num_layers(config), hidden_size(config)
     family.module(site)
-    stack, again = _decoder(shapes, family, count), owners(config)
+    stack, shared = _decoder(shapes, family, count), owners(config)
     result: dict[int, list[Slot]] = {}
     for layer in range(count):
-        if layer in again:  # the block stands at the layer that uses it first
+        if layer in shared:  # the block is stored at the first layer that uses it
             result[layer] = []
             continue
-        own = stack.get(layer, {})
+        tensors = stack.get(layer, {})
         result[layer] = []
         for names in filter(None, (family.disk, family)):
-            found = _Layer(layer, own, shapes, names, site)
-            result[layer] = result[layer] or _expert_slots(found, size) or _dense_slots(found, names.down)
-        if not result[layer] and not (family.sparse and own):
+            on_disk = _Layer(layer, tensors, shapes, names, site)
+            result[layer] = result[layer] or _expert_slots(on_disk, size) or _dense_slots(on_disk, names.down)
+        if not result[layer] and not (family.sparse and tensors):
             name = f"{family.layers.rpartition('.')[2]}.{layer}.{family.module(site)}.weight"
             raise FamilyError(
                 f"no tensor on disk for {name} of {shown(config['model_type'])}; "
@@ -87,13 +87,13 @@ def slots(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], site: Site
 def _decoder(shapes: Iterable[str], family: Family, count: int) -> dict[int, dict[str, str]]:
     """The tensors of the decoder's layers: {layer: {name below the layer: full name}}. Raises FamilyError.
 
-    Other parts of a checkpoint have layers, too (vision towers, more prediction heads, draft models). They stand under
-    another prefix. The decoder's prefix is the one that has all `count` layers; where several have, the one that the
+    Other parts of a checkpoint have layers, too (vision towers, more prediction heads, draft models). They have
+    another prefix. The decoder's prefix is the one with all `count` layers; if there are several, the one that the
     family names (`model.layers`).
     """
     family = family.disk or family
-    stem = family.layers.rpartition(".")[2]
-    pattern = re.compile(rf"((?:.*?\.)??){re.escape(stem)}\.(\d+)\.(.+)")
+    suffix = family.layers.rpartition(".")[2]
+    pattern = re.compile(rf"((?:.*?\.)??){re.escape(suffix)}\.(\d+)\.(.+)")
     stacks: dict[str, dict[int, dict[str, str]]] = {}
     for name in shapes:
         if (match := pattern.fullmatch(name)) and not _OTHER_PARTS.search(name):
@@ -102,12 +102,12 @@ def _decoder(shapes: Iterable[str], family: Family, count: int) -> dict[int, dic
                 stacks.setdefault(prefix, {}).setdefault(int(layer), {})[below] = name
     whole = [prefix for prefix, stack in stacks.items() if len(stack) == count]
     if len(whole) > 1:
-        named = family.layers.removesuffix(stem)
+        named = family.layers.removesuffix(suffix)
         whole = [prefix for prefix in whole if prefix == named] or whole
     if len(whole) > 1:
         raise FamilyError(
             f"{len(whole)} parts of this checkpoint could be the decoder: "
-            f"{', '.join(f'{prefix}{stem}' for prefix in sorted(whole)[:3])}. Remove the others from the checkpoint"
+            f"{', '.join(f'{prefix}{suffix}' for prefix in sorted(whole)[:3])}. Remove the others from the checkpoint"
         )
     best = whole[0] if whole else max(stacks, key=lambda prefix: len(stacks[prefix]), default="")
     return stacks.get(best, {})
@@ -118,28 +118,30 @@ def layer_sizes(by_layer: dict[int, list[Slot]]) -> list[int]:
     return [end(by_layer[layer]) for layer in sorted(by_layer)]
 
 
-_OTHER_PARTS = re.compile(r"(?:^|[._])(?:vision|visual|audio)")  # towers have layers, too; only the text is edited
+_OTHER_PARTS = re.compile(
+    r"(?:^|[._])(?:vision|visual|audio)"
+)  # towers have layers, too; only the language model is edited
 
 
 class _Layer(NamedTuple):
-    """A layer on disk. own: {name below the layer: full name}; shapes: of all tensors; family: names in use on disk."""
+    """A layer on disk. tensors: {name below the layer: full name}; shapes: of all tensors; family: names on disk."""
 
     number: int
-    own: dict[str, str]
+    tensors: dict[str, str]
     shapes: Shapes
     family: Family
     site: Site
 
 
 def _dense_slots(layer: _Layer, down: str, offset: int = 0) -> list[Slot]:
-    """down: the block's down-projection."""
+    """The slots of a dense block. down: name of its down-projection below the layer."""
     family, site = layer.family, layer.site
     # W_down is [D, F] in nn.Linear and [F, D] in Conv1D; W_gate is [F, D], packed [2 F, D] with the gate first.
     axis, share = (0 if site != "down" or family.conv1d else 1), (2 if site != "down" and family.packed else 1)
     path = family.module(site) if down == family.down else beside(down, site)
     result = []
     for kind in ("weight", "bias") if site != "down" else ("weight",):
-        if name := layer.own.get(f"{path}.{kind}"):
+        if name := layer.tensors.get(f"{path}.{kind}"):
             shape = _shape(name, layer.shapes, 2 if kind == "weight" else 1)
             neurons = shape[axis] // share
             start = neurons if share == 2 and site == "up" else 0
@@ -148,7 +150,7 @@ def _dense_slots(layer: _Layer, down: str, offset: int = 0) -> list[Slot]:
 
 
 def _expert_slots(layer: _Layer, size: int) -> list[Slot]:
-    """size: D."""
+    """The slots of a layer's experts, the shared ones last. size: D."""
     family = layer.family
     if family.experts is None:
         return []
@@ -162,7 +164,7 @@ def _expert_slots(layer: _Layer, size: int) -> list[Slot]:
 def _stacked(layer: _Layer, size: int) -> list[Slot]:
     """All experts in one tensor, [E, out, in] or transposed."""
     family, site = layer.family, layer.site
-    if not (down := layer.own.get(family.expert_down)):
+    if not (down := layer.tensors.get(family.expert_down)):
         return []
     experts, a, b = _shape(down, layer.shapes, 3)
     transposed = a != size if family.transposed is None else family.transposed  # as transformers decides it
@@ -171,7 +173,7 @@ def _stacked(layer: _Layer, size: int) -> list[Slot]:
         return [Slot(down, layer.number, 1 if transposed else 2, 0, neurons, experts)]
     result = []
     for name in (family.expert_gate_up, f"{family.expert_gate_up}_bias"):
-        if full := layer.own.get(name or ""):
+        if full := layer.tensors.get(name or ""):
             shape = _shape(full, layer.shapes, 3 if name == family.expert_gate_up else 2)
             axis = 2 if transposed and len(shape) == 3 else 1
             start, stride = (int(site == "up"), 2) if family.interleaved else (neurons * int(site == "up"), 1)
@@ -180,12 +182,12 @@ def _stacked(layer: _Layer, size: int) -> list[Slot]:
 
 
 def _one_by_one(layer: _Layer) -> list[Slot]:
-    """A tensor for each expert."""
+    """Each expert in a tensor of its own."""
     family, site = layer.family, layer.site
     pattern = re.compile(re.escape(beside(family.expert_down, site)).replace("N", r"(\d+)"))
-    numbered = {int(match[1]): name for below, name in layer.own.items() if (match := pattern.fullmatch(below))}
+    numbered = {int(match[1]): name for below, name in layer.tensors.items() if (match := pattern.fullmatch(below))}
     if sorted(numbered) != list(range(len(numbered))):
-        raise FamilyError(f"layer {layer.number} lacks the tensors of some experts: it has {len(numbered)}")
+        raise FamilyError(f"layer {layer.number} lacks tensors of some experts: it has {len(numbered)}")
     result = []
     axis = 1 if site == "down" else 0
     for expert, name in sorted(numbered.items()):
@@ -195,9 +197,9 @@ def _one_by_one(layer: _Layer) -> list[Slot]:
 
 
 class Readout(NamedTuple):
-    """What turns the last layer's output x into logits: unembedding @ norm(x). Names on disk; norm None: no weight.
+    """From the last layer's output x to logits: unembedding @ norm(x). Names on disk; norm: None if it has no weight.
 
-    offset: what the norm adds to its weight; centred: True where it takes the mean off x first.
+    offset: what the norm adds to its weight; centred: True if it subtracts the mean of x first.
     """
 
     unembedding: str
@@ -211,11 +213,11 @@ _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 
 def readout(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> Readout | None:
-    """The final norm and the unembedding on disk; None where the last layer's output does not fit the unembedding."""
+    """The final norm and the unembedding on disk; None if the last layer's output does not fit the unembedding."""
     family = family_of(config)
     first = next(slot for layer in slots(shapes, config, "down").values() for slot in layer)
-    stem = (family.disk or family).layers.rpartition(".")[2]
-    prefix = first.tensor[: first.tensor.rindex(f"{stem}.{first.layer}.")]
+    suffix = (family.disk or family).layers.rpartition(".")[2]
+    prefix = first.tensor[: first.tensor.rindex(f"{suffix}.{first.layer}.")]
     heads = [name for name in shapes if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)]
     tied = [name for part in _EMBEDDINGS if (name := f"{prefix}{part}.weight") in shapes]
     norms = [name for part in _NORMS if (name := f"{prefix}{part}.weight") in shapes]

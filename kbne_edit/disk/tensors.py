@@ -1,7 +1,7 @@
-"""Safetensors files: their headers, checked in full, and their tensors by offset. No torch, no model class.
+"""Safetensors files: their headers, checked in full, and their tensors by offset.
 
-A checkpoint is read by offsets, never through a model class: tensors that a class does not know would be lost, tied
-ones doubled.
+A checkpoint is never read through a model class: it would lose tensors that it does not know, and store tied tensors
+twice.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _tensors(path: Path, header: object, data_start: int, size: int) -> tuple[Te
     """Check that the tensors fill the file without hole or overlap, as the format demands."""
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: damaged header (not an object): download it again")
-    metadata, found = header.pop("__metadata__", {}), []
+    metadata, tensors = header.pop("__metadata__", {}), []
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: damaged header (metadata is not text): download it again")
     for name, entry in header.items():
@@ -77,22 +77,22 @@ def _tensors(path: Path, header: object, data_start: int, size: int) -> tuple[Te
             raise CheckpointError(f"{path}: {shown(name)} has the unknown dtype {shown(dtype)}")
         count = 0 if 0 in shape else 1
         for n in shape:
-            count = min(count * n, 8 * size + 1)  # more than the file holds is too much: no product of huge numbers
+            count = min(count * n, 8 * size + 1)  # capped beyond the file's size, so that huge sizes cost nothing
         if end - start != (count * DTYPES[dtype].bits + 7) // 8:
             raise CheckpointError(
                 f"{path}: {shown(name)} does not have the size that its shape requires: download it again"
             )
-        found.append(TensorInfo(name, dtype, shape, data_start + start, data_start + end))
-    found.sort(key=lambda t: (t.start, t.end))
+        tensors.append(TensorInfo(name, dtype, shape, data_start + start, data_start + end))
+    tensors.sort(key=lambda t: (t.start, t.end))
     position = data_start
-    for tensor in found:
+    for tensor in tensors:
         if tensor.start != position:
             raise CheckpointError(f"{path}: tensors overlap or leave a hole at {shown(tensor.name)}: download it again")
         position = tensor.end
     if position != size:
         state = "truncated" if position > size else "longer than its header says"
         raise CheckpointError(f"{path} is {state} ({size} bytes, {position} expected): download it again")
-    return tuple(found)
+    return tuple(tensors)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -103,7 +103,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: dict[str, str] | None) -> bytes:
-    """All of a safetensors file before the data. tensors: (name, dtype, shape, bytes) in the order of the data."""
+    """All bytes of a safetensors file before the data. tensors: (name, dtype, shape, bytes) in file order."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for name, dtype, shape, size in tensors:
@@ -130,6 +130,8 @@ def write_tensors(
     path: Path, tensors: dict[str, tuple[str, np.ndarray]], metadata: dict[str, Any] | None = None
 ) -> None:
     """A safetensors file of {name: (dtype, values as stored)}. metadata: {text: text}."""
-    ordered = sorted(tensors.items(), key=lambda item: (item[1][0] == "U8", item[0]))  # bytes last: they align nothing
+    ordered = sorted(
+        tensors.items(), key=lambda item: (item[1][0] == "U8", item[0])
+    )  # bytes last: they would misalign what follows
     head = header_bytes(((name, dtype, array.shape, array.nbytes) for name, (dtype, array) in ordered), metadata)
     path.write_bytes(head + b"".join(array.tobytes() for _, (_, array) in ordered))

@@ -303,7 +303,7 @@ def _recorded(baked: Path, manifest: Manifest | None, edit: Edit) -> Known:
             kept_evaluations(summary),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{baked}: its manifest has figures of another form than kbne-edit writes") from None
+        raise InputError(f"{baked}: its manifest has figures that kbne-edit did not write") from None
 
 
 def _verdict(known: Known | None, impact: Impact, results: dict[str, TaskResult]) -> Verdict:

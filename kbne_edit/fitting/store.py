@@ -115,7 +115,7 @@ class GradientFile:
 
     def _finite(self, values: Tensor, what: str) -> None:
         if not torch.isfinite(values).all():
-            raise ScoresError(f"{what} has gradients that are not numbers: the model overflows, try --dtype float32")
+            raise ScoresError(f"{what} has gradients that are not finite: the model overflows, try --dtype float32")
 
     def _mark(self, entry: int) -> None:
         self._put("done", entry, b"\1")

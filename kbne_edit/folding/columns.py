@@ -25,7 +25,7 @@ _WEIGHT, _HEADER = "kbne.weight.", "kbne.header."
 @dataclass(frozen=True)
 class Columns:
     """A file of columns, opened. weights: {tensor of the checkpoint: where its columns are}; headers: {file of the
-    base: where all before its data is}, in the undo file of weights that were cut anew.
+    base: where all before its data is}, in the undo file of resharded weights.
     """
 
     shard: Shard

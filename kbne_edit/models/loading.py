@@ -77,7 +77,7 @@ def complete(model: Any, report: dict, path: Path) -> Any:
 
 
 def _forget_sampling(model: Any, path: Path) -> None:
-    """Of generation_config.json keep the special tokens alone: beams, penalties and the like are no part of a greedy
+    """Of generation_config.json keep the special tokens alone: beams, penalties and the like are not part of a greedy
     continuation. Raises CheckpointError where a special token is none."""
     from transformers import GenerationConfig
 

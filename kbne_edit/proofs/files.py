@@ -225,7 +225,7 @@ def _expected_files(run: _Run, manifest: Manifest) -> dict[str, str | None]:
         for name in manifest.files.keys() - expected.keys():
             if not is_weights(name) and (run.base.path / name).is_file() and (run.baked.path / name).is_file():
                 expected[name] = name
-                run.notes.append(f"an earlier version carried over {one_line(name)}, which is no part of the model")
+                run.notes.append(f"an earlier version carried over {one_line(name)}, which is not part of the model")
     return expected
 
 

@@ -77,7 +77,7 @@ def card_fault(directory: Path, manifest: Manifest, base: Path | None = None) ->
     try:
         expected = card_of(manifest, _metadata_kept(directory, manifest) if base is None else metadata_in(base))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, InputError):
-        return f"{MANIFEST} has figures of another form than kbne-edit writes"
+        return f"{MANIFEST} has figures that kbne-edit did not write"
     return "" if text.encode() == _bytes(expected) else f"{CARD} is not the card that {MANIFEST} gives"
 
 

@@ -124,7 +124,7 @@ def _recorded(path: Path, manifest: Manifest) -> Measured:
     try:
         return Measured.of(manifest.summary)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise CheckpointError(f"{path / MANIFEST} has figures of another form than kbne-edit writes") from None
+        raise CheckpointError(f"{path / MANIFEST} has figures that kbne-edit did not write") from None
 
 
 def _answers(path: Path, manifest: Manifest) -> AttributionSummary | None:

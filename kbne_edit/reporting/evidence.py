@@ -193,7 +193,7 @@ def provenance(report: Report) -> list[str]:
     hashes |= {"kbne_undo.kbne": found.undo_sha256} if found.undo_sha256 else {}
     hashes |= {"kbne_edit.json": found.manifest_sha256}
     sums = "\n".join(one_line(f"{value}  {name}") for name, value in hashes.items())
-    cut = [table("Files of the base, cut anew", ["file", "SHA-256", "its tensors are in"], old)]
+    cut = [table("Files of the base, resharded", ["file", "SHA-256", "its tensors are in"], old)]
     return [
         table("Where it comes from", ["what", "value"], cells),
         table("Files", ["file", "SHA-256", "in the base"], files),

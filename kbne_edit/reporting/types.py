@@ -324,7 +324,7 @@ class FileRow:
 
 @dataclass(frozen=True)
 class ReshardedRow:
-    """A file of the base that was cut anew. into: the files with its tensors."""
+    """A file of the base that was resharded. into: the files with its tensors."""
 
     name: str
     sha256: str

@@ -206,7 +206,7 @@ class Tuning:
         try:
             return cls._parsed(record)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            raise InputError(f"{where} has figures of another form than kbne-edit writes") from None
+            raise InputError(f"{where} has figures that kbne-edit did not write") from None
 
     @classmethod
     def _parsed(cls, record: dict) -> Tuning:

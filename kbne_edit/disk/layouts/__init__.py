@@ -1,1 +1,1 @@
-"""Layouts of quantised checkpoints, one small class each: what carries a neuron's multiplier, and how to read it."""
+"""Layouts of quantised checkpoints, one small class each: which tensor carries a neuron's factor, and how."""

@@ -1,7 +1,7 @@
-"""What every layout of a quantised matrix says of itself.
+"""The interface of a quantised format.
 
-A quantised matrix W [O, I] is several tensors under one name: `NAME.qweight`, `NAME.scales` and so on, its parts. The
-format of a matrix knows the shape of W, how W is put together, and which part carries the multiplier of a row of W.
+A quantised matrix W [O, I] is stored as several tensors, its parts: `NAME.qweight`, `NAME.scales` and so on. A format
+knows the shape of W, how to dequantise it, and which part can be multiplied to multiply a row of W.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Carrier:
-    """What holds the multipliers of a matrix's rows.
+    """The part of a matrix that takes the factors of its rows.
 
-    part: which tensor; axis: the axis that counts rows; codec: how its numbers are multiplied, a key of `CODECS`;
-    view: the shape that the tensor is read in, where that is not its own. block: where rows share a scale, the part
-    that holds it and how many rows do; then `part` holds the codes.
+    axis: the axis of the rows; codec: how the numbers are multiplied, a key of `CODECS`; view: the shape to read the
+    tensor in, if not its own. block: where rows share a scale, (the part of scales, how many rows share one); then
+    `part` holds the codes.
     """
 
     part: str
@@ -46,11 +46,10 @@ class Carrier:
 
 
 class Format:
-    """One way to store a matrix. Subclasses set what a class attribute says and write the three methods.
+    """One way to store a matrix. Subclasses set the class attributes and write the three methods.
 
-    name: for messages. needs: parts that are always there; may: parts that can be there. weight: what the plain
-    checkpoint calls the tensor, after the matrix's name. columns: True where the carrier holds the matrix's own
-    columns, not the rows of another one.
+    name: for messages. needs: required parts; may: optional parts. weight: suffix of the tensor's name in the
+    unquantised checkpoint. columns: True if the carrier holds the matrix's own columns, not the rows of another matrix.
     """
 
     name = ""
@@ -60,15 +59,15 @@ class Format:
     columns = False
 
     def fits(self, parts: Parts) -> bool:
-        """Whether a matrix with these parts is of this format."""
+        """True if a matrix with these parts has this format."""
         return all(part in parts for part in self.needs)
 
     def shape(self, parts: Parts, read: Read) -> Shape:
-        """[O, I] of the matrix. read: gives a part as it is stored, for those few that hold a shape."""
+        """[O, I] of the matrix. read: returns a part as it is stored, for formats that store the shape."""
         raise NotImplementedError
 
     def carrier(self, parts: Parts, read: Read) -> Carrier | str:
-        """What carries the multipliers of rows, or why nothing does."""
+        """What carries the factors of rows, or the reason why nothing can."""
         raise NotImplementedError
 
     def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:

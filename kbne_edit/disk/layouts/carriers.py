@@ -1,9 +1,9 @@
-"""From the neurons of a quantised checkpoint to what carries their multipliers.
+"""The carriers of a quantised checkpoint: which stored numbers take the factor of a neuron.
 
-h_i = act(gate_i) * up_i is linear in up_i: factor * h_i is factor * up_i. So where the down-projection is quantised,
-row i of the up-projection takes the factor, in the scales of that row, and entry i of its bias. For a power of two that
-is exact. Where h is not linear in up (a clamp, a block without a gate), there is no such carrier.
-At the sites gate and up the row of that projection takes the factor, whatever becomes of it later.
+h_i = act(gate_i) * up_i is linear in up_i, so scaling up_i scales h_i. Where the down-projection is quantised, row i of
+the up-projection takes the factor, in the scales of that row and in entry i of the bias. For a power of two that is
+exact. Where h is not linear in up (a clamp, a block without a gate), there is no such carrier.
+At the sites gate and up, row i of that projection takes the factor itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .layout import Layout, ReadTensor
 def carriers(layout: Layout, config: dict[str, Any], site: Site, read: ReadTensor) -> dict[int, list[Slot]]:
     """Where each layer's factors go in a quantised checkpoint, {layer: [Slot, …]}.
 
-    Raises FamilyError where a neuron has no multiplier of its own, with the reason.
+    Raises FamilyError with the reason if no stored number can take a neuron's factor.
     """
     result: dict[int, list[Slot]] = {}
     for layer, places in slots(layout.shapes, config, site).items():
@@ -32,7 +32,7 @@ def carriers(layout: Layout, config: dict[str, Any], site: Site, read: ReadTenso
 
 
 def _rows(place: Slot, layout: Layout, config: dict[str, Any], site: Site, read: ReadTensor) -> list[Slot]:
-    """place: a slot of the plain checkpoint. Returned as it is if its tensor is not quantised."""
+    """The slots for a slot of the unquantised checkpoint: the slot itself if its tensor is not quantised."""
     matrix = layout.matrices.get(place.tensor)
     if matrix is None:
         return [place]
@@ -46,7 +46,7 @@ def _rows(place: Slot, layout: Layout, config: dict[str, Any], site: Site, read:
         name, packed = _up_of(name, place, layout)
         start = place.neurons if packed else 0
     result = [_carrier(f"{name}.weight", place, start, layout, read)]
-    if site == "down" and f"{name}.bias" in layout.shapes:  # at the other sites the bias is a place of its own
+    if site == "down" and f"{name}.bias" in layout.shapes:  # at the other sites the bias has a slot of its own
         result.append(Slot(f"{name}.bias", place.layer, 0, place.offset, place.neurons, start=start))
     return result
 
@@ -73,7 +73,7 @@ _SIBLINGS = {"down_proj": ("up_proj", "gate_up_proj"), "w2": ("w3",)}
 
 
 def _up_of(down: str, place: Slot, layout: Layout) -> tuple[str, bool]:
-    """(name of the up-projection beside this down-projection, whether the gate's rows come before its own)."""
+    """(name of the up-projection of a down-projection's block, True if the gate's rows come first in it)."""
     parent, _, last = down.rpartition(".")
     for sibling in _SIBLINGS.get(last, ()):
         name = f"{parent}.{sibling}"
@@ -83,27 +83,27 @@ def _up_of(down: str, place: Slot, layout: Layout) -> tuple[str, bool]:
             if rows == place.neurons * (2 if packed else 1):
                 return name, packed
             raise FamilyError(f"{name} has {rows} rows, and {down} takes {place.neurons} neurons")
-    raise FamilyError(f"{down} is quantised, and no up-projection stands beside it that could take the factor")
+    raise FamilyError(f"{down} is quantised, and its block has no up-projection that could take the factor")
 
 
 def _carrier(name: str, place: Slot, start: int, layout: Layout, read: ReadTensor) -> Slot:
     matrix = layout.matrices.get(name)
     if matrix is None:
         return Slot(name, place.layer, 0, place.offset, place.neurons, start=start)
-    found = matrix.carrier(read)
-    if isinstance(found, str):
-        raise FamilyError(f"{name} is stored as {matrix.format.name}: {found}")
+    carrier = matrix.carrier(read)
+    if isinstance(carrier, str):
+        raise FamilyError(f"{name} is stored as {matrix.format.name}: {carrier}")
     return Slot(
-        tensor=matrix.parts[found.part],
+        tensor=matrix.parts[carrier.part],
         layer=place.layer,
-        axis=found.axis,
+        axis=carrier.axis,
         offset=place.offset,
         neurons=place.neurons,
         experts=place.experts,
         start=start,
-        codec=found.codec,
-        view=found.view,
-        block=(matrix.parts[found.block[0]], found.block[1]) if found.block else None,
+        codec=carrier.codec,
+        view=carrier.view,
+        block=(matrix.parts[carrier.block[0]], carrier.block[1]) if carrier.block else None,
     )
 
 

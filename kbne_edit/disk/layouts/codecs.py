@@ -1,7 +1,7 @@
 """How the stored numbers of a carrier are read and multiplied.
 
-A codec knows one kind of stored number. `values` reads it, `times` multiplies and rounds once. What rounds to a few
-bits only (FP8, powers of two) is `exact_only`: a product that is not the exact one is refused, never rounded.
+A codec handles one kind of stored number. `values` reads it, `times` multiplies and rounds once. Kinds of very few bits
+(FP8, powers of two) are `exact_only`: an inexact product is refused, never rounded.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6
 
 
 def power_of_two(stored: np.ndarray) -> np.ndarray:
-    """E8M0, an exponent and nothing else: 2^(stored - 127) as float32; 255 is not a number."""
+    """E8M0, an exponent and nothing else: 2^(stored - 127) as float32; 255 is NaN."""
     exponent = np.minimum(stored, 254).astype(np.int32) - 127
     return np.where(stored == 255, np.float32(np.nan), np.ldexp(np.float32(1), exponent))
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Numbers of one kind, of which each is multiplied.
+    """One kind of stored number.
 
-    storage: what numpy reads the bytes as. unit: the largest relative error of a rounding. exact_only: a product that
-    would be rounded is refused. positive: where it is stored, no sign may be (kernels of the format need that).
-    smallest: the least number of full precision.
+    storage: the numpy type of the bytes. unit: the largest relative error of one rounding. exact_only: products that
+    would be rounded are refused. positive: negative numbers are not allowed (kernels of the format need that).
+    smallest: the smallest normal number.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Codec:
         raise NotImplementedError
 
     def exact(self, stored: np.ndarray, factors: np.ndarray) -> np.ndarray:
-        """Where a product is not rounded, booleans of the shape of `values`."""
+        """True where a product is exact, in the shape of `values`."""
         before, after = self.values(stored), self.values(self.times(stored, factors))
         exact = after.astype(np.float64) == before.astype(np.float64) * factors.astype(np.float64)
         return exact & (after >= 0) if self.positive else exact
@@ -77,7 +77,7 @@ class _Plain(Codec):
 
 
 class _Eighths(Codec):
-    """float8_e4m3fn. What is too large saturates, as every caster of the formats does; `exact` tells."""
+    """float8_e4m3fn. Too large numbers saturate, as in all conversions to the format; `exact` detects it."""
 
     def values(self, stored: np.ndarray) -> np.ndarray:
         return E4M3[stored]
@@ -94,7 +94,7 @@ class _Eighths(Codec):
 
 
 class _Exponent(Codec):
-    """E8M0: the factor's exponent is added. A factor that is no power of two gives 255, not a number."""
+    """E8M0: adds the factor's exponent. A factor that is not a power of two gives 255, which is NaN."""
 
     def values(self, stored: np.ndarray) -> np.ndarray:
         return power_of_two(stored)
@@ -131,7 +131,7 @@ CODECS: dict[str, Codec] = {
         ),
         _Eighths("F8_E4M3", _BYTE, 2.0**-4, exact_only=True),
         _Eighths("F8_E4M3 scale", _BYTE, 2.0**-4, exact_only=True, positive=True),
-        _Eighths("F8_E4M3 rescued", _BYTE, 2.0**-4),  # what is rounded there is in the lowest range alone
+        _Eighths("F8_E4M3 rescued", _BYTE, 2.0**-4),  # rounds only in the lowest range
         _Pair("F4 pair", _BYTE, 2.0**-2, exact_only=True),
         _Exponent("F8_E8M0", _BYTE, 1.0, exact_only=True, positive=True),
     )

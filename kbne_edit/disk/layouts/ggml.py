@@ -1,8 +1,8 @@
-"""The types of GGUF's tensors: blocks along a row, each with its own multiplier, which stands at a fixed place in it.
+"""The tensor types of GGUF: blocks along a row, each with a scale at a fixed position in it.
 
-A row is whole blocks, so a row of W is multiplied by multiplying one number in each of its blocks (two where a block
-has an offset as well). The numbers are half floats; MXFP4 has an exponent, and IQ1_M spreads the bits of one half
-float over four words.
+A row consists of whole blocks, so a row of W is multiplied by multiplying the scale of each block (and the offset, if
+the type has one). Scales are half floats; MXFP4 has an exponent, and IQ1_M spreads the bits of one half float over four
+words.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .codecs import CODECS, Codec
 
 @dataclass(frozen=True)
 class BlockType:
-    """One type. weights, size: weights and bytes of a block; fields: where its multipliers stand, in bytes."""
+    """One type. weights, size: weights and bytes per block; fields: byte offsets of the numbers to multiply."""
 
     name: str
     weights: int
@@ -24,7 +24,7 @@ class BlockType:
     fields: tuple[int, ...] = ()
 
 
-# By the numbers that a file gives them.
+# By their numbers in a file.
 TYPES: dict[int, BlockType] = {
     0: BlockType("F32", 1, 4),
     1: BlockType("F16", 1, 2),
@@ -61,14 +61,14 @@ TYPES: dict[int, BlockType] = {
 
 @dataclass(frozen=True)
 class BlockCodec(Codec):
-    """Rows of blocks, [..., bytes] uint8: the multipliers in each block are multiplied, all else stays."""
+    """Rows of blocks, [..., bytes] uint8: multiplies the scales of each block and nothing else."""
 
     kind: BlockType = TYPES[8]
 
     def values(self, stored: np.ndarray) -> np.ndarray:
         blocks = self._blocks(stored)
-        found = [self._number.values(self._get(blocks, field)) for field in self.kind.fields]
-        return np.concatenate(found, -1)
+        values = [self._number.values(self._get(blocks, field)) for field in self.kind.fields]
+        return np.concatenate(values, -1)
 
     def times(self, stored: np.ndarray, factors: np.ndarray) -> np.ndarray:
         blocks = self._blocks(stored).copy()
@@ -84,7 +84,7 @@ class BlockCodec(Codec):
         return CODECS["F8_E8M0" if self.kind.name == "MXFP4" else "F16"]
 
     def _get(self, blocks: np.ndarray, field: int) -> np.ndarray:
-        """One multiplier of each block, [..., blocks], as `_number` stores it."""
+        """One scale of each block, [..., blocks], as `_number` stores it."""
         if self.kind.name == "MXFP4":
             return blocks[..., field]
         if self.kind.name == "IQ1_M":

@@ -1,7 +1,7 @@
-"""GGUF files: the header, read in bounds, and where a file keeps its feed-forward neurons.
+"""GGUF files: the header, and where a file stores its feed-forward neurons.
 
-The reader of the `gguf` package takes seconds for a vocabulary of 150,000 words (each is an object of numpy). Here it
-is skipped, and every count is checked against the file's size before it is believed.
+The reader of the `gguf` package needs seconds for a vocabulary of 150,000 tokens (it makes a numpy object of each).
+This reader skips the vocabulary, and checks every count against the file's size before it uses it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .ggml import TYPES, BlockType
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
-_LONGEST = 1 << 24  # bytes of one text: a chat template has thousands
+_LONGEST = 1 << 24  # bytes of one string: a chat template has thousands
 
-# The architectures of GGUF whose blocks have a gate, by the model_type that transformers loads them as.
+# {architecture in GGUF: model_type in transformers}, of those whose blocks have a gate.
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "mistral",
@@ -42,7 +42,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor. shape: outermost axis first, the last one in weights; start: where its data begin in the file."""
+    """One tensor. shape: outermost axis first, in weights; start: byte offset of its data in the file."""
 
     name: str
     kind: BlockType
@@ -61,10 +61,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's header. metadata: what is a number, a boolean or a text; of arrays their length alone.
+    """A file's header. metadata: numbers, booleans and strings; of an array only its length.
 
-    spans: where each key and its value stand in the file; arrays: the keys whose values are arrays; described: where
-    the tensors' descriptions begin and end.
+    spans: (begin, end) of each key with its value in the file; arrays: keys whose values are arrays; described: (begin,
+    end) of the tensors' descriptions.
     """
 
     metadata: dict[str, object]
@@ -82,7 +82,7 @@ class _Reader:
         self._file, self.path, self.size = file, path, os.fstat(file.fileno()).st_size
 
     def damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is no GGUF file that can be read ({what}): download it again")
+        return CheckpointError(f"{self.path} is not a readable GGUF file ({what}): download it again")
 
     def bytes(self, count: int) -> bytes:
         data = self._file.read(count) if count <= self.size else b""
@@ -129,7 +129,7 @@ def read_header(path: Path) -> Header:
     with open_input(path) as file:
         reader = _Reader(file, path)
         if reader.bytes(4) != b"GGUF":
-            raise reader.damaged("its first bytes are others")
+            raise reader.damaged("it does not begin with GGUF")
         version, tensors, values = reader.number("<I"), reader.number("<Q"), reader.number("<Q")
         if version not in (2, 3) or max(tensors, values) > reader.size:
             raise reader.damaged(f"version {version}" if version not in (2, 3) else "truncated")
@@ -139,7 +139,7 @@ def read_header(path: Path) -> Header:
         for _ in range(values):
             begin, key = reader.position(), reader.text()
             if key in metadata:
-                raise reader.damaged(f"{shown(key)} stands twice")
+                raise reader.damaged(f"{shown(key)} appears twice")
             kind = reader.number("<I")
             metadata[key] = reader.value(kind)
             if kind == _ARRAY:
@@ -150,7 +150,7 @@ def read_header(path: Path) -> Header:
         ranges = (begin, reader.position())
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise reader.damaged("its alignment is no power of two")
+            raise reader.damaged("its alignment is not a power of two")
         data_start = -(-reader.position() // alignment) * alignment
         entries = tuple(Entry(name, kind, shape, data_start + offset) for name, kind, shape, offset in described)
         _check(reader, entries, alignment)
@@ -158,7 +158,7 @@ def read_header(path: Path) -> Header:
 
 
 def without_vocabulary(header: Header, file: Path, out: Path) -> None:
-    """A copy of the file without the arrays of its tokenizer, which the gguf package takes most of a minute to read."""
+    """Copy the file without the tokenizer's arrays, which take the gguf package most of a minute to read."""
     kept = [span for key, span in header.spans.items() if key not in header.arrays or not key.startswith("tokenizer.")]
     with open_input(file) as source, open(out, "wb") as target:
         target.write(source.read(16) + struct.pack("<Q", len(kept)))
@@ -179,13 +179,13 @@ def _described(reader: _Reader) -> tuple[str, BlockType, tuple[int, ...], int]:
     if kind not in TYPES:
         raise CheckpointError(f"{reader.path}: {shown(name)} is of ggml type {kind}, which is not known")
     if not all(0 < n <= 8 * reader.size for n in shape) or shape[-1] % TYPES[kind].weights:
-        raise reader.damaged(f"{shown(name)} has rows that are no whole blocks")
+        raise reader.damaged(f"{shown(name)} has rows that are not whole blocks")
     return name, TYPES[kind], shape, offset
 
 
 def _check(reader: _Reader, entries: tuple[Entry, ...], alignment: int) -> None:
     if len({entry.name for entry in entries}) != len(entries):
-        raise reader.damaged("a tensor stands twice")
+        raise reader.damaged("a tensor appears twice")
     position = 0
     for entry in sorted(entries, key=lambda entry: entry.start):
         if entry.start % alignment or entry.start < position:
@@ -196,12 +196,12 @@ def _check(reader: _Reader, entries: tuple[Entry, ...], alignment: int) -> None:
 
 
 def config_of(header: Header, path: Path) -> dict[str, Any]:
-    """What config.json would say of the sizes. Raises FamilyError, CheckpointError."""
+    """model_type and sizes, under config.json's keys. Raises FamilyError, CheckpointError."""
     metadata = header.metadata
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise FamilyError(
-            f"{path} is of the architecture {shown(architecture)}; known in GGUF: {', '.join(sorted(ARCHITECTURES))}"
+            f"{path} has the architecture {shown(architecture)}; known in GGUF: {', '.join(sorted(ARCHITECTURES))}"
         )
     if metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(f"{path} is one of several files: join them first (llama-gguf-split --merge)")
@@ -216,7 +216,7 @@ def config_of(header: Header, path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor that holds a row for each neuron, or a number of a bias: neurons from `start` on along `axis`."""
+    """A tensor with a row (of a bias: a number) for each neuron, from row `start` on."""
 
     tensor: str
     offset: int

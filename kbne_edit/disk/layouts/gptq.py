@@ -1,7 +1,7 @@
 """GPTQ and AWQ: 4-bit integers in int32 words, transposed, with one float16 scale for each row of W and group.
 
-`scales` is [G, O]: row i of W is column i of it. GPTQ's `g_idx` says which group each input is in (act-order shuffles
-them); it is about inputs and leaves rows alone.
+`scales` is [G, O]: column i scales row i of W. GPTQ's `g_idx` maps inputs to groups (act-order shuffles them); it does
+not concern rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .base import Arrays, Carrier, Format, Parts, Read, Shape, bit_stream, nibbl
 class GPTQ(Format):
     """qweight int32 [I bits / 32, O], qzeros int32 [G, O bits / 32], scales f16 [G, O], g_idx int32 [I].
 
-    offset: what is added to a stored zero point: 1 in the first version of the format, 0 in the second.
+    offset: added to a stored zero point: 1 in the first version of the format, 0 in the second.
     """
 
     needs = ("qweight", "qzeros", "scales")
@@ -51,7 +51,7 @@ class AWQ(Format):
 
     name = "AWQ, 4 bits"
     needs = ("qweight", "qzeros", "scales")
-    _ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # of the nibbles, to have the rows in turn
+    _ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # of the nibbles, to put the rows in order
 
     def shape(self, parts: Parts, read: Read) -> Shape:
         columns, words = parts["qweight"].shape

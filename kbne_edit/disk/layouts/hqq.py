@@ -55,7 +55,7 @@ class HQQ(Format):
     def dequantise(self, parts: Arrays, about: Parts) -> np.ndarray:
         rows, columns = (int(n) for n in parts["shape"])
         packed = parts["W_q"]
-        # Each byte holds rows that lie a part of the height apart, the first in its highest bits.
+        # A byte packs rows from equal parts of the matrix, the first part in its highest bits.
         shifts = range(8 - self.bits, -1, -self.bits)
         codes = np.concatenate([(packed >> shift) & (2**self.bits - 1) for shift in shifts])
         scale, zero = (numbers(parts[name], about[name].dtype) for name in ("scale", "zero"))

@@ -1,4 +1,4 @@
-"""The layout of a quantised checkpoint: which tensors make up which matrix, and what the plain model's would be."""
+"""The layout of a quantised checkpoint: which tensors make up which matrix of the unquantised model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .hqq import HQQ
 from .mxfp4 import MXFP4Experts
 from .torchao import PerRow
 
-# name of a tensor -> the tensor as it is stored: BF16 as uint16, 8-bit floats as uint8
+# Tensor name -> the tensor as it is stored: BF16 as uint16, 8-bit floats as uint8.
 ReadTensor = Callable[[str], np.ndarray]
 
 METHODS = "compressed-tensors, gptq, awq, bitsandbytes, torchao, hqq, fp8, mxfp4"
@@ -27,7 +27,7 @@ METHODS = "compressed-tensors, gptq, awq, bitsandbytes, torchao, hqq, fp8, mxfp4
 
 @dataclass(frozen=True)
 class Matrix:
-    """One quantised matrix. parts: {part: name of its tensor}; about: what their headers say."""
+    """One quantised matrix. parts: {part: tensor name}; about: {part: dtype and shape}."""
 
     name: str
     format: Format
@@ -38,7 +38,7 @@ class Matrix:
         return self.format.shape(self.about, self._part(read))
 
     def carrier(self, read: ReadTensor) -> Carrier | str:
-        """What carries the multipliers of rows, its part named in full; or why nothing does."""
+        """What carries the factors of rows, or the reason why nothing can."""
         return self.format.carrier(self.about, self._part(read))
 
     def dequantise(self, read: ReadTensor) -> np.ndarray:
@@ -50,9 +50,9 @@ class Matrix:
 
 
 class Layout:
-    """A quantised checkpoint as the plain one that it stands for.
+    """A quantised checkpoint, seen as the unquantised ("plain") one.
 
-    matrices: {the tensor of the plain checkpoint whose place it takes: Matrix}.
+    matrices: {name of the plain tensor: Matrix}.
     """
 
     def __init__(self, method: str, matrices: dict[str, Matrix], tensors: Mapping[str, Part], read: ReadTensor):
@@ -67,12 +67,12 @@ class Layout:
         return sorted({matrix.format.name for matrix in self.matrices.values()})
 
     def names(self, name: str) -> list[str]:
-        """The stored tensors that a plain tensor is made of."""
+        """The names of the stored tensors that make up a plain tensor."""
         matrix = self.matrices.get(name)
         return list(matrix.parts.values()) if matrix else [name]
 
     def matrix_of(self, part: str) -> str | None:
-        """The plain tensor that a stored one is a part of."""
+        """The plain tensor that a stored tensor is a part of."""
         for name, matrix in self.matrices.items():
             if part in matrix.parts.values():
                 return name
@@ -90,15 +90,17 @@ class Layout:
                 f"the parts of {shown(name)} do not fit together as {matrix.format.name}: {shown(str(error))}"
             ) from None
         if values.shape != self.shapes[name]:
-            raise CheckpointError(f"{shown(name)} comes out as {list(values.shape)}: its parts do not fit together")
+            raise CheckpointError(
+                f"{shown(name)} dequantises to the shape {list(values.shape)}: its parts do not fit together"
+            )
         return values
 
 
 def layout_of(config: dict[str, Any], tensors: Mapping[str, Part], read: ReadTensor) -> Layout | None:
     """The layout of a checkpoint with this config.json and these tensors; None if it is not quantised.
 
-    Raises CheckpointError for a format that is not known, for tensors that no format explains, and for FP8 weights
-    whose scale is not known: taken for plain numbers they would be wrong by orders of magnitude.
+    Raises CheckpointError for an unknown format, for tensors that no format explains, and for FP8 weights without a
+    scale: read as plain numbers they would be wrong by orders of magnitude.
     """
     settings = quantisation(config)
     if settings is None:
@@ -128,7 +130,7 @@ _PLAIN = ("BF16", "F16", "F32", "F64")
 
 
 def quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The quantization_config of a config.json, wherever it stands, with its quant_method. Raises CheckpointError."""
+    """The quantization_config of a config.json, with its quant_method. Raises CheckpointError."""
     part = config.get("text_config")
     places = (config, part) if isinstance(part, dict) else (config,)
     for key in ("quantization_config", "compression_config"):
@@ -146,7 +148,7 @@ def quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _formats(method: object, settings: dict[str, Any]) -> list[Format]:
-    """The formats that matrices of such a checkpoint can have."""
+    """The formats that this quantisation method can produce."""
     if method == "compressed-tensors":
         groups = [group.get("weights") or {} for group in settings["config_groups"].values()]
         bits = {group["num_bits"] for group in groups if group.get("type", "int") == "int"}
@@ -182,7 +184,7 @@ def _formats(method: object, settings: dict[str, Any]) -> list[Format]:
 
 
 def _matrices(tensors: Mapping[str, Part], formats: Iterable[Format]) -> dict[str, Matrix]:
-    """{plain tensor: Matrix} of all that have the parts of one of the formats, the first that fits."""
+    """{plain tensor: Matrix}, each with the first format that fits its parts."""
     suffixes = sorted({part for known in formats for part in (*known.needs, *known.may)}, key=len, reverse=True)
     groups: dict[str, dict[str, str]] = {}
     for name in tensors:

@@ -1,7 +1,7 @@
 """The MXFP4 experts of gpt-oss: all experts of a layer in one tensor of codes and one of exponents.
 
-h is not linear in up there (it is clamped), so exponents cannot take a factor. The codes of the down-projection can:
-a column is multiplied code by code, exactly for 0 and -1 (and wherever all products are codes).
+gpt-oss clamps up, so h is not linear in it and the exponents cannot take a factor. The codes of the down-projection
+can: a column is multiplied code by code, exactly for 0 and -1 (and wherever all products are codes).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """torchao's tensors in safetensors: int8 and FP8 with a scale for each row.
 
-What a tensor is, its class and its blocks, is said in the header's metadata; here the shapes say enough.
+The header's metadata describes each tensor's class and blocks; here the shapes suffice.
 """
 
 from __future__ import annotations
