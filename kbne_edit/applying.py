@@ -154,10 +154,10 @@ def _broken_promises(
     if all(name in record.files and files[name].before == record.files[name].before for name in names):
         wrong = [name for name in names if files[name].after != record.files[name].after]
         return tuple(f"{name} is not what the delta promises (SHA-256 differs)" for name in wrong)
-    found = weights_hashes(plan) if record.weights else None
-    if found is None or record.weights is None or found.before != record.weights.before:
+    hashes = weights_hashes(plan) if record.weights else None
+    if hashes is None or record.weights is None or hashes.before != record.weights.before:
         raise EditError(
             f"{path} was made from other weights than those of {plan.checkpoint.path} (SHA-256 differs): apply it to "
             f"{shown(str(record.source))} as published"
         )
-    return () if found.after == record.weights.after else ("the weights are not what the delta promises",)
+    return () if hashes.after == record.weights.after else ("the weights are not what the delta promises",)

@@ -97,15 +97,15 @@ def ask(
     if len(prompts) > MOST_PROMPTS:
         raise InputError(f"{len(prompts)} prompts are too many: at most {MOST_PROMPTS} are asked at once")
     sampling = sampling or Sampling()
-    said: dict[str, list[str]] = {}
+    replies: dict[str, list[str]] = {}
     for open_speaker in openers(source, against, edit):
         with open_speaker() as speakers:
             for speaker in speakers:
-                said[speaker.name] = [
+                replies[speaker.name] = [
                     speaker.reply([{"role": "user", "content": prompt}], sampling, plain) for prompt in prompts
                 ]
-    base = said.get("base", [None] * len(prompts))
-    return tuple(Reply(*row) for row in zip(prompts, said["edited"], base, strict=True))
+    base = replies.get("base", [None] * len(prompts))
+    return tuple(Reply(*row) for row in zip(prompts, replies["edited"], base, strict=True))
 
 
 def openers(source: str, against: str | None, edit: Edit | None) -> list[Opener]:

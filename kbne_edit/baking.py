@@ -249,10 +249,10 @@ def _check_settings(source: str, settings: Settings, edit: Edit | str | Path | N
         settings.check(recipe)
         return recipe
     settings.check_beside_edit()
-    asked = None if settings.recipe is None else load_recipe(settings.recipe)
+    loaded = None if settings.recipe is None else load_recipe(settings.recipe)
     if isinstance(edit, (str, Path)) and not Path(edit).exists():
         raise EditError(f"cannot read {edit}: No such file or directory")
-    return asked
+    return loaded
 
 
 def _check_output(source: str, out: Path, form: str, shard_size: int | str | None, overwrite: bool) -> None:

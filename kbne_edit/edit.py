@@ -76,7 +76,7 @@ class Edit:
 
     def with_factor(self, factor: float) -> Edit:
         """The same neurons, all at one factor."""
-        return replace(self, factors={layer: dict.fromkeys(found, factor) for layer, found in self.factors.items()})
+        return replace(self, factors={layer: dict.fromkeys(neurons, factor) for layer, neurons in self.factors.items()})
 
     def without(self, neurons: dict[int, set[int]]) -> Edit:
         """The same without some neurons, {layer: neurons}."""
@@ -102,14 +102,14 @@ class Edit:
                 f"the edit was made for another model (fingerprint {self.base[:12]}…, this one is {base[:12]}…): "
                 'locate again on this model, or remove "base" from the edit if you mean it'
             )
-        for layer, found in self.factors.items():
+        for layer, factors in self.factors.items():
             if layer >= len(neurons):
                 raise EditError(
                     f"the edit names layer {layer}; the model has {len(neurons)} layers (0 to {len(neurons) - 1})"
                 )
-            if max(found) >= neurons[layer]:
+            if max(factors) >= neurons[layer]:
                 raise EditError(
-                    f"the edit names neuron {max(found)} of layer {layer}, which has {neurons[layer]} neurons "
+                    f"the edit names neuron {max(factors)} of layer {layer}, which has {neurons[layer]} neurons "
                     f"(0 to {neurons[layer] - 1})"
                 )
 

@@ -101,8 +101,8 @@ def unknown_family_hint(names: Iterable[str]) -> str:
 
 
 def _architectures(config: dict) -> str:
-    found = config.get("architectures")
-    return f"architectures {shown(found)}" if found else "no architectures named"
+    names = config.get("architectures")
+    return f"architectures {shown(names)}" if names else "no architectures named"
 
 
 def num_layers(config: dict) -> int:
@@ -148,6 +148,6 @@ def owners(config: dict) -> dict[int, int]:
     if kind is None:
         return {}
     kinds = config.get("layers_block_type") or config.get("layer_types") or []
-    layers = [layer for layer, found in enumerate(kinds) if found == kind]
+    layers = [layer for layer, other in enumerate(kinds) if other == kind]
     count = config.get("num_mem_blocks") or 1
     return {layer: layers[index % count] for index, layer in enumerate(layers) if index >= count}

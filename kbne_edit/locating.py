@@ -161,8 +161,8 @@ class _Job:
         ready = packs(layers.model, self.prompts.ids, settings.quadrature, settings.positions)
         wanted = [left for pack in ready if (left := [q for q in pack if q in todo])]
         shares = [sum(wanted[rank :: processes.size], []) for rank in range(processes.size)]
-        own = set(shares[processes.rank])
-        order = [q for pack in ready if not own.isdisjoint(pack) for q in pack]  # a pack is computed whole
+        share = set(shares[processes.rank])
+        order = [q for pack in ready if not share.isdisjoint(pack) for q in pack]  # a pack is computed whole
         stream = attributions(
             layers,
             self.prompts.ids,
@@ -280,8 +280,8 @@ def _supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
     need = memory.needed(checkpoint, dtype.itemsize)
     device = chosen_device(settings.device)
     if device not in ("cpu", SPREAD):
-        room = memory.SHARE * device_memory(device)
-        budget = min(budget, room) if settings.memory else room
+        on_device = memory.SHARE * device_memory(device)
+        budget = min(budget, on_device) if settings.memory else on_device
     if device == SPREAD or need <= budget:
         say(f"loading {checkpoint.path} in {settings.dtype}")
         graphs = memory.GRAPHS

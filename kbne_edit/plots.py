@@ -79,8 +79,8 @@ def neuron_map(
     body += [_text(44, bottom + 16, "0", kind="quiet"), _text(44 + span, bottom + 16, f"{width - 1:,}", "end", "quiet")]
     shared = sum(bool(mark[2]) for mark in edited)
     used = len({layer for layer, _, _ in edited})
-    said = f"{len(edited)} edited neurons in {used} of {layers} layers; {shared} of them are selected by controls too."
-    return _svg("map", bottom + 24, "Where the edited neurons are", said, body)
+    caption = f"{len(edited)} edited neurons in {used} of {layers} layers; controls select {shared} of them, too."
+    return _svg("map", bottom + 24, "Where the edited neurons are", caption, body)
 
 
 def heat_map(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
@@ -119,8 +119,8 @@ def overlaps(sets: Sequence[tuple[str, int]], parts: Sequence[tuple[Sequence[int
         body += [_dot(x, y, "on" if row in members else "off", 5) for row, y in enumerate(places)]
         body.append(_line(x, places[min(members)], x, places[max(members)], "link"))
     names = [" and ".join(sets[m][0] for m in members) + f" only: {count}" for members, count in shown]
-    said = "Neurons that are selected by exactly these: " + "; ".join(names) + "."
-    return _svg("overlap", base + 22 + 24 * len(sets), "Overlaps of the selections", said, body)
+    caption = "Neurons that are selected by exactly these: " + "; ".join(names) + "."
+    return _svg("overlap", base + 22 + 24 * len(sets), "Overlaps of the selections", caption, body)
 
 
 def intervals(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
@@ -147,8 +147,8 @@ def intervals(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     body += [_text(at(0), bottom + 16, "0, no change", "middle", "quiet")]
     body += [_text(at(-reach), bottom + 16, f"{-reach:+.3g}", "start", "quiet")]
     body += [_text(at(reach), bottom + 16, f"{reach:+.3g}", "end", "quiet")]
-    said = "; ".join(f"{name}: {mean:+.4f}, from {low:+.4f} to {high:+.4f}" for name, (mean, low, high) in rows)
-    return _svg("effect", bottom + 24, "Change of the score", said + ".", body)
+    caption = "; ".join(f"{name}: {mean:+.4f}, from {low:+.4f} to {high:+.4f}" for name, (mean, low, high) in rows)
+    return _svg("effect", bottom + 24, "Change of the score", caption + ".", body)
 
 
 def histogram(bars: Sequence[tuple[float, float, int]]) -> str:
@@ -162,8 +162,8 @@ def histogram(bars: Sequence[tuple[float, float, int]]) -> str:
     body += [_text(16, base + 18, f"{bars[0][0]:.3g}", kind="quiet"), _text(16, 16, f"{high:,} neurons", kind="quiet")]
     body += [_text(_WIDTH - 16, base + 18, f"{bars[-1][1]:.3g}", "end", "quiet")]
     body += [_text(_WIDTH / 2, base + 18, "factor", "middle", "quiet")]
-    said = "; ".join(f"{low:.3g} to {top:.3g}: {count}" for low, top, count in bars)
-    return _svg("factors", base + 26, "Distribution of the factors", said + ".", body)
+    caption = "; ".join(f"{low:.3g} to {top:.3g}: {count}" for low, top, count in bars)
+    return _svg("factors", base + 26, "Distribution of the factors", caption + ".", body)
 
 
 def pareto(points: Sequence[tuple[float, float, bool, bool, bool]], figure: str) -> str:
@@ -210,12 +210,12 @@ def pareto(points: Sequence[tuple[float, float, bool, bool, bool]], figure: str)
         if chosen:
             body.append(_dot(x, y, "around", 8))
     counts = [sum(point[3] for point in points), sum(not point[2] for point in points), sum(c > high for c in changes)]
-    said = f"{len(points)} edits; {counts[0]} on the front, {counts[1]} out of bounds"
+    caption = f"{len(points)} edits; {counts[0]} on the front, {counts[1]} out of bounds"
     if counts[2]:
-        said += f", {counts[2]} above the upper edge"
+        caption += f", {counts[2]} above the upper edge"
         body.append(_text(edge, 16, f"{counts[2]} above the upper edge", "end", "quiet"))
     picked = [f"; chosen: bias {bias:+.4g} at KL {kl:.2g}" for kl, bias, *_, chosen in points if chosen]
-    return _svg("pareto", bottom + 44, "Bias against cost", said + "".join(picked) + ".", body)
+    return _svg("pareto", bottom + 44, "Bias against cost", caption + "".join(picked) + ".", body)
 
 
 def standalone(drawing: str) -> str:
@@ -225,8 +225,8 @@ def standalone(drawing: str) -> str:
     """
     sheet = (Path(__file__).parent / "reporting" / "report.css").read_text(encoding="utf-8")
     colours = sheet[sheet.index(":root") : sheet.index("* {")].rstrip()
-    marks = [line for line in sheet.splitlines() if line.startswith("svg ")]
-    style = "\n".join(["<style>", colours, *marks, "svg .ground { fill: var(--paper); }", "</style>"])
+    shapes = [line for line in sheet.splitlines() if line.startswith("svg ")]
+    style = "\n".join(["<style>", colours, *shapes, "svg .ground { fill: var(--paper); }", "</style>"])
     ground = '<rect class="ground" width="100%" height="100%" rx="6"/>'
     root = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_PIXELS}"'
     head, body = drawing.replace("<svg", root, 1).split("</desc>", 1)

@@ -177,8 +177,8 @@ def _resampled(columns: np.ndarray, clusters: Clusters, resamples: int, seed: in
             first, second = (_drawn(rng, size, int(place.max()) + 1)[:, place] for place in places)
             weights = (first * second).astype(float)
             total = weights.sum(1, keepdims=True)
-            found = weights @ columns
-            yield np.divide(found, total, out=np.full(found.shape, np.nan), where=total > 0)
+            totals = weights @ columns
+            yield np.divide(totals, total, out=np.full(totals.shape, np.nan), where=total > 0)
         return
     sums, sizes = _by_cluster(columns, clusters)
     for size in _blocks(resamples, len(sums)):

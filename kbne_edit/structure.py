@@ -52,9 +52,10 @@ def _structure(config: str) -> Structure:
     path, layers = max(lists.items(), key=lambda item: len(item[1]))
     closing = [_closing(layer) for layer in layers]
     if len(set(closing)) != 1 or len(closing[0]) != 1:
-        found = sorted({name for names in closing for name, _ in names})
+        candidates = sorted({name for names in closing for name, _ in names})
         raise FamilyError(
-            f"its layers do not close with one projection that is the same in all of them: {', '.join(found) or 'none'}"
+            "its layers do not close with the same single projection in all of them; candidates: "
+            f"{', '.join(candidates) or 'none'}"
         )
     ((down, conv1d),) = closing[0]
     if path.endswith("encoder.layer"):
@@ -105,18 +106,20 @@ def _closing(layer: nn.Module) -> tuple[tuple[str, bool], ...]:
     if stacked := [name for name, parameter in layer.named_parameters() if parameter.ndim == 3 and "conv" not in name]:
         raise FamilyError(f"it stacks experts in one tensor ({shown(stacked[0])}), in a way that is not known")
     mixers = [name for name, module in layer.named_modules() if name and _MIXERS.search(type(module).__name__)]
-    found = []
+    projections = []
     for name, module in layer.named_modules():
         if any(name == mixer or name.startswith(f"{mixer}.") for mixer in mixers):
             continue
         if isinstance(module, nn.Linear):
-            found.append((name, False, module.in_features, module.out_features))
+            projections.append((name, False, module.in_features, module.out_features))
         elif isinstance(module, Conv1D):
-            found.append((name, True, module.nx, module.nf))
-    return tuple((name, conv) for name, conv, size_in, size_out in found if _closes(size_in, size_out, found))
+            projections.append((name, True, module.nx, module.nf))
+    return tuple(
+        (name, conv) for name, conv, size_in, size_out in projections if _closes(size_in, size_out, projections)
+    )
 
 
-def _closes(size_in: int, size_out: int, found: list[tuple[str, bool, int, int]]) -> bool:
+def _closes(size_in: int, size_out: int, projections: list[tuple[str, bool, int, int]]) -> bool:
     """True if other projections of the layer lead from `size_out` to `size_in` (or to twice that: gate and up)."""
-    opens = [other_out for _, _, other_in, other_out in found if other_in == size_out]
+    opens = [other_out for _, _, other_in, other_out in projections if other_in == size_out]
     return size_in > size_out and (size_in in opens or 2 * size_in in opens)

@@ -102,7 +102,7 @@ class Answers:
     @classmethod
     def of(cls, scores: Scores) -> Answers:
         questions, right = scores.questions, scores.correct
-        about_bias = [i for i, q in enumerate(questions) if not q.control]
+        non_controls = [i for i, q in enumerate(questions) if not q.control]
         controls = [i for i, q in enumerate(questions) if q.control]
 
         def tally(among: Sequence[int]) -> Tally:
@@ -112,18 +112,18 @@ class Answers:
             keys = sorted({key(questions[i]) for i in among})
             return {k: tally([i for i in among if key(questions[i]) == k]) for k in keys}
 
-        everywhere = tallies(lambda q: q.answer, about_bias + controls)
+        everywhere = tallies(lambda q: q.answer, non_controls + controls)
         low, high = np.mean([wilson(t.right, t.total) for t in everywhere.values()], 0)
         balanced = Interval(float(np.mean([t.share for t in everywhere.values()])), float(low), float(high))
         return cls(
-            tally(about_bias),
+            tally(non_controls),
             tally(controls),
-            tallies(lambda q: q.answer, about_bias),
-            tallies(lambda q: q.form, about_bias),
+            tallies(lambda q: q.answer, non_controls),
+            tallies(lambda q: q.form, non_controls),
             balanced,
             _constant(everywhere, balanced),
             None if scores.p_answers is None else Mass.of(scores.p_answers),
-            tuple(questions[i].text for i in about_bias if not right[i]),
+            tuple(questions[i].text for i in non_controls if not right[i]),
         )
 
     def to_dict(self) -> AnswersJSON:

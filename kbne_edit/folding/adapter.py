@@ -102,15 +102,15 @@ def write_adapter(checkpoint: Checkpoint, edit: Edit, part: Path, source: Origin
     }
     (part / _CONFIG).write_text(json_text(config), encoding="utf-8")
     write_tensors(part / _WEIGHTS, tensors, {"format": "pt", "kbne_base": checkpoint.fingerprint()})
-    again = read_adapter(part, checkpoint)
-    if (again.site, again.factors) != (edit.site, _effective(edit.factors)):
+    stored = read_adapter(part, checkpoint)
+    if (stored.site, stored.factors) != (edit.site, _effective(edit.factors)):
         raise ProofError("the adapter that was written does not read back as the edit: nothing was published")
 
 
 def adapter_fault(folder: Path, plan: Plan) -> str:
     """What is wrong with an adapter that should be the plan's edit; "" if nothing is. Raises EditError."""
-    found = read_adapter(folder, plan.checkpoint)
-    same = (found.site, found.factors) == (plan.edit.site, _effective(plan.edit.factors))
+    stored = read_adapter(folder, plan.checkpoint)
+    same = (stored.site, stored.factors) == (plan.edit.site, _effective(plan.edit.factors))
     return "" if same else "the adapter is not the edit that its manifest records"
 
 

@@ -104,8 +104,8 @@ def delta_fault(directory: Path, plan: Plan) -> str:
     files, _ = fold_hashes(plan, None)
     if files != record.files or (record.edit.site, record.edit.factors) != (plan.edit.site, plan.edit.factors):
         return "the hashes that the delta promises are not those of its edit"
-    again, _ = fold_hashes(plan.with_columns(Columns.open(path).arrays(plan)), None)
-    return "" if again == files else "the columns of the delta are not those of its edit"
+    written, _ = fold_hashes(plan.with_columns(Columns.open(path).arrays(plan)), None)
+    return "" if written == files else "the columns of the delta are not those of its edit"
 
 
 def fold_hashes(plan: Plan, progress: Progress | None) -> tuple[dict[str, FileRecord], Kept]:

@@ -117,7 +117,7 @@ def _block_scale(codes: np.ndarray, factors: np.ndarray) -> tuple[float | None, 
 def moved(edit: Edit, targets: Iterable[Target], seed: int) -> Edit:
     """The edit with each factor moved by as much as its stored products may be rounded, up or down by a seeded draw."""
     draws = np.random.default_rng(seed)
-    factors = {layer: dict(found) for layer, found in edit.factors.items()}
+    factors = {layer: dict(neurons) for layer, neurons in edit.factors.items()}
     for target in targets:
         slot = target.slot
         if target.unit:

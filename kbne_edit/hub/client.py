@@ -32,8 +32,8 @@ def talking(name: str, error: type[InputError], revision: str | None = None, wri
 
 def passing(failure: BaseException) -> bool:
     """True if the Hub is out of reach, overloaded or at fault: nothing that the user asked for is wrong."""
-    found = _answer(failure)
-    return found is None or found.response.status_code == 429 or found.response.status_code >= 500
+    response = _answer(failure)
+    return response is None or response.response.status_code == 429 or response.response.status_code >= 500
 
 
 def _unreachable(failure: BaseException) -> bool:

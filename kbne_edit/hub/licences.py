@@ -74,12 +74,12 @@ def notices(metadata: dict, name: str) -> list[str]:
     licence, short = licence_of(metadata), name.rpartition("/")[2]
     if not licence:
         return ["the base's card names no licence: make sure that you may publish a changed version of it"]
-    found = duty(licence)
-    if found is None:
+    terms = duty(licence)
+    if terms is None:
         return []
-    if _plain(short).startswith(_plain(found.prefix)):
-        return [found.asks]
-    return [found.asks, f"the name {short} does not begin with “{found.prefix}”, as the licence asks"]
+    if _plain(short).startswith(_plain(terms.prefix)):
+        return [terms.asks]
+    return [terms.asks, f"the name {short} does not begin with “{terms.prefix}”, as the licence asks"]
 
 
 def _plain(name: str) -> str:

@@ -82,19 +82,19 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
         yield Source(DEMO, DEMO, "demo")
         return
     path = Path(os.path.expanduser(source))
-    found = Source(path, path, source)
+    local = Source(path, path, source)
     with ExitStack() as stack:
         if not path.exists() and _hub_like(source):
-            found = stack.enter_context(_view(_download(source, say)))
-        if gguf_file(found.path) is not None:
-            yield found
+            local = stack.enter_context(_view(_download(source, say)))
+        if gguf_file(local.path) is not None:
+            yield local
             return
-        read_config(found.path)
-        if bins := _bins(found.path):
+        read_config(local.path)
+        if bins := _bins(local.path):
             say(f"{source} holds .bin weights: converting them to safetensors, without running any code")
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kbne-"))
-            found = replace(found, path=_converted(found.path, bins, Path(folder)))
-        yield found
+            local = replace(local, path=_converted(local.path, bins, Path(folder)))
+        yield local
 
 
 def _hub_like(source: str) -> bool:
@@ -128,20 +128,20 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
 
 
 @contextmanager
-def _view(found: Source) -> Iterator[Source]:
+def _view(local: Source) -> Iterator[Source]:
     """Of a snapshot only what `_download` takes: other programs may have put more of the model into the Hub's cache."""
-    held = {path.relative_to(found.path).as_posix() for path in found.path.rglob("*") if path.is_file()}
-    wanted = _wanted(_weights(held, found.path.joinpath), held)
+    held = {path.relative_to(local.path).as_posix() for path in local.path.rglob("*") if path.is_file()}
+    wanted = _wanted(_weights(held, local.path.joinpath), held)
     if held == wanted:
-        yield found
+        yield local
         return
     with tempfile.TemporaryDirectory(prefix="kbne-") as folder:
         for name in wanted:
             if is_weights(name):
-                Path(folder, name).symlink_to((found.path / name).resolve())
+                Path(folder, name).symlink_to((local.path / name).resolve())
             else:
-                _copy(found.path / name, Path(folder, name))
-        yield replace(found, path=Path(folder))
+                _copy(local.path / name, Path(folder, name))
+        yield replace(local, path=Path(folder))
 
 
 def _wanted(weights: Collection[str], files: Collection[str]) -> set[str]:

@@ -20,14 +20,14 @@ def chosen_device(name: str) -> str:
 
     if name != AUTO:
         return f"cuda:{LOCAL_RANK}" if name == "cuda" and LOCAL_SIZE > 1 else name
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return "cpu"
     count = torch.accelerator.device_count()
     if count > 1 and LOCAL_SIZE == 1:
-        say(f"computing on {count} devices of {found.type} (--device cpu for the processor)")
+        say(f"computing on {count} devices of {accelerator.type} (--device cpu for the processor)")
         return SPREAD
-    device = f"{found.type}:{LOCAL_RANK % count}" if count > 1 else found.type
+    device = f"{accelerator.type}:{LOCAL_RANK % count}" if count > 1 else accelerator.type
     say(f"computing on {device} (--device cpu for the processor)")
     return device
 

@@ -108,13 +108,13 @@ def _version(name: str) -> str | None:
 def _devices() -> dict[str, Device]:
     import torch
 
-    found: dict[str, tuple[str, int | None]] = {"cpu": (platform.processor() or platform.machine(), None)}
+    devices: dict[str, tuple[str, int | None]] = {"cpu": (platform.processor() or platform.machine(), None)}
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = (about.name, about.total_memory)
+        devices[f"cuda:{index}"] = (about.name, about.total_memory)
     if torch.backends.mps.is_available():
-        found["mps"] = ("Apple GPU", None)
-    return {device: Device(name, size, _rates(device)) for device, (name, size) in found.items()}
+        devices["mps"] = ("Apple GPU", None)
+    return {device: Device(name, size, _rates(device)) for device, (name, size) in devices.items()}
 
 
 @cache
@@ -141,29 +141,29 @@ def _rate(product: Callable[[], Tensor]) -> float:
 
 def _largest(free: float, disk: float) -> dict[str, float]:
     """Parameters of the largest model for each mode. Folding takes no memory to speak of, but room for the output."""
-    room = max(memory.SHARE * free - memory.OVERHEAD, 0)
+    usable = max(memory.SHARE * free - memory.OVERHEAD, 0)
     part = _OUTSIDE + (1 - _OUTSIDE) * memory.LAYERS_HELD / _LAYERS
     # Graphs of the layers take what their rows need, up to a limit.
-    whole = max(_fitting(room, 1, _LAYERS * memory.ROWS / 2), (room - memory.GRAPHS) / 4)
+    whole = max(_fitting(usable, 1, _LAYERS * memory.ROWS / 2), (usable - memory.GRAPHS) / 4)
     return {
         "in memory": whole,
-        "layer by layer": _fitting(room, part, memory.ROWS),
+        "layer by layer": _fitting(usable, part, memory.ROWS),
         "fold": disk / 2,
     }
 
 
-def _fitting(room: float, part: float, rows: float) -> float:
+def _fitting(usable: float, part: float, rows: float) -> float:
     """Parameters N of which a part, and the activations of these rows, fill the room: a quadratic in sqrt(N)."""
     per_root = memory.activations(rows, (12 * _LAYERS) ** -0.5)  # a layer has some 12 D^2 parameters
-    return ((math.sqrt(per_root**2 + 16 * part * room) - per_root) / (8 * part)) ** 2
+    return ((math.sqrt(per_root**2 + 16 * part * usable) - per_root) / (8 * part)) ** 2
 
 
 def _model(checkpoint: Checkpoint, free: float) -> Treatment:
     """What `bake` would do with a checkpoint, and what that takes."""
-    stem = "blk" if checkpoint.gguf else family_of(checkpoint.config).layers.rsplit(".", 1)[-1]
+    prefix = "blk" if checkpoint.gguf else family_of(checkpoint.config).layers.rsplit(".", 1)[-1]
     sizes = []
     for layer, (slot, *_) in checkpoint.slots("down").items():
-        begin = slot.tensor.partition(f"{stem}.{layer}.")[0] + f"{stem}.{layer}."
+        begin = slot.tensor.partition(f"{prefix}.{layer}.")[0] + f"{prefix}.{layer}."
         sizes.append(sum(math.prod(shape) for name, shape in checkpoint.plain_shapes.items() if name.startswith(begin)))
     outside = memory.in_memory(checkpoint, 1) - sum(sizes)
     whole = memory.needed(checkpoint)

@@ -99,11 +99,14 @@ def _run_all(experts: Any, hidden: Tensor, look: _Look) -> Tensor:
     """hidden: [E * T, D], the tokens as each expert takes them. Of those not chosen h is 0: no tap sees them."""
     x = _by_expert(experts, hidden)
     opened = torch.bmm(x, experts.gate_up_proj)
-    tokens = [own.nonzero()[:, 0] for own in x.any(-1)]
+    tokens = [routed.nonzero()[:, 0] for routed in x.any(-1)]
     if look.site != "down":
 
-        def tap_half(expert: int, own: Tensor, values: Tensor) -> Tensor:
-            return _in_half(experts, look.site, values, lambda part: look.change(expert, own, x[expert, own], part))
+        def tap_half(expert: int, routed: Tensor, values: Tensor) -> Tensor:
+            def change(half: Tensor) -> Tensor:
+                return look.change(expert, routed, x[expert, routed], half)
+
+            return _in_half(experts, look.site, values, change)
 
         opened = _through(tap_half, tokens, opened)
     gate, up = opened.chunk(2, -1)
@@ -113,7 +116,7 @@ def _run_all(experts: Any, hidden: Tensor, look: _Look) -> Tensor:
     h = _through(look.tap, tokens, h)
     output = torch.bmm(h, experts.down_proj)
     if (after := look.after) is not None:
-        output = _through(lambda expert, own, values: after(expert, h[expert, own], values), tokens, output)
+        output = _through(lambda expert, routed, values: after(expert, h[expert, routed], values), tokens, output)
     return output.view(hidden.shape)
 
 
@@ -140,9 +143,9 @@ def _by_expert(experts: Any, hidden: Tensor) -> Tensor:
 def _through(tap: Tap, tokens: list[Tensor], values: Tensor) -> Tensor:
     """values: [E, T, any]; what the tap makes of each expert's tokens takes their place."""
     result = list(values)
-    for expert, own in enumerate(tokens):
-        if len(own) and (new := tap(expert, own, values[expert, own])) is not None:
-            result[expert] = values[expert].index_put((own,), new)
+    for expert, routed in enumerate(tokens):
+        if len(routed) and (new := tap(expert, routed, values[expert, routed])) is not None:
+            result[expert] = values[expert].index_put((routed,), new)
     return torch.stack(result)
 
 

@@ -29,12 +29,12 @@ def hooked(model: nn.Module, edit: Edit) -> Iterator[nn.Module]:
     model: a causal language model of transformers. Raises EditError if the edit does not fit it.
     The product is taken in float32 and rounded once to the activation's dtype, as the fold does with the weights.
     """
-    found = places(model, edit.site)
-    edit.check([end(layer) for layer in found])
+    layers = places(model, edit.site)
+    edit.check([end(layer) for layer in layers])
     with ExitStack() as stack:
         for layer, factors in edit.factors.items():
-            tap = _scale(_vector(factors, end(found[layer])))
-            stack.enter_context(tapped(found[layer], edit.site, tap))
+            tap = _scale(_vector(factors, end(layers[layer])))
+            stack.enter_context(tapped(layers[layer], edit.site, tap))
         yield model
 
 
@@ -180,13 +180,13 @@ def _tapped_experts(place: Place, site: Site, tap: Tap) -> Iterator[None]:
 @contextmanager
 def replaced(modules: Sequence[nn.Module] | nn.ModuleList, forward: Callable) -> Iterator[None]:
     """Every module answers with `forward` instead of its own."""
-    own = [vars(module).get("forward") for module in modules]  # set where a dispatcher wraps the module
+    originals = [vars(module).get("forward") for module in modules]  # set where a dispatcher wraps the module
     for module in modules:
         module.forward = forward
     try:
         yield
     finally:
-        for module, old in zip(modules, own, strict=True):
+        for module, old in zip(modules, originals, strict=True):
             if old is None:
                 del module.forward
             else:

@@ -282,9 +282,9 @@ def _try(path: Path) -> None:
 
 def _files(path: Path) -> tuple:
     """What tells one tokenizer's files from another's: name, size and time of every small file."""
-    found = []
+    files = []
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file() and not file.name.endswith((".safetensors", ".bin")):
             status = file.stat()
-            found.append((file.name, status.st_size, status.st_mtime_ns, status.st_ino))
-    return (path.resolve(), *found)
+            files.append((file.name, status.st_size, status.st_mtime_ns, status.st_ino))
+    return (path.resolve(), *files)

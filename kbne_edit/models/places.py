@@ -86,10 +86,10 @@ def _inputs(module: Any) -> int:
 
 
 def _has(layer: nn.Module, path: str) -> bool:
-    found: Any = layer
+    value: Any = layer
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found is not None
+        value = getattr(value, name, None)
+    return value is not None
 
 
 def post_norm(model: Any) -> str | None:
@@ -102,4 +102,4 @@ def post_norm(model: Any) -> str | None:
 
 def num_neurons(model: nn.Module) -> int:
     """F, the neurons of a layer: the intermediate size, or in a mixture of experts that of all experts together."""
-    return max(end(found) for found in places(model, "down"))
+    return max(end(layer) for layer in places(model, "down"))

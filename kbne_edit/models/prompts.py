@@ -206,19 +206,19 @@ def _beginnings(
 ) -> dict[str, dict[str, int]]:
     """First tokens of surfaces that take several, of each answer. whole: the answers' single tokens; words: theirs."""
     starts: dict[str, dict[str, int]] = {answer: {} for answer in whole}
-    for answer, found in starts.items():
+    for answer, tokens in starts.items():
         written = [text.strip() for text in words[answer]]
         for surface in (form for text in written for form in (text, text[:1].upper() + text[1:])):
             for text in (surface, f" {surface}"):
                 first, *more = tokenizer(text, add_special_tokens=False)["input_ids"] or [None]
                 read = tokenizer.decode([first]).strip() if more else ""
                 if read and surface.startswith(read):  # not a mere space, nor part of a character
-                    found[f"{tokenizer.convert_ids_to_tokens(first)}…"] = first
-    every = [{*found.values(), *whole[answer].values()} for answer, found in starts.items()]
+                    tokens[f"{tokenizer.convert_ids_to_tokens(first)}…"] = first
+    every = [{*tokens.values(), *whole[answer].values()} for answer, tokens in starts.items()]
     shared = {index for ids in every for index in ids if sum(index in other for other in every) > 1}
     return {
-        answer: {s: i for s, i in found.items() if i not in shared and i not in whole[answer].values()}
-        for answer, found in starts.items()
+        answer: {s: i for s, i in tokens.items() if i not in shared and i not in whole[answer].values()}
+        for answer, tokens in starts.items()
     }
 
 

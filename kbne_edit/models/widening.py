@@ -95,21 +95,21 @@ def _forward(module: Any, owners: list[nn.Module]) -> Callable[..., Any]:
         return lambda ids: nn.functional.embedding(ids, module.weight, module.padding_idx).float() * scale
     if type(module) is nn.Linear:
         return lambda x: _in_blocks(x, module.weight, module.bias)
-    own = module.forward
+    original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        found = [
+        narrow = [
             (owner, name, parameter)
             for owner in owners
             for name, parameter in owner._parameters.items()
             if parameter is not None and parameter.dtype in _NARROW
         ]
         try:
-            for owner, name, parameter in found:
+            for owner, name, parameter in narrow:
                 owner._parameters[name] = nn.Parameter(parameter.float(), requires_grad=False)
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
-            for owner, name, parameter in found:
+            for owner, name, parameter in narrow:
                 owner._parameters[name] = parameter
 
     return forward
@@ -120,6 +120,6 @@ def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     result = torch.empty(*x.shape[:-1], len(weight), dtype=torch.float32, device=x.device)
     for start in range(0, len(weight), _BLOCK):
         part = slice(start, start + _BLOCK)
-        own = None if bias is None else bias[part].float()
-        result[..., part] = nn.functional.linear(x, weight[part].float(), own)
+        shift = None if bias is None else bias[part].float()
+        result[..., part] = nn.functional.linear(x, weight[part].float(), shift)
     return result

@@ -48,7 +48,7 @@ _FEWEST_DRAWS, _DIFFERENCES = 3, 100_000
 
 
 def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]:
-    """The second proof of a plan, in float32 and in the checkpoint's own dtype; site by site if the model is too large.
+    """The second proof of a plan, in float32 and in the dtype of the weights; site by site if the model is too large.
 
     Raises CheckpointError if a directory cannot be loaded.
     """
@@ -57,12 +57,12 @@ def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]
     import torch
 
     if plan.checkpoint.quantised:
-        own = getattr(torch, own_dtype(plan.checkpoint))
-        dtypes = dict.fromkeys((torch.float32, own))
+        stored = getattr(torch, own_dtype(plan.checkpoint))
+        dtypes = dict.fromkeys((torch.float32, stored))
         return tuple(proof for dtype in dtypes for proof in _whole_quantised(plan, baked, dtype))
     first = next(iter(plan.targets))
-    own = getattr(torch, DTYPES[plan.checkpoint.tensors[first][1].dtype].torch or "float32")
-    return _whole_model(plan, baked, own)
+    stored = getattr(torch, DTYPES[plan.checkpoint.tensors[first][1].dtype].torch or "float32")
+    return _whole_model(plan, baked, stored)
 
 
 class Load(Protocol):
@@ -75,16 +75,16 @@ def _load_plainly(checkpoint: Checkpoint, dtype: torch.dtype, native: bool) -> A
     return load_model(checkpoint.path, dtype)
 
 
-def _whole_model(plan: Plan, baked: Checkpoint, own: torch.dtype) -> tuple[BehaviourProof, ...]:
-    """In float32 and in the dtype `own`; of one load each where that says the same."""
+def _whole_model(plan: Plan, baked: Checkpoint, stored: torch.dtype) -> tuple[BehaviourProof, ...]:
+    """In float32 and in the dtype `stored`; from one load each where that gives the same result."""
     import torch
 
     from ..models.widening import narrow_dtype
 
-    dtypes = tuple(dict.fromkeys((torch.float32, own)))
-    compare = _Comparison("whole model", plan, baked, own, _load_plainly)
-    if narrow_dtype(plan.checkpoint) == own == narrow_dtype(baked) and (found := compare.proofs(own, dtypes)):
-        return found
+    dtypes = tuple(dict.fromkeys((torch.float32, stored)))
+    compare = _Comparison("whole model", plan, baked, stored, _load_plainly)
+    if narrow_dtype(plan.checkpoint) == stored == narrow_dtype(baked) and (proofs := compare.proofs(stored, dtypes)):
+        return proofs
     return tuple(proof for dtype in dtypes for proof in compare.proofs(dtype, (dtype,)))
 
 
@@ -110,12 +110,12 @@ def _whole_quantised(plan: Plan, baked: Checkpoint, dtype: torch.dtype) -> tuple
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What is compared, and how both are loaded. own: the dtype that products were rounded to."""
+    """What is compared, and how both are loaded. stored: the dtype that products were rounded to."""
 
     how: str
     plan: Plan
     baked: Checkpoint
-    own: torch.dtype
+    stored: torch.dtype
     load: Load
 
     def proofs(self, loaded: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> tuple[BehaviourProof, ...]:
@@ -175,7 +175,7 @@ class _Comparison:
             with hooked(model, moved(plan.edit, plan.targets.values(), seed)):
                 yield
             return
-        with hooked(model, plan.edit), rounding_noise(model, plan.edit, self.own, seed):
+        with hooked(model, plan.edit), rounding_noise(model, plan.edit, self.stored, seed):
             yield
 
     def _compared(self, model: Any, base: _Reference, loaded: torch.dtype) -> BehaviourProof:

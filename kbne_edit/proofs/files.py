@@ -232,21 +232,21 @@ def _expected_files(run: _Run, manifest: Manifest) -> dict[str, str | None]:
 def _compare_file(run: _Run, name: str, origin: str | None, manifest: Manifest) -> None:
     """One file, and what the manifest says of it. Weights were compared: here only their hashes are."""
     if name in run.hashes:
-        found = run.hashes[name]
+        actual = run.hashes[name]
     elif origin is not None and name in {shard.path.name for shard in run.baked.shards}:
         return  # hashed by this very run
     else:
         before = file_hash(run.base.path / origin) if origin is not None else None
-        found = FileRecord(before, file_hash(run.baked.path / name))
+        actual = FileRecord(before, file_hash(run.baked.path / name))
         run.files += origin is not None
     record = manifest.files.get(name)
-    if origin is not None and name not in run.hashes and found.before != found.after:
+    if origin is not None and name not in run.hashes and actual.before != actual.after:
         run.fault(f"file {one_line(name)} differs")
     elif record is None:
         run.fault(f"{one_line(name)} is not in the manifest")
-    elif record.before != found.before:
+    elif record.before != actual.before:
         run.fault(_other_base(name))
-    elif record.after != found.after:
+    elif record.after != actual.after:
         run.fault(f"{one_line(name)} was changed after baking (SHA-256 differs from the manifest)")
     elif record.base_name != (origin if origin != name else None):
         run.fault(f"the manifest says that {one_line(name)} had another name in the base than it has")

@@ -29,9 +29,9 @@ def rounding_noise(model: nn.Module, edit: Edit, dtype: torch.dtype, seed: int) 
         for layer, factors in edit.factors.items():
             for place in places(model, edit.site)[layer]:
                 size = place.neurons * (place.experts or 1)
-                own = {n - place.offset: f for n, f in factors.items() if 0 <= n - place.offset < size}
-                if own:
-                    noise = _Noise(place, edit.site, own, torch.finfo(dtype).eps / 2, 1000 * seed + layer)
+                edited = {n - place.offset: f for n, f in factors.items() if 0 <= n - place.offset < size}
+                if edited:
+                    noise = _Noise(place, edit.site, edited, torch.finfo(dtype).eps / 2, 1000 * seed + layer)
                     stack.enter_context(noise.added())
         yield
 
@@ -71,9 +71,9 @@ class _Noise:
 
     def _expert(self, expert: int, x: Tensor, output: Tensor) -> Tensor:
         weight = projection(self._place.module, expert, self._site).float()
-        own = self._index // self._place.neurons == expert
-        index = self._index[own] % self._place.neurons
-        return self._moved(output, self._deviation((x, output), weight, index, self._scale[own]))
+        mine = self._index // self._place.neurons == expert
+        index = self._index[mine] % self._place.neurons
+        return self._moved(output, self._deviation((x, output), weight, index, self._scale[mine]))
 
     def _deviation(self, passed: tuple[Tensor, Tensor], weight: Tensor, index: Tensor, scale: Tensor) -> Tensor:
         """Of each output, in units of u. passed: input and output of the projection; weight: [in, out]; index: of its

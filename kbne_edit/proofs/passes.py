@@ -103,12 +103,12 @@ def run(model: Any, texts: Texts) -> Outcome:
         for module in experts
     ]
     try:
-        found = _forward(model, texts.rows)
+        output = _forward(model, texts.rows)
     finally:
         for note in notes:
             note.remove()
-    lengths, width = [len(row) for row in texts.rows], found.shape[1]
-    logits = torch.cat([of_row[:length].float() for of_row, length in zip(found, lengths, strict=True)]).numpy()
+    lengths, width = [len(row) for row in texts.rows], output.shape[1]
+    logits = torch.cat([of_row[:length].float() for of_row, length in zip(output, lengths, strict=True)]).numpy()
     table = (
         torch.cat(routed, -1).view(len(lengths), width, -1).numpy() if routed else np.zeros((len(lengths), width, 0))
     )

@@ -18,7 +18,7 @@ def recover(base: Checkpoint, baked: Checkpoint) -> Edit:
     """The edit that turns `base` into `baked`, read off the weights. Raises CheckpointError if there is none."""
     for site in SITES:
         try:
-            slots = [slot for found in base.slots(site).values() for slot in found]
+            slots = [slot for layer in base.slots(site).values() for slot in layer]
         except FamilyError:
             if site != "down":  # a plain feed-forward block has neither gate nor up
                 continue
@@ -40,9 +40,9 @@ def _factors(base: Checkpoint, baked: Checkpoint, slots: list[Slot]) -> dict[int
             and baked.shapes.get(slot.tensor) == shape
             and _same_dtype(base, baked, slot.tensor)
         ):
-            found = recover_slot(base, baked, slot)
-            factors.setdefault(slot.layer, {}).update({slot.offset + n: factor for n, factor in found.items()})
-    return {layer: found for layer, found in factors.items() if found}
+            recovered = recover_slot(base, baked, slot)
+            factors.setdefault(slot.layer, {}).update({slot.offset + n: factor for n, factor in recovered.items()})
+    return {layer: recovered for layer, recovered in factors.items() if recovered}
 
 
 def _same_dtype(base: Checkpoint, baked: Checkpoint, name: str) -> bool:
@@ -50,7 +50,7 @@ def _same_dtype(base: Checkpoint, baked: Checkpoint, name: str) -> bool:
 
 
 def _why_none(base: Checkpoint, baked: Checkpoint) -> str:
-    places: list[tuple[Site, Slot]] = [("down", slot) for found in base.slots("down").values() for slot in found]
+    places: list[tuple[Site, Slot]] = [("down", slot) for layer in base.slots("down").values() for slot in layer]
     for _, slot in places:
         name = slot.tensor
         if name not in baked.tensors:
@@ -68,11 +68,11 @@ def recover_slot(base: Checkpoint, baked: Checkpoint, slot: Slot) -> dict[int, f
     """{neuron of the slot: its factor} of the neurons that are scaled."""
     numbers = slot.numbers(base.tensors[slot.tensor][1])
     before, after = (by_neuron(_read(checkpoint, slot, numbers), slot) for checkpoint in (base, baked))
-    found = {}
+    factors = {}
     for i in np.flatnonzero((before != after).any(1)).tolist():
         if (factor := recover_factor(before[i], after[i], numbers.name)) is not None:
-            found[i] = factor
-    return found
+            factors[i] = factor
+    return factors
 
 
 def _read(checkpoint: Checkpoint, slot: Slot, numbers: Codec) -> np.ndarray:

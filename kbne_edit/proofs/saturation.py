@@ -27,7 +27,7 @@ def limits(checkpoint: Checkpoint) -> dict[int, dict[int, float]]:
     layout = checkpoint.layout
     if layout is None:
         return {}
-    found: dict[int, dict[int, float]] = {}
+    result: dict[int, dict[int, float]] = {}
     for layer, places in slots(layout.shapes, checkpoint.config, "down").items():
         for place in places:
             matrix = layout.matrices.get(place.tensor)
@@ -35,8 +35,8 @@ def limits(checkpoint: Checkpoint) -> dict[int, dict[int, float]]:
                 if matrix and part in matrix.parts and "weight" in matrix.about:
                     scale = float(checkpoint.read_number(matrix.parts[part]))
                     largest = _LARGEST.get(matrix.about["weight"].dtype, 448.0)
-                    found.setdefault(layer, {})[place.offset] = scale * largest
-    return found
+                    result.setdefault(layer, {})[place.offset] = scale * largest
+    return result
 
 
 def check_activations(plan: Plan, texts: list[list[int]]) -> None:
@@ -83,8 +83,8 @@ def _largest(model: torch.nn.Module, plan: Plan, texts: list[list[int]]) -> dict
     from ..models.hooks import tapped
     from ..models.places import places
 
-    found = places(model, "down")
-    largest = {layer: torch.zeros(end(found[layer])) for layer in plan.edit.factors}
+    layers = places(model, "down")
+    largest = {layer: torch.zeros(end(layers[layer])) for layer in plan.edit.factors}
     with ExitStack() as stack, torch.no_grad():
         for layer, record in largest.items():
 
@@ -93,7 +93,7 @@ def _largest(model: torch.nn.Module, plan: Plan, texts: list[list[int]]) -> dict
                     part = record[offset : offset + h.shape[-1]]
                     part.copy_(torch.maximum(part, h.abs().reshape(-1, h.shape[-1]).amax(0).float()))
 
-            stack.enter_context(tapped(found[layer], "down", tap))
+            stack.enter_context(tapped(layers[layer], "down", tap))
         for ids in texts:
             model(torch.tensor([ids]))
     return largest

@@ -93,7 +93,7 @@ def shortcuts(questions: Sequence[Question], answers: Sequence[str]) -> Shortcut
         for question in questions:
             answers_of[tuple(words(question.text)[:length])][question.answer] += 1
         # Of an opening that occurs once, its own answer would always be "the most frequent": that is no prediction.
-        right = [max(found.values()) if found.total() > 1 else 1 / len(answers) for found in answers_of.values()]
+        right = [max(counts.values()) if counts.total() > 1 else 1 / len(answers) for counts in answers_of.values()]
         by_length.append(sum(right) / count)
     return Shortcuts(count, {answer: given[answer] / count for answer in answers}, max(by_length))
 
@@ -117,8 +117,8 @@ def _lengths(recipe: Recipe) -> tuple[FormLength, ...]:
     forms = dict.fromkeys(question.form for question in recipe.questions)
 
     def of(side: Iterable[Question], form: str) -> float | None:
-        found = [len(words(question.text)) for question in side if question.form == form]
-        return mean(found) if found else None
+        lengths = [len(words(question.text)) for question in side if question.form == form]
+        return mean(lengths) if lengths else None
 
     return tuple(FormLength(form, of(recipe.questions, form) or 0.0, of(recipe.controls, form)) for form in forms)
 
@@ -126,9 +126,9 @@ def _lengths(recipe: Recipe) -> tuple[FormLength, ...]:
 def _uneven(recipe: Recipe, size: int, chance: float) -> bool:
     """Whether the first `size` questions lean to an answer, an opening or a dimension."""
     questions = recipe.questions[:size]
-    found = shortcuts(questions, recipe.answers)
+    shares = shortcuts(questions, recipe.answers)
     dimensions = Counter(question.dimension for question in questions)
-    return max(*found.always.values(), found.opening) > chance + TOLERANCE or len(set(dimensions.values())) > 1
+    return max(*shares.always.values(), shares.opening) > chance + TOLERANCE or len(set(dimensions.values())) > 1
 
 
 def _uneven_groups(recipe: Recipe) -> tuple[GroupUse, ...]:
@@ -149,14 +149,14 @@ def _uneven_groups(recipe: Recipe) -> tuple[GroupUse, ...]:
 
 def _shortcut_notes(sides: Sequence[Shortcuts], chance: float) -> list[str]:
     notes = []
-    for name, found in zip(("questions", "controls"), sides, strict=True):
-        for answer, share in found.always.items():
+    for name, shares in zip(("questions", "controls"), sides, strict=True):
+        for answer, share in shares.always.items():
             if share > chance + TOLERANCE:
                 notes.append(f'always "{answer}" is right in {share:.1%} of the {name}: balance the answers')
-        if found.opening > chance + TOLERANCE:
+        if shares.opening > chance + TOLERANCE:
             notes.append(
-                f"the opening words give {found.opening:.1%} of the {name}: write forms in couples that open alike and "
-                "have different answers"
+                f"the opening words give away {shares.opening:.1%} of the {name}: write forms in pairs that begin "
+                "alike and have different answers"
             )
     return notes
 

@@ -89,7 +89,7 @@ def lower_bounds(
 
     def bounds(drawn: np.ndarray) -> np.ndarray:
         times = belongs * (rows[:, None] == drawn).sum(1)
-        found = (contrast(x, strata, times[None].astype(float), 1.0 - belongs[None]) for x in blocks())
-        return np.concatenate([(d - level() * e)[0] for d, e in found]).reshape(layers, neurons)
+        contrasts = (contrast(x, strata, times[None].astype(float), 1.0 - belongs[None]) for x in blocks())
+        return np.concatenate([(d - level() * e)[0] for d, e in contrasts]).reshape(layers, neurons)
 
     return bounds

@@ -80,7 +80,7 @@ class Questions:
         return cls(scores, *columns, np.ones(len(scores), bool), site, base)
 
     @cached_property
-    def asked(self) -> np.ndarray:
+    def non_controls(self) -> np.ndarray:
         """Indices of the questions that take part."""
         return np.flatnonzero(self.keep & ~self.control)
 
@@ -92,14 +92,14 @@ class Questions:
     @cached_property
     def unrelated(self) -> np.ndarray:
         """Controls that are nobody's twin."""
-        return np.setdiff1d(self.controls, self.twin[self.asked])
+        return np.setdiff1d(self.controls, self.twin[self.non_controls])
 
     @cached_property
     def dimensions(self) -> dict[str, np.ndarray]:
         """{dimension: indices of its questions}, in the order of the questions."""
-        asked = self.asked
-        own = self.dimension[asked]
-        return {str(name): asked[own == name] for name in dict.fromkeys(own.tolist())}
+        questions = self.non_controls
+        names = self.dimension[questions]
+        return {str(name): questions[names == name] for name in dict.fromkeys(names.tolist())}
 
     @cached_property
     def half(self) -> np.ndarray:

@@ -44,10 +44,10 @@ class Selection:
     def __repr__(self) -> str:
         return f"Selection({self.rule.describe()}: {self.edit.num_neurons} neurons)"
 
-    def stable(self, found: Stability, least: float) -> Selection:
+    def stable(self, stability: Stability, least: float) -> Selection:
         """Only the neurons that at least the share `least` of the resamples selects. Raises EditError if none is."""
         factors = {
-            layer: {n: factor for n, factor in neurons.items() if found.neurons[layer][n] >= least}
+            layer: {n: factor for n, factor in neurons.items() if stability.neurons[layer][n] >= least}
             for layer, neurons in self.edit.factors.items()
         }
         if not any(factors.values()):
@@ -103,8 +103,8 @@ class Selection:
 
     def used_by_controls(self) -> np.ndarray | None:
         """As many neurons as are selected, those that the controls use most, [L, F]; None if there are no controls."""
-        own = self._own_controls()
-        return most_used(self.questions, own, self.edit.num_neurons) if len(own) else None
+        controls = self._own_controls()
+        return most_used(self.questions, controls, self.edit.num_neurons) if len(controls) else None
 
     def _own_controls(self) -> np.ndarray:
         return self.questions.unrelated if self.rule.name == "paired" else self.questions.controls
@@ -141,7 +141,7 @@ def selection(
     factors = at_factor(votes.combined(list(masks.values())), factor)
     if not factors:
         raise EditError(rule.nothing())
-    record = rule.to_dict() | {"controls": len(questions.controls), "questions": len(questions.asked)}
+    record = rule.to_dict() | {"controls": len(questions.controls), "questions": len(questions.non_controls)}
     edit = Edit(questions.site, factors, questions.base, {"select": record})
     return Selection(edit, rule, questions, masks, votes.by_controls(), votes.counts)
 
@@ -184,8 +184,8 @@ def by_dimension(chosen: Selection, factors: dict[str, float]) -> Edit:
     """
     layers, neurons = np.nonzero(mask_of(chosen.edit, chosen.questions.scores.shape[1:]))
     means = []
-    for name, asked in chosen.questions.dimensions.items():
-        mean = chosen.questions.mean_share(asked)[layers, neurons]
+    for name, questions in chosen.questions.dimensions.items():
+        mean = chosen.questions.mean_share(questions)[layers, neurons]
         means.append(np.where(chosen.dimensions[name][layers, neurons], mean, -np.inf))
     scaled: dict[int, dict[int, float]]
     names, scaled = list(chosen.dimensions), {}

@@ -110,9 +110,9 @@ def resample(
     votes, rng, drawn = votes_of(questions, rule), np.random.default_rng(seed), []
     with progress("resamples of the questions", draws) as done:
         for _ in range(draws):
-            own = {name: of_it[rng.integers(0, len(of_it), len(of_it))] for name, of_it in votes.dimensions.items()}
-            mask = votes.combined([votes.kept[name](of_it) for name, of_it in own.items()])
-            drawn.append(Draw(np.concatenate(list(own.values())), np.flatnonzero(mask)))
+            sample = {name: of_it[rng.integers(0, len(of_it), len(of_it))] for name, of_it in votes.dimensions.items()}
+            mask = votes.combined([votes.kept[name](of_it) for name, of_it in sample.items()])
+            drawn.append(Draw(np.concatenate(list(sample.values())), np.flatnonzero(mask)))
             done(1)
     whole = np.flatnonzero(votes.combined(list(votes.masks().values())))
     return Resamples(questions, rule, whole, tuple(drawn))
@@ -152,15 +152,20 @@ def agreements(resamples: dict[str, Resamples]) -> list[Agreement]:
 
     Raises InputError if the models differ.
     """
-    if len({(own.questions.base, own.questions.site) for own in resamples.values()}) > 1:
+    if len({(sample.questions.base, sample.questions.site) for sample in resamples.values()}) > 1:
         raise InputError("stability: the scores are of different models or sites, so their neurons are not the same")
     ranks: Any  # of the neurons in one draw, then of one pair in all draws
     pairs, files = list(combinations(resamples, 2)), resamples.items()
-    whole = _correlations({name: _ranks(own.questions, own.questions.asked) for name, own in files}, pairs)
-    drawn, draws = [], list(zip(*([(name, own, draw) for draw in own.drawn] for name, own in files), strict=True))
+    whole = _correlations(
+        {name: _ranks(sample.questions, sample.questions.non_controls) for name, sample in files}, pairs
+    )
+    drawn, draws = (
+        [],
+        list(zip(*([(name, sample, draw) for draw in sample.drawn] for name, sample in files), strict=True)),
+    )
     with progress("agreement of the files", len(draws)) as done:
         for of_draw in draws:  # one by one, since the ranks of all draws would fill the memory
-            ranks = {name: _ranks(own.questions, draw.questions) for name, own, draw in of_draw}
+            ranks = {name: _ranks(sample.questions, draw.questions) for name, sample, draw in of_draw}
             drawn.append(_correlations(ranks, pairs))
             done(1)
     result = []

@@ -93,7 +93,7 @@ class SelectionSummary:
             "neurons": self.neurons,
             "share": self.share,
             "layers": list(self.layers),
-            "dimensions": {name: found.to_dict() for name, found in self.dimensions.items()},
+            "dimensions": {name: summary.to_dict() for name, summary in self.dimensions.items()},
             "overlap": self.overlap,
         }
         if self.controls_neurons is not None:

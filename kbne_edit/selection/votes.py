@@ -56,7 +56,7 @@ class Votes:
 
     def masks(self) -> dict[str, np.ndarray]:
         """{dimension: mask [L, F]} of all questions."""
-        return {name: self.kept[name](asked) for name, asked in self.dimensions.items()}
+        return {name: self.kept[name](questions) for name, questions in self.dimensions.items()}
 
     def combined(self, masks: Sequence[np.ndarray]) -> np.ndarray:
         """The dimensions' masks in one, [L, F]."""
@@ -73,9 +73,9 @@ def votes_of(questions: Questions, rule: Rule) -> Votes:
 
 def _by_count(questions: Questions, rule: Rule) -> Votes:
     twins = _twins(questions)
-    own = questions.controls
+    controls = questions.controls
     if rule.name == "paired":
-        own = np.array([q for q in own.tolist() if q in twins], int)
+        controls = np.array([q for q in controls.tolist() if q in twins], int)
     expected: Expected = {
         "paper": _nothing,
         "contrastive": _level(questions, rule.beta),
@@ -89,7 +89,7 @@ def _by_count(questions: Questions, rule: Rule) -> Votes:
 
     kept = partial(_voted, counts, rule.beta)
     named = questions.dimensions
-    return Votes(rule, counts, named, dict.fromkeys(named, kept), lambda: kept(own) if len(own) else None)
+    return Votes(rule, counts, named, dict.fromkeys(named, kept), lambda: kept(controls) if len(controls) else None)
 
 
 def _largest(excess: np.ndarray, top: float) -> np.ndarray:
@@ -122,11 +122,11 @@ def _same_sign(questions: Questions, votes: Votes) -> Votes:
         means = [questions.mean_share(drawn[answers == answer]) for answer in dict.fromkeys(answers.tolist())]
         return np.all([values > 0 for values in means], 0)
 
-    for name, asked in votes.dimensions.items():
-        if len(set(questions.answer[asked].tolist())) < 2:
+    for name, indices in votes.dimensions.items():
+        if len(set(questions.answer[indices].tolist())) < 2:
             raise InputError(
                 f"select: same-sign needs questions with different right answers in every dimension, and in {name} "
-                f"the answer is always {str(questions.answer[asked][0])!r}"
+                f"the answer is always {str(questions.answer[indices][0])!r}"
             )
     kept = {name: _both(inner, positive) for name, inner in votes.kept.items()}
     return Votes(votes.rule, votes.counts, votes.dimensions, kept, votes.by_controls)
@@ -183,7 +183,7 @@ def _twin(questions: Questions, twins: dict[int, int]) -> Expected:
 
 def _twins(questions: Questions) -> dict[int, int]:
     """{question: its twin}. Controls that are nobody's twin are each other's, two by two of one answer and form."""
-    result = {q: twin for q in questions.asked.tolist() if (twin := int(questions.twin[q])) >= 0}
+    result = {q: twin for q in questions.non_controls.tolist() if (twin := int(questions.twin[q])) >= 0}
     kinds: dict[tuple, list[int]] = {}
     for q in questions.unrelated.tolist():
         kinds.setdefault((questions.answer[q], questions.form[q]), []).append(q)
@@ -199,8 +199,8 @@ def _twins(questions: Questions) -> dict[int, int]:
 def _by_difference(questions: Questions, rule: Rule) -> Votes:
     top = cast("float", rule.share)
 
-    def kept(asked: np.ndarray, pool: np.ndarray) -> Kept:
-        bounds = _bounds(questions, asked, pool)
+    def kept(indices: np.ndarray, pool: np.ndarray) -> Kept:
+        bounds = _bounds(questions, indices, pool)
         return lambda drawn: _largest(bounds(drawn), top)
 
     @cache
@@ -220,7 +220,7 @@ def _by_difference(questions: Questions, rule: Rule) -> Votes:
     return Votes(rule, lambda q: questions.share(q) > mean(_matched(questions, q)), named, by_name, by_controls)
 
 
-def _bounds(questions: Questions, asked: np.ndarray, pool: np.ndarray) -> Kept:
+def _bounds(questions: Questions, indices: np.ndarray, pool: np.ndarray) -> Kept:
     """`lower_bounds` of mean share in these questions less that in matched controls.
 
     Matched by answer and form, or by answer alone where a form has no controls or there are too few questions for it.
@@ -228,11 +228,11 @@ def _bounds(questions: Questions, asked: np.ndarray, pool: np.ndarray) -> Kept:
     """
     by_form = [f"{a} {f}" for a, f in zip(questions.answer, questions.form, strict=True)]
     for kinds in (by_form, questions.answer.tolist()):
-        wanted = {kinds[q] for q in asked}
+        wanted = {kinds[q] for q in indices}
         matched = np.array([c for c in pool if kinds[c] in wanted], int)
-        if {kinds[c] for c in matched} == wanted and min(len(asked), len(matched)) > len(wanted):
-            strata = np.array([kinds[q] for q in (*asked, *matched)])
-            return lower_bounds(questions.scores, asked, matched, strata)
+        if {kinds[c] for c in matched} == wanted and min(len(indices), len(matched)) > len(wanted):
+            strata = np.array([kinds[q] for q in (*indices, *matched)])
+            return lower_bounds(questions.scores, indices, matched, strata)
     raise InputError(
         "select: the specific rule needs, in every dimension, more questions than answers and as many controls with "
         "the same answers: ask more with --questions"
