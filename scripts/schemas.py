@@ -31,10 +31,14 @@ from typing import (
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 PLAIN = {str: "string", Path: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 Schema = dict[str, Any]
+FILES = {"results": "results.json of kbne-edit"}
 
 
 def outputs() -> dict[str, Any]:
-    """The type of what each command prints, by the command's name; "error": of what any of them prints instead."""
+    """The type of what each command prints, by the command's name; "error": of what any of them prints instead.
+
+    FILES: of a file that commands write.
+    """
     from kbne_edit.applying import ApplyResult
     from kbne_edit.asking import AskJSON
     from kbne_edit.attribution.answers import AttributionSummary
@@ -52,6 +56,7 @@ def outputs() -> dict[str, Any]:
     from kbne_edit.recipe.checking import RecipeCheck
     from kbne_edit.recipe.types import RecipeJSON, RecipeListJSON
     from kbne_edit.reporting.types import Report
+    from kbne_edit.results import Collected, Results
     from kbne_edit.selection.stability import StabilityJSON
     from kbne_edit.selection.summary import SelectionSummary
     from kbne_edit.tuning.result import Tuning
@@ -61,6 +66,7 @@ def outputs() -> dict[str, Any]:
         "ask": AskJSON,
         "bake": BakeResult,
         "compare": Comparison,
+        "compare-results": Collected,
         "doctor": Diagnosis,
         "error": ErrorJSON,
         "evaluate": Evaluation,
@@ -73,6 +79,7 @@ def outputs() -> dict[str, Any]:
         "recipes-show": RecipeJSON,
         "recipes-show-pairs": UnitsJSON,
         "report": Report,
+        "results": Results,
         "revert": RevertResult,
         "select": SelectionSummary,
         "stability": StabilityJSON,
@@ -82,10 +89,15 @@ def outputs() -> dict[str, Any]:
 
 
 def schema_of(name: str, kind: Any) -> Schema:
-    """The schema of what a command prints: the type's, and the version that `options.show` writes first."""
+    """The schema of what a command prints: the type's, and the version that `options.show` writes first.
+
+    A file (FILES) has its own version, and no other.
+    """
     definitions: Schema = {}
     _schema(kind, definitions)
     whole = definitions.pop(_name(kind))
+    if name in FILES:
+        return {"$schema": DIALECT, "title": FILES[name]} | whole | {"$defs": dict(sorted(definitions.items()))}
     version = {"version": {"type": "integer", "minimum": 1}}
     head = {"$schema": DIALECT, "title": f"kbne-edit {name.replace('-', ' ')} --json"}
     whole["properties"] = version | whole["properties"]

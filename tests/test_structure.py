@@ -27,7 +27,7 @@ reporting
 settings
 locating
 verifying
-baking folded applying pushing asking debiasing comparing diagnosing recording
+baking folded applying pushing asking debiasing comparing diagnosing recording results
 commands
 """
 METHODS = {("edit.py", "models")}  # Edit.hooks and Edit.apply_, which import when they are called

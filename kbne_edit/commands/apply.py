@@ -7,6 +7,7 @@ import click
 
 from . import options
 from .findings import impact_lines, measuring, verdict_lines
+from .kept import keep_results
 
 
 @click.command("apply")
@@ -35,6 +36,7 @@ def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_js
         measure=not given["no_measure"],
         recipe=given["recipe"],
     )
+    keep_results(out)
     purpose, following = next_command(result.verdict, source, str(out))
     data = result.to_dict()
     lines = [f"{delta} and {source} -> {out}: the weights that the delta was made from, by their SHA-256"]

@@ -8,6 +8,7 @@ import click
 
 from . import options
 from .findings import FORCE, doubts, impact_lines, measuring, verdict_lines
+from .kept import keep_results
 
 if TYPE_CHECKING:
     from ..baking import BakeJSON, BakeResult
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
     help="Leave out neurons of a quantised model that cannot take their factor exactly.  [default: refuse]",
 )
 @click.option(
-    "--work", type=click.Path(path_type=Path), help="Folder for scores and edit, to resume from.  [default: OUT.work]"
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Folder for scores, edit, results.json and run.yaml, to resume from.  [default: OUT.work]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan of the fold, and write no checkpoint.")
 @options.NO_BEHAVIOUR
@@ -70,6 +73,8 @@ def command(
     settings = options.settings(**given)
     result = bake(source, out, settings, behaviour=behaviour, measure=measure, doubtful=doubtful, **own)
     if result:  # None in all but the first of several processes
+        if not result.dry_run:
+            keep_results(result.out, own["work"])
         options.show(result.to_dict(), as_json, _lines(result, verbose))
         if not result.dry_run:
             result.verdict.require(require)

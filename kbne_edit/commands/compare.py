@@ -9,22 +9,58 @@ from . import options
 
 if TYPE_CHECKING:
     from ..comparing import Compared, Pair
+    from ..results import Collected, Row
 
 _SHOWN = 10  # differing factors of a pair
 
 
 @click.command("compare")
 @click.argument("edits", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--results",
+    is_flag=True,
+    help="Compare what was measured instead: EDITS are results.json files, or edited directories; also a single one.",
+)
 @options.JSON
-def command(edits: tuple[Path, ...], as_json: bool) -> None:
-    """Put two or more edits side by side: edit files, checkpoints, adapters or deltas."""
-    from ..comparing import compare
+def command(edits: tuple[Path, ...], results: bool, as_json: bool) -> None:
+    """Put two or more edits side by side: edit files, checkpoints, adapters or deltas.
 
+    With --results, the figures of several runs, also other people's, stand in one table.
+    """
+    from ..comparing import compare
+    from ..results import collect_results
+
+    if results:
+        collected = collect_results(*edits)
+        return options.show(collected.to_dict(), as_json, _result_lines(collected))
     if len(edits) < 2:
         raise click.UsageError("compare takes two edits or more")
     found = compare(*edits)
     pairs = [line for pair in found.pairs for line in _pair_lines(pair)]
-    options.show(found.to_dict(), as_json, [*map(_edit_line, found.edits), *found.notes, *pairs])
+    return options.show(found.to_dict(), as_json, [*map(_edit_line, found.edits), *found.notes, *pairs])
+
+
+def _result_lines(collected: Collected) -> list[str]:
+    """Every run, then every figure with a line for each run that has it."""
+    lines = []
+    for number, (name, run) in enumerate(collected.runs.items(), 1):
+        commit = f" at {run.model.commit[:12]}" if run.model and run.model.commit else ""
+        model = f"{run.model.id if run.model else 'a model without a name'}{commit}"
+        lines.append(f"[{number}] {name}: {model}, {run.edit['neurons']:,} neurons, {run.tool}: {run.verdict.ship}")
+    lines += collected.notes
+    numbers = {name: number for number, name in enumerate(collected.runs, 1)}
+    for (task, figure, unit), rows in collected.figures().items():
+        lines.append(f"{task}: {figure}" + (f" ({unit})" if unit else ""))
+        lines += [_row_line(numbers[name], row) for name, row in rows.items()]
+    return lines
+
+
+def _row_line(number: int, row: Row) -> str:
+    digits = 1 if row.unit == "percent" else 4
+    change = "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*row.change, d=digits)
+    random = f"; random neurons {row.random.value:+.{digits}f}" if row.random else ""
+    text = f": {row.text}" if row.text else ""
+    return f"  [{number}] {row.base:.{digits}f} to {row.edit:.{digits}f}, {change}{random} ({row.items} items){text}"
 
 
 def _edit_line(edit: Compared) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
+
+from .. import __version__
 
 PREFIX = "KBNE_EDIT"  # of environment variables: PREFIX_COMMAND_OPTION
 
@@ -48,7 +51,32 @@ def _long(param: click.Parameter) -> str:
     return max(param.opts, key=len).lstrip("-")
 
 
+def used() -> str:
+    """The options of the command that is running, in the form that --config reads; those with a default left out."""
+    import yaml
+
+    context = click.get_current_context()
+    given = {}
+    for param in context.command.params:
+        name = str(param.name)
+        value = context.params.get(name)
+        if value not in (None, ()) and context.get_parameter_source(name) not in _DEFAULTS:
+            given[_long(param)] = _plain(value)
+    name = context.command.name
+    head = f"# kbne-edit {__version__}; to run it again: kbne-edit {name} --config FILE\n"
+    return head + (yaml.safe_dump(given, sort_keys=False, allow_unicode=True) if given else "{}\n")
+
+
+_DEFAULTS = (ParameterSource.DEFAULT, None)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, (bool, int, float)) else str(value)
+
+
 def _value(param: click.Parameter, value: Any) -> Any:
-    """Lists are typed with commas, but where an option may be repeated."""
-    repeated = isinstance(param, click.Option) and param.multiple
+    """Lists are typed with commas, but where an option or an argument may be repeated."""
+    repeated = param.nargs == -1 or (isinstance(param, click.Option) and param.multiple)
     return ",".join(map(str, value)) if isinstance(value, list) and not repeated else value

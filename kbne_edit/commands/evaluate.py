@@ -10,6 +10,7 @@ from . import options
 from .edited import BAKED, EDITED, SOURCE, base_of, directory
 from .explain import EXPLAIN
 from .findings import REQUIRE, impact_lines, verdict_lines
+from .kept import keep_results, keep_run
 
 if TYPE_CHECKING:
     from ..edit import Edit
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Scores file. Adds the neurons of its control questions as a control.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Also write the result as JSON to this file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Also write the result as JSON to this file, and beside it .results.json and .run.yaml.",
+)
 @click.option(
     "--into",
     type=click.Path(path_type=Path),
@@ -70,6 +75,7 @@ def command(
     from ..evaluation.evaluate import evaluate
     from ..files import forbid_overlap, write_json
     from ..recording import record_evaluation
+    from ..results import Results
 
     values["baked"] = directory(values.pop("edited"), values["baked"])
     source = base_of(values["baked"], source)
@@ -84,9 +90,13 @@ def command(
     record, lines = result.to_dict(), _lines(result)
     if into:
         record_evaluation(into, result, source, values["recipe"])
+        keep_results(into, run="evaluate.run.yaml")
         lines.append(f"recorded: {into} (manifest and card; `kbne-edit report {into} --out {into}.html` shows it)")
     if out:
         write_json(out, record)
+        keep_run(out.with_suffix(".run.yaml"))
+        if result.edit:
+            write_json(out.with_suffix(".results.json"), Results.of_evaluation(result, values["recipe"]).to_dict())
         lines.append(f"written: {out}")
     options.show(record, as_json, lines)
     if result.verdict:

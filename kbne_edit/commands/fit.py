@@ -7,6 +7,7 @@ import click
 
 from ..families import SITES
 from . import options
+from .kept import keep_run
 
 if TYPE_CHECKING:
     from ..fitting.result import Control, Fit, Gain
@@ -78,6 +79,7 @@ def command(
     from ..fitting.fit import FitSettings, fit
 
     found = fit(source, out, FitSettings(pairs=pairs or None, **values), gradients)
+    keep_run(out.with_suffix(".run.yaml"))
     shell = options.shell
     steps = [
         f"written: {out}",

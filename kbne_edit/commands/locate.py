@@ -7,6 +7,7 @@ import click
 
 from . import options
 from .findings import FORCE, doubts
+from .kept import keep_run
 
 
 @click.command("locate")
@@ -23,6 +24,7 @@ def command(source: str, out: Path, force: bool, as_json: bool, **values: Any) -
     scores = locate(source, out, options.settings(**values), doubtful=doubts(force))
     if scores is None:  # one of several processes, and not the first
         return
+    keep_run(out.with_suffix(".run.yaml"))
     summary = AttributionSummary.of(scores)
     lines = [
         *options.attribution_lines(summary),

@@ -7,6 +7,7 @@ import click
 
 from . import options
 from .findings import REQUIRE, verdict_lines
+from .kept import RUN, keep_run
 
 if TYPE_CHECKING:
     from ..statistics import Interval
@@ -104,6 +105,7 @@ def command(
     given = {name: values.pop(name) for name in ("factors", "taus", "tops", "betas", "rules", "combines")}
     space = Space(per_dimension=per_dimension, **{name: value for name, value in given.items() if value is not None})
     result = tune(source, scores, out, space=space, tasks=options.names(tasks), **values)
+    keep_run(out / RUN)
     options.show(result.to_dict(), as_json, _lines(result, out))
     result.verdict.require(require)
 

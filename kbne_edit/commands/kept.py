@@ -1,0 +1,34 @@
+"""What a run leaves beside its output: run.yaml, its options, and results.json, what it measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .config import used
+
+RUN = "run.yaml"
+
+
+def keep_run(path: Path) -> None:
+    """Write the options of this command, so that `--config` can repeat it. Raises OutputError."""
+    from ..files import write_text
+
+    write_text(path, used())
+
+
+def keep_results(edited: Path, folder: Path | None = None, run: str = RUN) -> Path:
+    """Write options and results of the run that made (or evaluated) a directory. Returns the results file.
+
+    folder: where to; None: the work folder beside the directory. run: name of the file for the options.
+    Raises OutputError.
+    """
+    from ..disk.publishing import write_errors
+    from ..files import work_folder, write_json
+    from ..results import FILE, load_results
+
+    folder = folder or work_folder(edited)
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    keep_run(folder / run)
+    write_json(folder / FILE, load_results(edited).to_dict())
+    return folder / FILE
