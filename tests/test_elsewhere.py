@@ -44,7 +44,7 @@ def test_a_configuration_that_says_the_same_is_a_note_and_another_is_a_fault(pai
     config = json.loads((made / "config.json").read_text())
     (made / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0.0"}))
     proofs = verify(base, made, behaviour=False)
-    assert proofs.ok and proofs.files.notes == ("file config.json says the same in other words",)
+    assert proofs.ok and proofs.files.notes == ("file config.json is formatted differently, with the same content",)
     (made / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     assert verify(base, made, behaviour=False).faults == ("file config.json differs in rms_norm_eps",)
 

@@ -355,7 +355,7 @@ def test_what_is_no_delta(path, message, base, tmp_path):
 
 
 def test_a_checkpoint_is_no_delta(base, tmp_path):
-    with pytest.raises(CheckpointError, match="is no delta"):
+    with pytest.raises(CheckpointError, match="is damaged, or kbne-edit did not write it"):
         apply(Checkpoint.open(base).shards[0].path, base, tmp_path / "out")
 
 

@@ -1,1 +1,1 @@
-"""An edit and a checkpoint to a checkpoint, an adapter or a delta, and back."""
+"""Applies an edit to a checkpoint: as a checkpoint, an adapter or a delta, and back."""

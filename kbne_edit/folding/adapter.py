@@ -1,7 +1,7 @@
 """An edit as an IA3 adapter of PEFT, and back.
 
-PEFT multiplies the input of a feedforward module, or the output of another one, by a vector. With the factors in it,
-and 1 for all else, that is the edit at the site `down` or `gate`.
+IA3 multiplies the input of a "feedforward module", or the output of any other module, by a vector. A vector of the
+factors, with 1 for all other neurons, is an edit at the site `down`, or at `gate` or `up`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def check_form(form: str, checkpoint: Checkpoint) -> None:
-    """Raise FamilyError if the edit of such a model has no such form: asked before work that takes long."""
+    """Raise FamilyError if edits of this model cannot take this form. Called before long work."""
     if form == "peft" and family_of(checkpoint.config).experts:
         raise FamilyError(
             f"{shown(checkpoint.config['model_type'])} is a mixture of experts: IA3 scales whole modules, and "
-            "routed experts are none. Its edits are kept as an edit.json, a checkpoint or a delta"
+            "routed experts are not modules. Save its edits as an edit.json, a checkpoint or a delta"
         )
 
 
@@ -39,9 +39,9 @@ def load_edit(path: str | Path, checkpoint: Checkpoint) -> Edit:
 
 
 class _Vector(NamedTuple):
-    """Where an IA3 vector acts. shape: (1, F) scales a module's input, (F, 1) its output, packed gates (2 F, 1).
+    """Where an IA3 vector acts. shape: (1, F) scales a module's input, (F, 1) its output, (2 F, 1) packed gate and up.
 
-    start: which of its values is the first neuron's.
+    start: index of the first neuron's value.
     """
 
     module: str
@@ -55,18 +55,21 @@ class _Vector(NamedTuple):
     def key(self) -> str:
         return f"base_model.model.{self.module}.ia3_l"
 
-    def takes(self, name: str, values: np.ndarray) -> bool:
-        """True if it is the vector of that name, and scales its own neurons alone (of a fused gate and up)."""
+    def matches(self, name: str, values: np.ndarray) -> bool:
+        """True if the name fits, and only this site's neurons are scaled (gate and up may be packed)."""
         others = np.delete(values.ravel(), np.s_[self.start : self.start + self.neurons])
         return name == self.key and values.shape == self.shape and bool((others == 1).all())
 
 
 def _vectors(checkpoint: Checkpoint) -> list[_Vector]:
-    """One of every layer for each site that the family has."""
+    """The vector of every layer and every site of the family."""
     family = family_of(checkpoint.config)
     result = []
     for site in SITES if family.gate else SITES[:1]:
-        for layer, (slot, *_) in ((layer, result) for layer, result in checkpoint.slots(site).items() if result):
+        for layer, slots in checkpoint.slots(site).items():
+            if not slots:
+                continue
+            slot = slots[0]
             size = slot.neurons if checkpoint.quantised else checkpoint.shapes[slot.tensor][slot.axis]
             shape = (1, size) if site == "down" else (size, 1)
             start = 0 if site == "down" or checkpoint.quantised else slot.start
@@ -77,10 +80,10 @@ def _vectors(checkpoint: Checkpoint) -> list[_Vector]:
 
 
 def write_adapter(checkpoint: Checkpoint, edit: Edit, part: Path, source: Origin) -> None:
-    """The edit as an IA3 adapter in the folder `part`. source: the base, as the adapter names it.
+    """Write the edit as an IA3 adapter into the folder `part`. source: the base that the adapter names.
 
-    Modules are named in full, so that PEFT touches those of the edited layers and no other.
-    Raises ProofError if what is read back is not the edit.
+    Modules are named in full, so that PEFT touches only those of the edited layers.
+    Raises ProofError if reading the adapter does not give the edit.
     """
     used = [v for v in _vectors(checkpoint) if v.site == edit.site and v.layer in edit.factors]
     tensors = {}
@@ -108,20 +111,20 @@ def write_adapter(checkpoint: Checkpoint, edit: Edit, part: Path, source: Origin
 
 
 def adapter_fault(folder: Path, plan: Plan) -> str:
-    """What is wrong with an adapter that should be the plan's edit; "" if nothing is. Raises EditError."""
+    """Why an adapter is not the plan's edit; "" if it is. Raises EditError."""
     stored = read_adapter(folder, plan.checkpoint)
     same = (stored.site, stored.factors) == (plan.edit.site, _effective(plan.edit.factors))
     return "" if same else "the adapter is not the edit that its manifest records"
 
 
 def _effective(factors: dict[int, dict[int, float]]) -> dict[int, dict[int, float]]:
-    """The factors as a vector keeps them: in float32, and without those of 1."""
+    """The factors as an adapter stores them: in float32, and without factors of 1."""
     kept = {la: {n: float(np.float32(f)) for n, f in ns.items() if np.float32(f) != 1} for la, ns in factors.items()}
     return {layer: neurons for layer, neurons in kept.items() if neurons}
 
 
 def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Edit:
-    """The edit that an IA3 adapter is. Raises EditError if it is another adapter, or scales what an edit cannot."""
+    """The edit in an IA3 adapter. Raises EditError for other adapters, and for modules that an edit cannot scale."""
     folder = Path(folder)
     config = read_json(folder / _CONFIG, EditError, "--edit takes an edit.json, or the folder of an IA3 adapter")
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -139,7 +142,7 @@ def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Edit:
         values = to_float(read_array(shard, tensor), tensor.dtype)
         if tensor.name.endswith(".ia3_l") and (values == 1).all():
             continue
-        vector = next((vector for vector in known if vector.takes(tensor.name, values)), None)
+        vector = next((vector for vector in known if vector.matches(tensor.name, values)), None)
         if vector is None:
             raise EditError(
                 f"{folder} changes {shown(tensor.name)} {list(values.shape)}: an edit scales the input of the "

@@ -1,8 +1,8 @@
-"""Files of edited columns: the undo file, which holds them as they were, and the delta, as they become.
+"""Files of edited columns: the undo file holds them before the edit, the delta after it.
 
-Inside they are safetensors files, but neither their names nor those of their tensors are a checkpoint's: whoever serves
-a model may read every *.safetensors in its folder (TGI, vLLM without an index), and would take columns for weights.
-Earlier outputs hold the same tensors under the names of the weights; those are read as well.
+They are safetensors files under other file and tensor names. Servers may load every *.safetensors in a folder (TGI, and
+vLLM without an index), and would mistake columns for weights. Earlier versions used the names of the weights; such
+files can still be read.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _WEIGHT, _HEADER = "kbne.weight.", "kbne.header."
 
 @dataclass(frozen=True)
 class Columns:
-    """A file of columns, opened. weights: {tensor of the checkpoint: where its columns are}; headers: {file of the
-    base: where all before its data is}, in the undo file of resharded weights.
+    """An open file of columns. weights: {tensor of the checkpoint: its columns}; headers: {file of the base: its
+    header}, in the undo file of resharded weights.
     """
 
     shard: Shard
@@ -42,7 +42,7 @@ class Columns:
             weights = {t.name: t for t in shard.tensors if t.dtype != "U8"}
             headers = {t.name: t for t in shard.tensors if t.dtype == "U8"}
         if len(weights) + len(headers) != len(shard.tensors):
-            raise CheckpointError(f"{path} is no file of columns that kbne-edit wrote, or is damaged")
+            raise CheckpointError(f"{path} is damaged, or kbne-edit did not write it")
         return cls(shard, weights, headers)
 
     def weight_bytes(self) -> dict[str, bytes]:
@@ -50,7 +50,7 @@ class Columns:
         return {name: read_raw(self.shard, tensor) for name, tensor in self.weights.items()}
 
     def header_bytes(self) -> dict[str, bytes]:
-        """All before the data of each file of the base."""
+        """The header of each file of the base."""
         return {name: read_raw(self.shard, tensor) for name, tensor in self.headers.items()}
 
     def arrays(self, plan: Plan) -> dict[str, np.ndarray]:
@@ -61,9 +61,7 @@ class Columns:
             expected[name] = (kept_dtype(tensor), target.kept_shape(tensor))
             storage[name] = target.slot.numbers(tensor).storage
         if {name: (tensor.dtype, tensor.shape) for name, tensor in self.weights.items()} != expected:
-            raise CheckpointError(
-                f"{self.shard.path} does not hold what its edit changes in this checkpoint: it is damaged"
-            )
+            raise CheckpointError(f"{self.shard.path} does not hold the columns that its edit changes: it is damaged")
         return {
             name: np.frombuffer(read_raw(self.shard, tensor), storage[name]).reshape(tensor.shape)
             for name, tensor in self.weights.items()
@@ -71,7 +69,7 @@ class Columns:
 
 
 def kept_dtype(tensor: TensorInfo) -> str:
-    """What a file of columns calls a tensor's dtype: rows of a GGUF file are bytes there."""
+    """A tensor's dtype in a file of columns: rows of a GGUF file are stored as bytes."""
     return tensor.dtype if tensor.dtype in DTYPES else "U8"
 
 
@@ -88,15 +86,15 @@ def write_columns(
 
 
 def undo_path(directory: Path) -> Path:
-    """The undo file of an output, also of an earlier one."""
+    """The undo file of an output, also of an earlier version."""
     return _either(directory, UNDO, OLD_UNDO)
 
 
 def delta_path(path: str | Path) -> Path:
-    """The file of a delta, given itself or its directory."""
+    """The file of a delta, given the file or its directory."""
     return _either(Path(path), DELTA, OLD_DELTA) if Path(path).is_dir() else Path(path)
 
 
 def _either(directory: Path, name: str, old: str) -> Path:
-    there = (directory / name).is_file() or not (directory / old).is_file()
-    return directory / (name if there else old)
+    is_new = (directory / name).is_file() or not (directory / old).is_file()
+    return directory / (name if is_new else old)

@@ -1,4 +1,4 @@
-"""An edit as a delta: the edited columns alone, with the hashes of the weights before and after."""
+"""An edit as a delta: only the edited columns, with the hashes of the weights before and after."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class DeltaRecord:
-    """What a delta says of itself. files: of the weights, before and after; source: its base.
+    """The metadata of a delta. files: hashes of the weight files before and after; source: its base.
 
-    weights: the same of all tensors together, however they are cut into files (see `weights_hashes`); None in deltas
-    that earlier versions wrote.
+    weights: hashes of all tensors together, however they are sharded (see `weights_hashes`); None in deltas of earlier
+    versions.
     """
 
     edit: Edit
@@ -49,7 +49,7 @@ class DeltaRecord:
 
     @classmethod
     def read(cls, path: Path) -> DeltaRecord:
-        """The record in a delta's file. Raises CheckpointError if it is none."""
+        """The record in a delta's file. Raises CheckpointError if the file is not a delta."""
         Shard.open(path)
         data = parse_json(read_metadata(path).get("kbne", "null").encode(), str(path), cure="download it again")
         try:
@@ -63,9 +63,7 @@ class DeltaRecord:
         except EditError:
             raise
         except (KeyError, TypeError, AttributeError):
-            raise CheckpointError(
-                f"{path} is no delta that kbne-edit wrote, or is damaged: download it again"
-            ) from None
+            raise CheckpointError(f"{path} is damaged, or kbne-edit did not write it: download it again") from None
 
 
 def manifest_of(form: str, plan: Plan, part: Path, source: Origin) -> Manifest:
@@ -79,10 +77,11 @@ def manifest_of(form: str, plan: Plan, part: Path, source: Origin) -> Manifest:
 
 
 def write_delta(plan: Plan, part: Path, source: Origin, progress: Progress) -> None:
-    """The edited columns alone, as a file of columns in the folder `part`: {tensor name: [D, k], [k, D] or [k]}.
+    """Write the edited columns to a file in the folder `part`: {tensor name: [D, k], [k, D] or [k]}.
 
-    Its metadata hold the edit, the base's fingerprint, and SHA-256 of the weights' files before and after, which are
-    computed twice: from the products, and with the columns of the delta put in. Raises ProofError if they differ.
+    The metadata hold the edit, the base's fingerprint, and the SHA-256 of the weight files before and after. The
+    latter is computed twice: from the products, and with the columns of the delta inserted. Raises ProofError if the
+    two differ.
     """
     files, kept = fold_hashes(plan, progress)
     columns = {}
@@ -98,7 +97,7 @@ def write_delta(plan: Plan, part: Path, source: Origin, progress: Progress) -> N
 
 
 def delta_fault(directory: Path, plan: Plan) -> str:
-    """What is wrong with a delta that should be the plan's edit; "" if nothing is. Raises CheckpointError."""
+    """Why a delta is not the plan's edit; "" if it is. Raises CheckpointError."""
     path = delta_path(directory)
     record = DeltaRecord.read(path)
     files, _ = fold_hashes(plan, None)
@@ -109,7 +108,7 @@ def delta_fault(directory: Path, plan: Plan) -> str:
 
 
 def fold_hashes(plan: Plan, progress: Progress | None) -> tuple[dict[str, FileRecord], Kept]:
-    """The hashes of a fold that is written nowhere, in the base's own files, and what its undo file would keep."""
+    """The hashes of a fold in the base's files without writing it, and what its undo file would hold."""
     files: dict[str, FileRecord] = {}
     kept: Kept = {}
     with ThreadPoolExecutor(2) as pool, open(os.devnull, "wb") as nowhere:
@@ -120,9 +119,9 @@ def fold_hashes(plan: Plan, progress: Progress | None) -> tuple[dict[str, FileRe
 
 
 def weights_hashes(plan: Plan) -> FileRecord:
-    """SHA-256 of all tensors in the order of their names, with dtype and shape, before and after a fold.
+    """SHA-256 over all tensors in the order of their names, with dtype and shape, before and after a fold.
 
-    The same however they are cut into files, so that a delta fits its base in another layout, too.
+    It does not depend on the sharding, so a delta fits its base in any sharding.
     """
     kept: Kept = {}
     with ThreadPoolExecutor(2) as pool:

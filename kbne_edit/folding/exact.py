@@ -1,8 +1,8 @@
-"""Where the product of a factor and a quantised neuron's multipliers is not exact.
+"""Which factors of a quantised neuron are not exact.
 
-A power of two is exact in every supported format, unless a multiplier leaves the range of its numbers. Other factors
-are one rounding of float scales; numbers of a few bits are never rounded. Rows of FP8 blocks share a scale: there the
-block's scale takes the factor and the codes of its other rows the inverse, where the codes alone would saturate.
+A power of two is exact in every supported format, unless a scale leaves its range. Any other factor costs one rounding
+of float scales; numbers of a few bits are never rounded. Rows of FP8 blocks share a scale. Where the codes of a row
+would saturate, the block's scale takes the factor, and the codes of the block's other rows its inverse.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..disk.slots import Slot
 from ..edit import Edit
 from .target import Target
 
-SUBNORMAL = 2.0**-10  # half the smallest step of float8_e4m3fn: what halving a code of the lowest range can cost
+SUBNORMAL = 2.0**-10  # half the smallest step of float8_e4m3fn: the largest error of halving a subnormal code
 RESCUED = 2.0**-18  # the relative error of a neuron in a rescued block: SUBNORMAL over the largest code, 448
 
 
 def quantised_targets(checkpoint: Checkpoint, target: Target) -> tuple[list[Target], np.ndarray]:
-    """What happens to the carriers of a target's neurons, and which of them cannot take their factors, booleans [k]."""
+    """The targets of the carriers of a target's neurons, and True for neurons that cannot take their factor, [k]."""
     if target.slot.block is not None:
         return _rescued(checkpoint, target)
     if target.slot.codec == "F4 pair":
@@ -47,7 +47,7 @@ def _is_exact(factor: float) -> bool:
 
 
 def _paired(checkpoint: Checkpoint, target: Target) -> tuple[list[Target], np.ndarray]:
-    """Of codes that share a byte: a factor for each half of the bytes that hold a neuron, float32 [k, 2]."""
+    """For codes that share a byte: a factor for each half of every byte with an edited neuron, float32 [k, 2]."""
     assert target.expert is not None
     shard, tensor = checkpoint.tensors[target.slot.tensor]
     codec = target.slot.numbers(tensor)
@@ -62,9 +62,9 @@ def _paired(checkpoint: Checkpoint, target: Target) -> tuple[list[Target], np.nd
 
 
 def _rescued(checkpoint: Checkpoint, target: Target) -> tuple[list[Target], np.ndarray]:
-    """Codes and scales of whole blocks of rows: all rows of the blocks that hold a neuron, whether they change or not.
+    """Codes and scales of whole blocks: all rows of every block with an edited neuron, whether they change or not.
 
-    So the undo file holds the blocks whole, however their codes and scales were changed.
+    So the undo file holds whole blocks, and can restore codes and scales together.
     """
     assert target.slot.block is not None
     scales, height = target.slot.block
@@ -94,10 +94,10 @@ def _rescued(checkpoint: Checkpoint, target: Target) -> tuple[list[Target], np.n
 
 
 def _block_scale(codes: np.ndarray, factors: np.ndarray) -> tuple[float | None, bool]:
-    """(the multiplier of a block's scales, whether codes are rounded): 1 where the codes alone can take the factors.
+    """(factor of the block's scales, True if codes are rounded). The factor is 1 where the codes can take the factors.
 
-    codes: [rows of the block, I] as stored; factors: float32 [rows], 1 for those that are not edited. None where even
-    the largest factor as the multiplier leaves a code that saturates, or is rounded above the lowest range.
+    codes: [rows of the block, I] as stored; factors: float32 [rows], 1 for rows that are not edited. None if even with
+    the largest factor a code saturates, or is rounded outside the subnormal range.
     """
     codec = CODECS["F8_E4M3 rescued"]
     best: tuple[float | None, bool] = (None, False)
@@ -115,7 +115,7 @@ def _block_scale(codes: np.ndarray, factors: np.ndarray) -> tuple[float | None, 
 
 
 def moved(edit: Edit, targets: Iterable[Target], seed: int) -> Edit:
-    """The edit with each factor moved by as much as its stored products may be rounded, up or down by a seeded draw."""
+    """The edit with each factor moved by the largest rounding of its products, up or down by a seeded draw."""
     draws = np.random.default_rng(seed)
     factors = {layer: dict(neurons) for layer, neurons in edit.factors.items()}
     for target in targets:

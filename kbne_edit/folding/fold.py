@@ -1,4 +1,4 @@
-"""Fold an edit into a checkpoint, file by file. Everything streams, so memory does not grow with the model."""
+"""Folds an edit into a checkpoint, file by file, streaming: memory does not grow with the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .rewrite import Kept, Progress, assemble, rewrite
 
 
 def fold_into(plan: Plan, part: Path, progress: Progress | None = None) -> Manifest:
-    """Execute a plan in an existing directory. The manifest is returned, not written."""
+    """Execute a plan in an existing directory. Returns the manifest; the caller writes it."""
     checkpoint = plan.checkpoint
     carry, leave = checkpoint.other_files()
     forbid_links_out(checkpoint.path, carry)
@@ -41,7 +41,7 @@ def fold_into(plan: Plan, part: Path, progress: Progress | None = None) -> Manif
         left_out=tuple(leave),
         resharded=resharded,
     )
-    # The edited columns (or rows) as they were: {tensor name: [D, k], [k, D] or [k]}; and how the files were cut.
+    # The edited columns (or rows) of the base: {tensor name: [D, k], [k, D] or [k]}; and the headers of its files.
     dtypes = {name: kept_dtype(checkpoint.tensors[name][1]) for name in kept}
     columns = {name: (dtypes[name], np.concatenate(parts)) for name, parts in kept.items()}
     write_columns(part / UNDO, columns, old, {FOLD_KEY: manifest.fold_sha256()})
@@ -51,7 +51,7 @@ def fold_into(plan: Plan, part: Path, progress: Progress | None = None) -> Manif
 def _write_shards(
     plan: Plan, part: Path, kept: Kept, pool: ThreadPoolExecutor, progress: Progress | None
 ) -> dict[str, FileRecord]:
-    """The weights in the base's own files."""
+    """Write the weights with the base's sharding."""
 
     def write(shard: Shard) -> tuple[str, FileRecord]:
         with create(part / shard.path.name, shard.path) as out:
@@ -67,7 +67,7 @@ def _write_shards(
 def _write_new_shards(
     plan: Plan, part: Path, kept: Kept, pool: ThreadPoolExecutor, progress: Progress | None
 ) -> tuple[dict[str, FileRecord], dict[str, OldShard]]:
-    """The weights in other files than the base's, and their index."""
+    """Write the weights with a new sharding, and its index."""
     checkpoint = plan.checkpoint
     places = {name: file.name for file in plan.files for name in file.tensors}
     files = {}

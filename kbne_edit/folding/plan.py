@@ -1,7 +1,7 @@
-"""What a fold does, before it is done: which neurons of which tensors, by which factors, in which files.
+"""The plan of a fold: which neurons of which tensors, by which factors, in which files.
 
 W_down (factor_i h_i) = (W_down with column i scaled by factor_i) h. Each stored weight becomes the float32 product,
-rounded once to its own dtype (arXiv:2601.21864 scales h at run time; here the weights are).
+rounded once to its dtype (arXiv:2601.21864 scales h at run time; the fold scales the weights).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..families import end
 from .exact import quantised_targets
 from .target import Target
 
-Inexact = dict[int, set[int]]  # of each layer the neurons that cannot take their factors
+Inexact = dict[int, set[int]]  # {layer: neurons that cannot take their factor}
 
 
 class StepJSON(TypedDict):
-    """One tensor of a plan. file: that it will stand in; axis: of the neurons; neurons: of their layer."""
+    """One tensor of a plan. file: the output file that holds it; axis: of the neurons; neurons: of their layer."""
 
     tensor: str
     file: str
@@ -34,7 +34,7 @@ class StepJSON(TypedDict):
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor of a plan, in numbers to print. file: that it will stand in; neurons: of their layer."""
+    """One tensor of a plan, in numbers to print. file: the output file that holds it; neurons: of their layer."""
 
     tensor: str
     file: str
@@ -54,9 +54,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """An edit of a checkpoint, worked out: a dry run prints it, the fold executes it, the proofs receive it.
+    """An edit, worked out for a checkpoint. A dry run prints it, the fold executes it, the proofs receive it.
 
-    targets: {tensor: what happens to it}. files: to be written in place of the checkpoint's, () to keep its own.
+    targets: {tensor: what happens to it}. files: the new sharding, () to keep the checkpoint's.
     """
 
     checkpoint: Checkpoint
@@ -72,10 +72,10 @@ class Plan:
         shard_size: int | str | None = None,
         inexact: Literal["refuse", "skip", "ignore"] = "refuse",
     ) -> Plan:
-        """Work it out. shard_size: bytes a file, or text such as "5GB".
+        """Work out an edit. shard_size: bytes per file, or text such as "5GB".
 
-        inexact: what becomes of neurons of a quantised checkpoint that cannot take their factors without a loss; they
-        can be skipped, and are ignored where the values are not to be products (of an undo file).
+        inexact: what to do if neurons of a quantised checkpoint cannot take their factors exactly: refuse the edit,
+        skip them, or ignore it (for an undo file, whose values are not products).
         Raises EditError if the edit does not fit, FamilyError, CheckpointError, InputError.
         """
         edit.check(checkpoint.layer_sizes(edit.site), checkpoint.fingerprint())
@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """The plan tensor by tensor."""
+        """The plan, tensor by tensor."""
         files = {name: shard.path.name for name, (shard, _) in self.checkpoint.tensors.items()}
         files |= {name: file.name for file in self.files for name in file.tensors}
         return tuple(
@@ -113,7 +113,7 @@ class Plan:
         )
 
     def with_columns(self, columns: dict[str, np.ndarray]) -> Plan:
-        """The same, with these values put in place of products. columns: as `stored_columns` reads them."""
+        """A copy in which these values replace the products. columns: as of `Columns.arrays`."""
         targets = {name: replace(target, values=columns[name]) for name, target in self.targets.items()}
         return replace(self, targets=targets)
 
@@ -151,6 +151,6 @@ def _refused(inexact: Inexact, checkpoint: Checkpoint) -> EditError:
     more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
     return EditError(
         f"{checkpoint.path} is quantised ({', '.join(checkpoint.formats)}), and {len(listed)} neurons cannot take "
-        f"their factor there without a loss (layer.neuron): {', '.join(listed[:20])}{more}. Pass --skip-inexact to "
+        f"their factor exactly (layer.neuron): {', '.join(listed[:20])}{more}. Pass --skip-inexact to "
         "leave them out, or a factor that is a power of two"
     )

@@ -1,4 +1,4 @@
-"""One file of weights to another, in chunks of whole rows: memory does not grow with the model."""
+"""Rewrites one file of weights in chunks of whole rows: memory does not grow with the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..files import open_input
 from .plan import Plan
 from .target import Target
 
-Kept = dict[str, list[np.ndarray]]  # of each edited tensor what the undo file keeps, chunk by chunk
+Kept = dict[str, list[np.ndarray]]  # {edited tensor: what the undo file keeps of it, by chunk}
 Progress = Callable[[int], None]  # called with the number of bytes done since the last call
 
 
@@ -37,7 +37,7 @@ def chunks(
 
 
 def pieces(tensor: TensorInfo, target: Target | None) -> Iterator[tuple[int, int]]:
-    """(start, end) of a tensor's chunks in its file, in turn; those of an edited one hold whole rows."""
+    """(start, end) of a tensor's chunks in its file; chunks of an edited tensor hold whole rows."""
     row = max((tensor.end - tensor.start) // max(target.slot.shape(tensor)[0], 1), 1) if target else 1
     step = max(CHUNK // row, 1) * row
     return ((a, min(a + step, tensor.end)) for a in range(tensor.start, tensor.end, step))
@@ -51,11 +51,11 @@ def rewrite(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
 ) -> tuple[str, str]:
-    """Copy one file with its targets scaled. Returns SHA-256 of what was read and of what was written.
+    """Copy one file with its targets scaled. Returns the SHA-256 of the old file and of the new one.
 
-    Where the file system can, the new file begins as a clone of the old one, and only what changes is written.
-    Rejected where it cannot: copying by the kernel first (copy_file_range), since writing beside the hashing costs
-    less time than copying before it.
+    Where the file system supports it, the new file begins as a clone of the old one, and only changed chunks are
+    written. Rejected for other file systems: copy_file_range first, since writing while hashing is faster than copying
+    before it.
     """
     digests = TwoDigests(pool)
     with open_input(shard.path) as file:
@@ -76,11 +76,11 @@ def rewrite(
     return digests.hexdigests()
 
 
-_FICLONE = 0x40049409  # ioctl of Linux: share all blocks of another file until one of the two is written to
+_FICLONE = 0x40049409  # ioctl of Linux: share all blocks of another file, copy on write
 
 
 def _clone(file: BinaryIO, out: BinaryIO) -> bool:
-    """Make the empty file `out` a clone of `file`. False where the file system has no clones, or out is no file."""
+    """Make the empty file `out` a clone of `file`. False if the file system cannot, or `out` is not a regular file."""
     try:
         fcntl.ioctl(out.fileno(), _FICLONE, file.fileno())
     except OSError as error:
@@ -98,10 +98,7 @@ def assemble(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
 ) -> str:
-    """Write one file of another layout: its head, then each tensor from where it stands, the targets scaled.
-
-    Returns its SHA-256.
-    """
+    """Write one file of a new sharding: its header, then its tensors, with the targets scaled. Returns its SHA-256."""
     digests = TwoDigests(pool)
     digests.update(new.head, new.head)
     out.write(new.head)

@@ -1,4 +1,4 @@
-"""What happens to one tensor: the products, or what takes their place."""
+"""What happens to one tensor: products with factors, or values that replace them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..errors import EditError
 
 @dataclass(frozen=True)
 class Target:
-    """What happens to one tensor. index: neurons along the slot's axis, [k]; factors: float32 [k] (of two neurons that
-    share a byte: [k, 2]).
+    """What happens to one tensor. index: neurons along the slot's axis, [k]; factors: float32 [k] ([k, 2] where two
+    neurons share a byte).
 
-    expert: which expert each belongs to, [k], where the tensor stacks all experts. values: what is put in place of the
-    products, in the layout of the undo file (a delta brings its own). unit: the largest relative error of a product in
-    a quantised checkpoint, 0 where all are exact.
+    expert: the expert of each, [k], where the tensor stacks all experts. values: what replaces the products, in the
+    layout of the undo file (for a delta). unit: the largest relative error of a product in a quantised checkpoint, 0
+    where all are exact.
     """
 
     slot: Slot
@@ -30,7 +30,7 @@ class Target:
 
     @property
     def neurons(self) -> np.ndarray:
-        """Which of the slot's neurons change, [k]."""
+        """Indices of the slot's neurons that change, [k]."""
         if self.factors.ndim == 2:  # two neurons share a byte
             assert self.expert is not None
             both = 2 * self.index[:, None] + np.arange(2) + (self.expert * self.slot.neurons)[:, None]
@@ -56,7 +56,7 @@ class Target:
         return self.expert is None and self.slot.axis == 1
 
     def kept_shape(self, tensor: TensorInfo) -> tuple[int, ...]:
-        """Shape of what the undo file keeps of this tensor: [D, k], [k, D] or [k]."""
+        """The shape of this tensor in the undo file: [D, k], [k, D] or [k]."""
         shape = list(self.slot.shape(tensor))
         if self.expert is None:
             shape[self.slot.axis] = len(self.index)
@@ -64,9 +64,9 @@ class Target:
         return (len(self.index), *(size for axis, size in enumerate(shape) if axis not in (0, self.slot.axis)))
 
     def product(self, old: np.ndarray, kept: slice | np.ndarray, tensor: TensorInfo) -> np.ndarray:
-        """The float32 product of stored values with their factors, rounded once. Raises EditError where it overflows.
+        """The float32 products of stored values with their factors, rounded once. Raises EditError if one overflows.
 
-        old: a part of what the undo file keeps, [D, k] or [k, …]; kept: which of its rows those are.
+        old: rows of this tensor in the undo file, [D, k] or [k, …]; kept: which rows.
         """
         if self.by_column:
             factors = self.factors[None, :]

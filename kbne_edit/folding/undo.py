@@ -1,4 +1,4 @@
-"""Take an edit out of a directory again: the base, byte for byte, from that directory alone."""
+"""Reverts an edit: restores the base, byte for byte, from the baked directory alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .rewrite import Progress, assemble, rewrite
 
 @dataclass(frozen=True)
 class RevertResult:
-    """files: how many were restored, each with the base's SHA-256; left_out: files of the base that `bake` left out."""
+    """files: number of restored files, each with the base's SHA-256; left_out: files that `bake` had left out."""
 
     files: int
     left_out: tuple[str, ...]
@@ -35,9 +35,9 @@ class RevertResult:
 def revert(
     baked: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> RevertResult:
-    """Write the base of a baked directory to the directory `out`, byte for byte, from that directory alone.
+    """Write the base of a baked directory to the directory `out`, byte for byte, from the baked directory alone.
 
-    Every file's hash is compared with the manifest's hash of the base.
+    Every file is compared with the hash of the base's file in the manifest.
     Raises CheckpointError if the directory was changed since it was baked, OutputError.
     """
     checkpoint = Checkpoint.open(baked)
@@ -51,7 +51,7 @@ def revert(
     plan = plan.with_columns(columns.arrays(plan))
     old = columns.header_bytes()
     if old.keys() != manifest.resharded.keys():
-        raise CheckpointError(f"{undo} does not hold how the files of the base were cut: it is damaged")
+        raise CheckpointError(f"{undo} does not hold the headers of the base's files: it is damaged")
     restored = _to_restore(checkpoint, manifest)
     shards = {shard.path.name: shard for shard in checkpoint.shards}
     with staged(out, overwrite, checkpoint.path) as part, ThreadPoolExecutor(2) as pool:
@@ -61,13 +61,13 @@ def revert(
             with create(part / origin, checkpoint.path / name) as file:
                 _, digest = rewrite(shard, plan.targets, file, {}, pool, progress)
             if digest != manifest.files[name].before:
-                raise CheckpointError(f"{baked}/{name} was changed after baking: it does not give the base back")
+                raise CheckpointError(f"{baked}/{name} was changed after baking: it does not give the base's file")
         for name, head in old.items():
             shard_before = NewShard(INDEX, head, ()) if name == INDEX else old_shard(name, head, checkpoint.tensors)
             with create(part / name, checkpoint.shards[0].path) as file:
                 digest = assemble(shard_before, plan, file, {}, pool, progress)
             if digest != manifest.resharded[name].before:
-                raise CheckpointError(f"{baked} was changed after baking: it does not give {name} of the base back")
+                raise CheckpointError(f"{baked} was changed after baking: it does not give {name} of the base")
     return RevertResult(len(restored) + len(old), manifest.left_out)
 
 
@@ -77,12 +77,12 @@ def _manifest(checkpoint: Checkpoint) -> Manifest:
     if manifest is None:
         raise CheckpointError(f"{path} has no {MANIFEST}: only a directory that kbne-edit baked can be reverted")
     if not manifest.sealed:
-        raise CheckpointError(f"{path / MANIFEST} was changed after baking: the base is not certain")
+        raise CheckpointError(f"{path / MANIFEST} was changed after baking: the base cannot be restored with certainty")
     return manifest
 
 
 def _to_restore(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, str]:
-    """{file: its name in the base}. Raises CheckpointError if the directory holds other files than it should."""
+    """{file: its name in the base}. Raises CheckpointError if files are missing, or new."""
     carried = checkpoint.other_files()[0]
     names = manifest.base_names([*(shard.path.name for shard in checkpoint.shards), *carried])
     if wrong := sorted(set(names) ^ set(manifest.files)):

@@ -1,1 +1,1 @@
-"""The two proofs: the file is the edit, and the model behaves as the hooks."""
+"""The two proofs: the files hold the edit, and the model behaves as the hooks."""

@@ -1,11 +1,12 @@
 """The second proof: the model behaves as the hooks.
 
-The base with run-time hooks against the baked directory, both loaded by plain transformers, one after the other. Bit
-by bit where every factor is a power of two; otherwise within the rounding noise, which is computed (see `noise`).
+It compares the base with run-time hooks and the baked directory, both loaded by plain transformers, one after the
+other. They must agree bit for bit if every factor is a power of two, else within the rounding noise, which is computed
+(see `noise`).
 
-Each is loaded once, in the dtype that its weights are stored in, and compared in that dtype and in float32 (see
-`models.widening`). Both run the same texts, in float32 with what the base with hooks writes after them. As many texts
-are continued alike as those in which both find the same token likeliest at each place of the continuation.
+Each model is loaded once, in the dtype of its weights, and compared in that dtype and in float32 (see
+`models.widening`). Both run the same texts, in float32 followed by the greedy continuation of the base with hooks. A
+text is continued alike if both models have the same top token at each position of the continuation.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]
 
 
 class Load(Protocol):
-    """The causal model of a checkpoint. native: with activations quantised as its format says."""
+    """Loads the causal model of a checkpoint. native: with activations quantised as the format says."""
 
     def __call__(self, checkpoint: Checkpoint, dtype: torch.dtype, native: bool) -> Any: ...
 
@@ -89,10 +90,10 @@ def _whole_model(plan: Plan, baked: Checkpoint, stored: torch.dtype) -> tuple[Be
 
 
 def _whole_quantised(plan: Plan, baked: Checkpoint, dtype: torch.dtype) -> tuple[BehaviourProof, ...]:
-    """By the format's own library where it is installed, else by our reader.
+    """Loaded by the format's own library if it is installed, else by kbne-edit's reader.
 
-    Activations are quantised only where all is exact: a single code of theirs that turns moves the logits by more than
-    any bound.
+    Activations are quantised only if everything is exact: one activation code that flips moves the logits beyond any
+    bound.
     """
     reader = library(plan.checkpoint)
 
@@ -119,7 +120,7 @@ class _Comparison:
     load: Load
 
     def proofs(self, loaded: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> tuple[BehaviourProof, ...]:
-        """One entry per dtype, of models loaded in `loaded`; () where that says less than a load in each of them."""
+        """One entry per dtype, from models loaded in `loaded`; () if each dtype needs a load of its own."""
         references = self._references(loaded, dtypes)
         if references is None:
             return ()
@@ -127,7 +128,7 @@ class _Comparison:
         return tuple(self._compared(model, reference, loaded) for reference in references)
 
     def _references(self, loaded: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> list[_Reference] | None:
-        """What the base with hooks says. The model is gone when this returns: two are never in memory."""
+        """The outcomes of the base with hooks. Its model is freed on return: two are never in memory."""
         import torch
 
         from ..models.hooks import hooked
@@ -140,7 +141,7 @@ class _Comparison:
             continued = Texts.continued(model, proof_texts(self.plan.checkpoint))
         references = []
         for dtype in dtypes:
-            # 16 bits tell near ties apart by chance: continuations are compared in float32.
+            # In 16 bits near ties break by chance, so continuations are compared in float32.
             texts = continued if dtype == torch.float32 else continued.without_continuations
             with _computing_in(dtype, model, loaded):
                 with hooked(model, self.plan.edit):
@@ -151,9 +152,9 @@ class _Comparison:
         return references
 
     def _noise(self, model: Any, texts: Texts, reference: Outcome, dtype: torch.dtype) -> float:
-        """What rounding alone makes of the logits: the largest of as many draws as `NOISE_FACTOR` presumes.
+        """How far rounding alone moves the logits: the largest difference in as many draws as `NOISE_FACTOR` assumes.
 
-        A tiny model has few logits: in three draws of bfloat16, none of them may move.
+        A tiny model has few logits, so three draws of bfloat16 may move none of them.
         """
         noise = last_rounding(reference.logits, dtype)
         for seed in range(max(_FEWEST_DRAWS, -(-_DIFFERENCES // reference.logits.size))):
@@ -165,7 +166,7 @@ class _Comparison:
     def _drawn(self, model: Any, seed: int) -> Iterator[None]:
         """The base with hooks and one draw of rounding noise.
 
-        Of a quantised format, h_i errs by the unit of what is rounded: its factors are moved by so much.
+        In a quantised format h_i has the relative error of its rounded scale, so the factors are moved by that much.
         """
         from ..models.hooks import hooked
         from .noise import rounding_noise
@@ -179,7 +180,7 @@ class _Comparison:
             yield
 
     def _compared(self, model: Any, base: _Reference, loaded: torch.dtype) -> BehaviourProof:
-        """model: the output."""
+        """The proof in one dtype. model: the output, loaded in `loaded`."""
         import torch
 
         dtype, texts, reference, noise = base.dtype, base.texts, base.outcome, base.noise
@@ -205,7 +206,7 @@ class _Comparison:
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the base with hooks says in one dtype. noise: None where the output must equal it bit for bit."""
+    """The base with hooks in one dtype. noise: None if the output must equal it bit for bit."""
 
     dtype: torch.dtype
     texts: Texts

@@ -1,8 +1,8 @@
-"""The first proof: the file is the edit.
+"""The first proof: the files hold the edit.
 
-Every edited weight is the rounded product of the original and its factor, everything else is identical to the bit.
-Streaming, no model in memory. Nothing is taken from the output on its own word: what an output may hold besides its
-base's files is known by rule, and compared with the base.
+Every edited weight is the rounded product of the original and its factor; everything else is identical to the bit. The
+proof streams, without a model in memory. It trusts nothing that the output says: rules determine which files an output
+may hold besides its base's, and their content is compared with the base.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ..folding.rewrite import Progress, chunks, pieces, scaled
 from ..folding.target import Target
 from .outcome import EditFrom, FileProof
 
-# Of a directory made elsewhere: the files beside the weights that transformers reads. Others cannot change the model.
+# In a directory made elsewhere: the files that transformers reads. Other files cannot change the model.
 _READ = (".json", ".model", "vocab.txt", "merges.txt", ".tiktoken", ".spm", ".jinja", ".py")
-# What a configuration says of the program that wrote it.
+# Keys of a configuration that depend on the program that wrote it.
 _WRITER = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
 @dataclass
 class _Run:
-    """What is known so far. hashes: {weight file: SHA-256 in the base and in the output}, as far as computed."""
+    """The state of a comparison. hashes: {weight file: SHA-256 in the base and in the output}, as far as computed."""
 
     plan: Plan
     baked: Checkpoint
@@ -70,11 +70,11 @@ def file_proof(
     *,
     rehash: bool = True,
 ) -> FileProof:
-    """The first proof that `baked` is the plan's checkpoint with its edit, however both are cut into files.
+    """The first proof that `baked` is the plan's checkpoint with its edit, however both are sharded.
 
-    manifest: the output's own, compared with what is found; None for a directory made elsewhere. edit_from: where the
-    plan's edit comes from, for the result. rehash: False leaves out the hashes of the shards, for a manifest whose
-    hashes this very run has computed: the bytes are compared all the same, so hashing them again says nothing new.
+    manifest: the output's, which is checked, too; None for a directory made elsewhere. edit_from: where the plan's edit
+    comes from, for the result. rehash: False skips the hashes of the shards, for a manifest whose hashes this run has
+    computed itself; the bytes are compared in any case.
     """
     run = _Run(plan, baked, manifest, rehash and manifest is not None, progress)
     same_files = _same_files(run)
@@ -88,7 +88,7 @@ def file_proof(
     else:
         _compare_others(run, same_files)
     if stray := [name for name in _others(baked)[1] if not is_private(name)]:
-        run.fault(f"unedited weights lie beside the edited ones: {', '.join(stray[:3])}")
+        run.fault(f"the directory also holds unedited weights: {', '.join(stray[:3])}")
     return FileProof(
         edit=plan.edit,
         edit_from=edit_from,
@@ -104,7 +104,7 @@ def file_proof(
 
 
 def _same_files(run: _Run) -> bool:
-    """True if weights can be compared file by file. A directory made elsewhere may say the same in other headers."""
+    """True if weights can be compared file by file. A directory made elsewhere may have other headers."""
     base, baked = run.base, run.baked
     if [shard.path.name for shard in base.shards] != [shard.path.name for shard in baked.shards]:
         return False
@@ -114,7 +114,7 @@ def _same_files(run: _Run) -> bool:
 
 
 def _compare_shard(run: _Run, old: Shard, new: Shard) -> None:
-    """Fold the base once more, chunk by chunk, and compare with what is there; hash both on the way."""
+    """Fold the base again, chunk by chunk, and compare with the output; hash both at the same time."""
     name, targets = new.path.name, run.plan.targets
     with open_input(old.path) as a, open_input(new.path) as b, ThreadPoolExecutor(2) as pool:
         digests = TwoDigests(pool)
@@ -130,20 +130,20 @@ def _compare_shard(run: _Run, old: Shard, new: Shard) -> None:
         if rest := b.read(1):
             run.fault(f"{name}: longer than the base's file")
             if run.rehash:
-                digests.update(b"", rest)  # then its hash is not that of the file, and need not be
+                digests.update(b"", rest)  # not the hash of the whole file, but different from the base's
         if run.rehash:
             run.hashes[name] = FileRecord(*digests.hexdigests())
     run.files += 1
 
 
 def _tensor_at(shard: Shard, start: int, before: bytes, after: bytes) -> str:
-    """The tensor in which two chunks that begin at `start` differ first."""
+    """The tensor with the first difference of two chunks that begin at `start`."""
     position = start + next((i for i, (x, y) in enumerate(zip(before, after, strict=False)) if x != y), len(after))
     return next((t.name for t in shard.tensors if t.start <= position < t.end), "the header")
 
 
 def _compare_tensors(run: _Run) -> None:
-    """Tensor by tensor, for directories whose files are cut or ordered differently."""
+    """Compare tensor by tensor, for directories with another sharding or order."""
     old, new = run.base.tensors, run.baked.tensors
     for name in sorted(set(old) ^ set(new)):
         run.fault(f"tensor {one_line(name)} is {'missing' if name in old else 'new'}")
@@ -175,10 +175,10 @@ def _same_tensor(
 
 
 def _compare_with_manifest(run: _Run, manifest: Manifest) -> None:
-    """Files beside the weights, the undo file, and each field of the manifest that speaks of them."""
+    """Compare the other files, the undo file, and the fields of the manifest about them."""
     expected = _expected_files(run, manifest)
     present = {*_others(run.baked)[0], *(shard.path.name for shard in run.baked.shards)}
-    if ".gitattributes" not in expected:  # the Hub adds it to whatever it holds
+    if ".gitattributes" not in expected:  # the Hub adds it to every repository
         present.discard(".gitattributes")
     for name in sorted(present ^ expected.keys()):
         run.fault(f"file {one_line(name)} is {'missing' if name in expected else 'new'}")
@@ -197,17 +197,17 @@ def _compare_with_manifest(run: _Run, manifest: Manifest) -> None:
     if (manifest.edit.site, manifest.edit.factors) != (edit.site, edit.factors):
         run.fault("the manifest records another edit")
     if set(manifest.left_out) != set(run.base.other_files()[1]):
-        # Of a model on the Hub only what is needed is downloaded: the same base can lie here with more, or with less.
+        # From the Hub only the needed files are downloaded, so a local base can hold more or fewer formats.
         run.notes.append("the base's directory holds other formats of the weights than the manifest says")
 
 
 def _others(baked: Checkpoint) -> tuple[list[str], list[str]]:
-    """Files beside the weights, whatever they are, and stray weights."""
+    """(all files that are not weights, weights that do not belong to the checkpoint)."""
     return other_files(baked.path, {shard.path.name for shard in baked.shards}, baked.indexed, private=True)
 
 
 def _expected_files(run: _Run, manifest: Manifest) -> dict[str, str | None]:
-    """{file of the output: its name in the base, None for what is made while baking}, by rule."""
+    """{file of the output: its name in the base, None if the bake makes it}, by rule."""
     carried = run.base.other_files()[0]
     shards = [shard.path.name for shard in (run.baked if manifest.resharded else run.base).shards]
     expected: dict[str, str | None] = {name: None if manifest.resharded else name for name in shards}
@@ -221,7 +221,7 @@ def _expected_files(run: _Run, manifest: Manifest) -> dict[str, str | None]:
         expected[kept] = expected.pop(CARD)
     if CARD not in expected and (run.baked.path / CARD).is_file():
         expected[CARD] = None
-    if undo_path(run.baked.path).name == OLD_UNDO:  # earlier versions carried over what they found, keys and all
+    if undo_path(run.baked.path).name == OLD_UNDO:  # earlier versions carried over every file, even keys
         for name in manifest.files.keys() - expected.keys():
             if not is_weights(name) and (run.base.path / name).is_file() and (run.baked.path / name).is_file():
                 expected[name] = name
@@ -230,11 +230,11 @@ def _expected_files(run: _Run, manifest: Manifest) -> dict[str, str | None]:
 
 
 def _compare_file(run: _Run, name: str, origin: str | None, manifest: Manifest) -> None:
-    """One file, and what the manifest says of it. Weights were compared: here only their hashes are."""
+    """Compare one file with the base and the manifest. Weights were compared before; here only their hashes are."""
     if name in run.hashes:
         actual = run.hashes[name]
     elif origin is not None and name in {shard.path.name for shard in run.baked.shards}:
-        return  # hashed by this very run
+        return  # its hash was computed by this run
     else:
         before = file_hash(run.base.path / origin) if origin is not None else None
         actual = FileRecord(before, file_hash(run.baked.path / name))
@@ -257,7 +257,7 @@ def _other_base(name: str) -> str:
 
 
 def _compare_resharded(run: _Run, manifest: Manifest) -> None:
-    """The files of the base and those that their tensors went into."""
+    """Compare the record of the resharding, and the new headers and index."""
     base, baked = run.base, run.baked
     places = {t.name: shard.path.name for shard in baked.shards for t in shard.tensors}
     into = {s.path.name: tuple(sorted({places.get(t.name, "") for t in s.tensors})) for s in base.shards}
@@ -270,22 +270,22 @@ def _compare_resharded(run: _Run, manifest: Manifest) -> None:
         if run.rehash and file_hash(base.path / name) != old.before:
             run.fault(_other_base(name))
         elif old.into != into[name]:
-            run.fault(f"the manifest says that tensors of {one_line(name)} went elsewhere than they did")
+            run.fault(f"the manifest says that tensors of {one_line(name)} are in other files than they are")
     if any(_other_base(name) in run.faults for name in into):
-        return  # what follows from it is no fault of its own
+        return  # the rest would only follow from that fault
     shards = [NewShard(s.path.name, header_of(s), tuple(t.name for t in s.tensors)) for s in baked.shards]
     metadata = shared_metadata(base)
     for shard in shards:
         if all(name in base.tensors for name in shard.tensors) and shard.head != (
             new_header(base, shard.tensors, metadata)
         ):
-            run.fault(f"{one_line(shard.name)}: the header is not what cutting the base anew gives")
+            run.fault(f"{one_line(shard.name)}: the header is not that of the resharded base")
     if len(shards) > 1 and (baked.path / INDEX).read_bytes() != index_text(base, shards).encode():
         run.fault(f"file {INDEX} is not the index of these files")
 
 
 def _compare_undo(run: _Run, manifest: Manifest) -> None:
-    """The undo file holds the base's own columns, and nothing else."""
+    """The undo file must hold the base's columns, and nothing else."""
     path = undo_path(run.baked.path)
     if not path.is_file() or file_hash(path) != manifest.undo:
         run.fault(f"{path.name} is missing or was changed")
@@ -297,7 +297,7 @@ def _compare_undo(run: _Run, manifest: Manifest) -> None:
     undo = Columns.open(path)
     weights = {name: np.concatenate(parts).tobytes() for name, parts in run.kept.items()}
     if path.name == UNDO and read_metadata(path) != {FOLD_KEY: manifest.fold_sha256()}:
-        run.fault(f"{MANIFEST} says other things of the fold than {UNDO}")
+        run.fault(f"{MANIFEST} and {UNDO} are of different folds")
     old = headers(run.base) if manifest.resharded else {}
     if undo.weight_bytes() != weights or undo.header_bytes() != old:
         run.fault(f"{path.name} does not hold the weights as they are in the base")
@@ -307,10 +307,10 @@ def _compare_undo(run: _Run, manifest: Manifest) -> None:
 
 
 def _compare_others(run: _Run, same_files: bool) -> None:
-    """Files beside the weights of a directory without a manifest: those that transformers reads must be equal."""
+    """Compare the other files of a directory without a manifest: those that transformers reads must be equal."""
     old = set(run.base.other_files()[0])
     new = {name for name in _others(run.baked)[0] if not is_private(name)}
-    if not same_files:  # each index is that of its own files
+    if not same_files:  # then the indexes differ, too
         old, new = old - {INDEX}, new - {INDEX}
     for name in sorted(old | new):
         if name not in old or name not in new:
@@ -319,17 +319,17 @@ def _compare_others(run: _Run, same_files: bool) -> None:
             run.files += 1
             problem = _difference(run.base.path / name, run.baked.path / name, name)
             if not problem and file_hash(run.base.path / name) != file_hash(run.baked.path / name):
-                run.notes.append(f"file {one_line(name)} says the same in other words")
+                run.notes.append(f"file {one_line(name)} is formatted differently, with the same content")
         if problem and name.endswith(_READ):
             run.fault(problem)
         elif problem:
             run.notes.append(problem)
     if (path := undo_path(run.baked.path)).exists():
-        run.fault(f"{path.name} is there without {MANIFEST}: the manifest was removed")
+        run.fault(f"{path.name} exists without {MANIFEST}: the manifest was removed")
 
 
 def _difference(old: Path, new: Path, name: str) -> str:
-    """In what a file differs; "" for equal files, and for a configuration that says the same in other words."""
+    """How a file differs; "" for equal files, and for a configuration with the same content."""
     if file_hash(old) == file_hash(new):
         return ""
     if name not in ("config.json", "generation_config.json"):

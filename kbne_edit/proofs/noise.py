@@ -1,8 +1,8 @@
-"""The rounding noise that a fold is allowed, as noise on the outputs of the edited projections.
+"""The rounding noise of a fold, simulated as noise on the outputs of the edited projections.
 
-Rounding factor * w to the stored dtype errs by at most u |factor * w|, u half the dtype's epsilon, each weight on its
-own. So output j of an edited projection moves by about a normal number of variance
-(u^2 / 3) sum_i (w_ji factor_i h_i)^2 over the edited neurons: that is what is added, from a seed.
+Rounding factor * w to the stored dtype has an error of at most u |factor * w|, where u is half the dtype's epsilon,
+independently for each weight. So output j of an edited projection moves by approximately a normal variable of variance
+(u^2 / 3) sum_i (w_ji factor_i h_i)^2 over the edited neurons i. This variable is added, drawn from a seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..models.places import Place, places
 
 @contextmanager
 def rounding_noise(model: nn.Module, edit: Edit, dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Within the context, and within `hooked`, `model` has the noise of weights that were rounded to `dtype`."""
+    """Within the context (and within `hooked`) `model` has the noise of weights rounded to `dtype`."""
     with ExitStack() as stack:
         for layer, factors in edit.factors.items():
             for place in places(model, edit.site)[layer]:
@@ -58,7 +58,7 @@ class _Noise:
 
     @contextmanager
     def _added_to_experts(self) -> Iterator[None]:
-        """The hooks run the experts by a forward pass of their own: the same, with a look at its inputs and outputs."""
+        """The hooks replace the experts' forward pass: use the same one, with access to its inputs and outputs."""
         hooks = vars(self._place.module)["forward"]
         with replaced([self._place.module], partial(hooks.func, *hooks.args, **hooks.keywords, after=self._expert)):
             yield
@@ -76,8 +76,8 @@ class _Noise:
         return self._moved(output, self._deviation((x, output), weight, index, self._scale[mine]))
 
     def _deviation(self, passed: tuple[Tensor, Tensor], weight: Tensor, index: Tensor, scale: Tensor) -> Tensor:
-        """Of each output, in units of u. passed: input and output of the projection; weight: [in, out]; index: of its
-        neurons among its inputs (site down) or outputs; scale: their factors.
+        """Standard deviation of each output, in units of u. passed: input and output of the projection; weight: [in,
+        out]; index: of the neurons among its inputs (site down) or outputs; scale: their factors.
         """
         x, output = passed[0].float(), passed[1]
         if self._site == "down":  # x is scaled already

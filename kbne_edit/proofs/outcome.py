@@ -1,4 +1,4 @@
-"""What the two proofs found."""
+"""The results of the two proofs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ EditFrom = Literal["manifest", "given", "recovered from the weights"]
 
 @dataclass(frozen=True)
 class FileProof:
-    """The first proof: the file is the edit.
+    """The first proof: the files hold the edit.
 
-    edit: whose products the weights are compared with; edit_from: where it comes from. tensors: how many were compared;
-    edited: how many of them are products; files: how many files were compared. faults: of weights, then of the files
-    beside them, empty if the proof holds; notes: differences that no loader of the model sees.
+    edit: the edit that was looked for; edit_from: where it comes from. tensors: number of tensors compared; edited:
+    number of them that the edit changes; files: number of files compared. faults: of weights, then of other files,
+    empty if the proof holds; notes: differences that do not affect a loaded model.
     """
 
     edit: Edit
@@ -37,12 +37,13 @@ class FileProof:
         return not self.faults
 
     def with_fault(self, fault: str) -> FileProof:
-        """The same, with one more fault."""
+        """A copy with one more fault."""
         return replace(self, faults=(*self.faults, fault))
 
 
 class BehaviourFigures(TypedDict):
-    """The second proof in one dtype. difference: of logits, noise: what rounding makes, in their standard deviations.
+    """The second proof in one dtype. difference: largest of the logits, noise: from rounding, both in the logits'
+    standard deviations.
 
     kl: nats per token; top1, greedy, rerouted: shares, 0 to 1. A figure that was not measured is left out.
     """
@@ -60,7 +61,7 @@ class BehaviourFigures(TypedDict):
 
 
 class BehaviourJSON(BehaviourFigures):
-    """The same, and whether it holds."""
+    """The figures, and whether the proof holds."""
 
     ok: bool
 
@@ -69,10 +70,10 @@ class BehaviourJSON(BehaviourFigures):
 class BehaviourProof:
     """The second proof in one dtype: the model behaves as the base with run-time hooks.
 
-    how: "whole model" or "site by site". difference: the largest of logits, noise: that rounding alone makes, both
-    relative to the logits' standard deviation. kl: nats per position; top1: share of positions with the same top token;
-    greedy: share of texts continued alike; rerouted: share of positions left out because rounding turned a router's
-    choice. None where not measured.
+    how: "whole model" or "site by site". difference: the largest of the logits, noise: the largest from rounding alone,
+    both relative to the logits' standard deviation. kl: nats per position; top1: share of positions with the same top
+    token; greedy: share of texts continued alike; rerouted: share of positions left out because rounding changed a
+    router's choice. None where not measured.
     """
 
     dtype: str
@@ -133,10 +134,10 @@ def edit_json(edit: Edit) -> EditJSON:
 
 
 class ProofsJSON(TypedDict):
-    """Both proofs. source: where the edit comes from; tensors, edited, files: how many were compared, are products.
+    """Both proofs. source: where the edit comes from; tensors, files: number compared; edited: tensors that it changes.
 
-    file_proof: the first proof holds; behaviour: the second one in each dtype, null if it was left out; ok: whatever
-    was put to the proof holds.
+    file_proof: the first proof holds; behaviour: the second one in each dtype, null if it was not run; ok: every proof
+    that was run holds.
     """
 
     edit: EditJSON
@@ -153,14 +154,14 @@ class ProofsJSON(TypedDict):
 
 @dataclass(frozen=True)
 class Proofs:
-    """Both proofs. behaviour: one entry per dtype, None if the second proof was not asked for."""
+    """Both proofs. behaviour: one entry per dtype, None if the second proof was not run."""
 
     files: FileProof
     behaviour: tuple[BehaviourProof, ...] | None = None
 
     @property
     def ok(self) -> bool:
-        """True if whatever was put to the proof holds."""
+        """True if every proof that was run holds."""
         return self.files.holds and all(entry.holds for entry in self.behaviour or ())
 
     @property
@@ -174,12 +175,12 @@ class Proofs:
 
     @property
     def both_held(self) -> bool:
-        """True if both were put to the proof, and hold."""
+        """True if both proofs were run and hold."""
         return self.ok and bool(self.behaviour)
 
     @property
     def fault(self) -> str:
-        """The first fault in words; "" if there is none."""
+        """The first fault; "" if there is none."""
         if self.files.faults:
             return self.files.faults[0]
         return "" if self.ok else "behaviour differs"
@@ -209,7 +210,7 @@ class Proofs:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], edit: Edit) -> Proofs:
-        """Proofs on record. edit: the one that the same record has. Raises KeyError, TypeError, ValueError."""
+        """Recorded proofs. edit: of the same record. Raises KeyError, TypeError, ValueError."""
         behaviour = data["behaviour"]
         faults = tuple(str(fault) for fault in data["faults"])
         if not _flag(data["file_proof"]) and not faults:

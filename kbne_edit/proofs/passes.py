@@ -1,4 +1,4 @@
-"""Passes of a model over the second proof's texts, and how two of them are compared.
+"""Runs a model on the second proof's texts, and compares two runs.
 
 Legend: N positions of all texts, T of one text, V vocabulary.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-NOISE_FACTOR = 4  # the largest of some 10^5 near-normal differences varies by less than this between two draws
+NOISE_FACTOR = 4  # the largest of 10^5 nearly normal differences varies by less than this between draws
 _TOKENS = 8  # of each greedy continuation
 _ROWS = 32  # positions in float64 at once
 _TEXTS = (
@@ -31,7 +31,7 @@ _TEXTS = (
 
 
 def proof_texts(base: Checkpoint) -> list[list[int]]:
-    """Token ids of the texts that the proof runs; seeded ones where the tokenizer knows no word."""
+    """Token ids of the proof's texts; seeded ids if there is no usable tokenizer."""
     try:
         tokenizer = load_tokenizer(base.path)
         with foreign(base.path):
@@ -40,7 +40,7 @@ def proof_texts(base: Checkpoint) -> list[list[int]]:
             return prompts
     except CheckpointError:
         pass
-    # A directory without a tokenizer (or with one that knows no word) can be proven all the same.
+    # A directory without a tokenizer can be proven as well.
     size = base.config.get("vocab_size", 64)
     return np.random.default_rng(0).integers(0, size, (len(_TEXTS), 12)).tolist()
 
@@ -54,10 +54,10 @@ class Texts:
 
     @classmethod
     def continued(cls, model: Any, prompts: list[list[int]]) -> Texts:
-        """Continued greedily by this model, all at once. Raises InputError for tokens that the model does not have.
+        """The prompts, continued greedily by this model. Raises InputError for tokens that the model does not have.
 
-        Rejected: a cache. A pass over so few tokens takes little longer than one over the last of them, since both read
-        all weights, and models with a state have caches of their own kinds.
+        Rejected: a cache. A pass over so few tokens takes little longer than one over the last token, since both read
+        all weights, and recurrent models have caches of their own kinds.
         """
         rows = [list(ids) for ids in prompts]
         for ids in rows:
@@ -74,7 +74,7 @@ class Texts:
 
     @property
     def written(self) -> list[np.ndarray]:
-        """Of each text, which of all positions predict its continuation."""
+        """For each text, the positions (of all texts) that predict its continuation."""
         starts = np.cumsum([0, *map(len, self.rows)])
         return [
             np.arange(start + prompt - 1, start + len(row) - 1)
@@ -83,7 +83,7 @@ class Texts:
 
 
 class Outcome(NamedTuple):
-    """logits: of all positions, [N, V] float32; routes: per text which experts each position took, [T, any]."""
+    """logits: [N, V] float32; routes: per text the experts that each position was routed to, [T, any]."""
 
     logits: np.ndarray
     routes: list[np.ndarray]
@@ -116,7 +116,7 @@ def run(model: Any, texts: Texts) -> Outcome:
 
 
 def _forward(model: Any, rows: list[list[int]]) -> Tensor:
-    """Logits [texts, longest, V]. Rows are filled up at their end, which no earlier position of a causal model sees."""
+    """Logits [texts, longest, V]. Rows are padded at their end, which does not affect earlier positions."""
     import torch
 
     width = max(map(len, rows))
@@ -125,7 +125,7 @@ def _forward(model: Any, rows: list[list[int]]) -> Tensor:
 
 
 def check_finite(model: Any, texts: Texts, reference: Outcome) -> None:
-    """Raise InputError where the model with hooks gave no numbers: of the base, if that gives none. model: the base."""
+    """Raise InputError if the model with hooks gave NaN or inf; blame the base if it does so, too. model: the base."""
     import torch
 
     if not np.isfinite(reference.logits).all():
@@ -136,8 +136,8 @@ def check_finite(model: Any, texts: Texts, reference: Outcome) -> None:
 def logit_difference(got: Outcome, reference: Outcome) -> float:
     """Largest logit difference, relative to the logits' standard deviation.
 
-    A router's choice is not continuous: where rounding turned it, at this position or one before, another function is
-    computed, and the difference says nothing about rounding. Such positions are left out, and counted ("rerouted").
+    A router's choice is not continuous. Where rounding changed it, at this position or an earlier one, another function
+    is computed, and the difference says nothing about the fold. Such positions are left out and counted ("rerouted").
     """
     kept = same_route(got, reference)
     largest = np.abs(got.logits - reference.logits)[kept].max(initial=0)
@@ -145,10 +145,9 @@ def logit_difference(got: Outcome, reference: Outcome) -> float:
 
 
 def last_rounding(logits: np.ndarray, dtype: torch.dtype) -> float:
-    """Deviation of the rounding of the largest logit, relative to the logits' standard deviation.
+    """The rounding error of the largest logit, relative to the logits' standard deviation.
 
-    It is there however little an edit changes: a few small draws of noise may move no logit over a rounding step, and
-    the edit one.
+    The noise is at least that: a few small draws may move no logit by a rounding step, while the edit moves one.
     """
     import torch
 
@@ -157,7 +156,7 @@ def last_rounding(logits: np.ndarray, dtype: torch.dtype) -> float:
 
 
 def same_route(got: Outcome, reference: Outcome) -> np.ndarray:
-    """Positions up to which every router chose the same experts, [N]."""
+    """True for positions up to which every router chose the same experts, [N]."""
     pairs = zip(got.routes, reference.routes, strict=True)
     return np.concatenate([np.logical_and.accumulate((a == b).all(1)) for a, b in pairs])
 

@@ -1,4 +1,4 @@
-"""What an output says of itself: its hashes, checked, and the proofs that its own run recorded."""
+"""Checks the hashes that an output records, and reads the proofs that its run recorded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .outcome import Proofs
 
 
 def check_hashes(directory: Path, manifest: Manifest, progress: Callable[[int], None] | None = None) -> tuple[str, ...]:
-    """Files of an output that are not as its manifest says: changed, missing, or unknown to it; () if all are.
+    """Files of an output that its manifest contradicts: changed, missing, or not listed; () if there are none.
 
-    It tells damage and carelessness, not forgery: whoever writes the manifest writes its hashes, too.
-    progress: called with the bytes hashed since the last call.
+    This detects damage and carelessness, not forgery: whoever writes the manifest writes its hashes, too.
+    progress: called with the number of bytes hashed since the last call.
     """
     known = recorded_hashes(directory, manifest)
     faults = _unlikely_files(manifest)
@@ -36,7 +36,7 @@ def check_hashes(directory: Path, manifest: Manifest, progress: Callable[[int], 
 
 
 def _unlikely_files(manifest: Manifest) -> list[str]:
-    """Files that the manifest says were made while baking, or had another name before, and that never are."""
+    """Files that the manifest claims a bake made or renamed, and that no bake makes or renames."""
     made = {CARD}
     if manifest.resharded:
         made |= {INDEX, *(name for name in manifest.files if name.endswith(".safetensors"))}
@@ -46,14 +46,14 @@ def _unlikely_files(manifest: Manifest) -> list[str]:
     faults = []
     for name, record in manifest.files.items():
         if record.before is None and name not in made:
-            faults.append(f"{one_line(name)} is none of the files that a bake makes")
+            faults.append(f"{one_line(name)} is not a file that a bake makes")
         if record.base_name is not None and (name, record.base_name) != (kept, CARD):
-            faults.append(f"{one_line(name)} is no other name of {one_line(record.base_name)}")
+            faults.append(f"{one_line(name)} is not a name that a bake gives to {one_line(record.base_name)}")
     return faults
 
 
 def recorded_hashes(directory: Path, manifest: Manifest) -> dict[str, str]:
-    """{file: its SHA-256 by the manifest}, the manifest itself left out."""
+    """{file: its recorded SHA-256}, without the manifest itself."""
     known = {name: record.after for name, record in manifest.files.items()}
     if manifest.is_checkpoint:
         known[undo_path(directory).name] = manifest.undo
@@ -61,14 +61,14 @@ def recorded_hashes(directory: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def unknown_files(directory: Path, manifest: Manifest) -> list[str]:
-    """Files that lie in an output and that its manifest does not know."""
+    """Files in an output that its manifest does not list."""
     carried, weights = other_files(directory, private=True)
-    # The Hub adds .gitattributes to whatever it holds: it may lie there.
+    # The Hub adds .gitattributes to every repository, so it is allowed.
     return sorted({*carried, *weights} - set(recorded_hashes(directory, manifest)) - {".gitattributes"})
 
 
 def recorded_proofs(directory: Path, manifest: Manifest) -> Proofs | None:
-    """The proofs on record, None if there are none. Raises CheckpointError if they are of a form that is not ours."""
+    """The recorded proofs, None if there are none. Raises CheckpointError if they are damaged."""
     try:
         return Proofs.from_dict(manifest.proofs, manifest.edit) if manifest.proofs is not None else None
     except (AttributeError, KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The edit of a directory that was made elsewhere, read off its weights."""
+"""Recovers the edit of a directory that was made elsewhere from its weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..families import SITES, Site
 
 
 def recover(base: Checkpoint, baked: Checkpoint) -> Edit:
-    """The edit that turns `base` into `baked`, read off the weights. Raises CheckpointError if there is none."""
+    """The edit that turns `base` into `baked`, computed from the weights. Raises CheckpointError if there is none."""
     for site in SITES:
         try:
             slots = [slot for layer in base.slots(site).values() for slot in layer]
         except FamilyError:
-            if site != "down":  # a plain feed-forward block has neither gate nor up
+            if site != "down":  # a feed-forward block without a gate has no such site
                 continue
             raise
         if factors := _factors(base, baked, slots):
@@ -57,7 +57,7 @@ def _why_none(base: Checkpoint, baked: Checkpoint) -> str:
             return f"has no tensor {shown(name)}, which {base.path} has"
         if not _same_dtype(base, baked, name):
             old, new = base.tensors[name][1].dtype, baked.tensors[name][1].dtype
-            return f"stores {shown(name)} as {new}, which {base.path} stores as {old}, so no factor can be read off"
+            return f"stores {shown(name)} as {new}, which {base.path} stores as {old}, so no factor can be recovered"
         if baked.shapes[name] != base.shapes[name]:
             shapes = list(baked.shapes[name]), list(base.shapes[name])
             return f"has {shown(name)} in the shape {shapes[0]}, which in {base.path} is {shapes[1]}"
@@ -81,10 +81,10 @@ def _read(checkpoint: Checkpoint, slot: Slot, numbers: Codec) -> np.ndarray:
 
 
 def recover_factor(x: np.ndarray, y: np.ndarray, dtype: str) -> float | None:
-    """The shortest decimal (a person's factor, not a regression's) that scales stored x [D] to exactly the stored y.
+    """The shortest decimal that scales the stored x [D] to exactly the stored y; None if there is none.
 
-    Each weight confines the factor to the numbers that round to its y; the middle of what all of them allow is the
-    factor to within a rounding step, and its decimals are tried from the shortest on. None: y is no multiple of x.
+    Each weight confines the factor to an interval of numbers that round to its y. The middle of their intersection is
+    the factor to within a rounding step. Its decimals are tried from the shortest on, because people choose short ones.
     """
     numbers = CODECS[dtype]
     wide, after = (numbers.values(v).astype(np.float64) for v in (x, y))
@@ -94,7 +94,7 @@ def recover_factor(x: np.ndarray, y: np.ndarray, dtype: str) -> float | None:
         ratio = after[use] / wide[use]
         slack = np.ldexp(numbers.unit, np.frexp(after[use])[1] - 1) / np.abs(wide[use])
         middle = float((np.max(ratio - slack) + np.min(ratio + slack)) / 2)
-    for digits in range(1, 10):  # nine tell every float32 from its neighbours
+    for digits in range(1, 10):  # nine digits distinguish all float32 numbers
         factor = float(f"{middle:.{digits}g}")
         if numbers.times(x, np.array(factor, np.float32)).tobytes() == y.tobytes():
             return factor

@@ -1,8 +1,8 @@
-"""Static scales of activations: what an edit makes of h must fit the range that its quantiser was calibrated for.
+"""Static activation scales: the edited h must fit the range that the quantiser was calibrated for.
 
-A format with static activations divides the input of the down-projection by one number and clips what is too large. A
-factor above 1 can so be swallowed, and a hook before the quantiser is swallowed just the same: the second proof cannot
-see it. So h is measured, on the proof's texts and the recipe's probes, and compared with the range.
+A format with static activation scales divides the input of the down-projection by a fixed scale and clips the result.
+So clipping can undo a factor above 1. The second proof cannot see that, because a hook before the quantiser is clipped
+just the same. So h is measured on the proof's texts and the recipe's probes, and compared with the range.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LARGEST = {"F8_E4M3": 448.0, "I8": 127.0}
 
 
 def limits(checkpoint: Checkpoint) -> dict[int, dict[int, float]]:
-    """The largest |h| that a static quantiser lets pass: {layer: {offset of a down-projection's neurons: limit}}."""
+    """The largest |h| that a static quantiser does not clip: {layer: {first neuron of a down-projection: limit}}."""
     layout = checkpoint.layout
     if layout is None:
         return {}
@@ -42,7 +42,7 @@ def limits(checkpoint: Checkpoint) -> dict[int, dict[int, float]]:
 def check_activations(plan: Plan, texts: list[list[int]]) -> None:
     """Raise EditError if a factor pushes a neuron out of the range of a static quantiser. texts: token ids of prompts.
 
-    Does nothing, and loads nothing, where no activation scale is static or no factor is above 1.
+    Loads no model if no activation scale is static or no factor is above 1.
     """
     allowed = limits(plan.checkpoint)
     raised = any(abs(factor) > 1 for factor in plan.edit.distinct_factors)
@@ -64,7 +64,7 @@ def check_activations(plan: Plan, texts: list[list[int]]) -> None:
         raise EditError(
             f"{plan.checkpoint.path} clips the inputs of its down-projections at a static scale, and {len(faults)} "
             f"neurons (layer.neuron) leave that range on the probes: {', '.join(faults[:10])}. Pass a smaller "
-            "--factor, or edit the unquantised model and calibrate anew"
+            "--factor, or edit the unquantised model and calibrate it again"
         )
 
 

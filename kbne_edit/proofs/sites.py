@@ -1,6 +1,6 @@
-"""The second proof where the model does not fit: each edited projection by itself, on seeded inputs.
+"""The second proof for models that do not fit into memory: each edited projection by itself, on seeded inputs.
 
-All other tensors are identical by the first proof, so the projections are all that can differ.
+By the first proof all other tensors are identical, so only these projections can differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .passes import NOISE_FACTOR
 
 
 def site_by_site(plan: Plan, baked: Checkpoint) -> BehaviourProof:
-    """Each edited projection on seeded inputs: W (factor h) from the base against W' h from the baked directory."""
+    """Compares each edited projection on seeded inputs: W (factor h) of the base and W' h of the output."""
     base, edit, seen = plan.checkpoint, plan.edit, _Seen()
     for name, target in plan.targets.items():
         dtype, index = base.tensors[name][1].dtype, target.neurons
@@ -46,9 +46,9 @@ def site_by_site(plan: Plan, baked: Checkpoint) -> BehaviourProof:
 
 
 def rows_by_rows(plan: Plan, baked: Checkpoint) -> BehaviourProof:
-    """Each edited matrix of a quantised checkpoint on seeded inputs: factor (W x) from the base against W' x.
+    """Compares each edited matrix of a quantised checkpoint on seeded inputs: factor (W x) of the base and W' x.
 
-    By our reader (of GGUF: by the gguf package), a matrix in memory at a time.
+    Matrices are read by kbne-edit (GGUF: by the gguf package), one at a time.
     """
     seen = _Seen()
     for target in plan.targets.values():
@@ -73,7 +73,7 @@ def _inputs(size: int) -> np.ndarray:
 
 @dataclass
 class _Seen:
-    """What all projections together show. difference, noise: the largest, in standard deviations of the output."""
+    """The figures over all projections. difference, noise: the largest, in standard deviations of the output."""
 
     difference: float = 0.0
     noise: float = 0.0
@@ -81,7 +81,7 @@ class _Seen:
     positions: int = 0
 
     def compare(self, reference: np.ndarray, got: np.ndarray, noise: float) -> None:
-        """Of one projection. noise: what rounding makes of its output."""
+        """Add one projection. noise: the rounding noise of its output."""
         deviation = max(float(reference.std()), 1e-30)
         self.difference = max(self.difference, float(np.abs(got - reference).max()) / deviation)
         self.noise = max(self.noise, float(noise) / deviation)

@@ -1,4 +1,4 @@
-"""Both proofs of a directory."""
+"""Runs both proofs on a directory."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def verify(
 ) -> Proofs:
     """Both proofs that `baked_dir` is `base_dir` with an edit folded in; also for a directory made elsewhere.
 
-    The edit is `edit`, or the manifest's, or else recovered from the weights themselves. behaviour: False skips the
-    second proof. also: further checks of an output with a manifest whose files are as they should be; what they return
-    are faults. Raises CheckpointError if a directory cannot be read; a failed proof is in the result.
+    The edit is `edit`, or the manifest's, or else recovered from the weights. behaviour: False skips the second proof.
+    also: further checks of an output with a manifest, run if the first proof holds; they return faults. Raises
+    CheckpointError if a directory cannot be read; a failed proof does not raise, it is in the result.
     """
     base, baked = Checkpoint.open(base_dir), Checkpoint.open(baked_dir)
     manifest = Manifest.read(baked_dir)
