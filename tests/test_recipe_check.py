@@ -66,7 +66,7 @@ def test_an_even_recipe_has_nothing_to_note(tmp_path):
             "100.0%",
         ),
         ("[[boats, carts],", "[[big boats, small and old carts],", "controls of form f are 1.33 times as long"),
-        ("[[hens, geese], [geese, hens]]", "[[hens, geese]]", "hens (y) stands 2 times as a, 0 as b"),
+        ("[[hens, geese], [geese, hens]]", "[[hens, geese]]", "hens (y) is 2 times a and 0 times b"),
         ("subsets: [4]", "subsets: [3]", "subset 3 is not balanced"),
         ("subsets: [4]", "subsets: [6]", "subset 6 is not balanced"),
         (

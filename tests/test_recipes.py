@@ -233,11 +233,11 @@ def test_twins_of_forms_and_of_items(tmp_path):
     "old, new, fault",
     [
         ('twin: "Is it not?"', "twin: 3", "questions 2: twin must be text"),
-        ('twin: "Is it not?"', 'twin: "Is ice cold?"', "question stands twice"),
-        ('twin: "Is it not?"', 'twin: "Is it so?"', "question stands twice"),
+        ('twin: "Is it not?"', 'twin: "Is ice cold?"', "question appears twice"),
+        ('twin: "Is it not?"', 'twin: "Is it so?"', "question appears twice"),
         ("{b} make", "{z} make", "no value for {z}"),
         ('twin: "Does', 'twn: "Does', "unknown key"),
-        ('cold?",', 'cold?", twin: "Is it warm?",', "a control has no twin"),
+        ('cold?",', 'cold?", twin: "Is it warm?",', "a control cannot have a twin"),
     ],
 )
 def test_faults_of_twins_are_named(tmp_path, old, new, fault):
@@ -282,12 +282,12 @@ def test_a_grid_is_asked_in_its_order(tmp_path):
 @pytest.mark.parametrize(
     "old, new, fault",
     [
-        ("concepts: [d, e]", "concepts: [d, z]", "'z' is none of the concepts"),
+        ("concepts: [d, e]", "concepts: [d, z]", "'z' is not one of the concepts"),
         ("dimensions: [y]", "dimensions: [x]", "order leaves out 'y'"),
         ("concepts: [d, e]", "concepts: [d, d, e]", "'d' meets 'x' twice"),
         ("concepts: [d, e]", "concepts: [d, e, c, d, e, c]", "more cells than the grid"),
         ("concepts: [d, e]", "concepts: d", "must list blocks"),
-        ("concepts: [d, e]", "concepts: [[d], e]", "is none of the concepts"),
+        ("concepts: [d, e]", "concepts: [[d], e]", "is not one of the concepts"),
         ("{concepts: [c, d], ", "{", "must list blocks"),
     ],
 )

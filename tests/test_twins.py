@@ -88,8 +88,8 @@ def test_single_pairs_of_the_older_format_find_their_counterpart():
 @pytest.mark.parametrize(
     "probes, aim, fault",
     [
-        ([TEMPLATE, TEMPLATE], "balance", "probe stands twice"),
-        ([FLAT[0], FLAT[0]], "balance", "probe stands twice"),
+        ([TEMPLATE, TEMPLATE], "balance", "probe appears twice"),
+        ([FLAT[0], FLAT[0]], "balance", "probe appears twice"),
         ([FLAT[0] | {"stereotype": "An old  hat fell."}], "balance", "are the same sentence"),
         ([FLAT[0] | {"stereotype": " "}], "balance", "probe 1: stereotype is empty"),
         ([TEMPLATE | {"second": TEMPLATE["first"]}], "balance", "first and second are the same sentence"),
@@ -150,7 +150,7 @@ def test_a_small_file_cannot_describe_a_large_recipe(tmp_path):
 
 def test_questions_that_differ_in_case_or_spaces_stand_twice():
     items = [{"text": text, "answer": "no", "dimension": "d"} for text in ("Is it?", "is  it?")]
-    assert "question stands twice: 'is it?'" in faults(recipe(questions={"items": items}))
+    assert "question appears twice: 'is it?'" in faults(recipe(questions={"items": items}))
     assert "questions 1: text is empty" in faults(recipe(questions={"items": [items[0] | {"text": " "}]}))
 
 

@@ -1,1 +1,1 @@
-"""The Hub and the model source: `--in` to a local directory, and a baked directory to the Hub."""
+"""The model source and the Hub: from `--in` to a local directory, and from a baked directory to the Hub."""

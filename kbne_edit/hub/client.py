@@ -1,6 +1,6 @@
-"""The Hub's client as this tool uses it: each failure one sentence that says what to do, no secret shown.
+"""A wrapper of the Hub's client: each failure becomes one line of advice, without secrets.
 
-Tokens are huggingface_hub's business alone (`hf auth login`, HF_TOKEN): none is read, kept or passed on here.
+huggingface_hub alone handles tokens (`hf auth login`, HF_TOKEN): kbne-edit never reads, stores or passes one.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 from ..errors import InputError, of_the_machine, one_line
 
-TIMEOUT = 30.0  # seconds without an answer; the client itself would wait for ever
+TIMEOUT = 30.0  # seconds without an answer; the client itself would wait forever
 
 
 @contextmanager
 def talking(name: str, error: type[InputError], revision: str | None = None, writing: bool = False) -> Iterator[None]:
-    """Use huggingface_hub about repository `name` in here: what it raises becomes `error`, in one line."""
+    """A context for calls of huggingface_hub about repository `name`: its errors become `error`, in one line."""
     from huggingface_hub.errors import HTTPError
 
     with _quiet():
@@ -31,13 +31,13 @@ def talking(name: str, error: type[InputError], revision: str | None = None, wri
 
 
 def passing(failure: BaseException) -> bool:
-    """True if the Hub is out of reach, overloaded or at fault: nothing that the user asked for is wrong."""
+    """True if the Hub is unreachable, overloaded or failing, so that the request itself may be right."""
     response = _answer(failure)
     return response is None or response.response.status_code == 429 or response.response.status_code >= 500
 
 
 def _unreachable(failure: BaseException) -> bool:
-    """True if it is the network or the Hub that fails, and not what was asked."""
+    """True if the network or the Hub fails, not the request."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     if _answer(failure) is not None:
@@ -47,7 +47,7 @@ def _unreachable(failure: BaseException) -> bool:
 
 
 def _chain(failure: BaseException) -> list[BaseException]:
-    """The failure and what it was raised from: the client wraps the Hub's answer in errors of its own."""
+    """The failure and its causes: the client wraps the Hub's answer in errors of its own."""
     chain = [failure]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
@@ -55,7 +55,7 @@ def _chain(failure: BaseException) -> list[BaseException]:
 
 
 def _answer(failure: BaseException) -> Any:
-    """The Hub's answer behind a failure, an HfHubHTTPError; None if there was no answer."""
+    """The HfHubHTTPError behind a failure; None if the Hub did not answer."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next((e for e in _chain(failure) if isinstance(e, HfHubHTTPError)), None)
@@ -81,7 +81,7 @@ def _explain(failure: BaseException, name: str, revision: str | None, writing: b
 
 
 def _explain_answer(answer: Any, name: str, revision: str | None, writing: bool) -> str:
-    """One line for an answer that refuses. The client's own text is not shown: it can hold signed addresses."""
+    """One line for a refusal. The client's own text is not shown: it can hold signed addresses."""
     from huggingface_hub.errors import (
         DisabledRepoError,
         GatedRepoError,
@@ -98,7 +98,7 @@ def _explain_answer(answer: Any, name: str, revision: str | None, writing: bool)
         return f"{name} was disabled on the Hub: {page} says why"
     if isinstance(answer, RepositoryNotFoundError):
         if writing:
-            return f"{name} is no repository that you can see and write to: check the spelling and `hf auth whoami`"
+            return f"{name} is not a repository that you can see and write to: check the spelling and `hf auth whoami`"
         return (
             f"{name} is neither a local directory nor a model on the Hub that you can see: check the spelling; "
             "if it is private, log in with `hf auth login`"
@@ -131,7 +131,7 @@ def hub_address() -> str:
 
 
 def without_password(url: str) -> str:
-    """An address without what stands before an @ of its host, on one line."""
+    """An address without the user name and password before its host, on one line."""
     scheme, separator, rest = url.rpartition("://")
     host, slash, path = rest.partition("/")
     return one_line(scheme + separator + host.rpartition("@")[2] + slash + path)
@@ -142,13 +142,13 @@ def _first_line(failure: BaseException) -> str:
 
 
 def _unsigned(text: str) -> str:
-    """Addresses without their query: that of a store or CDN is signed, and as good as a token while it lasts."""
+    """Remove the query of addresses: that of a store or CDN is a signature, which works like a token for a while."""
     return re.sub(r"(https?://[^\s?]+)\?[^\s:]*", r"\1", text)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Bars only on a terminal; the client's warnings (it retries, it waits) stay, without signed addresses."""
+    """Progress bars only on a terminal. The client's warnings (retries, waiting) stay, without signed addresses."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     def unsigned(record: logging.LogRecord) -> bool:

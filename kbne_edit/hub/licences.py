@@ -1,4 +1,4 @@
-"""What the licence of a base asks of a changed model, read off the metadata of its card. No legal advice."""
+"""What the licence of a base requires of a changed model, from the metadata of its card. Not legal advice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from ..disk.names import CARD
 
 
 class Duty(NamedTuple):
-    """What a licence asks, as far as this tool knows: in words; how a name must begin; what must be displayed."""
+    """What a licence requires, as far as kbne-edit knows. asks: in words; prefix: how the model's name must begin;
+    shown:
+    what must be displayed."""
 
     asks: str
     prefix: str = ""
@@ -40,7 +42,7 @@ _DUTIES = {  # notices, not legal advice
 
 
 def base_metadata(card: str) -> dict:
-    """The metadata of a base's card; {} where it has none that can be read."""
+    """The metadata of a base's card; {} if there is none, or it cannot be read."""
     import yaml
 
     block = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
@@ -52,20 +54,20 @@ def base_metadata(card: str) -> dict:
 
 
 def metadata_in(directory: Path) -> dict:
-    """The metadata of the card in a directory; {} where there is none."""
+    """The metadata of the card in a directory; {} if there is none."""
     path = directory / CARD
     return base_metadata(path.read_text(encoding="utf-8-sig", errors="replace")) if path.is_file() else {}
 
 
 def licence_of(metadata: dict) -> str:
-    """The licence's id, e.g. llama3.1; "" if none is named. Where `license` is other, its name."""
+    """The licence's id, e.g. llama3.1; "" if none is named. If `license` is "other", `license_name`."""
     named = metadata.get("license_name") if metadata.get("license") == "other" else None
     licence = named or metadata.get("license") or ""
     return licence.lower() if isinstance(licence, str) else ""
 
 
 def duty(licence: str) -> Duty | None:
-    """What a licence asks of a changed model; None if this tool knows of nothing."""
+    """What a licence requires of a changed model; None if kbne-edit knows of nothing."""
     return _DUTIES.get("llama" if re.match(r"llama[-_]?(3[.\-_]|4)", licence) else licence)
 
 

@@ -1,4 +1,4 @@
-"""`--in` to a local checkpoint directory: a path, a Hub id with revision, or the embedded `demo`."""
+"""From `--in` (a path, a Hub id with revision, or the embedded `demo`) to a local checkpoint directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..files import forbid_links_out, read_json
 from .client import TIMEOUT, passing, talking
 
 DEMO = Path(__file__).parent.parent / "demo"
-# Everything of a checkpoint but its weights, which are taken by name, in one format.
+# All files of a checkpoint except weights, which are chosen by name, in one format.
 _FILES = [
     "*.json",
     "*.txt",
@@ -44,9 +44,9 @@ _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*", "*
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved source. id, commit: as named by the user and pinned on the Hub (None for a local directory).
+    """A resolved source. id: as the user named it; commit: on the Hub, None for a local directory.
 
-    path: the safetensors; origin: the directory that they come from, where path is a temporary one.
+    path: the directory of the safetensors; origin: the directory they come from, if path is temporary.
     """
 
     path: Path
@@ -56,24 +56,24 @@ class Source:
 
     @property
     def label(self) -> str:
-        """The id as it may be published: of a local directory its own name, not where it lies."""
+        """The id as it may be published: for a local directory only its name, not its path."""
         return self.id if self.commit or self.id == "demo" else Path(self.id).expanduser().resolve().name
 
 
 def usual_recipe(source: str) -> str:
-    """The recipe that a model is asked unless somebody says otherwise."""
+    """The default recipe for a source."""
     return "demo" if source == "demo" else "social-bias"
 
 
 def local_path(source: str) -> Path | None:
-    """Where a source lies on this machine; None for the demo, and for what is (or must be) downloaded."""
+    """The local path of a source; None for the demo and for models on the Hub."""
     path = Path(source).expanduser()
     return path if source != "demo" and path.exists() else None
 
 
 @contextmanager
 def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterator[Source]:
-    """A local directory of safetensors for `source`; .bin weights are converted for the time of the context.
+    """A local directory of safetensors for `source`. Converted .bin weights exist only within the context.
 
     source: a directory, ORG/NAME[@revision], or "demo". say: called with lines for the user. Raises SourceError,
     CheckpointError.
@@ -102,7 +102,7 @@ def _hub_like(source: str) -> bool:
 
 
 def _download(source: str, say: Callable[[str], None]) -> Source:
-    """A snapshot in the Hub's cache with what is needed of a model: its small files, and its weights in one format."""
+    """Download a model's small files, and its weights in one format, to the Hub's cache."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError
 
@@ -121,7 +121,7 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
             return _instead(name, revision, sizes, say)
         wanted = _wanted(weights, sizes)
         say(f"{name} at {info.sha}: {len(wanted)} files, {sum(sizes[n] for n in wanted) / 1e6:.1f} MB")
-        # Not by the commit: a cache that knows the branch's commit serves the same command without a network.
+        # By revision, not by commit: then the cache can serve the same command without a network.
         patterns = [escape(n) for n in wanted]
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     return Source(folder, folder, name, folder.name)
@@ -129,7 +129,7 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
 
 @contextmanager
 def _view(local: Source) -> Iterator[Source]:
-    """Of a snapshot only what `_download` takes: other programs may have put more of the model into the Hub's cache."""
+    """A view of a snapshot with only the files of `_download`: other programs may have cached more of the model."""
     held = {path.relative_to(local.path).as_posix() for path in local.path.rglob("*") if path.is_file()}
     wanted = _wanted(_weights(held, local.path.joinpath), held)
     if held == wanted:
@@ -145,7 +145,7 @@ def _view(local: Source) -> Iterator[Source]:
 
 
 def _wanted(weights: Collection[str], files: Collection[str]) -> set[str]:
-    """What is taken of a model on the Hub that has these files."""
+    """The files to download of a model with these files."""
     from huggingface_hub.utils import filter_repo_objects
 
     return {*weights, *filter_repo_objects(files, allow_patterns=_FILES, ignore_patterns=_OTHER_FORMATS)}
@@ -177,7 +177,7 @@ def _index(name: str, commit: str, index: str) -> str:
 
 
 def _cached(name: str, revision: str) -> Path | None:
-    """The snapshot in the cache, if all that is needed of it is there."""
+    """The snapshot in the cache, if it is complete."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -199,7 +199,7 @@ def _cached(name: str, revision: str) -> Path | None:
 
 
 def _instead(name: str, revision: str, files: Collection[str], say: Callable[[str], None]) -> Source:
-    """What to take of a model without transformers weights: Meta's first releases have a sibling that holds them."""
+    """A replacement for a model without transformers weights: Meta's first releases have a sibling with them."""
     if any(fnmatch(file, "consolidated.*.pth") for file in files) and not name.endswith("-hf"):
         say(f"{name} holds Meta's own .pth files: taking {name}-hf, the same weights for transformers")
         return _download(f"{name}-hf" + (f"@{revision}" if revision else ""), say)
@@ -214,9 +214,9 @@ def _instead(name: str, revision: str, files: Collection[str], say: Callable[[st
 
 
 def _bins(path: Path) -> list[Path]:
-    """The .bin files that transformers would load of a directory, in its order; [] where it takes safetensors.
+    """The .bin files that transformers would load from a directory, in its order; [] if it loads safetensors.
 
-    Copies under other names (EMA, fp16, shards of an earlier save) belong to no model that anybody loads.
+    Copies under other names (EMA, fp16, shards of an earlier save) are never loaded.
     Raises SourceError.
     """
     index = path / "pytorch_model.bin.index.json"
@@ -236,7 +236,8 @@ def _bins(path: Path) -> list[Path]:
 def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
     """The checkpoint at `path` with its .bin weights as safetensors, in `folder`."""
     tables = [read_bin(file) for file in bins]
-    last = {name: number for number, table in enumerate(tables) for name in table}  # as transformers: the last one wins
+    # As in transformers, the last file that holds a tensor wins.
+    last = {name: number for number, table in enumerate(tables) for name in table}
     weight_map: dict[str, str] = {}
     for number, (file, table) in enumerate(zip(bins, tables, strict=True)):
         name = SINGLE if len(bins) == 1 else f"model-{number + 1:05}-of-{len(bins):05}.safetensors"
@@ -259,13 +260,13 @@ def _converted(path: Path, bins: list[Path], folder: Path) -> Path:
 
 def _copy(file: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(file, out)  # with its mode: what is private stays so
+    shutil.copy(file, out)  # with its mode: private files stay private
 
 
 def _write(file: Path, tensors: dict[str, BinTensor], out: Path) -> None:
-    """A safetensors file of a .bin file's tensors, the bytes that safetensors' `save_file` gives; one tensor in memory.
+    """Write a .bin file's tensors as safetensors, with the bytes of `save_file`, one tensor in memory at a time.
 
-    Tensors that share storage stay under each of their names. Raises OSError.
+    Tensors that share storage are written under each name. Raises OSError.
     """
     order = list(DTYPES)
     ordered = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))

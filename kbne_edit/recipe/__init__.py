@@ -1,4 +1,4 @@
-"""Recipes: what a model is asked. `recipes/social-bias.yaml` is the annotated example of the format."""
+"""Recipes: the questions and probes for a model. `recipes/social-bias.yaml` is the annotated example of the format."""
 
 from .checking import RecipeCheck, check_recipe
 from .loading import load_recipe, new_recipe, recipe_names

@@ -1,7 +1,8 @@
-"""What could be had of a recipe without understanding it: how often a constant answer or the opening words are right,
-how far questions and controls differ in length, how groups and answers are balanced.
+"""What a recipe gives away to a model that does not understand it: how often a constant answer, or the most frequent
+answer to the opening words, is right; how questions and controls differ in length; how groups and answers are balanced.
 
-A recipe in which "Is it unfair" is always answered by yes cannot tell a model that knows from one that matches words.
+If the right answer to "Is it unfair …" is always yes, a recipe cannot tell a model that knows from one that matches
+words.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from typing import Any
 from .types import Question, Recipe
 
 LONGEST_OPENING = 3  # words (characters where words are not spaced) that count as the opening
-TOLERANCE = 0.05  # above the share of chance from which on an answer or an opening gives too much away
-LENGTHS = (0.85, 1.15)  # mean length of controls divided by that of the questions of their form
-FEWEST_TWINS = 6  # the fewest of one sign that a two-sided test of 5 % can tell from chance
+TOLERANCE = 0.05  # above chance: beyond it an answer or an opening gives too much away
+LENGTHS = (0.85, 1.15)  # allowed ratio of the mean lengths of a form's controls and questions
+FEWEST_TWINS = 6  # with fewer, even a unanimous sign test is not significant at 5 %, two-sided
 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Share of the right answers that are had without reading on. always: by a constant answer; opening: by the most
-    frequent answer to the same first words, the most telling length of 1 to `LONGEST_OPENING` of them. An opening that
-    occurs once counts as a guess."""
+    """Shares of right answers without reading the question. always: by a constant answer; opening: by the most frequent
+    answer to the same first words, for the length from 1 to `LONGEST_OPENING` words that gives most away. An opening
+    that occurs once counts as a guess."""
 
     count: int
     always: dict[str, float]
@@ -48,7 +49,7 @@ class FormLength:
 
 @dataclass(frozen=True)
 class GroupUse:
-    """How often a group stands as {a} and as {b} in one dimension."""
+    """How often a group is {a} and is {b} in one dimension."""
 
     dimension: str
     group: str
@@ -58,9 +59,9 @@ class GroupUse:
 
 @dataclass(frozen=True)
 class RecipeCheck:
-    """The result of `check_recipe`. questions, controls: of all; subsets: those of the questions in which an answer, an
-    opening or a dimension weighs more than in all of them. groups: those that stand more often as {a} or as {b}.
-    twins: how many of each dimension. notes: what should be looked at, one sentence each."""
+    """The result of `check_recipe`. questions, controls: their shortcuts. uneven_subsets: sizes of subsets in which an
+    answer, an opening or a dimension is too frequent. uneven_groups: groups that are {a} and {b} unequally often.
+    twins: number in each dimension. notes: what to look at, one sentence each."""
 
     name: str
     chance: float
@@ -82,7 +83,7 @@ def words(text: str) -> list[str]:
 
 
 def shortcuts(questions: Sequence[Question], answers: Sequence[str]) -> Shortcuts:
-    """Shares of right answers by a constant answer and by the opening; all 0 of no questions."""
+    """Shares of right answers by a constant answer and by the opening; 0 if there are no questions."""
     count = len(questions)
     if not count:
         return Shortcuts(0, dict.fromkeys(answers, 0.0), 0.0)
@@ -92,14 +93,14 @@ def shortcuts(questions: Sequence[Question], answers: Sequence[str]) -> Shortcut
         answers_of: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
         for question in questions:
             answers_of[tuple(words(question.text)[:length])][question.answer] += 1
-        # Of an opening that occurs once, its own answer would always be "the most frequent": that is no prediction.
+        # For an opening that occurs once, the most frequent answer is its own: that is not a prediction.
         right = [max(counts.values()) if counts.total() > 1 else 1 / len(answers) for counts in answers_of.values()]
         by_length.append(sum(right) / count)
     return Shortcuts(count, {answer: given[answer] / count for answer in answers}, max(by_length))
 
 
 def check_recipe(recipe: Recipe) -> RecipeCheck:
-    """Measure what a recipe gives away. The recipe itself is valid: `Recipe.from_dict` has refused any other."""
+    """Measure what a valid recipe gives away."""
     chance = 1 / len(recipe.answers)
     sides = [shortcuts(side, recipe.answers) for side in (recipe.questions, recipe.controls)]
     lengths = _lengths(recipe)
@@ -107,8 +108,10 @@ def check_recipe(recipe: Recipe) -> RecipeCheck:
     groups = _uneven_groups(recipe)
     twins = Counter(twin.dimension for twin in recipe.twins)
     notes = [*_shortcut_notes(sides, chance), *_form_notes(recipe, lengths)]
-    notes += [f"subset {size} is not balanced: an answer or a dimension weighs more than others" for size in uneven]
-    notes += [f"{use.group} ({use.dimension}) stands {use.first} times as a, {use.second} as b" for use in groups]
+    notes += [
+        f"subset {size} is not balanced: an answer or a dimension is more frequent than others" for size in uneven
+    ]
+    notes += [f"{use.group} ({use.dimension}) is {use.first} times a and {use.second} times b" for use in groups]
     notes += _twin_notes(recipe, twins)
     return RecipeCheck(recipe.name, chance, sides[0], sides[1], lengths, uneven, groups, dict(twins), tuple(notes))
 
@@ -124,7 +127,7 @@ def _lengths(recipe: Recipe) -> tuple[FormLength, ...]:
 
 
 def _uneven(recipe: Recipe, size: int, chance: float) -> bool:
-    """Whether the first `size` questions lean to an answer, an opening or a dimension."""
+    """True if an answer, an opening or a dimension is too frequent among the first `size` questions."""
     questions = recipe.questions[:size]
     shares = shortcuts(questions, recipe.answers)
     dimensions = Counter(question.dimension for question in questions)
@@ -132,8 +135,8 @@ def _uneven(recipe: Recipe, size: int, chance: float) -> bool:
 
 
 def _uneven_groups(recipe: Recipe) -> tuple[GroupUse, ...]:
-    """Groups that stand more often as {a} or as {b}. Where {a} and {b} are no groups (a question and its twin, or what
-    is harmless and what is harmful), they are not meant to change places."""
+    """Groups that are {a} and {b} unequally often. () if {a} and {b} are not groups (but a question and its twin, or
+    something harmless and something harmful): then they are not meant to change places."""
     if recipe.aim != "balance" or any(question.twin for question in recipe.questions):
         return ()
     uses: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
@@ -163,7 +166,7 @@ def _shortcut_notes(sides: Sequence[Shortcuts], chance: float) -> list[str]:
 
 def _form_notes(recipe: Recipe, lengths: Sequence[FormLength]) -> list[str]:
     if not recipe.controls:
-        return ["there are no controls: what is selected cannot be told from what any question uses"]
+        return ["there are no controls: a selection cannot be told from the neurons that any question uses"]
     notes = []
     for length in lengths:
         if length.ratio is None:
@@ -179,11 +182,11 @@ def _form_notes(recipe: Recipe, lengths: Sequence[FormLength]) -> list[str]:
 def _twin_notes(recipe: Recipe, twins: Counter[str]) -> list[str]:
     if len(recipe.twins) < FEWEST_TWINS:
         few = f"{len(recipe.twins)} twins are too few to measure an effect"
-        return [f"{few}: {FEWEST_TWINS} are the fewest that can tell, have some dozens"]
+        return [f"{few}: at least {FEWEST_TWINS} are needed, better some dozens"]
     notes = []
     dimensions = {question.dimension for question in recipe.questions}
     notes += [f"dimension {name} has no twins" for name in sorted(dimensions - set(twins))]
-    notes += [f"twins of {name}, which is no dimension of the questions" for name in sorted(set(twins) - dimensions)]
+    notes += [f"twins of {name}, which is not a dimension of the questions" for name in sorted(set(twins) - dimensions)]
     if alone := sum(not twin.mirrored for twin in recipe.twins):
-        notes.append(f"{alone} twins do not mirror each other: the frequency of words stays in their score")
+        notes.append(f"{alone} twins do not mirror each other: word frequency does not cancel in their score")
     return notes

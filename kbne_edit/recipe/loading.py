@@ -1,4 +1,4 @@
-"""Recipes from files: those of the package by name, others by path."""
+"""Loads recipes: those of the package by name, others by path."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def recipe_names() -> list[str]:
 
 
 def _folder() -> Path:
-    """Inside the wheel the recipes lie in the package, in a checkout beside it."""
+    """The folder of recipes: inside the package in a wheel, beside it in a checkout."""
     inside = _PACKAGE / "recipes"
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
 
 
 def new_recipe(name: str, path: str | Path) -> None:
-    """Write an annotated skeleton, in order as it stands, to a file that is not there yet. Raises OutputError."""
+    """Write an annotated, valid skeleton to a new file. Raises InputError, OutputError."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise InputError(f"{shown(name)} is not a valid recipe name: use letters, digits, - and _")
     text = (_PACKAGE / "skeleton.yaml").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def load_recipe(recipe: str | Path) -> Recipe:
 
 @functools.lru_cache
 def _packaged(name: str) -> Recipe:
-    """Read once a process: a parser of YAML in Python takes longer than the fold of a small model."""
+    """A recipe of the package, read once per process: parsing YAML takes longer than folding a small model."""
     path = _folder() / f"{name}.yaml"
     if not path.is_file():
         raise RecipeError(f"recipe {name}", [f"no such recipe; there are: {', '.join(recipe_names())}, or a path"])

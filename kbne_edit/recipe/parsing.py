@@ -1,4 +1,4 @@
-"""Validates the content of a recipe. Every fault is reported at once."""
+"""Parses and validates a recipe, and reports all faults at once."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ KEYS = {
 _MOST_QUESTIONS = 10_000
 _MOST_CHARACTERS = 4_000  # of one question or probe
 _MOST_TEXT = 4_000_000  # characters of all of them
-_MOST_FAULTS = 200  # kept; further ones are not told apart
+_MOST_FAULTS = 200  # further faults are dropped
 
 
 @dataclass
 class Parser:
-    """Collects faults instead of stopping at the first. where: what the message begins with."""
+    """Parses a recipe and collects all faults. where: prefix of the message."""
 
     where: str
     faults: list[str] = field(default_factory=list)
@@ -45,6 +45,7 @@ class Parser:
     characters: int = 0
 
     def recipe(self, data: object, digest: str) -> Recipe:
+        """The recipe. digest: SHA-256 of its file. Raises RecipeError with all faults."""
         if not isinstance(data, dict):
             raise RecipeError(self.where, ["not a mapping of keys; `kbne-edit recipes show social-bias` prints one"])
         self.unknown(data, KEYS, "recipe")
@@ -85,7 +86,7 @@ class Parser:
     # -------------------------------------------------------------------------------------------------- single values
 
     def also(self, value: object, answers: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-        """Other words of an answer, none of which means two."""
+        """Other words for each answer. No word may mean two answers."""
         if not isinstance(value, dict):
             self.fault("also must map answers to lists of other words for them")
             return {}
@@ -93,7 +94,7 @@ class Parser:
         result = {name: tuple(self.strings(words, f"also.{name}")) for name, words in value.items() if name in answers}
         every = [text.strip().casefold() for text in (*answers, *(text for words in result.values() for text in words))]
         if len(set(every)) < len(every):
-            self.fault("also: a word means two answers, or stands twice")
+            self.fault("also: a word means two answers, or appears twice")
         return result
 
     def fault(self, text: str) -> None:
@@ -106,11 +107,11 @@ class Parser:
                 self.fault(f"{where}: unknown key {shown(key)}")
 
     def duplicates(self, texts: Iterable[str], what: str) -> None:
-        """A fault for each text that stands twice, whatever its case and spaces."""
+        """Report each text that appears twice, ignoring case and spaces."""
         counts = Counter(" ".join(text.casefold().split()) for text in texts)
         for text, count in sorted(counts.items()):
             if text and count > 1:
-                self.fault(f"{what} stands twice: {shown(text)}")
+                self.fault(f"{what} appears twice: {shown(text)}")
 
     def string(self, value: object, where: str) -> str:
         if not isinstance(value, str) or has_lone_surrogate(value):
@@ -119,14 +120,14 @@ class Parser:
         return value
 
     def words(self, value: object, where: str) -> str:
-        """A question or a sentence: text of bearable length that is not empty."""
+        """A question or a sentence: text that is neither empty nor too long."""
         text = self.string(value, where)
         if isinstance(value, str) and not text.strip():
             self.fault(f"{where} is empty")
         return self.bounded(text, where)
 
     def bounded(self, text: str, where: str, length: int | None = None) -> str:
-        """`text`, or nothing where it is too long, or all texts together are. length: of what it will become."""
+        """`text`, or "" with a fault if it is too long. length: of the text after its fields are filled."""
         length = len(text) if length is None else length
         if length > _MOST_CHARACTERS:
             self.fault(f"{where} has {length} characters; {_MOST_CHARACTERS} are the most")
@@ -167,11 +168,11 @@ class Parser:
         for key, given, known in (("rule", name, RULES), ("combine", combine, COMBINE)):
             if given not in known:
                 self.fault(f"select.{key} is {shown(given)}; it must be one of {', '.join(known)}")
-        if str(same_sign).lower() not in ("none", "true", "false"):  # the reader leaves them strings
+        if str(same_sign).lower() not in ("none", "true", "false"):  # the reader leaves booleans as strings
             self.fault(f"select.same_sign is {shown(same_sign)}; it must be true or false")
         tau, beta = (self.number(value.get(key, 0.1), f"select.{key}", 0, 1) for key in ("tau", "beta"))
         top = self.number(value["top"], "select.top", 0, 1) if "top" in value else None
-        if self.faults:  # which end the parsing
+        if self.faults:  # the recipe is refused anyway
             return Rule()
         return Rule(name, tau, beta, top, combine, str(same_sign).lower() == "true")
 
@@ -200,9 +201,9 @@ class Parser:
                 continue
             self.unknown(item, {"text", "answer", "dimension", "form", "twin"}, spot)
             if item["answer"] not in answers:
-                self.fault(f"{spot}: answer {shown(item['answer'])} is none of {', '.join(answers)}")
+                self.fault(f"{spot}: answer {shown(item['answer'])} is not one of {', '.join(answers)}")
             if control and "twin" in item:
-                self.fault(f"{spot}: a control has no twin; it is one")
+                self.fault(f"{spot}: a control cannot have a twin")
             twin = self.words(item["twin"], f"{spot}: twin") if item.get("twin", "") != "" else ""
             text = self.words(item["text"], f"{spot}: text")
             answer, dimension, form = (
@@ -212,7 +213,7 @@ class Parser:
         return tuple(questions)
 
     def grid(self, value: dict, where: str) -> list[dict]:
-        """The grid as items, as `items` lists them: every form of each (concept, dimension) in turn."""
+        """The questions of the grid, in the form of `items`: all forms of each (concept, dimension), in order."""
         parts = [value.get(key, {}) for key in ("forms", "dimensions", "concepts")]
         if not any(parts):
             return []
@@ -244,7 +245,7 @@ class Parser:
         return rows
 
     def pairs(self, about: dict, where: str) -> list[list[str]]:
-        """The pairs [a, b] of a dimension; number i is used by the i-th concept that the dimension meets."""
+        """The pairs [a, b] of a dimension; the i-th pair goes with the dimension's i-th concept."""
         pairs = about.get("pairs", [])
         if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             self.fault(f"{where} must be a list of [a, b]")
@@ -252,10 +253,10 @@ class Parser:
         return [self.strings(pair, where) for pair in pairs]
 
     def cells(self, order: object, concepts: dict, dimensions: dict, where: str) -> list[tuple]:
-        """(concept, dimension) in the order in which they are asked: concept by concept, or as `order` says.
+        """(concept, dimension) in the order of the questions: concept by concept, or by `order`.
 
-        `order` lists blocks of concepts and dimensions; each block is gone through concept by concept. So a subset
-        may hold few dimensions with several concepts each, and dimensions may differ in their concepts.
+        `order` lists blocks of concepts and dimensions; each block is expanded concept by concept. So a subset may have
+        few dimensions with several concepts each, and dimensions may differ in their concepts.
         """
         if order is None:
             return [(concept, dimension) for concept in concepts for dimension in dimensions]
@@ -270,7 +271,7 @@ class Parser:
             named = [name for block in order for name in block[key]]
             odd = [name for name in named if not isinstance(name, str) or name not in known]
             for name in odd:
-                self.fault(f"{where}.order: {shown(name)} is none of the {key}")
+                self.fault(f"{where}.order: {shown(name)} is not one of the {key}")
             if odd:
                 return []
             present = set(named)
@@ -286,15 +287,15 @@ class Parser:
         return cells
 
     def fill(self, text: object, values: dict, where: str) -> str:
-        """The text with its fields filled in once: neither format(), which would let a recipe reach into attributes,
-        nor the fields of a field."""
+        """The text with its fields filled in, without recursion. Rejected: str.format, which gives a recipe access to
+        attributes."""
         try:
             pieces = list(string.Formatter().parse(self.string(text, where)))
         except ValueError as error:
             self.fault(f"{where}: {error}")
             return ""
         if odd := sorted({name for _, name, form, kind in pieces if name is not None and (form or kind)}):
-            self.fault(f"{where}: {shown(odd[0])} has a format; a field is a name alone")
+            self.fault(f"{where}: {shown(odd[0])} has a format; a field is just a name")
         if missing := [name for _, name, *_ in pieces if name is not None and name not in values]:
             self.fault(f"{where}: no value for {', '.join('{' + m + '}' for m in missing)[:80]}")
             return ""
@@ -317,7 +318,7 @@ class Parser:
             return "balance", ()
         self.unknown(value, {"aim", "items"}, "probes")
         aim = value.get("aim", "balance")
-        if aim not in list(AIMS):  # of a list, since a value from outside need not be hashable
+        if aim not in list(AIMS):  # in a list, since the value may not be hashable
             self.fault(f"probes.aim is {shown(aim)}; it must be one of {', '.join(AIMS)}")
             aim = "balance"
         if len(items) > _MOST_QUESTIONS:
@@ -332,7 +333,7 @@ class Parser:
         return aim, tuple(twins)
 
     def twin(self, item: object, aim: str, where: str) -> Twin | None:
-        """A twin in one of three forms: a template, two pairs written out, or (older) a single pair."""
+        """A twin in one of three forms: a template, two full pairs, or (older) a single pair."""
         fillings, _ = TEMPLATES[aim]
         flat = {*AIMS[aim], "dimension"}
         if isinstance(item, dict) and set(item) == {"dimension", "first", "second", fillings}:
@@ -365,8 +366,8 @@ class Parser:
         return Probe(one, other, dimension)
 
     def template(self, item: dict, aim: str, where: str) -> Twin | None:
-        """Two sentences with a gap, and what fills it: the first filling is stereotyped (unwanted) in `first`, the
-        second filling in `second`."""
+        """Two sentences with a gap, and two fillings. With the first filling `first` is the stereotyped (unwanted)
+        sentence, with the second filling `second` is."""
         fillings, gap = TEMPLATES[aim]
         dimension = self.string(item["dimension"], f"{where}: dimension")
         groups = [text.strip() for text in self.strings(item[fillings], f"{where}: {fillings}")]
@@ -388,12 +389,12 @@ class Parser:
 
 
 def _capitalised(template: str, sentence: str) -> str:
-    """A sentence that begins with its gap begins with a capital, however the group is written within a sentence."""
+    """Capitalise a sentence that begins with its gap."""
     return sentence[:1].upper() + sentence[1:] if template.startswith("{") else sentence
 
 
 def paired(twins: list[Twin]) -> list[Twin]:
-    """Single probes, of the older format, joined with the next one that mirrors them; the others stay single."""
+    """Join single probes (of the older format) with the next one that mirrors them; others stay single."""
     result: list[Twin | None] = list(twins)
     waiting: dict[tuple, list[int]] = {}
     for i, twin in enumerate(twins):

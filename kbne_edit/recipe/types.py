@@ -10,10 +10,10 @@ from typing import Annotated, Any, TypedDict
 from ..errors import RecipeError
 from ..rule import Rule
 
-# What is asked of probes: that neither sentence of a pair is preferred, or that the first becomes less probable than
-# the second. The keys of the two sentences in a recipe.
+# The aims of probes, with the keys of the two sentences in a recipe: that neither sentence of a pair is preferred, or
+# that the first becomes less probable than the second.
 AIMS = {"balance": ("stereotype", "anti_stereotype"), "avoid": ("unwanted", "wanted")}
-# What a template of each aim is filled with: the key of the two fillings, and the field that they fill.
+# For templates of each aim: the key of the two fillings, and the field that they fill.
 TEMPLATES = {"balance": ("groups", "group"), "avoid": ("replies", "reply")}
 _USUAL = 48  # questions of a run
 
@@ -22,7 +22,7 @@ _USUAL = 48  # questions of a run
 class Question:
     """One question with its right answer. form: the sentence pattern, by which controls are matched.
 
-    twin: text of the control that is this question but for what it is about (one word, at best), with the same answer.
+    twin: text of a control with the same answer that differs only in the subject (ideally in one word).
     """
 
     text: str
@@ -34,7 +34,7 @@ class Question:
 
 
 class RecipeRow(TypedDict):
-    """A recipe of the package: how many questions, controls and twins it has, and what it is about."""
+    """A recipe of the package: numbers of questions, controls and twins, language and description."""
 
     questions: int
     controls: int
@@ -58,7 +58,7 @@ class RecipeJSON(TypedDict):
 
 @dataclass(frozen=True)
 class Probe:
-    """Two sentences that differ in one point: the group, or the reply. first: the stereotyped or unwanted one."""
+    """Two sentences that differ only in the group, or in the reply. first: the stereotyped or unwanted one."""
 
     first: str
     second: str
@@ -73,12 +73,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Twin:
-    """Two probes in which the same two groups (or replies) exchange roles: what they are worth by themselves cancels.
+    """Two probes in which the same two groups (or replies) exchange roles, so that their own frequencies cancel.
 
-    With the aim "balance", `first` is stereotyped of one group and `second` of the other. With "avoid", the reply that
-    `first` calls unwanted is the wanted one in `second` (agreeing with what is true, answering what can be known).
-    second: None for a probe of the older format that no other probe mirrors; its score still holds word frequency.
-    groups: the two fillings of a template; empty where the sentences are written out.
+    With the aim "balance", `first` is a stereotype of one group and `second` of the other. With "avoid", the unwanted
+    reply of `first` is the wanted one in `second` (agreeing with a true claim, answering a question with an answer).
+    second: None for a probe of the older format that no other probe mirrors; its score includes word frequency.
+    groups: the two fillings of a template; empty if the sentences are written in full.
     """
 
     first: Probe
@@ -98,7 +98,7 @@ class Twin:
         """True if the two probes exchange the same words, in opposite directions."""
         if self.second is None:
             return False
-        # A template mirrors by construction, in languages without spaces between words too.
+        # A template mirrors by construction, also in languages without spaces between words.
         return bool(self.groups) or self.first.exchanged == self.second.exchanged[::-1]
 
 
@@ -113,8 +113,9 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe. also: other words that mean an answer. sha256: of the file, for the record. pairings: of the
-    questions' grid, in its order."""
+    """A validated recipe. also: other words for an answer. sha256: of the file. pairings: of the questions' grid, in
+    its
+    order."""
 
     name: str
     description: str
@@ -134,7 +135,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: object, where: str = "recipe", sha256: str = "") -> Recipe:
-        """A recipe from the content of its file. Raises RecipeError with every fault. where: begins the message."""
+        """A recipe from the content of its file. Raises RecipeError with all faults. where: prefix of the message."""
         from .parsing import Parser
 
         return Parser(where).recipe(data, sha256)
@@ -145,26 +146,26 @@ class Recipe:
         return tuple(probe for twin in self.twins for probe in twin.probes)
 
     def ask(self, count: int | None) -> tuple[Question, ...]:
-        """The first `count` questions (None: `default_count`), their twins, as many controls at most."""
+        """The first `count` questions (None: `default_count`), their twins, and at most as many controls."""
         if count is None:
             count = self.default_count
         if count not in self.sizes:
             known = ", ".join(map(str, self.sizes))
-            raise RecipeError(f"recipe {self.name}", [f"--questions {count} is none of its subsets ({known})"])
+            raise RecipeError(f"recipe {self.name}", [f"--questions {count} is not one of its subsets ({known})"])
         questions = self.questions[:count]
         return questions + question_twins(questions) + self.controls[:count]
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many questions can be asked, in order."""
+        """The possible numbers of questions, ascending."""
         return tuple(sorted({*self.subsets, len(self.questions)}))
 
     @property
     def default_count(self) -> int:
-        """The largest size that is at most 48, which keeps a default run short; the smallest if all are larger."""
+        """The largest size up to 48, which keeps a default run short; the smallest if all are larger."""
         return max((size for size in self.sizes if size <= _USUAL), default=self.sizes[0])
 
 
 def question_twins(questions: Sequence[Question]) -> tuple[Question, ...]:
-    """The questions' twins, which are controls as any other."""
+    """The questions' twins, which are controls like any other."""
     return tuple(replace(q, text=q.twin, twin="", control=True) for q in questions if q.twin)

@@ -1,1 +1,1 @@
-"""Scores to an edit: which neurons are chosen, and how far that depends on the questions."""
+"""From scores to an edit: which neurons are selected, and how much that depends on the questions."""

@@ -1,11 +1,11 @@
-"""Which of many columns differ between two groups of rows, said of all columns at once.
+"""Which of many columns differ between two groups of rows, with an error rate over all columns together.
 
-Rows are questions and controls, columns are neurons: of a hundred thousand some differ by chance, and none is normal.
-Means are compared within strata (questions of one form and answer) and averaged as the first group's rows lie there;
-each group has one variance within its strata, as in Welch's test. A column's lower bound is its difference less
-`critical` standard errors, where critical is what the largest of all columns reaches in 95 % of random relabellings
-within the strata (Westfall and Young's maximum). So where the labels mean nothing, 95 of 100 such data have no column
-at all whose bound is above 0, whatever the columns' distributions and however they hang together.
+Rows are questions and controls, columns are neurons. Of a hundred thousand neurons some differ by chance, and none is
+normally distributed. Means are compared within strata (questions of one form and answer) and averaged with the first
+group's weights. Each group has one variance within its strata, as in Welch's test. A column's lower bound is its
+difference minus `critical` standard errors, where `critical` is the 95 % quantile, over random relabellings within the
+strata, of the largest statistic of all columns (the maximum of Westfall and Young). So if the labels mean nothing, in
+95 of 100 data sets no column at all has a bound above 0, whatever the columns' distributions and correlations.
 
 Legend: n rows, M columns, R relabellings or resamples.
 """
@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 RELABELLINGS, CONFIDENCE = 200, 0.95
-_COLUMNS = 512  # at once: what a processor's cache holds
-_NOISE = 1e-7  # of a score relative to the question's largest: float32's own
+_COLUMNS = 512  # at once, to fit into the processor's cache
+_NOISE = 1e-7  # float32's rounding error of a score relative to the question's largest
 
 
 def contrast(x: np.ndarray, strata: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Difference of the groups' means and its standard error, [R, M] each.
 
-    x: [n, M]. strata: [n], the stratum of each row. first, second: how often each row stands in the group, [R, n].
+    x: [n, M]. strata: [n], the stratum of each row. first, second: how often each row is in the group, [R, n].
     """
     size = first.sum(1, keepdims=True)
     x = x.copy()
@@ -34,7 +34,7 @@ def contrast(x: np.ndarray, strata: np.ndarray, first: np.ndarray, second: np.nd
     difference, means, parts, spare = 0.0, [0.0, 0.0], [0.0, 0.0], [0, 0]
     for stratum in np.unique(strata):
         rows = strata == stratum
-        x[rows] -= x[rows].mean(0)  # which changes no difference, and saves the squares from cancelling
+        x[rows] -= x[rows].mean(0)  # changes no difference, and avoids cancellation in the squares
         share = first[:, rows].sum(1, keepdims=True) / size  # [R, 1]
         for i, group in enumerate((first[:, rows], second[:, rows])):
             count = group.sum(1, keepdims=True)
@@ -50,7 +50,7 @@ def contrast(x: np.ndarray, strata: np.ndarray, first: np.ndarray, second: np.nd
 
 
 def critical(blocks: Iterable[np.ndarray], strata: np.ndarray, first: np.ndarray, seed: int = 0) -> float:
-    """How many standard errors the largest of all columns stays below in 95 % of the relabellings. Seeded.
+    """The 95 % quantile, over seeded relabellings, of the largest difference of all columns, in standard errors.
 
     blocks: the columns, [n, some] each. first: [n], True where a row belongs to the first group.
     """
@@ -69,10 +69,10 @@ def critical(blocks: Iterable[np.ndarray], strata: np.ndarray, first: np.ndarray
 def lower_bounds(
     scores: np.ndarray, first: np.ndarray, second: np.ndarray, strata: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A function: drawn -> lower bounds [L, F] of the mean share in `drawn` less that in `second`.
+    """A function: drawn -> lower bounds [L, F] of the mean share in `drawn` minus that in `second`.
 
-    scores: [Q, L, F]; a share is a score relative to its question's largest. first, second: indices of questions, and
-    drawn, those of `first` again, or a resample of them. strata: of all of these, [first + second].
+    scores: [Q, L, F]; a share is a score relative to its question's largest. first, second: indices of questions;
+    drawn: `first`, or a resample of it. strata: of the concatenation of `first` and `second`.
     """
     rows, belongs = np.concatenate([first, second]), np.arange(len(strata)) < len(first)
     largest = np.array([[max(float(scores[q].max()), 1e-30)] for q in rows], scores.dtype)

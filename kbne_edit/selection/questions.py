@@ -1,4 +1,4 @@
-"""The questions that a selection is made from: their scores, and what is known about each."""
+"""The questions of a selection: their scores, and the properties of each."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Questions:
-    """Scores [Q, L, F] with what is known about each question, columns of length Q.
+    """Scores [Q, L, F] with the properties of each question, as columns of length Q.
 
     dimension, answer, form: names. control: True where a question is a control. twin: index of a question's twin, -1
-    for none. keep: False leaves a question out. site, base: of the model that the scores are of.
+    for none. keep: False leaves a question out. site, base: of the scores.
 
     Raises InputError on construction if no question is left.
     """
@@ -42,7 +42,7 @@ class Questions:
 
     @classmethod
     def of(cls, scores: Scores | Questions, only: Sequence[bool] | None = None) -> Questions:
-        """Of a scores file. only: False leaves a question out."""
+        """From a scores file. only: False leaves a question out."""
         if not isinstance(scores, Questions):
             known = scores.questions
             place = {q.text: i for i, q in enumerate(known) if q.control}
@@ -62,7 +62,7 @@ class Questions:
     def of_arrays(
         cls, scores: np.ndarray | Sequence, *, site: Site = "down", base: str | None = None, **known: Sequence
     ) -> Questions:
-        """Of scores [Q, L, F] alone. known: dimensions, answers, forms, controls, twins, as far as there are any."""
+        """From scores [Q, L, F]. known: dimensions, answers, forms, controls, twins, each optional."""
         scores = np.asarray(scores)
 
         def column(name: str, default: object) -> np.ndarray:
@@ -81,17 +81,17 @@ class Questions:
 
     @cached_property
     def non_controls(self) -> np.ndarray:
-        """Indices of the questions that take part."""
+        """Indices of the questions in use that are not controls."""
         return np.flatnonzero(self.keep & ~self.control)
 
     @cached_property
     def controls(self) -> np.ndarray:
-        """Indices of the controls that take part."""
+        """Indices of the controls in use."""
         return np.flatnonzero(self.keep & self.control)
 
     @cached_property
     def unrelated(self) -> np.ndarray:
-        """Controls that are nobody's twin."""
+        """Indices of the controls that are not the twin of a question."""
         return np.setdiff1d(self.controls, self.twin[self.non_controls])
 
     @cached_property
@@ -103,7 +103,7 @@ class Questions:
 
     @cached_property
     def half(self) -> np.ndarray:
-        """0 or 1 for each question: the controls of each answer and form are dealt in turn, [Q]."""
+        """0 or 1 for each question, [Q]: controls of one answer and form alternate."""
         seen: dict[tuple, int]
         half, seen = np.zeros(len(self.scores), int), {}
         for q in self.controls.tolist():
@@ -112,7 +112,7 @@ class Questions:
         return half
 
     def without(self, questions: np.ndarray) -> Questions:
-        """The same without some questions."""
+        """A copy without some questions."""
         keep = self.keep.copy()
         keep[questions] = False
         return replace(self, keep=keep)
@@ -122,6 +122,6 @@ class Questions:
         return self.scores[q] / max(float(self.scores[q].max()), 1e-30)
 
     def mean_share(self, which: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Mean share over questions, [L, F]; each counts as often as it is named."""
+        """Mean share over questions, [L, F]. A question that is listed twice counts twice."""
         times = np.bincount(np.asarray(which, int))
         return sum(count * self.share(q) for q, count in enumerate(times.tolist()) if count) / max(times.sum(), 1)

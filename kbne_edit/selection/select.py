@@ -1,7 +1,8 @@
-"""Scores to an edit (arXiv:2601.21864, section 3): by the paper's rule, and by rules that ask what is specific.
+"""From scores to an edit (arXiv:2601.21864, section 3): by the paper's rule, and by rules that look for specific
+neurons.
 
-`votes` holds the rules. Since controls that a rule has seen select little under every rule that asks for a difference,
-`Selection.unseen` gives a stricter overlap: with what controls use that were held out while the rule selected.
+The rules are in `votes`. Under every rule that looks for a difference, the controls that it has seen select few
+neurons. So `Selection.unseen` gives a stricter overlap, with the neurons that held-out controls use.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ T = TypeVar("T")
 class Selection:
     """What a rule selected.
 
-    dimensions: {name: mask [L, F]}. controls: mask [L, F] of what the controls alone select, None if there are none.
-    counts: index of a question -> mask [L, F] of the neurons that count for it.
+    dimensions: {name: mask [L, F]}. controls: mask [L, F] of the neurons that the controls select, None if there are no
+    controls. counts: index of a question -> mask [L, F] of the neurons that count for it.
     """
 
     edit: Edit
@@ -45,7 +46,7 @@ class Selection:
         return f"Selection({self.rule.describe()}: {self.edit.num_neurons} neurons)"
 
     def stable(self, stability: Stability, least: float) -> Selection:
-        """Only the neurons that at least the share `least` of the resamples selects. Raises EditError if none is."""
+        """Only the neurons that at least a share `least` of the resamples select. Raises EditError if none is left."""
         factors = {
             layer: {n: factor for n, factor in neurons.items() if stability.neurons[layer][n] >= least}
             for layer, neurons in self.edit.factors.items()
@@ -56,7 +57,7 @@ class Selection:
         return replace(self, edit=Edit(self.edit.site, factors, self.edit.base, record))
 
     def summary(self) -> SelectionSummary:
-        """Neurons by dimension, overlaps between dimensions, overlap with what the controls select."""
+        """Neurons by dimension, overlaps between dimensions, overlap with the controls' selection."""
         union = mask_of(self.edit, next(iter(self.dimensions.values())).shape)
         names = list(self.dimensions)
         return SelectionSummary(
@@ -80,10 +81,10 @@ class Selection:
         return DimensionSummary(int(mask.sum()), tuple(np.flatnonzero(mask.any(1)).tolist()), shared)
 
     def unseen(self) -> list[Shared]:
-        """For each half of the controls, held out while the rule selects: how much it uses what was selected.
+        """For each half of the controls, held out during a selection: how many of the selected neurons it uses most.
 
-        Shared of the neurons selected are those among as many that the held-out controls use most, whatever the
-        questions do with them. [] if there are too few controls. Under the paired rule, twins are never held out.
+        If k neurons are selected, the shared ones are those among the k neurons that the held-out controls use most. []
+        if there are too few controls. Under the paired rule, twins are never held out.
         """
         result = []
         for half in (0, 1):
@@ -93,7 +94,7 @@ class Selection:
             try:
                 votes = votes_of(rest, self.rule)
                 mask = votes.combined(list(votes.masks().values()))
-            except InputError:  # none is left to compare with
+            except InputError:  # no controls are left for the rule
                 return []
             if not len(held):
                 return []
@@ -102,7 +103,7 @@ class Selection:
         return result
 
     def used_by_controls(self) -> np.ndarray | None:
-        """As many neurons as are selected, those that the controls use most, [L, F]; None if there are no controls."""
+        """The k neurons that the controls use most, [L, F], if k are selected; None if there are no controls."""
         controls = self._own_controls()
         return most_used(self.questions, controls, self.edit.num_neurons) if len(controls) else None
 
@@ -119,7 +120,7 @@ def select(
 ) -> Edit:
     """Select neurons from the scores of questions.
 
-    rule: a `Rule`, or the name of one with its usual thresholds. factor: of every selected neuron. only: False leaves
+    rule: a `Rule`, or its name for the default thresholds. factor: of every selected neuron. only: False leaves
     a question out, one per question.
     Raises InputError for settings out of range, EditError if no neuron is selected.
     """
@@ -163,12 +164,12 @@ def mask_of(edit: Edit, shape: tuple[int, int]) -> np.ndarray:
 
 
 def at_factor(mask: np.ndarray, factor: float) -> dict[int, dict[int, float]]:
-    """The factors of an edit that scales the neurons of a mask [L, F] by one number."""
+    """The factors of an edit that scales the neurons of a mask [L, F] by `factor`."""
     return by_layer(dict.fromkeys(np.flatnonzero(mask).tolist(), float(factor)), mask.shape[1])
 
 
 def by_layer(values: dict[int, T], neurons: int) -> dict[int, dict[int, T]]:
-    """{layer: {neuron: value}} of values by their place in [L * F]. neurons: F."""
+    """{layer: {neuron: value}} from {index in [L * F]: value}. neurons: F."""
     result: dict[int, dict[int, T]] = {}
     for place, value in values.items():
         layer, neuron = divmod(place, neurons)
@@ -179,8 +180,8 @@ def by_layer(values: dict[int, T], neurons: int) -> dict[int, dict[int, T]]:
 def by_dimension(chosen: Selection, factors: dict[str, float]) -> Edit:
     """The chosen neurons, each with the factor of its dimension; a factor of 1 leaves them out.
 
-    A neuron's dimension is the one, of those that keep it, in whose questions its mean share of the largest score is
-    greatest. factors: of every dimension. The edit may have no neuron.
+    A neuron's dimension is the one with its largest mean share, among the dimensions that select it. factors: of every
+    dimension. The edit may be empty.
     """
     layers, neurons = np.nonzero(mask_of(chosen.edit, chosen.questions.scores.shape[1:]))
     means = []

@@ -1,4 +1,4 @@
-"""How far a selection depends on what was asked: resampled questions, and other ways of asking.
+"""How much a selection depends on the questions: resampled questions, and other ways of asking.
 
 Everything here is computed from scores files, without a model.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Draw(NamedTuple):
-    """Questions drawn anew (some of them more than once), and the neurons that they select, as places in [L * F]."""
+    """One resample: indices of its questions, with repetitions, and of the neurons they select, in [L * F]."""
 
     questions: np.ndarray
     neurons: np.ndarray
@@ -33,7 +33,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Resamples:
-    """What is selected from all questions (`whole`: neurons as places in [L * F]), and from questions drawn anew."""
+    """The selection from all questions (`whole`: neurons as indices in [L * F]) and from resamples (`drawn`)."""
 
     questions: Questions = field(repr=False)
     rule: Rule
@@ -47,10 +47,11 @@ class Resamples:
 
 @dataclass(frozen=True)
 class Stability:
-    """How far a selection depends on which questions were asked.
+    """How much a selection depends on which questions were asked.
 
-    neurons: {layer: {neuron: share of draws that select it}} of the selection from all questions. jaccard: overlap of
-    a draw's selection with that one; size: its number of neurons; both with 95 % of the draws. draws: their number.
+    neurons: {layer: {neuron: share of the resamples that select it}}, for the neurons selected from all questions.
+    jaccard: overlap of a resample's selection with that selection; size: number of neurons in a resample's selection;
+    both with an interval of 95 % of the resamples. draws: number of resamples.
     """
 
     neurons: dict[int, dict[int, float]]
@@ -62,13 +63,13 @@ class Stability:
         return {"neurons": self.neurons, "jaccard": self.jaccard, "size": self.size, "draws": self.draws}
 
     def at_least(self, share: float) -> int:
-        """How many neurons at least this share of the draws selects."""
+        """The number of neurons that at least this share of the resamples select."""
         return sum(value >= share for neurons in self.neurons.values() for value in neurons.values())
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two ways to ask one model. neurons: selected by a, by b, by both. rank: Spearman's correlation of all neurons."""
+    """Two ways to ask one model. neurons: numbers selected by a, by b, by both. rank: Spearman's, over all neurons."""
 
     a: str
     b: str
@@ -83,7 +84,7 @@ class Agreement:
 class StabilityJSON(TypedDict):
     """What `stability --json` prints. files: by path; nothing: those that select nothing; pairs: of files.
 
-    in_files: {layer: {neuron: share of the files that select it}}, of three files and more.
+    in_files: {layer: {neuron: share of the files that select it}}, for three files and more.
     """
 
     files: dict[str, Annotated[dict[str, Any], Stability]]
@@ -102,16 +103,16 @@ def resample(
 ) -> Resamples:
     """A bootstrap over the questions of each dimension; controls are not resampled. rule, only: as of `select`.
 
-    Files with as many questions in each dimension draw the same ones, so that two ways to ask them are compared in
-    pairs.
+    Files with equally many questions in each dimension draw the same questions, so that two ways to ask are compared
+    pairwise.
     """
     rule = Rule(rule) if isinstance(rule, str) else rule
     questions = Questions.of(scores, only)
     votes, rng, drawn = votes_of(questions, rule), np.random.default_rng(seed), []
     with progress("resamples of the questions", draws) as done:
         for _ in range(draws):
-            sample = {name: of_it[rng.integers(0, len(of_it), len(of_it))] for name, of_it in votes.dimensions.items()}
-            mask = votes.combined([votes.kept[name](of_it) for name, of_it in sample.items()])
+            sample = {name: q[rng.integers(0, len(q), len(q))] for name, q in votes.dimensions.items()}
+            mask = votes.combined([votes.kept[name](q) for name, q in sample.items()])
             drawn.append(Draw(np.concatenate(list(sample.values())), np.flatnonzero(mask)))
             done(1)
     whole = np.flatnonzero(votes.combined(list(votes.masks().values())))
@@ -119,7 +120,7 @@ def resample(
 
 
 def stability(scores: Scores | Questions | Resamples, rule: Rule | str = Rule(), **settings: Any) -> Stability:  # noqa: B008
-    """How far the selection depends on which questions were asked. rule, settings: as of `resample`.
+    """How much the selection depends on which questions were asked. rule, settings: as of `resample`.
 
     Raises EditError if nothing is selected, and as `select` does.
     """
@@ -148,7 +149,7 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def agreements(resamples: dict[str, Resamples]) -> list[Agreement]:
-    """Each two ways to ask one model: other wording, prompt, language or context. Intervals: 95 % of the draws.
+    """Compare every two ways to ask one model (wording, prompt, language, context). Intervals: 95 % of the resamples.
 
     Raises InputError if the models differ.
     """
@@ -156,15 +157,12 @@ def agreements(resamples: dict[str, Resamples]) -> list[Agreement]:
         raise InputError("stability: the scores are of different models or sites, so their neurons are not the same")
     ranks: Any  # of the neurons in one draw, then of one pair in all draws
     pairs, files = list(combinations(resamples, 2)), resamples.items()
-    whole = _correlations(
-        {name: _ranks(sample.questions, sample.questions.non_controls) for name, sample in files}, pairs
-    )
-    drawn, draws = (
-        [],
-        list(zip(*([(name, sample, draw) for draw in sample.drawn] for name, sample in files), strict=True)),
-    )
+    whole_ranks = {name: _ranks(sample.questions, sample.questions.non_controls) for name, sample in files}
+    whole = _correlations(whole_ranks, pairs)
+    drawn = []
+    draws = list(zip(*([(name, sample, draw) for draw in sample.drawn] for name, sample in files), strict=True))
     with progress("agreement of the files", len(draws)) as done:
-        for of_draw in draws:  # one by one, since the ranks of all draws would fill the memory
+        for of_draw in draws:  # one by one: the ranks of all resamples would fill the memory
             ranks = {name: _ranks(sample.questions, draw.questions) for name, sample, draw in of_draw}
             drawn.append(_correlations(ranks, pairs))
             done(1)
@@ -179,7 +177,7 @@ def agreements(resamples: dict[str, Resamples]) -> list[Agreement]:
 
 
 def _ranks(questions: Questions, which: np.ndarray) -> np.ndarray:
-    """Ranks of the neurons' mean share in these questions, centred and of length 1, [L * F]; equals share a rank."""
+    """Ranks of the neurons' mean shares in these questions, [L * F], centred, with norm 1; ties share a rank."""
     mean = questions.mean_share(which).ravel()
     _, place, counts = np.unique(mean, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]

@@ -1,4 +1,4 @@
-"""What is told about a selection: how many neurons, where, and how many of them unrelated questions select too."""
+"""The summary of a selection: how many neurons, where, and how many of them controls select, too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..statistics import Interval, wilson
 
 
 class Shared(NamedTuple):
-    """How many of the selected neurons are shared. As JSON it is the list [shared, selected]."""
+    """How many of the selected neurons are shared. In JSON the list [shared, selected]."""
 
     shared: int
     selected: int
@@ -41,8 +41,8 @@ class DimensionSummary:
 class SelectionJSON(TypedDict):
     """A selection in numbers. share: of all neurons, 0 to 1. overlap: {"a & b": neurons in common}.
 
-    controls_neurons: those that the controls select; controls_overlap: how many of them are in the selection. unseen:
-    for each half of the controls, how many of the neurons selected without it, it selects.
+    controls_neurons: number that the controls select; controls_overlap: number of those in the selection. unseen: for
+    each half of the controls, how many of the neurons selected without it are among those that it uses most.
     """
 
     rule: str
@@ -61,8 +61,8 @@ class SelectionSummary:
     """A selection in numbers.
 
     rule: its name. share: of all neurons, 0 to 1. dimensions: by name. overlap: {"a & b": neurons in common}.
-    controls_neurons, controls_overlap: neurons that the controls select, and those of them that are in the selection;
-    None where there are no controls. unseen: for each half of the controls, held out (see `Selection.unseen`).
+    controls_neurons, controls_overlap: number of neurons that the controls select, and of those in the selection; None
+    without controls. unseen: for each held-out half of the controls (see `Selection.unseen`).
     """
 
     rule: str
@@ -77,12 +77,12 @@ class SelectionSummary:
 
     @property
     def controls_share(self) -> float | None:
-        """Share of the selection that the controls select too, 0 to 1."""
+        """Share of the selected neurons that the controls select, too, 0 to 1."""
         return None if self.controls_overlap is None else self.controls_overlap / max(self.neurons, 1)
 
     @property
     def unseen_share(self) -> Interval | None:
-        """Mean share of what is selected without a half of the controls that this half uses most (Wilson)."""
+        """Mean share of the selected neurons that a held-out half of the controls uses most (Wilson interval)."""
         count = max(len(self.unseen), 1)
         shared, selected = (sum(s.shared for s in self.unseen), sum(s.selected for s in self.unseen))
         return Interval(shared / selected, *wilson(shared / count, selected / count)) if selected else None

@@ -1,23 +1,25 @@
-"""What each question votes for, by the rule.
+"""The selection rules: which neurons each question votes for.
 
-A neuron's share in a question is score / the largest score that the question has anywhere. A neuron counts for a
-question if its share exceeds the level that the rule expects by more than tau:
+A neuron's share in a question is its score divided by the question's largest score. A neuron counts for a question if
+its share exceeds the expected share by more than tau. The rules differ in the expected share:
 
 paper: 0.
-contrastive: the share that at least beta of the matched controls reach, those with the same right answer (and the same
-    form if there are any). Rejected: their mean, which keeps neurons that few controls use strongly.
-paired: its share in the question's twin.
+contrastive: the share that at least beta of the matched controls reach. Controls match if they have the same right
+    answer (and the same form, if there are such). Rejected: their mean, which keeps neurons that few controls use
+    strongly.
+paired: the neuron's share in the question's twin.
 
-It is kept for a dimension if it counts in at least beta of its questions. The fourth rule uses all of them at once:
+A neuron is kept for a dimension if it counts in at least beta of the dimension's questions. The fourth rule uses all
+questions at once:
 
-specific: kept are the neurons with the largest lower bound of the difference between the mean share in the dimension's
-    questions and in matched controls (`differences`), if it is above 0. tau and beta are not used.
+specific: keeps the neurons with the largest lower bound of the difference between the mean share in the dimension's
+    questions and in matched controls (`differences`), if that bound is above 0. It does not use tau and beta.
 
-top uses ranks instead of tau: a neuron counts (or is kept, by the specific rule) if it is among this share of all
+`top` uses ranks instead of tau: a neuron counts (with the specific rule: is kept) if it is among this share of all
 neurons with the largest excess.
 
-A control is compared with the other half of the controls (under the paired rule with one of its kind), so the reported
-overlap is with what the rule selects on unseen controls.
+A control is compared with the other half of the controls (under the paired rule with a control of its kind). So the
+reported overlap is with what the rule selects on unseen controls.
 """
 
 from __future__ import annotations
@@ -35,17 +37,17 @@ from ..rule import Rule
 from .differences import lower_bounds
 from .questions import Questions
 
-Expected = Callable[[int], "np.ndarray | float"]  # index of a question -> what is expected of each neuron, [L, F]
-Kept = Callable[[np.ndarray], np.ndarray]  # questions, some of them more than once -> mask [L, F]
+Expected = Callable[[int], "np.ndarray | float"]  # index of a question -> expected shares [L, F]
+Kept = Callable[[np.ndarray], np.ndarray]  # indices of questions, possibly repeated -> mask [L, F]
 
 
 @dataclass(frozen=True)
 class Votes:
-    """What each question votes for, and what comes of it.
+    """A rule applied to questions.
 
-    counts: index of a question -> mask [L, F]. dimensions: {name: its questions}. kept: {name: function, questions
-    drawn from the dimension's own -> mask [L, F]}. by_controls: function, mask [L, F] of what the controls select, None
-    if they are too few.
+    counts: index of a question -> mask [L, F] of the neurons that count for it. dimensions: {name: its questions}.
+    kept: {name: function from questions of the dimension, or a resample of them, to a mask [L, F]}. by_controls:
+    returns the mask [L, F] that the controls select, None if there are too few.
     """
 
     rule: Rule
@@ -59,12 +61,12 @@ class Votes:
         return {name: self.kept[name](questions) for name, questions in self.dimensions.items()}
 
     def combined(self, masks: Sequence[np.ndarray]) -> np.ndarray:
-        """The dimensions' masks in one, [L, F]."""
+        """The union or intersection of the dimensions' masks, [L, F]."""
         return np.any(masks, 0) if self.rule.combine == "union" else np.all(masks, 0)
 
 
 def votes_of(questions: Questions, rule: Rule) -> Votes:
-    """The rule's way to decide on these questions. Raises InputError where they lack what the rule needs."""
+    """The rule, applied to these questions. Raises InputError if they lack what the rule needs."""
     if rule.name in ("contrastive", "specific") and not len(questions.controls):
         raise InputError(f"select: the {rule.name} rule needs control questions")
     votes = _by_difference(questions, rule) if rule.name == "specific" else _by_count(questions, rule)
@@ -93,13 +95,13 @@ def _by_count(questions: Questions, rule: Rule) -> Votes:
 
 
 def _largest(excess: np.ndarray, top: float) -> np.ndarray:
-    """The share `top` of all neurons (one at least) with the largest excess, as far as it is above 0."""
+    """The share `top` of all neurons (at least one) with the largest excess, among those above 0."""
     rank = excess.size - max(round(top * excess.size), 1)
     return (excess >= np.partition(excess, rank, axis=None)[rank]) & (excess > 0)
 
 
 def _needed(beta: float, count: int) -> int:
-    """How many of `count` are a share beta. The guard: .07 * 100 is 7.000000000000001 in floating point."""
+    """The share beta of `count`, rounded up, at least 1. The 1e-9: .07 * 100 is 7.000000000000001."""
     return max(math.ceil(beta * count - 1e-9), 1)
 
 
@@ -111,10 +113,10 @@ def _voted(counts: Callable[[int], np.ndarray], beta: float, questions: np.ndarr
 
 
 def _same_sign(questions: Questions, votes: Votes) -> Votes:
-    """Of what is kept, the neurons whose mean share is positive for each answer that is right in the dimension.
+    """Keep only neurons whose mean share is positive for every right answer of the dimension.
 
     A neuron that pushes towards "yes" has a positive effect where yes is right and a negative one where no is.
-    Raises InputError for a dimension in which one answer is always right: there the option could drop nothing.
+    Raises InputError for a dimension in which one answer is always right: there the option has no effect.
     """
 
     def positive(drawn: np.ndarray) -> np.ndarray:
@@ -136,7 +138,7 @@ def _both(first: Kept, second: Kept) -> Kept:
     return lambda drawn: first(drawn) & second(drawn)
 
 
-# ------------------------------------------------------------------------------------------- what is expected anyway
+# ------------------------------------------------------------------------------------------------ expected shares
 
 
 def _nothing(_: int) -> float:
@@ -144,7 +146,7 @@ def _nothing(_: int) -> float:
 
 
 def _matched(questions: Questions, q: int) -> tuple[int, ...]:
-    """The controls with the same answer and, where there are any, the same form; for a control those of the other half.
+    """Controls with the same answer and, if there are any, the same form; for a control only those of the other half.
 
     Raises InputError if there are none.
     """
@@ -159,7 +161,7 @@ def _matched(questions: Questions, q: int) -> tuple[int, ...]:
 
 
 def _level(questions: Questions, beta: float) -> Expected:
-    """What at least beta of the matched controls (and one) reach, neuron by neuron and never below 0, [L, F]."""
+    """For each neuron the share that at least beta of the matched controls reach, but not below 0, [L, F]."""
 
     @cache
     def level(pool: tuple[int, ...]) -> np.ndarray:
@@ -182,7 +184,7 @@ def _twin(questions: Questions, twins: dict[int, int]) -> Expected:
 
 
 def _twins(questions: Questions) -> dict[int, int]:
-    """{question: its twin}. Controls that are nobody's twin are each other's, two by two of one answer and form."""
+    """{question: its twin}. Controls without a question are paired with each other, within one answer and form."""
     result = {q: twin for q in questions.non_controls.tolist() if (twin := int(questions.twin[q])) >= 0}
     kinds: dict[tuple, list[int]] = {}
     for q in questions.unrelated.tolist():
@@ -212,7 +214,7 @@ def _by_difference(questions: Questions, rule: Rule) -> Votes:
         halves = [controls[questions.half[controls] == half] for half in (0, 1)]
         try:
             return np.any([kept(a, b)(a) for a, b in (halves, halves[::-1])], 0)
-        except InputError:  # too few controls to hold one half of them against the other
+        except InputError:  # too few controls to compare one half with the other
             return None
 
     named = questions.dimensions
@@ -221,10 +223,10 @@ def _by_difference(questions: Questions, rule: Rule) -> Votes:
 
 
 def _bounds(questions: Questions, indices: np.ndarray, pool: np.ndarray) -> Kept:
-    """`lower_bounds` of mean share in these questions less that in matched controls.
+    """`lower_bounds` of the mean share in these questions minus that in matched controls.
 
-    Matched by answer and form, or by answer alone where a form has no controls or there are too few questions for it.
-    Raises InputError where a spread cannot be told.
+    Controls match by answer and form, or by answer only if a form has no controls or too few questions. Raises
+    InputError if there are too few questions or controls to estimate a variance.
     """
     by_form = [f"{a} {f}" for a, f in zip(questions.answer, questions.form, strict=True)]
     for kinds in (by_form, questions.answer.tolist()):
