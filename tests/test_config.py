@@ -34,6 +34,19 @@ def test_the_command_line_then_the_environment_then_the_file(folder, monkeypatch
     assert params("bake", folder, *arguments, "--tau", "0.15")["tau"] == 0.15
 
 
+@pytest.mark.parametrize("name", ["apply", "bake", "verify"])
+def test_a_variable_is_called_as_the_option(name, folder, monkeypatch):
+    """Also where the command takes what the option leaves out, or calls it otherwise."""
+    where = {"IN": "demo", "OUT": "out"} if name != "verify" else {"IN": "demo"}
+    for option, value in where.items():
+        monkeypatch.setenv(f"KBNE_EDIT_{name.upper()}_{option}", value)
+    arguments = () if name == "bake" else ("edited",)
+    plain = params(name, folder, *arguments)
+    assert plain["source"] == "demo" and plain["behaviour"] is True
+    monkeypatch.setenv(f"KBNE_EDIT_{name.upper()}_NO_BEHAVIOUR", "1")
+    assert params(name, folder, *arguments)["behaviour"] is False
+
+
 def test_the_environment_reaches_the_command(folder):
     result = run_command("bake", "--in", "demo", "--out", "out", cwd=folder, env={"KBNE_EDIT_BAKE_RULE": "nonsense"})
     assert result.returncode == 2 and "nonsense" in result.stderr
@@ -43,7 +56,7 @@ def test_lists(folder):
     (folder / "fit.yaml").write_text("in: demo\nout: fit.json\npairs: [own, stereoset]\n")
     assert params("fit", folder, "--config", folder / "fit.yaml")["pairs"] == ("own", "stereoset")
     (folder / "evaluate.yaml").write_text("in: demo\ntasks: [bbq, copa]\n")
-    assert params("evaluate", folder, "--config", folder / "evaluate.yaml")["tasks"] == "bbq,copa"
+    assert params("evaluate", folder, "--config", folder / "evaluate.yaml")["tasks"] == ("bbq", "copa")
 
 
 def test_required_options_and_flags_may_stand_in_the_file(folder):

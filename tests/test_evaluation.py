@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import bench_data
 from bench_data import avoiding
-from kbne_edit import Edit, fold, hooked, load_recipe
+from kbne_edit import Controls, Edit, Measurement, fold, hooked, load_recipe
 from kbne_edit import evaluate as public_evaluate
+from kbne_edit.commands.options import taken
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import InputError, ScoresError
 from kbne_edit.evaluation import neutral
@@ -44,9 +45,10 @@ PER_TOKEN = 1e-5
 EDIT = Edit("down", {1: {3: 2.0, 7: 2.0, 90: 2.0}, 2: {5: 2.0, 31: 2.0}})
 
 
-def evaluate(*args, **kwargs):
+def evaluate(*args, **values):
     """As JSON has it."""
-    return json.loads(json.dumps(public_evaluate(*args, **kwargs).to_dict(), allow_nan=False))
+    settings = {"measurement": taken(Measurement, values), "controls": taken(Controls, values)}
+    return json.loads(json.dumps(public_evaluate(*args, **settings, **values).to_dict(), allow_nan=False))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import bench_data
+from kbne_edit import Controls
 from kbne_edit.commands import cli
 from kbne_edit.hub.source import DEMO
 
@@ -115,11 +116,11 @@ def _python(block, where):
         ('"path/to/base"', repr(str(DEMO))),
         ('"path/to/out"', '"folded"'),
         ('"copa"', '"bbq"'),
-        ("limit=200", f"limit=5, draws=1, {where}"),
+        ("limit=200)", f"limit=5, {where}), controls=Controls(draws=1)"),
     ):
         assert name in block
         block = block.replace(name, value)
-    space = {"model": AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)}
+    space = {"Controls": Controls, "model": AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)}
     exec(compile(block, "README", "exec"), space)
     assert space["proofs"].ok and space["edit"].num_neurons == 2
     assert {"crows_pairs", "bbq"} <= set(space["result"].to_dict()["tasks"])

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import kbne_edit
-from kbne_edit import Edit, bake, evaluate, verify
+from kbne_edit import Controls, Edit, Measurement, bake, evaluate, verify
 from kbne_edit.commands import cli
 from kbne_edit.disk.manifest import Manifest
 from kbne_edit.errors import InputError
@@ -26,7 +26,12 @@ EDIT = Edit("down", {1: {3: 2.0, 7: 2.0, 90: 2.0}})
 @pytest.fixture(scope="module")
 def measured(debiased):
     """An evaluation of the baked demo. The probes are among its tasks: effect and cost are measured, too."""
-    return evaluate("demo", baked=debiased, tasks=["probes", "knowledge"], limit=8, draws=1)
+    return evaluate(
+        "demo",
+        baked=debiased,
+        measurement=Measurement(tasks=["probes", "knowledge"], limit=8),
+        controls=Controls(draws=1),
+    )
 
 
 @pytest.fixture
@@ -82,7 +87,9 @@ def test_the_same_is_kept_once_and_a_failure_stays(measured, copy):
     bad = worse(measured, "probes")
     assert bad.verdict.effect.state == "FAIL" and "more bias, beyond every control" in bad.verdict.effect.reason
     record_evaluation(copy, bad, "demo")
-    again = evaluate("demo", baked=copy, tasks=["knowledge"], limit=8, draws=1)
+    again = evaluate(
+        "demo", baked=copy, measurement=Measurement(tasks=["knowledge"], limit=8), controls=Controls(draws=1)
+    )
     # What this run did not measure is on record; what an earlier one found stays found.
     assert again.impact.effect is None and again.verdict.cost == measured.verdict.cost
     assert again.verdict.effect == bad.verdict.effect and again.verdict.ship == "do not ship"
@@ -106,7 +113,9 @@ def test_a_later_evaluation_gives_no_evidence_that_the_first_one_lacked(measured
 @pytest.mark.parametrize("form", ["delta", "peft"])
 def test_an_adapter_and_a_delta_take_one(form, tmp_path):
     bake("demo", tmp_path / form, edit=EDIT, form=form, measure=False)
-    found = evaluate("demo", baked=tmp_path / form, tasks=["knowledge"], limit=4, draws=1)
+    found = evaluate(
+        "demo", baked=tmp_path / form, measurement=Measurement(tasks=["knowledge"], limit=4), controls=Controls(draws=1)
+    )
     assert found.how == "hooks" and found.edit.factors == EDIT.factors
     record_evaluation(tmp_path / form, found, "demo")
     manifest = Manifest.read(tmp_path / form)

@@ -25,10 +25,11 @@ from printed import parsed
 
 import bench_data
 from bench_data import avoiding
-from kbne_edit import Edit, bake, hooked, load_recipe, load_scores, locate, select
+from kbne_edit import Criteria, Edit, Measurement, Search, bake, hooked, load_recipe, load_scores, locate, select
 from kbne_edit import tune as public_tune
 from kbne_edit.attribution.scores import Scores
 from kbne_edit.commands import cli
+from kbne_edit.commands.options import taken
 from kbne_edit.errors import EditError, InputError, OutputError
 from kbne_edit.evaluation import neutral
 from kbne_edit.evaluation.benchmark import Benchmark
@@ -61,9 +62,10 @@ ASKED = dict(tasks=["probes", "knowledge_controls"], margin=9.0, space=SMALL)
 PER_TOKEN = 1e-5  # see test_evaluation.py
 
 
-def tune(*args, **kwargs):
-    """As JSON has it."""
-    return public_tune(*args, **kwargs).to_dict()
+def tune(*args, **values):
+    """As JSON has it. values: of the settings, by name."""
+    measurement, search = taken(Measurement, values), taken(Search, values)
+    return public_tune(*args, search=search, measurement=measurement, criteria=Criteria(**values)).to_dict()
 
 
 @pytest.fixture(scope="module")
@@ -669,12 +671,12 @@ def test_one_draw_that_does_as_well_is_enough(scores, least, chosen):
     bench = SimpleNamespace(base=run(1.0), run=lambda edit: run(0.5), draws=draws)
     sizes = SimpleNamespace(layer_sizes=lambda site: [192] * 4)
     goal = Goal({"a": PREFERENCE[2]}, ["ability"], 9.0, chance={"ability": 50.0})
-    space = Space(factors=(2.0,), taus=(0.1,), rules=("paper",))
-    found = Chooser(sizes, bench, goal, DRAWS).choose(space, {"down": load_scores(scores)}, 5, 0)
+    search = Search(space=Space(factors=(2.0,), taus=(0.1,), rules=("paper",)), trials=5)
+    found = Chooser(sizes, bench, goal, DRAWS).choose(search, {"down": load_scores(scores)})
     assert (found.edit is not None) == chosen and len(seen) == (DRAWS if chosen else 24)
     assert found.points[0].as_good == (0 if chosen else 1) and found.points[0].beyond_random.high < 0
     bounded = Chooser(sizes, bench, replace(goal, max_kl=0.5), DRAWS)  # the texts' KL is 1
-    assert bounded.choose(space, {"down": load_scores(scores)}, 5, 0).edit is None
+    assert bounded.choose(search, {"down": load_scores(scores)}).edit is None
 
 
 def test_data_is_new_once(tmp_path):
@@ -953,7 +955,7 @@ def test_the_figure_that_steers_unless_told_otherwise():
     )
 
     def steering(*marks, figure=None):
-        return {name: f.name for name, f in goal_of([Half(marks, [])] * 2, figure, 5.0, None).steering.items()}
+        return {name: f.name for name, f in goal_of([Half(marks, [])] * 2, Criteria(figure=figure)).steering.items()}
 
     assert steering(avoided, ability) == {"probes": "unwanted margin"}
     assert steering(avoided, crows, ability) == {"crows_pairs": "absolute margin"}
@@ -996,7 +998,7 @@ def test_capability_tasks_bound_the_loss_where_there_are_any():
         Benchmark(name, kind, [], [1] * 99, [""] * 99, None, PREFERENCE if kind == "bias" else ACCURACY)
         for name, kind in names.items()
     ]
-    goals = [goal_of([Half(m, [])] * 2, "SS", 5.0, None) for m in (marks, [marks[0], marks[2]])]
+    goals = [goal_of([Half(m, [])] * 2, Criteria(figure="SS")) for m in (marks, [marks[0], marks[2]])]
     assert [goal.abilities for goal in goals] == [["copa"], ["knowledge"]]
 
 

@@ -15,7 +15,7 @@ import click
 from .. import __version__
 from ..errors import ErrorJSON, KbneError, RequirementError, one_line, short
 from ..progress import show_progress
-from .config import PREFIX, config
+from .config import PREFIX, config, from_environment
 
 _COMMANDS = {
     "bake": "locate the neurons, fold the factors, prove the result",
@@ -49,6 +49,7 @@ class _Lazy(click.Group):
         command: click.Command = import_module(f".{name}", __name__).command
         if not isinstance(command, click.Group) and "quiet" not in {param.name for param in command.params}:
             command.params += [config(), _quiet()]
+            from_environment(command, name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -31,9 +31,9 @@ def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_js
         source,
         out,
         shard_size=given["shard_size"],
-        behaviour=not given["no_behaviour"],
+        behaviour=given["behaviour"],
         overwrite=given["overwrite"],
-        measure=not given["no_measure"],
+        measure=given["measure"],
         recipe=given["recipe"],
     )
     keep_results(out)

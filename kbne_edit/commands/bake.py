@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import options
-from .findings import FORCE, doubts, impact_lines, measuring, verdict_lines
+from .findings import FORCE, impact_lines, measuring, verdict_lines
 from .kept import keep_results
 
 if TYPE_CHECKING:
@@ -64,14 +64,12 @@ def command(
     The defaults follow the paper: 48 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
     """
     from ..baking import bake
+    from ..settings import Settings
 
     own = {name: given.pop(name) for name in _OWN}
-    behaviour, measure = not given.pop("no_behaviour"), not given.pop("no_measure")
-    doubtful = doubts(given.pop("force"))
     if fitted:
         own["edit"] = _fitted(source, out, own["edit"], own["work"])
-    settings = options.settings(**given)
-    result = bake(source, out, settings, behaviour=behaviour, measure=measure, doubtful=doubtful, **own)
+    result = bake(source, out, Settings(**given), **own)
     if result:  # None in all but the first of several processes
         if not result.dry_run:
             keep_results(result.out, own["work"])
@@ -80,7 +78,18 @@ def command(
             result.verdict.require(require)
 
 
-_OWN = ("edit", "form", "shard_size", "skip_inexact", "work", "dry_run", "overwrite")  # the rest says how to locate
+_OWN = (
+    "edit",
+    "form",
+    "shard_size",
+    "skip_inexact",
+    "work",
+    "dry_run",
+    "overwrite",
+    "behaviour",
+    "measure",
+    "doubtful",
+)  # the rest says how to locate
 
 
 def _fitted(source: str, out: Path, edit: Path | None, work: Path | None) -> Path:

@@ -27,6 +27,13 @@ def config() -> click.Option:
     )
 
 
+def from_environment(command: click.Command, name: str) -> None:
+    """Each option may stand in the environment under its own name, as it is typed: KBNE_EDIT_BAKE_NO_MEASURE=1."""
+    for param in command.params:
+        if isinstance(param, click.Option) and param.envvar is None:
+            param.envvar = "_".join((PREFIX, name, _long(param).replace("-", "_"))).upper()
+
+
 def _read(context: click.Context, option: click.Parameter, path: Path | None) -> None:
     """Make the file's values the defaults of this run. Raises InputError."""
     from ..errors import InputError, shown

@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 def command(
     source: str | None,
     edit_path: Path | None,
-    tasks: str | None,
     out: Path | None,
     require: tuple[str, ...],
     as_json: bool,
@@ -73,6 +72,7 @@ def command(
     from ..edit import Edit
     from ..errors import OutputError
     from ..evaluation.evaluate import evaluate
+    from ..evaluation.settings import Controls, Measurement
     from ..files import forbid_overlap, write_json
     from ..recording import record_evaluation
     from ..results import Results
@@ -86,10 +86,12 @@ def command(
         forbid_overlap(out, *filter(None, [model, edit_path, values["baked"], values["scores"]]))
     edit = Edit.load(edit_path) if edit_path else None
     into = _kept_in(values["baked"], edit, values.pop("into"), values.pop("no_record"))
-    result = evaluate(source, edit=edit, tasks=options.names(tasks), **values)
+    measurement = options.taken(Measurement, values)
+    controls = options.taken(Controls, values)
+    result = evaluate(source, edit=edit, measurement=measurement, controls=controls, **values)
     record, lines = result.to_dict(), _lines(result)
     if into:
-        record_evaluation(into, result, source, values["recipe"])
+        record_evaluation(into, result, source, measurement.recipe)
         keep_results(into, run="evaluate.run.yaml")
         lines.append(f"recorded: {into} (manifest and card; `kbne-edit report {into} --out {into}.html` shows it)")
     if out:

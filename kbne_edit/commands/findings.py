@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from ..progress import paused
+from .options import without
 
 if TYPE_CHECKING:
     from ..evaluation.cost import Cost
@@ -47,11 +48,6 @@ REQUIRE = click.option(
 )
 
 
-FORCE = click.option(
-    "--force", is_flag=True, help="Do not stop to ask, on a terminal, where a model answers the same to everything."
-)
-
-
 def doubts(force: bool) -> Doubtful:
     """What to do about a doubt that is seen early: ask, where a person sits at a terminal.
 
@@ -67,12 +63,19 @@ def doubts(force: bool) -> Doubtful:
     return decide
 
 
+FORCE = click.option(
+    "--force",
+    "doubtful",
+    is_flag=True,
+    callback=lambda _, __, force: doubts(force),
+    help="Do not stop to ask, on a terminal, where a model answers the same to everything.",
+)
+
+
 def measuring(command: Command) -> Command:
     """Options of commands that measure effect and cost."""
-    no_measure = click.option(
-        "--no-measure", is_flag=True, help="Do not measure effect and cost. The verdict then says so."
-    )
-    return no_measure(REQUIRE(command))
+    help = "Do not measure effect and cost. The verdict then says so."
+    return without("--no-measure", "measure", help)(REQUIRE(command))
 
 
 def number(values: Interval) -> str:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import options
-from .findings import FORCE, doubts
+from .findings import FORCE
 from .kept import keep_run
+
+if TYPE_CHECKING:
+    from ..locating import Doubtful
 
 
 @click.command("locate")
@@ -16,12 +19,13 @@ from .kept import keep_run
 @options.locating
 @FORCE
 @options.JSON
-def command(source: str, out: Path, force: bool, as_json: bool, **values: Any) -> None:
+def command(source: str, out: Path, doubtful: Doubtful, as_json: bool, **values: Any) -> None:
     """Attribute a recipe's questions and controls to neurons; `select` turns the scores into an edit."""
     from ..attribution.answers import AttributionSummary
     from ..locating import locate
+    from ..settings import Settings
 
-    scores = locate(source, out, options.settings(**values), doubtful=doubts(force))
+    scores = locate(source, out, Settings(**values), doubtful=doubtful)
     if scores is None:  # one of several processes, and not the first
         return
     keep_run(out.with_suffix(".run.yaml"))

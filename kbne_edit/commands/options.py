@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from ..attribution.answers import AttributionSummary
     from ..proofs.outcome import ProofsJSON
     from ..selection.summary import SelectionSummary
-    from ..settings import Settings
 
 Command = TypeVar("Command", bound=Callable)
+Group = TypeVar("Group")
 
 SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Directory, ORG/NAME[@REVISION], or demo.")
 SHARD_SIZE = click.option(
@@ -33,7 +34,14 @@ SHARD_SIZE = click.option(
     metavar="SIZE",
     help="Split the weights into files of at most this size, e.g. 5GB.  [default: as in MODEL]",
 )
-NO_BEHAVIOUR = click.option("--no-behaviour", is_flag=True, help="Skip the second proof, which loads the model.")
+
+
+def without(option: str, name: str, help: str) -> Callable[[Command], Command]:
+    """A flag that leaves something out: `name` is False with it, True without."""
+    return click.option(option, name, is_flag=True, callback=lambda _, __, given: not given, help=help)
+
+
+NO_BEHAVIOUR = without("--no-behaviour", "behaviour", "Skip the second proof, which loads the model.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 VERBOSE = click.option(
     "-v", "--verbose", is_flag=True, help="Also print how the neurons were located, and each figure."
@@ -57,6 +65,24 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
         return command
 
     return decorate
+
+
+def _names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """Names, separated by commas."""
+    return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def _answers(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, list[str]] | None:
+    """{answer: [surface, …]} from JSON."""
+    if text is None:
+        return None
+    try:
+        answers = json.loads(text)
+        if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in answers.values()):
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise click.UsageError('--answers takes JSON such as {"yes": ["Yes", " yes"], "no": ["No"]}') from None
+    return answers
 
 
 # What is asked, and how it is attributed.
@@ -110,6 +136,7 @@ locating = _together(
     click.option(
         "--answers",
         metavar="JSON",
+        callback=_answers,
         help='Tokens that count as each answer, e.g. {"yes": ["Yes"], "no": ["No"]}.',
     ),
     DEVICE,
@@ -150,7 +177,10 @@ selecting = _together(
     ),
     click.option("--combine", type=click.Choice(COMBINE), help="How to combine dimensions.  [default: union]"),
     click.option(
-        "--dimensions", metavar="NAMES", help="Use only these dimensions, separated by commas.  [default: all]"
+        "--dimensions",
+        metavar="NAMES",
+        callback=_names,
+        help="Use only these dimensions, separated by commas.  [default: all]",
     ),
     click.option("--factor", type=float, help="Multiplier of the selected neurons.  [default: the recipe's, 2]"),
     click.option(
@@ -170,7 +200,7 @@ selecting = _together(
 
 # What is measured, and beside which controls.
 evaluating = _together(
-    click.option("--tasks", help="Names, separated by commas.  [default: all that have data]"),
+    click.option("--tasks", callback=_names, help="Names, separated by commas.  [default: all that have data]"),
     click.option(
         "--data",
         type=click.Path(path_type=Path),
@@ -206,26 +236,11 @@ evaluating = _together(
 )
 
 
-def settings(answers: str | None = None, **values: Any) -> Settings:
-    """`Settings` from the options of a command."""
-    from ..settings import Settings
-
-    if answers is not None:
-        try:
-            parsed = json.loads(answers)
-            if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in parsed.values()):
-                raise ValueError
-        except (ValueError, AttributeError):
-            raise click.UsageError('--answers takes JSON such as {"yes": ["Yes", " yes"], "no": ["No"]}') from None
-        values["answers"] = parsed
-    if "dimensions" in values:
-        values["dimensions"] = names(values["dimensions"])
-    return Settings(**values)
-
-
-def names(text: str | None) -> tuple[str, ...] | None:
-    """Names, separated by commas."""
-    return tuple(name.strip() for name in text.split(",")) if text is not None else None
+def taken(kind: type[Group], values: dict[str, Any], **more: Any) -> Group:
+    """Settings of one kind from the options that bear its fields' names; these leave `values`."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name in values]  # type: ignore[arg-type]
+    given = {name: value for name in names if (value := values.pop(name)) is not None}
+    return kind(**given, **more)
 
 
 def show(result: Mapping[str, Any], as_json: bool, lines: list[str]) -> None:

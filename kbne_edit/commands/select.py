@@ -20,10 +20,11 @@ def command(scores: Path, out: Path, recipe: str | None, as_json: bool, **values
     from ..files import forbid_overlap
     from ..locating import choose
     from ..recipe import load_recipe
+    from ..settings import Settings
 
     forbid_overlap(out, scores)
     found = load_scores(scores)
-    chosen = choose(found, load_recipe(recipe or found.settings["recipe"]), options.settings(**values))
+    chosen = choose(found, load_recipe(recipe or found.settings["recipe"]), Settings(**values))
     chosen.edit.save(out)
     summary = chosen.summary()
     lines = [f"edit: {summary.neurons} neurons ({summary.share:.3%}) in {len(summary.layers)} layers"]

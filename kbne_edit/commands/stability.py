@@ -32,9 +32,10 @@ def command(scores: tuple[Path, ...], recipe: str | None, draws: int, as_json: b
     from ..locating import choosing
     from ..recipe import load_recipe
     from ..selection.stability import agreements, resample, stability
+    from ..settings import Settings
 
     files = {str(path): load_scores(path) for path in scores}
-    first, settings = next(iter(files.values())), options.settings(**values)
+    first, settings = next(iter(files.values())), Settings(**values)
     named = load_recipe(recipe or first.settings["recipe"])
     resamples = {}
     for name, own in files.items():

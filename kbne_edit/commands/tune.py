@@ -76,14 +76,7 @@ class _Values(click.ParamType):
 @REQUIRE
 @options.JSON
 def command(
-    source: str,
-    scores: tuple[Path, ...],
-    out: Path,
-    tasks: str | None,
-    require: tuple[str, ...],
-    as_json: bool,
-    per_dimension: bool,
-    **values: Any,
+    source: str, scores: tuple[Path, ...], out: Path, require: tuple[str, ...], as_json: bool, **values: Any
 ) -> None:
     """Choose factor, thresholds, rule and site on one half of the items, and confirm the choice once on the other.
 
@@ -99,12 +92,15 @@ def command(
     \b
     Needs lm-eval, and Optuna for spaces larger than --trials: pip install 'kbne-edit[tune]'.
     """
+    from ..evaluation.settings import Measurement
     from ..tuning.search import Space
+    from ..tuning.settings import Criteria, Search
     from ..tuning.tune import tune
 
-    given = {name: values.pop(name) for name in ("factors", "taus", "tops", "betas", "rules", "combines")}
-    space = Space(per_dimension=per_dimension, **{name: value for name, value in given.items() if value is not None})
-    result = tune(source, scores, out, space=space, tasks=options.names(tasks), **values)
+    space = options.taken(Space, values)
+    measurement = options.taken(Measurement, values)
+    search = options.taken(Search, values, space=space)
+    result = tune(source, scores, out, search=search, measurement=measurement, criteria=Criteria(**values))
     keep_run(out / RUN)
     options.show(result.to_dict(), as_json, _lines(result, out))
     result.verdict.require(require)

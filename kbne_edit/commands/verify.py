@@ -25,7 +25,7 @@ def command(
     source: str | None,
     baked: Path | None,
     edit_path: Path | None,
-    no_behaviour: bool,
+    behaviour: bool,
     as_json: bool,
 ) -> int:
     """Prove that the directory EDITED is its base with an edit folded in, and nothing else.
@@ -46,7 +46,7 @@ def command(
     with resolved(source, say) as base:
         total = 2 * sum(shard.size for shard in Checkpoint.open(base.path).shards)
         with progress("verify", total, "B") as update:
-            proofs = verify(base.path, path, edit=edit, behaviour=not no_behaviour, progress=update)
+            proofs = verify(base.path, path, edit=edit, behaviour=behaviour, progress=update)
     proven = proofs.edit
     factors = ", ".join(f"{factor:g}" for factor in proven.distinct_factors)
     head = f"edit: {proven.num_neurons} neurons, site {proven.site}, factor {factors}"

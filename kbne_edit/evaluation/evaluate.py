@@ -7,7 +7,6 @@ temperature with the same KL from the base on neutral text).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
@@ -25,12 +24,13 @@ from ..selection.summary import SelectionSummary
 from ..statistics import Interval, IntervalJSON
 from .controls import controls_of
 from .cost import Cost
-from .effect import DRAWS, Effect
+from .effect import Effect
 from .impact import NOT_MEASURED, Impact, ImpactJSON, measure_impact, recipe_of
 from .measures.halves import fitted_measures, reported_half
 from .onrecord import KeptEvaluation, KeptTask, kept_evaluations
 from .result import TaskJSON, TaskResult, neutral_of, results_of
 from .runs import Bench
+from .settings import Controls, Measurement
 from .verdict import Verdict, VerdictJSON, benchmarked, verdict_of
 
 if TYPE_CHECKING:
@@ -157,60 +157,45 @@ class Evaluation:
         return record
 
 
-def check_given(tasks: Sequence[str] | None, data: Path | None, device: str, recipe: str | Path | None) -> None:
-    """Raise InputError for what is wrong in itself, before anything is downloaded or loaded."""
-    from ..models.devices import check_device
-    from .tasks import check
-
-    check(tasks, data)
-    check_device(device)
-    if recipe is not None:
-        load_recipe(recipe)
-
-
 def evaluate(
     source: str,
     *,
     edit: Edit | None = None,
     baked: str | Path | None = None,
-    tasks: Sequence[str] | None = None,
-    data: str | Path | None = None,
-    limit: int | None = None,
-    recipe: str | Path | None = None,
-    scores: str | Path | None = None,
-    draws: int = DRAWS,
+    measurement: Measurement | None = None,
+    controls: Controls | None = None,
     margin: float = 5.0,
-    device: str = "auto",
-    dtype: str = "float32",
 ) -> Evaluation:
     """Figures of the base, of the edit and of its controls on the same items, and what can be said about them.
 
+    source: directory, ORG/NAME[@REVISION] or demo.
     edit: by hooks; baked: a directory instead, from whose edit the controls are made (the edit of an adapter or a delta
     is applied by hooks); neither: the base alone.
-    tasks: names (None: all that there are data for); data: a folder with their files (None: from the Hub); limit: items
-    of each. recipe: of the questions. scores: a scores file, for the control neurons. draws: of random neurons, with
-    fewer than 19 nothing is said to go beyond them. margin: in points of accuracy, the loss that a capability must
-    exclude. Effect and cost are measured where the probes are among the tasks.
+    measurement: on what, and how (None: all tasks that there are data for).
+    controls: what the edit is held against (None: random neurons, the inverse factor, a flattened base).
+    margin: the loss that a capability must exclude, in points of accuracy.
+
+    Effect and cost are measured where the probes are among the tasks.
     Raises InputError or a subclass, also if lm-eval is not installed.
     """
     from .neutral import neutral_text
     from .scoring import scorers
-    from .tasks import benchmarks
 
     if edit and baked:
         raise InputError("evaluate takes an edit or a baked directory, not both")
-    data = Path(data) if data else None
-    check_given(tasks, data, device, recipe)
+    measurement = measurement or Measurement()
+    controls = controls or Controls()
+    measurement.check()
     with resolved(source, say) as base:
         checkpoint = Checkpoint.open(base.path)
         known = _known(Path(baked), checkpoint) if baked else None
         edit = known.edit if known else edit
         folded = Path(baked) if baked and known and known.folded else None
-        controls = controls_of(edit, checkpoint, draws, scores) if edit else []
-        asked = load_recipe(recipe or recipe_of(edit) or usual_recipe(source))
-        scorer_of = scorers(checkpoint.path, device, dtype)
+        beside = controls_of(edit, checkpoint, controls.draws, controls.scores) if edit else []
+        asked = load_recipe(measurement.recipe or recipe_of(edit) or usual_recipe(source))
+        scorer_of = scorers(checkpoint.path, measurement.device, measurement.dtype)
         scorer = scorer_of(folded or checkpoint.path)
-        ready = benchmarks(tasks, data, limit, asked, scorer, scorer.tokenizer)
+        ready = measurement.benchmarks(asked, scorer)
         ready = [reported_half(task, fitted_measures(edit)) for task in ready]
         text = neutral_text(scorer.tokenizer, asked)
         bench = Bench(ready, text.rows)
@@ -218,20 +203,20 @@ def evaluate(
         if folded:  # measured first, so that one model is in memory at a time
             scorer = None  # type: ignore[assignment]
             scorer = scorer_of(checkpoint.path)
-        runs = bench.complete(scorer, edited, controls)
+        runs = bench.complete(scorer, edited, beside)
         impact = NOT_MEASURED
-        if edit and (tasks is None or "probes" in tasks):
+        if edit and (measurement.tasks is None or "probes" in measurement.tasks):
             impact = _impact(scorer, asked, edit, checkpoint)
     results = results_of(ready, runs, margin)
     return Evaluation(
         model=base.id,
         commit=base.commit,
         recipe=asked.name,
-        limit=limit,
+        limit=measurement.limit,
         margin=margin,
         edit=edit,
         how=str(folded) if folded else "hooks",
-        controls={control.name: control.edit.num_neurons for control in controls},
+        controls={control.name: control.edit.num_neurons for control in beside},
         temperature=runs.temperature,
         tasks=results,
         neutral=Neutral(len(text.texts), text.origin, neutral_of(runs)),

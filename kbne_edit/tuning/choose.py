@@ -11,7 +11,8 @@ from ..edit import Edit
 from ..evaluation.effect import random_edit
 from .objective import Goal, Run
 from .result import Point
-from .search import Space, Sweep, front, sweep
+from .search import Sweep, front, sweep
+from .settings import Search
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,10 +41,10 @@ class Chooser:
     goal: Goal
     draws: int
 
-    def choose(self, space: Space, scores: dict[str, Scores], trials: int, seed: int) -> Choice:
+    def choose(self, search: Search, scores: dict[str, Scores]) -> Choice:
         """scores: by site."""
         measured: dict[str, Point] = {}
-        found = sweep(space, scores, trials, seed, self._measure(measured))
+        found = sweep(search.space, scores, search.trials, search.seed, self._measure(measured))
         points = {
             key: replace(measured[key], settings=tuple(candidate.settings))
             for key, candidate in found.candidates.items()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..evaluation.benchmark import Figure
     from ..evaluation.result import Loss
     from .halves import Half
+    from .settings import Criteria
 
 FIGURES = ("absolute margin", "unwanted margin")  # default figures, in order of preference
 
@@ -142,7 +143,7 @@ def _difference(figure: Figure, k: int, others: int) -> Callable[[np.ndarray], n
     return difference
 
 
-def goal_of(halves: Sequence[Half], figure: str | None, margin: float, max_kl: float | None) -> Goal:
+def goal_of(halves: Sequence[Half], criteria: Criteria) -> Goal:
     """The goal for the tasks that there are: bias tasks with this figure (None: the first of FIGURES that one has)
     steer; capability tasks (where there are none, the recipe's questions) bound the loss.
 
@@ -150,7 +151,8 @@ def goal_of(halves: Sequence[Half], figure: str | None, margin: float, max_kl: f
     """
     of_bias = [task for task in halves[0].benchmarks if task.kind == "bias"]
     known = {f.name for task in of_bias for f in task.figures if f.ideal is not None}
-    figure = figure or next(filter(known.__contains__, FIGURES), FIGURES[0])
+    margin = criteria.margin
+    figure = criteria.figure or next(filter(known.__contains__, FIGURES), FIGURES[0])
     steering = {m.name: f for m in of_bias for f in m.figures if f.name == figure and figure in known}
     if not steering:
         cure = f"--figure is one of {', '.join(sorted(known))}" if known else "there is no bias task with data at all"
@@ -163,11 +165,12 @@ def goal_of(halves: Sequence[Half], figure: str | None, margin: float, max_kl: f
         )
     for task in (task for half in halves for task in half.benchmarks if task.name in abilities):
         unharmed = np.ones((len(task.sizes), 1))
-        if (best := loss_of(unharmed, unharmed, margin, 0.0, task.clusters or None).lowest) <= -margin:
+        best = loss_of(unharmed, unharmed, margin, 0.0, task.clusters or None).lowest
+        if best <= -margin:
             raise InputError(
-                f"{task.name} has {len(unharmed)} items in a half, too few to exclude a loss of {margin:g} points even "
-                f"where none is lost (lower end {best:.1f}): take more, or --margin {math.floor(-best) + 1}"
+                f"{task.name} has {len(unharmed)} items in a half, too few to exclude a loss of {margin:g} points "
+                f"even where none is lost (lower end {best:.1f}): take more, or --margin {math.floor(-best) + 1}"
             )
     clusters = {task.name: task.clusters for task in halves[0].benchmarks if task.clusters}
     chance = {task.name: task.chance_level for task in halves[0].benchmarks if task.name in abilities}
-    return Goal(steering, abilities, margin, max_kl, clusters, chance)
+    return Goal(steering, abilities, margin, criteria.max_kl, clusters, chance)

@@ -27,10 +27,10 @@ from ..disk.names import MANIFEST
 from ..edit import Edit
 from ..errors import InputError, OutputError, ScoresError
 from ..evaluation.controls import Control, controls_of
-from ..evaluation.effect import DRAWS, FEWEST_DRAWS, random_edit
-from ..evaluation.evaluate import check_given
+from ..evaluation.effect import FEWEST_DRAWS, random_edit
 from ..evaluation.result import RANDOM, neutral_of, results_of
 from ..evaluation.runs import Bench, Run, Runs
+from ..evaluation.settings import Measurement
 from ..files import forbid_overlap, read_json, write_json, write_text
 from ..hub.source import resolved
 from ..progress import say
@@ -40,7 +40,7 @@ from .choose import Choice, Chooser
 from .journal import Journal
 from .objective import Goal, Looks, goal_of
 from .result import VERSION, Tuning, load_tuning
-from .search import Space
+from .settings import Criteria, Search
 from .used import count_use
 
 if TYPE_CHECKING:
@@ -57,46 +57,28 @@ def tune(
     scores: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    space: Space | None = None,
-    tasks: Sequence[str] | None = None,
-    data: str | Path | None = None,
-    limit: int | None = None,
-    recipe: str | Path | None = None,
-    figure: str | None = None,
-    margin: float = 5.0,
-    max_kl: float | None = None,
-    trials: int = 60,
-    draws: int = DRAWS,
-    seed: int = 0,
-    dev_only: bool = False,
-    device: str = "auto",
-    dtype: str = "float32",
+    search: Search | None = None,
+    measurement: Measurement | None = None,
+    criteria: Criteria | None = None,
 ) -> Tuning:
     """Choose an edit on dev, confirm it once on test; returns what OUT/tune.json holds.
 
     source: directory, ORG/NAME[@REVISION] or demo.
     scores: scores files of the model, one per site.
     out: the folder of the run; a run with the same settings resumes there, or returns the result that is there.
-    space: what is tried, at most `trials` edits of it.
-    tasks, data, limit, recipe (None: that of the scores), device, dtype: as of `evaluate`.
-    figure: the figure of the bias tasks to bring nearer to its ideal. None: the absolute margin, or the unwanted margin
-        where only probes of recipes with the aim "avoid" have data.
-    margin: the loss that must be excluded, in points of accuracy.
-    max_kl: bound on the KL from the base on neutral text, nats per token; None: no bound.
-    draws: number of draws of random neurons; the choice must exceed each. Fewer than 19 confirm nothing. A choice among
-        k edits must exceed 20 k - 1 on the test half; those beyond `draws` are measured as long as it does.
-    seed: of the split and of the sampler.
-    dev_only: stop before the test half is scored.
+    search: what is tried. measurement: on what, as of `evaluate`. criteria: by what the edit is chosen and confirmed.
 
     Raises InputError or a subclass.
     """
     from ..evaluation.neutral import neutral_text
     from ..evaluation.scoring import scorers
-    from ..evaluation.tasks import benchmarks
     from .halves import halves, whole_data
 
-    space, out, data = space or Space(), Path(out), Path(data) if data else None
-    check_given(tasks, data, device, recipe)
+    search = search or Search()
+    measurement = measurement or Measurement()
+    criteria = criteria or Criteria()
+    out = Path(out)
+    measurement.check()
     if any((out / name).exists() for name in ("config.json", MANIFEST)):
         raise OutputError(f"{out} holds a model, whose files are not to be mixed with others: choose another --out")
     files = {Path(path): load_scores(path) for path in ([scores] if isinstance(scores, (str, Path)) else scores)}
@@ -104,27 +86,27 @@ def tune(
         forbid_overlap(out / RESULT, base.origin)
         checkpoint = Checkpoint.open(base.path)
         sites = _sites(files, checkpoint)
-        asked = load_recipe(recipe or next(iter(files.values())).settings["recipe"])
-        scorer = scorers(checkpoint.path, device, dtype)(checkpoint.path)
+        asked = load_recipe(measurement.recipe or next(iter(files.values())).settings["recipe"])
+        scorer = scorers(checkpoint.path, measurement.device, measurement.dtype)(checkpoint.path)
         text = neutral_text(scorer.tokenizer, asked)
-        ready = benchmarks(tasks, data, limit, asked, scorer, scorer.tokenizer)
-        dev, test = halves(ready, text.texts, text.rows, seed)
-        goal = goal_of((dev, test), figure, margin, max_kl)
-        measured = _measured(checkpoint, asked, dev, test, dtype)
-        choice = _choice(sites, space, goal) | {"trials": trials, "seed": seed, "draws": draws}
+        ready = measurement.benchmarks(asked, scorer)
+        dev, test = halves(ready, text.texts, text.rows, search.seed)
+        goal = goal_of((dev, test), criteria)
+        measured = _measured(checkpoint, asked, dev, test, measurement.dtype)
+        choice = _choice(sites, search, goal) | {"draws": criteria.draws}
         with closing(Journal(out / JOURNAL, measured)) as journal:
             if (stored := _stored(out, choice)) is not None:
                 return stored
             bench = DevBench(scorer, dev, journal)
-            chooser = Chooser(checkpoint, bench, goal, draws)
-            chosen = chooser.choose(space, {site: files[path] for site, path in sites.items()}, trials, seed)
+            chooser = Chooser(checkpoint, bench, goal, criteria.draws)
+            chosen = chooser.choose(search, {site: files[path] for site, path in sites.items()})
             record = measured | {"model": base.id, "commit": base.commit, "recipe": asked.name} | choice
             record |= _on_dev(chosen, bench, goal)
-            if chosen.edit and not dev_only:
+            if chosen.edit and not search.dev_only:
                 _use_test(out, choice, measured, chosen.edit)
                 uses = count_use(list(sites.values()), whole_data(ready, list(goal.steering)), chosen.edit.sha256)
                 test_half = _TestHalf(scorer, test, text.origin, goal, Looks(uses, len(chosen.points)))
-                controls = _controls(chosen.edit, checkpoint, draws, sites[chosen.edit.site])
+                controls = _controls(chosen.edit, checkpoint, criteria.draws, sites[chosen.edit.site])
                 record |= test_half.confirm(chosen.edit, controls, checkpoint.layer_sizes(chosen.edit.site))
             record["verdict"] = Tuning.from_dict(record).verdict.to_dict()
             _write(out, record, chosen.edit)
@@ -160,14 +142,16 @@ def _measured(checkpoint: Checkpoint, recipe: Recipe, dev: Half, test: Half, dty
     }
 
 
-def _choice(sites: dict[str, Path], space: Space, goal: Goal) -> dict[str, Any]:
+def _choice(sites: dict[str, Path], search: Search, goal: Goal) -> dict[str, Any]:
     """What the choice depends on: the scores, the space and the goal."""
     return {
         "scores": {site: file_hash(path) for site, path in sites.items()},
-        "space": space.to_dict(),
+        "space": search.space.to_dict(),
         "figure": goal.figure.name,
         "margin": goal.margin,
         "max_kl": goal.max_kl,
+        "trials": search.trials,
+        "seed": search.seed,
     }
 
 
