@@ -1,4 +1,4 @@
-"""kbne-edit: rewrite a language model's checkpoint so that it shows less social bias, and prove what was done.
+"""kbne-edit: edit neurons in a language model's checkpoint, measure the effect on social bias, and prove the edit.
 
 Legend of shapes, everywhere: Q questions, L layers, F intermediate size (neurons per layer), D hidden size,
 T positions, R rows of a batch, V vocabulary.
@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> module. Loaded on first use, so that `import kbne_edit` and `--help` do not import torch.
+# {public name: module}, imported on first use, so that `import kbne_edit` and `--help` do not import torch.
 _PUBLIC = {
     "Edit": "edit",
     "KbneError": "errors",

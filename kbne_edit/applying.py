@@ -1,4 +1,4 @@
-"""Apply: a delta and its base to the checkpoint that `bake` would have written."""
+"""Apply: from a delta and its base to the checkpoint that `bake` would have written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VERSION = 1
 
 
 class ApplyJSON(ProofsJSON, ImpactJSON):
-    """What `apply --json` prints: the proofs, effect and cost if they were measured, and the verdict."""
+    """What `apply --json` prints: the proofs, effect and cost if measured, and the verdict."""
 
     version: int
     model: str
@@ -59,7 +59,7 @@ class ApplyResult:
 
     @property
     def verdict(self) -> Verdict:
-        """What is known of the edit, part by part."""
+        """The verdict on the edit, part by part."""
         return verdict_of(effect=self.impact.effect, cost=self.impact.cost, proofs=self.proofs)
 
     def to_dict(self) -> ApplyJSON:
@@ -86,19 +86,19 @@ def apply(
     measure: bool = True,
     recipe: str | Path | None = None,
 ) -> ApplyResult:
-    """Write a delta's base with its columns put in to the directory `out`: the weights that `bake` would have written.
+    """Write the base of a delta, with the delta's columns, to the directory `out`, as `bake` would have written it.
 
     source: the base, as a directory, ORG/NAME[@REVISION], or "demo".
-    shard_size: as in `fold`; then it is the tensors that are those of `bake`, in other files.
-    behaviour: False leaves the second proof out. Both hold before the output appears; it can be verified, reverted and
-    pushed as one of `bake`. What the delta says that its own run measured is not repeated: this run did not see it.
-    measure: False leaves effect and cost out. recipe: whose probes and questions they are measured with (default: that
-    of the edit, where the package has it; else social-bias).
+    shard_size: as in `fold`; the tensors are those of `bake`, in other files.
+    behaviour: False skips the second proof. Both proofs must hold before the output appears. It can be verified,
+    reverted and pushed like an output of `bake`. Figures that the delta's own run measured are not copied.
+    measure: False skips effect and cost. recipe: its probes and questions measure them (default: the edit's recipe if
+    it is in the package, else social-bias).
     Raises CheckpointError for a damaged delta, EditError for another base, ProofError, OutputError.
     """
     source, path = str(source), delta_path(delta)
     forbid_overlap(out, delta, *filter(None, [local_path(source)]))
-    record = DeltaRecord.read(path)  # what is wrong here is said before the base is downloaded
+    record = DeltaRecord.read(path)  # before the base is downloaded
     if isinstance(shard_size, str):
         parse_size(shard_size, "--shard-size")
     probed = load_recipe(recipe or recipe_of(record.edit) or "social-bias")
@@ -128,7 +128,7 @@ def apply(
 
 
 def _folded(plan: Plan, path: Path, record: DeltaRecord, part: Path, behaviour: bool) -> tuple[Manifest, Proofs]:
-    """The base with the delta's columns, written to `part`; its manifest, and both proofs of it."""
+    """Write the base with the delta's columns to `part`. Returns the manifest and both proofs."""
     with_columns = plan.with_columns(Columns.open(path).arrays(plan))
     total = 3 * sum(shard.size for shard in plan.checkpoint.shards)
     with progress("apply", total, "B") as update:
@@ -144,10 +144,10 @@ def _folded(plan: Plan, path: Path, record: DeltaRecord, part: Path, behaviour: 
 def _broken_promises(
     path: Path, record: DeltaRecord, plan: Plan, files: dict[str, FileRecord] | None
 ) -> tuple[str, ...]:
-    """What the folded weights are not that a delta promises. Raises EditError if its base is another one.
+    """Where the folded weights differ from the hashes in the delta. Raises EditError if the delta has another base.
 
-    files: hashes of the weights where they were written in the base's own files; else they are computed. A base that
-    is cut into other files than the delta's is judged by its tensors.
+    files: hashes of the weights if they were written with the base's sharding; None: compute them. If the base is
+    sharded differently than the delta's, its tensors are compared.
     """
     names = [shard.path.name for shard in plan.checkpoint.shards]
     files = files or fold_hashes(plan, None)[0]

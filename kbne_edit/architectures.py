@@ -1,6 +1,6 @@
-"""The only place with architecture names: where each keeps its feed-forward neurons, and which cannot be edited, why.
+"""The only place with architecture names: where each has its feed-forward neurons, and which cannot be edited, and why.
 
-To add one, add a line to `_TABLE` and a tiny configuration to `tests/tiny.py`. The contract tests do the rest, and
+To add one, add a line to `_TABLE` and a tiny configuration to `tests/tiny.py`. The contract tests cover the rest, and
 `python benchmarks/architectures.py NAME` runs all of them on it.
 """
 
@@ -14,7 +14,7 @@ from .errors import FamilyError
 Site = Literal["down", "gate", "up"]
 SITES: tuple[Site, ...] = ("down", "gate", "up")
 
-# What stands beside a down-projection, by its last name: the projections of the gate and of up.
+# The gate and up projections in the block of a down-projection, by the last part of its name.
 _BESIDE: dict[str, dict[Site, str]] = {
     "down_proj": {"gate": "gate_proj", "up": "up_proj"},
     "w2": {"gate": "w1", "up": "w3"},
@@ -24,7 +24,7 @@ _BESIDE: dict[str, dict[Site, str]] = {
 
 
 def beside(down: str, site: Site) -> str:
-    """The projection of a site that stands beside a down-projection, given and returned as a dotted name."""
+    """The projection of a site in the block of a down-projection, given and returned as a dotted name."""
     if site == "down":
         return down
     parent, _, last = down.removesuffix(".weight").rpartition(".")
@@ -46,14 +46,14 @@ class Family:
     transposed: bool | None = False  # stacked on disk as [E, in, out]; None: it may be either, in memory it is not
     interleaved: bool = False  # the experts' gate and up alternate, where they are one tensor
     shared: str | None = None  # the down-projection of the expert that every token takes
-    post_norm: str | None = None  # the norm of the feed-forward block's output, where a layer has one
+    post_norm: str | None = None  # the norm of the feed-forward block's output, if there is one
     centred: bool = False  # the final norm takes the mean off its input
     one_plus: bool = False  # the final norm multiplies by 1 + its weight
-    recurrent: bool = False  # some layers hand a state from token to token: rows of tokens cannot be packed
+    recurrent: bool = False  # some layers pass a state from token to token: rows of tokens cannot be packed
     sparse: bool = False  # some layers have no feed-forward block
     tied: str | None = None  # the kind of layer whose blocks are used again by later layers of that kind
-    disk: Family | None = None  # the names on disk, where those in memory are others
-    inferred: bool = False  # not in the table: read off the modules that transformers builds
+    disk: Family | None = None  # the names on disk, if they differ from those in memory
+    inferred: bool = False  # not in the table: inferred from the modules that transformers builds
 
     def module(self, site: Site) -> str:
         """Path of the site's module below a decoder layer. Raises FamilyError where the family has no gate."""
@@ -78,7 +78,7 @@ def _moe(block: str, expert_down: str, **kwargs: Any) -> Family:
     return Family("model.layers", **names | {"expert_down": expert_down} | kwargs)
 
 
-# Granite's experts stand beside a dense block that every token takes; either may be absent.
+# Granite has experts and a dense block that every token uses; either may be absent.
 _GRANITE = Family(
     "model.layers",
     "shared_mlp.output_linear",
@@ -236,7 +236,7 @@ MULTIMODAL = (
     "gemma3 gemma4 glm4v glm4v_moe llama4 llava mistral3 qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe smolvlm".split()
 )
 
-# What a family is not can be said better than "unknown". Each kind with its architectures.
+# Architectures of other kinds, so that the refusal can say more than "unknown".
 NOT_CAUSAL: dict[str, tuple[str, ...]] = {
     kind: tuple(names.split())
     for kind, names in {
@@ -260,11 +260,11 @@ _REASONS: dict[str, str] = {
     "it needs segments that its own tokenizer alone makes": "cpmant",
     "it drafts for another model, whose hidden states it reads": "gemma4_assistant gemma4_unified_assistant",
     "it is an embedding model": "cohere_compass_text",
-    "it is multimodal, and its language model is none of the table": "emu3 fuyu git mllama phi4_multimodal qwen4_exp "
+    "it is multimodal, and its language model is not in the table": "emu3 fuyu git mllama phi4_multimodal qwen4_exp "
     "dots3_note",
     "it is a decoder of speech or music, not of text": "musicgen musicgen_melody",
 }
 REASONS: dict[str, str] = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
-# Not in the table, and tested by way of what is read off their modules.
+# Not in the table; the tests infer them from their modules.
 INFERRED = ("biogpt", "diffllama", "gpt_neox_japanese")

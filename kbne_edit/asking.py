@@ -1,4 +1,4 @@
-"""Ask: prompts answered by an edited model and its base, side by side."""
+"""Ask: replies of an edited model and its base to the same prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Opener = Callable[[], AbstractContextManager["tuple[Speaker, ...]"]]
 
 
 class ReplyJSON(TypedDict):
-    """What the models said to one prompt. base: null if only the edited model was asked."""
+    """The models' replies to one prompt. base: null if only the edited model was asked."""
 
     prompt: str
     edited: str
@@ -41,7 +41,7 @@ class AskJSON(TypedDict):
 
 @dataclass(frozen=True)
 class Reply:
-    """What the models said to one prompt. base: None if only the edited model was asked."""
+    """The models' replies to one prompt. base: None if only the edited model was asked."""
 
     prompt: str
     edited: str
@@ -53,9 +53,9 @@ class Reply:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model that is asked, by the name under which its replies are shown ("base" or "edited").
+    """A model and the name of its replies ("base" or "edited").
 
-    edit: is applied by hooks while it speaks; None for a model that is as its files are.
+    edit: applied by hooks during generation; None: the model runs as it is.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Speaker:
         plain: bool = False,
         stream: Callable[[str], None] | None = None,
     ) -> str:
-        """What this model says after the turns of a conversation."""
+        """The model's next turn in a conversation."""
         ids = encode_turns(self.tokenizer, turns, plain)
         with hooked(self.model, self.edit) if self.edit else nullcontext():
             return generate(self.model, self.tokenizer, ids, sampling, stream)
@@ -85,11 +85,11 @@ def ask(
     sampling: Sampling | None = None,
     plain: bool = False,
 ) -> tuple[Reply, ...]:
-    """Replies to each prompt by itself, of an edited model and of its base.
+    """Replies of an edited model and of its base to each prompt, independently.
 
     source: an edited directory; with `edit`, the base, to which the edit is applied by hooks.
-    against: the base of an edited directory (a path, ORG/NAME[@REVISION], or demo); None: it is not asked.
-    plain: leave the chat template out. One model is in memory at a time.
+    against: the base of an edited directory (a path, ORG/NAME[@REVISION], or demo); None: no replies of the base.
+    plain: skip the chat template. One model is in memory at a time.
     Raises InputError or a subclass.
     """
     if not prompts:
@@ -109,7 +109,7 @@ def ask(
 
 
 def openers(source: str, against: str | None, edit: Edit | None) -> list[Opener]:
-    """Contexts that load models, one after the other; each gives the speakers that its model in memory can be.
+    """Contexts that load one model each; they yield the speakers that this model provides.
 
     Raises InputError if the arguments contradict each other.
     """

@@ -1,4 +1,4 @@
-"""Bake: the whole line from a model and a recipe to a proven checkpoint."""
+"""Bake: the whole pipeline from a model and a recipe to a proven checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Located:
-    """How an edit was found. selection, attribution: the summaries of both; work: the folder that keeps them."""
+    """How an edit was located. selection, attribution: their summaries; work: the folder with scores and edit."""
 
     selection: SelectionSummary
     attribution: AttributionSummary
@@ -46,11 +46,12 @@ class Located:
 
 
 class BakeJSON(ImpactJSON):
-    """What `bake --json` prints. out: where the output stands, or would (dry_run); form: checkpoint, peft or delta.
+    """What `bake --json` prints. out: the output directory (for a dry run: not written); form: checkpoint, peft or
+    delta.
 
-    work, selection, attribution: where neurons were located. share: of all neurons, 0 to 1; layers: {layer: edited
-    neurons}; factors: the distinct ones; shards: files of the base, and of the output if it has others. plan: of a dry
-    run. proofs: of a checkpoint; bytes: of an adapter or a delta.
+    work, selection, attribution: if neurons were located. share: of all neurons, 0 to 1; layers: {layer: number of
+    edited neurons}; factors: the distinct ones; shards: [files of the base, files of the output], if resharded. plan:
+    of a dry run. proofs: of a checkpoint; bytes: of an adapter or a delta.
     """
 
     version: int
@@ -79,8 +80,8 @@ class BakeJSON(ImpactJSON):
 class BakeResult:
     """What `bake` did.
 
-    source: the base; out: where the output stands (for a dry run: would stand); form: "checkpoint", "peft" or "delta";
-    auto_class: the class of transformers that loads the model. plan: what was folded. located: None where the edit was
+    source: the base; out: the output directory (for a dry run: not written); form: "checkpoint", "peft" or "delta";
+    auto_class: the class of transformers that loads the model. plan: what was folded. located: None if the edit was
     given. dry_run: nothing was written. proofs: of a checkpoint; bytes: of an adapter or a delta. impact: effect and
     cost, None where they were not measured.
     """
@@ -105,7 +106,7 @@ class BakeResult:
 
     @property
     def verdict(self) -> Verdict:
-        """What is known of the edit, part by part."""
+        """The verdict on the edit, part by part."""
         located, impact = self.located, self.impact
         return verdict_of(
             answers=located.attribution.answers if located else None,
@@ -148,7 +149,7 @@ class BakeResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every step of a bake needs to know."""
+    """The arguments that the steps of a bake share."""
 
     source: Source
     out: Path
@@ -182,14 +183,14 @@ def bake(
     """Locate (unless `edit` is given), fold, prove; publish `out` only if both proofs hold.
 
     edit: an Edit, an edit.json, or the folder of an IA3 adapter. form: "checkpoint"; "peft", the edit as an IA3
-    adapter; "delta", the edited columns alone. The latter two are read back instead of proven.
-    shard_size: cut the checkpoint's weights into files of at most so many bytes, or "5GB" (default: those of the base).
+    adapter; "delta", only the edited columns. The latter two are read back instead of proven.
+    shard_size: reshard the weights into files of at most so many bytes, or "5GB" (default: the base's sharding).
     work: folder that keeps scores.safetensors and edit.json (default: OUT.work beside the output, resumable).
     Of several processes (`torchrun`) the first one folds; the others return None once the questions are done.
-    dry_run: stop before anything is written to `out`. behaviour: False leaves the second proof out. measure: False
-    leaves effect and cost out; the verdict then says that they were not measured. skip_inexact: leave out the neurons
-    of a quantised checkpoint that cannot take their factor without a loss, where there are any. doubtful: called with
-    each doubt as soon as it is seen (answers after the first questions, the selection before the fold); it may raise.
+    dry_run: stop before anything is written to `out`. behaviour: False skips the second proof. measure: False skips
+    effect and cost; the verdict then says that they were not measured. skip_inexact: leave out neurons of a quantised
+    checkpoint that cannot take their factor exactly. doubtful: called with each doubt as soon as it arises (about the
+    answers after the first questions, about the selection before the fold); it may raise.
     Raises InputError or a subclass; ProofError, and then nothing is written to `out`.
     """
     settings, out = settings or Settings(), Path(out)
@@ -229,7 +230,7 @@ def bake(
 
 
 def _say_notes(checkpoint: Checkpoint) -> None:
-    """What the user should know of a base before it is folded."""
+    """Print notes about the base before the fold."""
     if family_of(checkpoint.config).inferred:
         kind = shown(checkpoint.config["model_type"])
         say(f"note: {kind} is not in the table of architectures; its neurons were inferred from its modules")
@@ -240,9 +241,9 @@ def _say_notes(checkpoint: Checkpoint) -> None:
 
 
 def _check_settings(source: str, settings: Settings, edit: Edit | str | Path | None) -> Recipe | None:
-    """Refuse settings that do not fit the recipe, or the edit, before anything is downloaded or loaded.
+    """Refuse settings that do not fit the recipe or the edit, before anything is downloaded or loaded.
 
-    Returns the recipe; None where an edit is given that may name its own.
+    Returns the recipe; None if the edit may name its own.
     """
     if edit is None:
         recipe = load_recipe(settings.recipe or usual_recipe(source))
@@ -256,13 +257,13 @@ def _check_settings(source: str, settings: Settings, edit: Edit | str | Path | N
 
 
 def _check_output(source: str, out: Path, form: str, shard_size: int | str | None, overwrite: bool) -> None:
-    """The same of what is to be written."""
+    """Refuse an output that cannot be written, before anything is downloaded or loaded."""
     if shard_size is not None and form != "checkpoint":
         raise InputError(f"--shard-size cuts a checkpoint's weights, and --as {form} writes none: leave it out")
     if isinstance(shard_size, str):
         parse_size(shard_size, "--shard-size")
     if out.parent.is_dir() and source != "demo" and local_path(source) is None:
-        check_out(out, overwrite)  # of a local base it is said later, when it is known what must not be written over
+        check_out(out, overwrite)  # for a local base later, when it is known which folders must not be overwritten
 
 
 def _check_form(form: str, checkpoint: Checkpoint) -> None:
@@ -274,7 +275,7 @@ def _check_form(form: str, checkpoint: Checkpoint) -> None:
 def _locate(
     subject: Subject, folder: Path, settings: Settings, doubtful: Doubtful | None
 ) -> tuple[Edit, Located] | None:
-    """The edit that the recipe's questions select; None in all but the first of several processes."""
+    """The edit that the recipe's questions select; None in all processes but the first."""
     source, recipe = subject.base, subject.recipe
     scores = locate_in(subject, folder / "scores.safetensors", settings, aside=True, doubtful=doubtful)
     if scores is None:
@@ -288,7 +289,7 @@ def _locate(
 
 
 def _say_selection(summary: SelectionSummary, doubtful: Doubtful | None) -> None:
-    """What was selected, before the fold, the proofs and the measuring take their time."""
+    """Print what was selected, before the long steps: fold, proofs and measurements."""
     part = specific_part(summary)
     say(f"selected: {summary.neurons:,} neurons ({summary.share:.3%}) in {len(summary.layers)} layers; {part.reason}")
     if doubtful and part.state != "PASS":
@@ -296,7 +297,7 @@ def _say_selection(summary: SelectionSummary, doubtful: Doubtful | None) -> None
 
 
 def _write(job: _Job, result: BakeResult) -> BakeResult:
-    """Fold into a temporary sibling, prove it there, and only then give it its name."""
+    """Fold into a temporary folder, prove it there, and only then publish it."""
     plan, checkpoint = result.plan, result.plan.checkpoint
     _check_activations(plan, job.recipe)
     total = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files()[0])
@@ -312,7 +313,7 @@ def _write(job: _Job, result: BakeResult) -> BakeResult:
 
 
 def _check_activations(plan: Plan, recipe: Recipe) -> None:
-    """Refuse factors that a static quantiser of activations would swallow, on the proof's texts and the probes."""
+    """Refuse factors that a static activation quantiser would clip, on the proof's texts and the probes."""
     from .proofs.saturation import check_activations, limits
 
     if not limits(plan.checkpoint):
@@ -334,7 +335,7 @@ def _prove(job: _Job, plan: Plan, manifest: Manifest, part: Path, total: int) ->
     from .proofs.files import file_proof
 
     baked = Checkpoint.open(part)
-    with progress("proof 1: the file is the edit", total, "B") as update:
+    with progress("proof 1: the files hold the edit", total, "B") as update:
         proofs = Proofs(file_proof(plan, baked, manifest, "manifest", update, rehash=False))
     if proofs.ok and job.behaviour:
         say("proof 2: the model behaves as the hooks")
@@ -345,7 +346,7 @@ def _prove(job: _Job, plan: Plan, manifest: Manifest, part: Path, total: int) ->
 
 
 def _write_alone(job: _Job, result: BakeResult) -> BakeResult:
-    """The edit without the model: as an adapter or as a delta, read back before it appears."""
+    """Write the edit without the model, as an adapter or a delta; read it back before it is published."""
     plan, checkpoint = result.plan, result.plan.checkpoint
     with staged(job.out, job.overwrite, job.source.origin) as part:
         if result.form == "peft":

@@ -1,4 +1,4 @@
-"""Edits side by side: which neurons they share, and with which factors."""
+"""Compares edits: which neurons they share, and with which factors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Differing:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two of the edits. a, b: their names; shared, only_a, only_b: neurons. jaccard: shared of all, 0 to 1."""
+    """Two of the edits. a, b: names; shared, only_a, only_b: numbers of neurons. jaccard: shared / all, 0 to 1."""
 
     a: str
     b: str
@@ -64,7 +64,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Edits, and each pair of them. notes: what makes the comparison doubtful."""
+    """Edits, and all pairs of them. notes: what makes the comparison doubtful."""
 
     edits: tuple[Compared, ...]
     pairs: tuple[Pair, ...]
@@ -80,7 +80,7 @@ class Comparison:
 def compare(*edits: str | Path | Edit) -> Comparison:
     """Edits side by side: edit files, or directories that kbne-edit wrote (checkpoints, adapters, deltas).
 
-    Raises InputError for fewer than two, EditError for what is no edit.
+    Raises InputError for fewer than two edits, EditError for a file that is not an edit.
     """
     if len(edits) < 2:
         raise InputError("compare takes two edits or more")

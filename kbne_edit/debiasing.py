@@ -1,4 +1,4 @@
-"""The whole search on a model that is in memory: no checkpoint, no files."""
+"""Locates and selects neurons of a model in memory, without a checkpoint or files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Debiased:
-    """What `debias` found. The model is as it was: `edit.hooks(model)` or `edit.apply_(model)` put the edit to work.
+    """The result of `debias`. The model is unchanged: apply the edit with `edit.hooks(model)` or `edit.apply_(model)`.
 
-    answers: how the model answers the questions; selection: how many neurons, and how many of them unrelated questions
-    select too; scores: all of the attribution, for `select` with other thresholds.
+    answers: how the model answers the questions; selection: how many neurons, and how many of them controls select,
+    too; scores: the whole attribution, for `select` with other thresholds.
     """
 
     edit: Edit
@@ -39,7 +39,7 @@ class Debiased:
 def debias(
     model: nn.Module, tokenizer: Any, recipe: str | Path | Recipe = "social-bias", settings: Settings | None = None
 ) -> Debiased:
-    """Locate know-bias neurons of a causal model of transformers in memory, and select those that the recipe asks for.
+    """Locate know-bias neurons of a causal model of transformers in memory, and select neurons as the recipe says.
 
     tokenizer: of transformers, with its chat template if it has one. recipe: a name, a path, or a loaded `Recipe`.
     settings: as of `locate`; device, dtype and memory are the model's own. Raises InputError, EditError if nothing is

@@ -1,6 +1,6 @@
-"""Several processes at one job, as `torchrun` or `accelerate launch` start them: each takes its share of the questions.
+"""Several processes, started by `torchrun` or `accelerate launch`, that share the questions.
 
-Objects travel over gloo, whatever the device: they are scores, not gradients, and rank 0 alone writes files.
+Objects are exchanged with gloo on every device, because they are scores, not gradients. Only rank 0 writes files.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ LOCAL_RANK, LOCAL_SIZE = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.
 
 
 @dataclass(frozen=True)
-class Team:
-    """rank: this process's number; size: how many there are."""
+class Processes:
+    """The processes of a run. rank: of this process; size: their number."""
 
     rank: int
     size: int
 
-    def share(self, value: object) -> object:
+    def broadcast(self, value: object) -> object:
         """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
@@ -43,10 +43,10 @@ class Team:
 
 
 @contextmanager
-def team() -> Iterator[Team]:
-    """The processes that were started together; a team of one where there was no launcher."""
+def process_group() -> Iterator[Processes]:
+    """The processes that were started together; a single one if there was no launcher."""
     if SIZE == 1:
-        yield Team(0, 1)
+        yield Processes(0, 1)
         return
     import torch.distributed as dist
 
@@ -54,7 +54,7 @@ def team() -> Iterator[Team]:
     if started:
         dist.init_process_group("gloo")
     try:
-        yield Team(RANK, SIZE)
+        yield Processes(RANK, SIZE)
     finally:
         if started:
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The edit: "multiply these neurons by these factors in this model". It is all that passes from finding to applying."""
+"""The edit: "multiply these neurons by these factors in this model". The stages exchange nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Edit:
     factors: {layer: {neuron: factor}}, neurons counted from 0 within their layer.
     base: fingerprint of the checkpoint it was made for (`Checkpoint.fingerprint()`); None fits every model that has
         these layers and neurons.
-    found: how it was found (recipe, thresholds, counts): free-form JSON that travels along.
+    found: how it was located (recipe, thresholds, counts): free-form JSON.
 
     Raises EditError on construction if the values are not of this form.
     """
@@ -71,15 +71,15 @@ class Edit:
 
     @property
     def sha256(self) -> str:
-        """Of site and factors alone: edits that do the same have the same."""
+        """Of site and factors only: edits with the same effect have the same hash."""
         return hashlib.sha256(json.dumps([self.site, self.to_dict()["factors"]]).encode()).hexdigest()
 
     def with_factor(self, factor: float) -> Edit:
-        """The same neurons, all at one factor."""
+        """A copy in which all neurons have one factor."""
         return replace(self, factors={layer: dict.fromkeys(neurons, factor) for layer, neurons in self.factors.items()})
 
     def without(self, neurons: dict[int, set[int]]) -> Edit:
-        """The same without some neurons, {layer: neurons}."""
+        """A copy without some neurons, {layer: neurons}."""
         kept = {
             layer: {n: factor for n, factor in factors.items() if n not in neurons.get(layer, ())}
             for layer, factors in self.factors.items()
@@ -87,11 +87,11 @@ class Edit:
         return replace(self, factors=kept)
 
     def made_for(self, base: str) -> Edit:
-        """The same, for the checkpoint of this fingerprint."""
+        """A copy for the checkpoint with this fingerprint."""
         return replace(self, base=base)
 
     def check(self, neurons: Sequence[int], base: str | None = None) -> None:
-        """Raise EditError unless the edit fits a model and does something to it. neurons: how many each layer has."""
+        """Raise EditError unless the edit fits a model and changes it. neurons: number in each layer."""
         if all(f == 1 for f in self.distinct_factors):
             what = "no neuron" if not self.factors else "only factors of 1"
             raise EditError(
@@ -114,9 +114,9 @@ class Edit:
                 )
 
     def hooks(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Within this context, a causal model of transformers computes with the edit; afterwards as before.
+        """A context in which a causal model of transformers computes with the edit.
 
-        The function `hooked`. Raises EditError if the edit does not fit the model.
+        As the function `hooked`. Raises EditError if the edit does not fit the model.
         """
         from .models.hooks import hooked
 
@@ -129,7 +129,7 @@ class Edit:
         return apply_(model, self)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form. Keys are strings there; numbers are written so that they read back to the same value."""
+        """JSON form. Keys are strings; numbers read back to the same value."""
         factors = {str(layer): {str(n): f for n, f in neurons.items()} for layer, neurons in self.factors.items()}
         return {"kbne_edit": VERSION, "site": self.site, "base": self.base, "found": self.found, "factors": factors}
 
@@ -163,7 +163,7 @@ class Edit:
 
 
 def _number(key: str) -> int:
-    """A layer or a neuron as a key of JSON. One spelling only: "7" and "07" would be two keys for one neuron."""
+    """A layer or a neuron from a key of JSON. Only one spelling: "7" and "07" would be two keys of one neuron."""
     if not (key.isascii() and key.isdecimal() and len(key) < 19 and str(int(key)) == key):
         raise EditError(f"{shown(key)} is not a layer or a neuron: they are whole numbers from 0")
     return int(key)

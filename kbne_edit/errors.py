@@ -1,16 +1,16 @@
 """The exception tree.
 
     KbneError
-    ├── InputError            exit status 2: something given to the tool is wrong
+    ├── InputError            exit status 2: the input is wrong
     │   ├── SourceError       --in cannot be turned into a local checkpoint
     │   ├── CheckpointError   the files of a checkpoint are damaged or of a kind that cannot be edited
-    │   ├── FamilyError       an architecture that the tool does not know
+    │   ├── FamilyError       an architecture that kbne-edit does not know
     │   ├── RecipeError       a recipe with faults (all of them in one message)
     │   ├── EditError         an edit that is malformed or made for another model
     │   ├── ScoresError       a scores file that is damaged or belongs to other settings
     │   └── OutputError       the output cannot be written, or exists already
     ├── ProofError            exit status 1: a proof failed
-    └── RequirementError      exit status 4: what was required of the result is not met
+    └── RequirementError      exit status 4: the result does not meet a requirement
 
 Exit status 3: the disk, the memory or the network failed (`of_the_machine`); 70: a fault of kbne-edit itself.
 
@@ -42,7 +42,7 @@ class KbneError(Exception):
 
 
 class InputError(KbneError):
-    """Something given to the tool is wrong."""
+    """The input is wrong."""
 
 
 class SourceError(InputError):
@@ -88,7 +88,7 @@ class ProofError(KbneError):
         super().__init__(message)
 
 
-# What an operating system says when it is the machine that fails, and not what was asked of it.
+# Error numbers that mean that the machine fails, not the request.
 _MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT),
@@ -98,7 +98,7 @@ _MACHINE = {
 def of_the_machine(error: KbneError, number: int | None = None) -> KbneError:
     """The same error, with exit status 3 if it is the disk, the memory or the network that failed.
 
-    number: the operating system's; None if the caller knows that it is.
+    number: errno; None if the caller knows that the machine failed.
     """
     if number is None or number in _MACHINE:
         error.exit_code = 3
@@ -120,11 +120,11 @@ def shown(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """Names from outside may hold line breaks, terminal codes and bytes that are no text: those are escaped."""
+    """Escape line breaks, terminal codes and undecodable bytes in text from outside."""
     return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 class RequirementError(KbneError):
-    """The work is done and written, but a part of its verdict that was required does not pass."""
+    """The output is written, but a part of the verdict that was required does not pass."""
 
     exit_code = 4

@@ -1,11 +1,11 @@
-"""Which family a checkpoint is of, and the sizes that its configuration states.
+"""The family of a checkpoint, and the sizes in its configuration.
 
-A family (`architectures`) says, for one `model_type` of transformers, where the decoder layers are, which module of a
-layer is the down-projection and which the gate projection, and what kind of module they are. The same dotted names
-serve on disk: a checkpoint may put any prefix before them (`model.`, `transformer.`, `language_model.model.`, or none).
+A family (`architectures`) says for one `model_type` of transformers where the decoder layers are, which modules of a
+layer are the down and gate projections, and of what kind they are. The same dotted names are used on disk, where they
+may have any prefix (`model.`, `transformer.`, `language_model.model.`, or none).
 
 Neurons are counted within their layer. In a mixture of experts neuron `e * F + i` is the i-th of routed expert e, and
-the shared expert's come after those of all routed ones; a layer without experts has the neurons of its dense block.
+the shared expert's neurons follow those of all routed experts; a layer without experts has those of its dense block.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def family_of(config: dict) -> Family:
     if part.get("model_type") not in FAMILIES:
         return _inferred(config)
     family = FAMILIES[part["model_type"]]
-    # Keys and values of another layer, and a table of positions made for the prompt, are lost where layers run by
-    # themselves: such models run whole, as recurrent ones do.
+    # Layers that use another layer's keys and values, or a table of positions (ALiBi), cannot run by themselves: such
+    # models run as a whole, like recurrent ones.
     if part.get("num_kv_shared_layers") or part.get("alibi"):
         family = replace(family, recurrent=True)
-    if part.get("enable_moe_block"):  # Gemma 4 may have experts beside the dense block, which every token takes
+    if part.get("enable_moe_block"):  # Gemma 4 may have experts and a dense block that every token uses
         family = replace(
             family,
             experts="experts",
@@ -70,9 +70,9 @@ def family_of(config: dict) -> Family:
 
 
 def _inferred(config: dict) -> Family:
-    """The family of an architecture that is in no table, read off its modules. Raises FamilyError.
+    """The family of an architecture that is not in the table, inferred from its modules. Raises FamilyError.
 
-    Whether its layers hand a state on is not known, so it is treated as if they did.
+    Its layers may pass a state from token to token, so it is treated as recurrent.
     """
     try:
         if text_part(config):
@@ -94,7 +94,7 @@ def text_part(config: dict) -> dict:
 
 
 def unknown_family_hint(names: Iterable[str]) -> str:
-    """What a checkpoint's tensors look like, layer numbers folded: helps whoever wants to add a family."""
+    """The names of a checkpoint's tensors without layer numbers, to help add a family."""
     shapes = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names if re.search(r"\.\d+\.", name)})
     ff = [s for s in shapes if re.search(r"mlp|ffn|feed_forward|fc\d|dense|experts|\bw[123]\b", s)] or shapes
     return ", ".join(ff[:12]) + (", …" if len(ff) > 12 else "")
@@ -106,15 +106,15 @@ def _architectures(config: dict) -> str:
 
 
 def num_layers(config: dict) -> int:
-    """L, whatever the family calls it."""
-    kinds = config.get("layers_block_type")  # Nemotron-H says no number
+    """L, under any of its names."""
+    kinds = config.get("layers_block_type")  # Nemotron-H has no such key
     if isinstance(kinds, list) and kinds and "num_hidden_layers" not in config:
         return len(kinds)
     return _size(config, "number of layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def hidden_size(config: dict) -> int:
-    """D, whatever the family calls it."""
+    """D, under any of its names."""
     return _size(config, "hidden size", "hidden_size", "n_embd", "d_model")
 
 
@@ -138,12 +138,12 @@ class Extent(Protocol):
 
 
 def end(places: Sequence[Extent]) -> int:
-    """How many neurons a layer has whose slots (or places in memory) these are; 0 if it has no feed-forward block."""
+    """The number of neurons of a layer with these slots (or places); 0 if it has no feed-forward block."""
     return max((place.offset + place.neurons * (place.experts or 1) for place in places), default=0)
 
 
 def owners(config: dict) -> dict[int, int]:
-    """Where layers use the feed-forward block of an earlier one: {layer: whose block it uses}."""
+    """Layers that use the feed-forward block of an earlier layer: {layer: the earlier layer}."""
     kind = family_of(config).tied
     if kind is None:
         return {}

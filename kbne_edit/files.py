@@ -1,4 +1,4 @@
-"""Files: opened only if they are regular, JSON read strictly and written whole or not at all, never over an input."""
+"""Files: only regular ones are opened; JSON is parsed strictly; writing is atomic and never overwrites an input."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import Any, BinaryIO, TextIO
 
 from .errors import CheckpointError, InputError, OutputError, of_the_machine, short, shown
 
-MOST_JSON = 24 << 20  # bytes: the objects can take thirty times as much, and memory is to stay below 1 GB
-_CONTAINERS = 1 << 20  # lists and objects: a header of 300,000 tensors has fewer, and they are read in two seconds
+MOST_JSON = 24 << 20  # bytes: parsed objects can take thirty times as much memory, which must stay below 1 GB
+_CONTAINERS = 1 << 20  # lists and objects: enough for 300,000 tensors, and parsed in two seconds
 _COMMAS = 4 << 20
 _DEEPEST = 50
 LFS_POINTER = b"version https://git-lfs"
 
 
 class _Input(io.FileIO):
-    """Names itself where it cannot be read, so that a failing input is not taken for a failing output."""
+    """A file whose read errors name it, so that they are not mistaken for errors of the output."""
 
     def __init__(self, path: Path, kind: type[InputError]):
         self._path, self._kind = path, kind
         try:
-            # A pipe without a writer would wait for one; of a regular file O_NONBLOCK changes nothing.
+            # O_NONBLOCK: opening a pipe without a writer would block; regular files are not affected.
             super().__init__(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
         except OSError as error:
             raise self._error(error.strerror) from None
         if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
             self.close()
-            raise self._error("it is no regular file")
+            raise self._error("it is not a regular file")
 
     def _error(self, reason: str | None) -> InputError:
         return self._kind(f"cannot read {self._path}: {reason}")
@@ -52,7 +52,7 @@ class _Input(io.FileIO):
 
 
 def open_input(path: str | Path, kind: type[InputError] = CheckpointError) -> BinaryIO:
-    """Open a regular file for reading. Raises `kind`, now and whenever it cannot be read later."""
+    """Open a regular file for reading. Raises `kind`, now and for later read errors."""
     return io.BufferedReader(_Input(Path(path), kind))
 
 
@@ -63,13 +63,13 @@ def read_json(path: str | Path, kind: type[InputError] = CheckpointError, cure: 
 
 
 def parse_json(raw: bytes, where: str, kind: type[InputError] = CheckpointError, cure: str = "") -> Any:
-    """JSON that is UTF-8, of bearable size and depth, and gives no key twice. Raises `kind` that names `where`."""
+    """Parse JSON: UTF-8, limited in size and depth, without duplicate keys. Raises `kind` that names `where`."""
     try:
         if raw.startswith(LFS_POINTER):
             raise ValueError("a Git LFS pointer, not the file itself: run `git lfs pull`")
         if len(raw) > MOST_JSON:
             raise ValueError(f"more than {MOST_JSON >> 20} MB")
-        if raw.count(b"[") + raw.count(b"{") > _CONTAINERS:  # tiny ones are slow, and take much memory
+        if raw.count(b"[") + raw.count(b"{") > _CONTAINERS:  # small containers are slow to parse, and take much memory
             raise ValueError(f"more than {_CONTAINERS:,} lists and objects")
         if raw.count(b",") > _COMMAS:
             raise ValueError(f"more than {_COMMAS:,} values")
@@ -77,14 +77,14 @@ def parse_json(raw: bytes, where: str, kind: type[InputError] = CheckpointError,
         if _depth(data) > _DEEPEST:
             raise ValueError(f"nested deeper than {_DEEPEST} levels")
     except _Twice as error:
-        raise kind(f"{where}: a key stands twice, {shown(error.args[0])}: remove the one that is not meant") from None
+        raise kind(f"{where}: a key appears twice, {shown(error.args[0])}: remove one of them") from None
     except (ValueError, RecursionError) as error:
         raise kind(f"{where} is not JSON that can be read ({short(error)}): {cure}") from None
     return data
 
 
 class _Twice(ValueError):
-    """A key that an object has twice: readers differ on which of them counts."""
+    """A duplicate key: parsers differ in which one counts."""
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
@@ -109,16 +109,16 @@ def forbid_overlap(out: str | Path, *inputs: str | Path, option: str = "--out") 
     for given in map(Path, inputs):
         source = given.resolve()
         if target == source or source in target.parents or target in source.parents:
-            how = "is" if target == source else "lies in" if source in target.parents else "holds"
+            how = "is" if target == source else "is inside" if source in target.parents else "holds"
             raise OutputError(f"{option} {out} {how} {given}, which is read and never changed: choose another {option}")
 
 
 def forbid_links_out(directory: str | Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError if one of the files, which are to be copied, is a link out of its directory.
+    """Raise CheckpointError if one of the files to copy is a link out of its directory.
 
-    A directory from elsewhere (a clone, an archive) could name a private file so, and its copy would be published.
-    .git, where a clone keeps addresses with tokens, counts as outside; the Hub's cache, whose snapshots are links to
-    the blobs beside them, does not.
+    A directory from elsewhere (a clone, an archive) could link to a private file, whose copy would then be published.
+    .git counts as outside, because a clone keeps addresses with tokens there. The blobs of the Hub's cache, to which
+    its snapshots link, count as inside.
     """
     root = Path(directory).resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
@@ -127,23 +127,23 @@ def forbid_links_out(directory: str | Path, names: Iterable[str]) -> None:
         inside = target.is_relative_to(root) and ".git" not in target.relative_to(root).parts
         if not inside and target.parent != blobs:
             raise CheckpointError(
-                f"{directory} holds {shown(name)}, a link to {target}, which lies outside, and the output would hold "
-                "a copy of that file: remove the link, or put the copy in its place if you mean it"
+                f"{directory} holds {shown(name)}, a link to {target}, which is outside, and the output would hold "
+                "a copy of that file: remove the link, or replace it by a copy if you want that"
             )
 
 
 def json_text(data: object) -> str:
-    """The one form in which kbne-edit writes JSON: the same data gives the same bytes, in ASCII."""
+    """JSON as kbne-edit writes it: the same data gives the same bytes, in ASCII."""
     return json.dumps(data, indent=1) + "\n"
 
 
 def write_json(path: str | Path, data: object) -> None:
-    """Write a JSON file so that it is there whole or not at all. Raises OutputError."""
+    """Write a JSON file atomically. Raises OutputError."""
     write_text(path, json_text(data))
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all. Raises OutputError."""
+    """Write a text file atomically. Raises OutputError."""
     target = Path(os.path.realpath(path))
     part = target.with_name(f".{target.name}.kbne-partial")
     try:
@@ -166,7 +166,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def _own(path: Path) -> TextIO:
-    """A new file for writing. One that a killed run of this user left is replaced; no link is followed."""
+    """A new file for writing. Replaces one that a killed run of this user left; follows no link."""
     with suppress(FileNotFoundError):
         if os.lstat(path).st_uid == os.geteuid():
             path.unlink()
@@ -175,7 +175,7 @@ def _own(path: Path) -> TextIO:
 
 
 def parse_size(text: str, what: str = "memory") -> float:
-    """ "8GB", "500 MB", "12.5G", "4GiB" to bytes. what: it is the size of. Raises InputError."""
+    """ "8GB", "500 MB", "12.5G" or "4GiB" in bytes. what: the quantity, for the message. Raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
     if not match:
         raise InputError(f"{what} {text!r} is not a size: give a number with a unit, e.g. 8GB")
@@ -183,6 +183,6 @@ def parse_size(text: str, what: str = "memory") -> float:
 
 
 def work_folder(out: Path) -> Path:
-    """Where `bake` keeps scores and edit of an output, if nobody says otherwise."""
+    """The default folder in which `bake` keeps the scores and the edit of an output."""
     path = Path(os.path.abspath(out))
     return path.parent / f"{path.name}.work"

@@ -1,4 +1,4 @@
-"""Fold: an edit into a copy of a checkpoint, without a proof and without a model."""
+"""Fold: an edit into a copy of a checkpoint, without proofs and without a model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def fold(
 ) -> Manifest:
     """Write a model with `edit` folded in to the directory `out`; returns the manifest (also in kbne_edit.json).
 
-    Streaming: no model class, memory independent of the model's size. The output appears whole or not at all.
-    source: a directory, ORG/NAME[@REVISION], or "demo". shard_size: bytes of a file at most, or "5GB" (default: the
-    files of the source). progress: called with the number of bytes written since the last call.
-    Raises CheckpointError, FamilyError, EditError, InputError, OutputError.
+    It streams: memory does not grow with the model. The output appears whole or not at all. source: a directory,
+    ORG/NAME[@REVISION], or "demo". shard_size: largest number of bytes per file, or "5GB" (default: the files of the
+    source). progress: called with the number of bytes written since the last call. Raises CheckpointError, FamilyError,
+    EditError, InputError, OutputError.
     """
     with resolved(str(source), say) as base:
         checkpoint = Checkpoint.open(base.path)

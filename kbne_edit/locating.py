@@ -1,4 +1,4 @@
-"""Locate: a model and a recipe to scores, and scores to a selection."""
+"""Locate: from a model and a recipe to scores, and from scores to a selection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .disk.checkpoint import Checkpoint
-from .distributed import LOCAL_SIZE, Team, team
+from .distributed import LOCAL_SIZE, Processes, process_group
 from .errors import InputError
 from .files import forbid_overlap, parse_size
 from .hub.source import Source, resolved, usual_recipe
@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from .selection.select import Selection
 
 
-_EACH = 4  # questions that each answer must be right for before "the same to everything" is said
+_EACH = 4  # questions for which each answer must be the right one before a constant answer is reported
 
 
 class Doubt(NamedTuple):
-    """What is seen early, while there is time to stop. part: of the verdict that it will cost; reason: one sentence."""
+    """A problem that is seen early, while a run can still be stopped. part: of the verdict that will fail; reason: one
+    sentence."""
 
     part: str
     reason: str
@@ -51,7 +52,7 @@ def locate(
 
     source: a directory, ORG/NAME[@revision] on the Hub, or "demo". Of several processes (`torchrun`), each attributes
     its share and the first one writes; the others return None. Resumes where an interrupted run with the same settings
-    stopped; a finished file is returned as it is. doubtful: called with what makes the result doubtful as soon as it is
+    stopped; a finished file is returned as it is. doubtful: called with each doubt about the result as soon as it is
     seen, after the first questions; it may raise to stop. Raises InputError or a subclass.
     """
     settings = settings or Settings()
@@ -64,7 +65,7 @@ def locate(
 
 
 class Subject(NamedTuple):
-    """A model's files, opened, and the recipe that asks it."""
+    """An opened checkpoint and the recipe for it."""
 
     base: Source
     checkpoint: Checkpoint
@@ -92,10 +93,10 @@ def locate_in(
     about = {"model": base.id, "commit": base.commit, "base": checkpoint.fingerprint()}
     about |= _about(recipe, prompts, settings)
     with ExitStack() as stack:
-        processes, writer = stack.enter_context(team()), None
+        processes, writer = stack.enter_context(process_group()), None
         if processes.rank == 0:
             writer = stack.enter_context(closing(ScoresWriter(out, questions, len(sizes), max(sizes), about, aside)))
-        todo: Any = processes.share([q for q, done in enumerate(writer.done) if not done] if writer else None)
+        todo: Any = processes.broadcast([q for q, done in enumerate(writer.done) if not done] if writer else None)
         if todo:
             if len(todo) < len(questions):
                 say(f"{out}: {len(questions) - len(todo)} of {len(questions)} questions are done already")
@@ -103,12 +104,12 @@ def locate_in(
                 say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
             job = _Job(questions, prompts, settings, checkpoint.path, doubtful)
             for q, row in job.rows(_supplier(checkpoint, settings), todo, processes):
-                writer.write(q, row)  # type: ignore[union-attr]  # rows come on the first process alone
+                writer.write(q, row)  # type: ignore[union-attr]  # only the first process gets rows
     return load_scores(out) if writer else None
 
 
 def locate_in_memory(model: nn.Module, tokenizer: Any, recipe: Recipe, settings: Settings) -> Scores:
-    """`locate` for a model and a tokenizer of transformers that are loaded already; nothing is written.
+    """`locate` for a loaded model and tokenizer of transformers; nothing is written.
 
     settings: device, dtype and memory are the model's. Raises InputError.
     """
@@ -121,12 +122,12 @@ def locate_in_memory(model: nn.Module, tokenizer: Any, recipe: Recipe, settings:
     prompts = ask_with(tokenizer, recipe, questions, plain=plain, before=settings.before, fixed=settings.answers)
     about = {"model": str(getattr(model.config, "name_or_path", "") or "in memory"), "commit": None, "base": ""}
     job = _Job(questions, prompts, settings, None)
-    rows = dict(job.rows(Resident(model), list(range(len(questions))), Team(0, 1)))
+    rows = dict(job.rows(Resident(model), list(range(len(questions))), Processes(0, 1)))
     return gathered(questions, [rows[q] for q in range(len(questions))], about | _about(recipe, prompts, settings))
 
 
 def _about(recipe: Recipe, prompts: Prompts, settings: Settings) -> dict:
-    """What a scores file says of what was asked, and how; a file that says something else is not resumed."""
+    """The metadata of a scores file: what was asked, and how. A file with other metadata is not resumed."""
     about = {
         "recipe": recipe.name,
         "recipe_sha256": recipe.sha256,
@@ -144,7 +145,7 @@ def _about(recipe: Recipe, prompts: Prompts, settings: Settings) -> dict:
 
 @dataclass(frozen=True)
 class _Job:
-    """Questions to attribute. path: of the model's files, None for a model in memory. doubtful: as of `locate`."""
+    """Questions to attribute. path: of the checkpoint, None for a model in memory. doubtful: as of `locate`."""
 
     questions: tuple[Question, ...]
     prompts: Prompts
@@ -152,8 +153,8 @@ class _Job:
     path: Path | None
     doubtful: Doubtful | None = None
 
-    def rows(self, layers: Layers, todo: list[int], processes: Team) -> Iterator[tuple[int, Row]]:
-        """(question, its entry) of those to do, on the first process; each takes every n-th pack of questions."""
+    def rows(self, layers: Layers, todo: list[int], processes: Processes) -> Iterator[tuple[int, Row]]:
+        """(question, entry) of those to do, on the first process. Each of n processes computes every n-th pack."""
         from .attribution.gradients import attributions, packs
         from .models.places import is_recurrent
 
@@ -208,9 +209,9 @@ class _Job:
 
 
 class _Watch:
-    """Says at once, before the attribution has cost anything, what makes it doubtful; each doubt once.
+    """Reports doubts about the answers before the attribution has cost time; each doubt once.
 
-    order: the questions whose answers arrive, in their order.
+    order: the questions, in the order of the answers.
     """
 
     def __init__(self, job: _Job, order: list[int]):
@@ -248,13 +249,13 @@ class _Watch:
             )
 
     def _constant(self) -> None:
-        """The same answer to everything, once each answer has been right often enough to tell."""
+        """Report a constant answer, once each answer has been the right one often enough."""
         often = all(self._right.count(answer) >= _EACH for answer in self._tokens)
         if often and len(set(self._given)) == 1:
             self._doubt(
                 "constant",
                 f"the model answers {self._given[0]!r} to each of the first {len(self._given)} questions, whichever "
-                "answer is right: what is attributed then says little about what it knows",
+                "answer is right: the attribution then says little about what it knows",
             )
 
     def _doubt(self, kind: str, reason: str) -> None:
@@ -267,7 +268,7 @@ class _Watch:
 
 
 def _supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
-    """The model in memory, or its layers one by one where it does not fit."""
+    """The model in memory, or its layers one by one if it does not fit."""
     import torch
 
     from .attribution.gradients import Resident
@@ -300,14 +301,14 @@ def _supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
 
 
 class Choice(NamedTuple):
-    """The rule, and which questions take part: False leaves one out."""
+    """The rule, and which questions to use: False leaves one out."""
 
     rule: Rule
     only: list[bool]
 
 
 def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> Choice:
-    """What recipe and settings ask for, as arguments of `select`."""
+    """The arguments of `select` from recipe and settings."""
     known = {question.dimension for question in scores.questions if not question.control}
     settings.check_dimensions(known)
     wanted = set(settings.dimensions or known)
@@ -319,7 +320,7 @@ def choosing(scores: Scores, recipe: Recipe, settings: Settings) -> Choice:
 
 
 def choose(scores: Scores, recipe: Recipe, settings: Settings) -> Selection:
-    """The selection that recipe and settings ask for, from finished scores. Returns a `Selection`."""
+    """The selection from finished scores, by recipe and settings."""
     from .selection.select import selection
     from .selection.stability import stability
 

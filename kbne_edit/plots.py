@@ -1,7 +1,7 @@
-"""Plots as inline SVG: marks, words and classes only; the page's style sheet gives the colours, in light and in dark.
+"""Plots as inline SVG. They contain shapes, text and classes; the page's style sheet has the colours, light and dark.
 
-Each plot has a title and a description for those who do not see it, and is drawn 480 units wide, so that its words can
-be read on a phone. Everything that comes from files is escaped.
+Each plot has a title and a description for screen readers. It is 480 units wide, so that its text can be read on a
+phone. Text from files is escaped.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from .errors import one_line
 
 _WIDTH = 480
-_LEFT = 96  # room for the labels of rows
+_LEFT = 96  # width of the row labels
 COLUMNS = 16  # of the overlap plot: more would not be legible
 _PIXELS = 640  # across, of a plot that is a file of its own
 
 
 def words(value: object) -> str:
-    """Text from anywhere, as text of HTML or SVG on one line."""
+    """Text from outside, escaped for HTML and SVG, on one line."""
     return escape(one_line(str(value)))
 
 
@@ -59,7 +59,7 @@ def neuron_map(
 ) -> str:
     """Layers downwards, neurons across. edited: (layer, neuron, selected by the controls too); others: (layer, neuron).
 
-    Marks differ in shape as well as in colour: a disc, a square where the controls select it, a ring where not edited.
+    Shapes differ as well as colours: a disc, a square if the controls select the neuron, a ring if it is not edited.
     """
     step, top, span = max(min(16.0, 384 / layers), 4.0), 26.0, _WIDTH - 60.0
     bottom = top + step * layers
@@ -124,9 +124,9 @@ def overlaps(sets: Sequence[tuple[str, int]], parts: Sequence[tuple[Sequence[int
 
 
 def intervals(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Means with their intervals about a line at zero. rows: (name, (mean, low, high)).
+    """Means with their intervals around a line at zero. rows: (name, (mean, low, high)).
 
-    The first row is the edit; what it is compared with has another colour and a smaller disc.
+    The first row is the edit; the controls have another colour and a smaller disc.
     """
     reach = max(abs(value) for _, values in rows for value in values) or 1
     left, right, top = 16.0, _WIDTH - 16.0, 10.0
@@ -167,11 +167,11 @@ def histogram(bars: Sequence[tuple[float, float, int]]) -> str:
 
 
 def pareto(points: Sequence[tuple[float, float, bool, bool, bool]], figure: str) -> str:
-    """What each edit of a sweep does (down: better) and costs (left: less KL, on a logarithmic scale).
+    """Effect (lower is better) against cost (KL, logarithmic) of each edit of a sweep.
 
-    points: (KL, change of the figure's distance from its ideal, within bounds, on the front, chosen). Marks differ in
-    shape too: a disc on the front, a ring behind it, a square out of bounds; a second ring about the chosen one.
-    Where it falls less than it rises elsewhere, the rise is cut off at twice the fall, and the marks lie there.
+    points: (KL, change of the figure's distance from its ideal, within bounds, on the front, chosen). Shapes differ as
+    well as colours: a disc on the front, a ring behind it, a square out of bounds, a second ring around the chosen one.
+    Rises above twice the largest fall are drawn at the upper edge.
     """
     costs = [max(point[0], 1e-12) for point in points]
     left, right = math.floor(math.log10(min(costs))), math.ceil(math.log10(max(costs)))
@@ -219,9 +219,9 @@ def pareto(points: Sequence[tuple[float, float, bool, bool, bool]], figure: str)
 
 
 def standalone(drawing: str) -> str:
-    """A plot as a file of its own.
+    """A plot as a separate file.
 
-    It has the page's colours for both themes, and a ground, since whoever shows it may follow another theme than it.
+    It has the page's colours for both themes, and a background, since the viewer's theme may differ.
     """
     sheet = (Path(__file__).parent / "reporting" / "report.css").read_text(encoding="utf-8")
     colours = sheet[sheet.index(":root") : sheet.index("* {")].rstrip()

@@ -1,7 +1,7 @@
-"""What a run says while it works: lines and bars on stderr, from the first of several processes.
+"""Progress of a run: lines and bars on stderr, from the first of several processes.
 
-In Python nothing is shown until `show_progress()` is called; lines go to the logger "kbne_edit" in any case. The
-command line calls it at its start.
+In Python nothing is shown until `show_progress()` is called, as the command line does; lines always go to the logger
+"kbne_edit".
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ log.addHandler(logging.NullHandler())
 
 _EVERY = 5.0  # seconds between plain lines
 _shown = False
-_stage = ""  # "[2/5] " while a run with known stages is at its second one
-_bars: list[Progress] = []  # the display that is open; bars of nested work join it
+_stage = ""  # e.g. "[2/5] " in the second of five stages
+_bars: list[Progress] = []  # the open display; bars of nested work are added to it
 
 
 class _Stderr(logging.Handler):
-    """Writes to the stderr of the moment: a test or a notebook may have replaced it."""
+    """Writes to the current sys.stderr, which a test or a notebook may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
@@ -39,7 +39,7 @@ class _Stderr(logging.Handler):
 
 
 def show_progress(shown: bool = True) -> None:
-    """Show lines and bars on stderr, or no longer."""
+    """Show lines and bars on stderr, or stop showing them."""
     global _shown
     _shown = shown
     for handler in [handler for handler in log.handlers if isinstance(handler, _Stderr)]:
@@ -53,13 +53,13 @@ def show_progress(shown: bool = True) -> None:
 
 
 def say(line: str) -> None:
-    """One line for the user, beside the results on stdout; from the first of several processes only."""
+    """Log one line for the user; only in the first of several processes."""
     if RANK == 0:
         log.info("%s", line)
 
 
 class Stages:
-    """A run of known stages: each is announced with its number, and bars within it carry the number."""
+    """Numbers the stages of a run: each is announced, and its bars show the number."""
 
     def __init__(self, total: int):
         self._total, self._count = total, 0
@@ -68,7 +68,7 @@ class Stages:
         return self
 
     def next(self, label: str) -> None:
-        """The next stage begins."""
+        """Announce the next stage."""
         global _stage
         self._count += 1
         _stage = f"[{self._count}/{self._total}] "
@@ -98,7 +98,7 @@ def progress(label: str, total: int, unit: str = "", done: int = 0) -> Iterator[
             try:
                 yield advance
             finally:
-                display.refresh()  # short work is seen at its end, too
+                display.refresh()  # so that short work is shown at its end
                 display.remove_task(task)
     else:
         yield _Lines(_stage + label, total, unit, done).update
@@ -106,7 +106,7 @@ def progress(label: str, total: int, unit: str = "", done: int = 0) -> Iterator[
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Bars stand still and out of the way while a person is asked."""
+    """Hide the bars while the user is asked something."""
     displays = list(_bars)
     for display in displays:
         display.stop()
@@ -119,7 +119,7 @@ def paused() -> Iterator[None]:
 
 @contextmanager
 def _display() -> Iterator[Progress]:
-    """The display of bars that is open already, or a new one."""
+    """The open display of bars, or a new one."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -151,7 +151,7 @@ def _display() -> Iterator[Progress]:
 
 
 class _Lines:
-    """Progress in a log: a line every few seconds, with the time that is left at the pace so far."""
+    """Progress in a log: a line every few seconds, with the estimated time left."""
 
     def __init__(self, label: str, total: int, unit: str, done: int):
         self._label, self._total, self._unit = label, total, unit
@@ -179,7 +179,7 @@ class _Lines:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as a person reads them: "8 s", "2 min 5 s", "1 h 10 min"."""
+    """A duration in words: "8 s", "2 min 5 s", "1 h 10 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,9 +1,9 @@
-"""Push what this tool wrote to the Hub: first what would be sent, checked against the manifest; then the sending.
+"""Push: checks an output against its manifest, and sends it to the Hub.
 
-In one commit (`create_commit`), not by `upload_folder`, which commits a large folder in parts: whoever loads the model
-meets the whole of it or none, the files are the manifest's and not whatever lies in the folder, and a pull request is
-opened only when all is there. It goes on where it was cut all the same: weights go to the Hub's store before the
-commit, by their hash, and what the store has is not sent again.
+It makes one commit (`create_commit`). Rejected: `upload_folder`, which commits a large folder in parts, so that others
+could load half a model. With one commit only the files of the manifest are sent, and a pull request is opened only when
+all of them are there. An interrupted push can still be resumed: weights go to the Hub's store before the commit, by
+hash, and files that the store has are not sent again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Progress = Callable[[int], None]  # called with the number of bytes checked sinc
 
 
 class PushJSON(TypedDict):
-    """What `push --json` prints. files: {name: bytes}. proofs: whether they were computed in this run.
+    """What `push --json` prints. files: {name: bytes}. proofs: computed in this run, or on record.
 
     A dry run sends nothing, so it has no commit and no url.
     """
@@ -56,9 +56,9 @@ class PushJSON(TypedDict):
 
 @dataclass(frozen=True)
 class PushResult:
-    """What `push` sent, or of a dry run would send.
+    """What `push` sent, or for a dry run would send.
 
-    proven: it was proven against its base in this run; False: its proofs are those on record.
+    proven: True if it was proven against its base in this run; False: its proofs are on record.
     repo: ORG/NAME; form: as of the manifest; files: {name: bytes}; notices: what to consider before publishing;
     commit, url: on the Hub, None for a dry run.
     """
@@ -111,14 +111,14 @@ def push(
     create_pr: bool = False,
     dry_run: bool = False,
 ) -> PushResult:
-    """Send what `bake` or `apply` wrote to the model repository `name`, ORG/NAME, which is made if need be.
+    """Send an output of `bake` or `apply` to the model repository `name`, ORG/NAME, which is created if it is missing.
 
-    Refused unless every file is as the manifest says, nothing unknown lies beside them, and both proofs of a checkpoint
-    held (an adapter or a delta was read back before it appeared).
+    Refused unless every file matches the manifest, there are no other files, and both proofs of a checkpoint held (an
+    adapter or a delta was read back before it appeared).
     source: the base, as a directory, ORG/NAME[@REVISION], or "demo": then `baked` is proven again before anything is
-    sent. Without it the proofs are those on record, which whoever wrote the directory could have written as well.
-    private: of a repository that is made. create_pr: propose to a repository that exists. dry_run: check, send nothing.
-    Raises CheckpointError, ProofError, OutputError. Tokens are huggingface_hub's business.
+    sent. Without it, the proofs on record count, which whoever wrote the directory could have forged.
+    private: for a new repository. create_pr: open a pull request in an existing repository. dry_run: check only.
+    Raises CheckpointError, ProofError, OutputError. huggingface_hub handles tokens.
     """
     directory = Path(baked)
     if name.count("/") != 1 or not all(name.split("/")):
@@ -149,7 +149,7 @@ def push(
 
 
 def _manifest(directory: Path) -> Manifest:
-    """The manifest; that of a checkpoint with both proofs in it. Raises CheckpointError, ProofError."""
+    """The manifest, which for a checkpoint must record both proofs. Raises CheckpointError, ProofError."""
     manifest = Manifest.read(directory)
     if manifest is None:
         raise CheckpointError(f"{directory} has no {MANIFEST}: only what kbne-edit baked can be pushed")
@@ -160,7 +160,7 @@ def _manifest(directory: Path) -> Manifest:
     Checkpoint.open(directory)
     proofs = recorded_proofs(directory, manifest)
     held = (proofs is not None and proofs.files.holds, proofs is not None and proofs.both_held)
-    for holds, proof in zip(held, ("the file is the edit", "the model behaves as the hooks"), strict=True):
+    for holds, proof in zip(held, ("the files hold the edit", "the model behaves as the hooks"), strict=True):
         if not holds:
             raise ProofError(
                 f"{directory / MANIFEST} does not record the proof that {proof}: "
@@ -170,7 +170,7 @@ def _manifest(directory: Path) -> Manifest:
 
 
 def _checked(directory: Path, manifest: Manifest, progress: Progress) -> dict[str, str]:
-    """{file: SHA-256} of all that the manifest knows, each as it says. Raises CheckpointError."""
+    """{file: SHA-256} of all files of the manifest, after checking them. Raises CheckpointError."""
     if faults := check_hashes(directory, manifest, progress):
         raise CheckpointError(f"{directory}/{faults[0]}: remove what does not belong to the output, or bake again")
     if fault := card_fault(directory, manifest):
@@ -180,7 +180,7 @@ def _checked(directory: Path, manifest: Manifest, progress: Progress) -> dict[st
 
 
 def _prove_again(directory: Path, manifest: Manifest, source: str | Path) -> None:
-    """Both proofs of a checkpoint, or that an adapter or a delta is its edit. Raises ProofError."""
+    """Run both proofs of a checkpoint, or check that an adapter or a delta is its edit. Raises ProofError."""
     if manifest.is_checkpoint:
         proofs = verify(source, directory)
         if not proofs.ok:
@@ -195,7 +195,7 @@ def _prove_again(directory: Path, manifest: Manifest, source: str | Path) -> Non
 
 
 def _of_the_base(manifest: Manifest) -> list[str]:
-    """What to consider before an adapter or a delta is published whose base nobody else can find."""
+    """A notice for an adapter or a delta whose base nobody else can find."""
     if manifest.is_checkpoint or manifest.source is None or manifest.source.commit:
         return []
     return [f"its base was a local directory, {manifest.source.id}: nobody else can tell which model it is for"]
@@ -206,7 +206,7 @@ def _message(manifest: Manifest) -> str:
 
 
 def _send(result: PushResult, directory: Path, files: dict[str, str], message: str) -> PushResult:
-    """Create the repository if need be, upload and commit, and compare what the Hub holds with what was sent."""
+    """Create the repository if it is missing, upload and commit, and compare what the Hub holds with what was sent."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if get_token() is None:
@@ -224,7 +224,7 @@ def _send(result: PushResult, directory: Path, files: dict[str, str], message: s
             f"{name} holds other weights already ({other[0]}), which a loader could take instead: "
             "choose another name, or delete them there"
         )
-    say(f"sending {len(files)} files to {name}; what the Hub's store has already is left out")
+    say(f"sending {len(files)} files to {name}; files that the Hub's store already has are skipped")
     commit = api.create_commit(
         name,
         [CommitOperationAdd(file, directory / file) for file in files],
@@ -238,7 +238,7 @@ def _send(result: PushResult, directory: Path, files: dict[str, str], message: s
 
 
 def _differing(api: Any, name: str, commit: str, directory: Path, files: dict[str, str]) -> list[str]:
-    """Files that are not as they were sent, by the Hub's own hashes: SHA-256 of large files, git's of the others."""
+    """Files that differ from what was sent, by the Hub's hashes: SHA-256 for large files, git's for others."""
     listed = api.list_repo_tree(name, recursive=True, revision=commit)
     held = {e.path: e.lfs.sha256 if e.lfs else e.blob_id for e in listed if hasattr(e, "blob_id")}
     return [f for f, sha in files.items() if held.get(f) != sha and held.get(f) != _git_hash(directory / f)]

@@ -8,7 +8,7 @@ from typing import NotRequired, TypedDict
 from .errors import InputError, shown
 
 RULES, COMBINE = ("paper", "contrastive", "paired", "specific"), ("union", "intersection")
-TOP = 0.002  # of all neurons: what the specific rule keeps of each dimension unless told otherwise
+TOP = 0.002  # of all neurons: the default of the specific rule for each dimension
 
 
 class RuleJSON(TypedDict):
@@ -31,8 +31,8 @@ class Rule:
     beta: share of a dimension's questions in which a neuron must count, 0 to 1.
     top: in place of tau, the share of all neurons that counts, 0 to 1; None: tau decides.
     combine: "union" or "intersection" of the dimensions.
-    same_sign: keep only neurons whose mean effect on the right answer is positive for each answer that is right
-        somewhere: a neuron that speaks for "yes" whatever is asked is not kept.
+    same_sign: keep only neurons whose mean effect on the right answer is positive for every right answer. This drops a
+        neuron that favours "yes" whatever the question.
     Raises InputError on construction.
     """
 
@@ -59,7 +59,7 @@ class Rule:
 
     @property
     def share(self) -> float | None:
-        """The share of all neurons that is kept or counts; None where tau decides."""
+        """The share of all neurons that counts, or is kept; None if tau decides."""
         return TOP if self.name == "specific" and self.top is None else self.top
 
     def describe(self) -> str:
@@ -92,7 +92,7 @@ class Rule:
         )
 
     def to_dict(self) -> RuleJSON:
-        """JSON form, as edits record it; what is not in use is left out."""
+        """JSON form, as edits record it, without unused settings."""
         record: RuleJSON = {"rule": self.name, "tau": self.tau, "beta": self.beta, "combine": self.combine}
         if self.top is not None:
             record["top"] = self.top

@@ -1,4 +1,4 @@
-"""Settings of a search for neurons, and what can be refused of them before a model is read."""
+"""Settings for locating neurons, checked before a model is read."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .models.devices import AUTO, check_device
 from .recipe import Recipe
 from .rule import Rule
 
-_FOR_ANY_EDIT = {"recipe", "factor"}  # settings that an edit that is given leaves a use for: probes, another factor
+_FOR_ANY_EDIT = {"recipe", "factor"}  # settings that still apply if an edit is given: the probes, another factor
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to locate. None: as the recipe says. answers: {answer: [surface, …]} fixes the surface forms by hand.
+    """How to locate. None: as the recipe says. answers: {answer: [surface, …]} sets the surface forms by hand.
 
-    prompt: "chat" (through the template where there is one) or "plain"; before: text that comes before each question.
-    dimensions: select by the questions of these alone (None: of all).
-    objective: what is attributed, "probability" of the right answer (the paper's) or its "log-odds" against the others.
-    positions: how many of a prompt's last positions are scaled (the paper's: 1).
+    prompt: "chat" (with the chat template, if there is one) or "plain"; before: text before each question.
+    dimensions: use only the questions of these (None: all).
+    objective: "probability" of the right answer (as in the paper) or its "log-odds" against the others.
+    positions: how many of a prompt's last positions are scaled (in the paper 1).
 
-    memory: what attribution may use, e.g. "8GB" (None: most of what is free); a model that does not fit is read layer
-    by layer. device: of torch; "auto": the accelerator where there is one.
+    memory: limit for attribution, e.g. "8GB" (None: most of the free memory); a model that does not fit is read layer
+    by layer. device: of torch; "auto": the accelerator if there is one.
     """
 
     recipe: str | Path | None = None
@@ -53,7 +53,7 @@ class Settings:
     memory: str | None = None
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse what does not fit the recipe or the machine; no model is read. Raises InputError."""
+        """Raise InputError for settings that do not fit the recipe or the machine. Reads no model."""
         quadrature_name(self.quadrature)
         if self.memory is not None:
             parse_size(self.memory, "--memory")
@@ -74,25 +74,25 @@ class Settings:
             )
         if unknown := set(self.answers or ()) - set(recipe.answers):
             raise InputError(
-                f"--answers has {', '.join(map(shown, sorted(unknown)))}, which is no answer of the recipe "
+                f"--answers has {', '.join(map(shown, sorted(unknown)))}, which are not answers of the recipe "
                 f"{recipe.name}: its answers are {', '.join(recipe.answers)}"
             )
         check_device(self.device)
 
     def check_dimensions(self, known: set[str]) -> None:
-        """Raise InputError for a dimension of which no question is asked."""
+        """Raise InputError for a dimension without questions."""
         if unknown := set(self.dimensions or ()) - known:
             raise InputError(f"no question is of {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
 
     def check_beside_edit(self) -> None:
-        """Raise InputError for what says how to find neurons: an edit that is given brings its own."""
+        """Raise InputError for settings that locate neurons: a given edit already has its neurons."""
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name not in _FOR_ANY_EDIT]
         if changed:
             names = ", ".join("--" + name.replace("_", "-") for name in changed)
-            raise InputError(f"{names}: says how to find neurons, and --edit brings its own: leave one of them out")
+            raise InputError(f"{names}: says how to locate neurons, and --edit gives them: leave one of them out")
 
     def rule_of(self, recipe: Recipe) -> Rule:
-        """The rule that settings and recipe ask for. Raises InputError for thresholds that exclude each other."""
+        """The rule from settings and recipe. Raises InputError for thresholds that exclude each other."""
         given = {key: getattr(self, key) for key in ("tau", "beta", "top", "combine", "same_sign")}
         given = {key: value for key, value in given.items() if value is not None}
         if self.rule is not None:

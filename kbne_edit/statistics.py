@@ -1,11 +1,11 @@
-"""Paired statistics: what can be said about items that were measured before and after.
+"""Paired statistics of items that were measured before and after.
 
-Every figure here is a function of column means: a share of items is the mean of a 0/1 column, ICAT and bias scores
-combine two or three such means. So resampling items is one matrix product, resample counts [R, m] @ sums [m, k],
-and one function serves the figure, its interval and its test.
+Every figure is a function of column means: a share of items is the mean of a 0/1 column, ICAT and bias scores combine
+two or three such means. So resampling is one matrix product, resample counts [R, m] @ sums [m, k], and one function
+gives the figure, its interval and its test.
 
-Items that hang together (the sentences of a twin, the variants of a question) carry the same number in `clusters` and
-are drawn, and exchanged, together. None: each item is a cluster of its own.
+Dependent items (the sentences of a twin, the variants of a question) have the same number in `clusters`, and are drawn
+and exchanged together. None: each item is a cluster of its own.
 
 Intervals are percentile intervals of the bootstrap with the tails of Student's t for the number of clusters (Hesterberg
 2015, "expanded percentile"): the plain ones are too narrow by a tenth for ten clusters.
@@ -26,10 +26,10 @@ Figure = Callable[[np.ndarray], np.ndarray]  # column means [..., k] -> the figu
 
 
 class Crossed(NamedTuple):
-    """Clusters of two kinds that cross, as scenarios and names do: a name for each item of either kind, [n] each.
+    """Two crossed kinds of clusters, e.g. scenarios and names. first, second: a name for each item, [n] each.
 
-    Both kinds are drawn, and an item counts as often as its two clusters together (Owen's pigeonhole bootstrap, 2007).
-    Rejected: to draw one kind alone. What items share of the other kind is then taken for the same in every sample.
+    Both kinds are drawn, and an item counts as often as the product of its two clusters' counts (Owen's pigeonhole
+    bootstrap, 2007). Rejected: drawing one kind only, which treats the other as the same in every sample.
     """
 
     first: Sequence[object] | np.ndarray
@@ -44,7 +44,7 @@ _CELLS = 4_000_000  # of one block [R, m]: bounds memory
 
 
 class Interval(NamedTuple):
-    """A figure and the ends of its 95 % interval. As JSON it is the list [value, low, high]."""
+    """A figure and the ends of its 95 % interval. In JSON the list [value, low, high]."""
 
     value: float
     low: float
@@ -52,12 +52,12 @@ class Interval(NamedTuple):
 
     @property
     def side(self) -> int:
-        """-1 if all of it lies below 0, 1 if all lies above, else 0."""
+        """-1 if the whole interval is below 0, 1 if it is above 0, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
     @classmethod
     def from_list(cls, values: Sequence[float]) -> Interval:
-        """Of three numbers, as JSON holds them. Raises ValueError."""
+        """From a list of three numbers, as in JSON. Raises ValueError."""
         value, low, high = map(float, values)
         return cls(value, low, high)
 
@@ -66,7 +66,7 @@ IntervalJSON = Annotated[list[float], Interval]
 
 
 def mean(columns: np.ndarray) -> np.ndarray:
-    """The figure that is the first column's mean itself."""
+    """The figure that is the mean of the first column."""
     return columns[..., 0]
 
 
@@ -78,7 +78,7 @@ def interval(
 
 
 def side(*intervals: Sequence[float]) -> int:
-    """-1 if each interval lies below 0, 1 if each lies above, else 0."""
+    """-1 if every interval is below 0, 1 if every one is above 0, else 0."""
     sides = {Interval(*interval).side for interval in intervals}
     return sides.pop() if len(sides) == 1 else 0
 
@@ -92,7 +92,7 @@ class Part(NamedTuple):
 
 
 def pooled(parts: Sequence[Part], resamples: int = _RESAMPLES) -> Interval:
-    """The mean of several figures, each figure's items drawn on their own."""
+    """The mean of several figures, with items drawn separately for each."""
     parts = [Part(*part) for part in parts]
     draws, count = [], 0
     for seed, part in enumerate(parts):
@@ -108,10 +108,10 @@ def pooled(parts: Sequence[Part], resamples: int = _RESAMPLES) -> Interval:
 def change(
     before: Sequence[np.ndarray], after: Sequence[np.ndarray], figure: Figure = mean, clusters: Clusters = None
 ) -> Interval:
-    """Figure after less figure before, the same items drawn for all.
+    """The figure after minus the figure before, with the same items drawn for both.
 
-    before, after: arrays [n, k] of the same items. Where one of them holds several arrays (random draws of a control),
-    their figures are averaged, and the draws are resampled with the items: their spread is part of the interval.
+    before, after: arrays [n, k] of the same items. If one holds several arrays (random draws of a control), their
+    figures are averaged, and the draws are resampled with the items, so that their spread is part of the interval.
     """
     columns = np.concatenate([*before, *after], 1)
     k, rng = before[0].shape[1], np.random.default_rng(1)
@@ -132,7 +132,7 @@ def change(
 
 
 def _number(clusters: Clusters, items: int) -> int:
-    """How many clusters are drawn; of two kinds, of the one that has fewer."""
+    """The number of clusters; of two crossed kinds, the smaller one."""
     if clusters is None:
         return items
     if isinstance(clusters, Crossed):
@@ -151,7 +151,7 @@ def _by_cluster(columns: np.ndarray, clusters: Sequence[object] | np.ndarray | N
 
 
 def _tails(count: int) -> list[float]:
-    """Levels of the two ends: those of a normal distribution that reach as far as Student's t with count - 1."""
+    """Quantile levels of the two ends: of a normal distribution at the quantiles of Student's t with count - 1."""
     if count < 2:
         return [0.0, 1.0]
     reach = math.sqrt(count / (count - 1)) * _student(count - 1)
@@ -209,9 +209,9 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
 def least_change(before: np.ndarray, after: np.ndarray, clusters: Clusters = None) -> float:
     """Lower end of the 95 % interval of a paired change of shares, of two 0/1 columns [n].
 
-    By Agresti and Min (2005), who add half an item to each of the four cells. It is for where the bootstrap is blind:
-    if none of 30 items got worse, no resample has a loss, but the model may well lose one item in 20.
-    Of clusters as many items are counted as there are clusters: what they hold may all be the same.
+    By Agresti and Min (2005), who add half an item to each of the four cells. The bootstrap fails here: if none of 30
+    items got worse, no resample has a loss, but the model may well lose one item in 20.
+    Each cluster counts as one item, because its items may all be the same.
     """
     share = _number(clusters, len(before)) / len(before)
     n = share * len(before) + 2
@@ -228,12 +228,12 @@ def wilson(k: float, n: float) -> tuple[float, float]:
 
 
 def permutation(before: np.ndarray, after: np.ndarray, figure: Figure = mean, clusters: Clusters = None) -> float:
-    """Two-sided p of figure(after) - figure(before), seeded: by exchanging before and after cluster by cluster, and not
-    below that of `skewed`. before, after: [n, k].
+    """Two-sided p of figure(after) - figure(before), seeded: from exchanges of before and after by cluster, and at
+    least that of `skewed`. before, after: [n, k].
 
-    If the edit did nothing, each cluster's two halves could as well be the other way round: the exchange is exact then.
-    A change that has the mean 0 but is skewed passes as an effect in 7 of 100 cases by the exchange alone (30 clusters,
-    skewness 1.4), by both in 4.5. Of clusters that cross, the larger p of the two kinds.
+    If the edit does nothing, before and after are exchangeable in each cluster, and the test is exact. But a change
+    with mean 0 that is skewed is significant in 7 of 100 cases by the exchange alone (30 clusters, skewness 1.4), by
+    both tests in 4.5. For crossed clusters, the larger p of the two kinds.
     """
     if isinstance(clusters, Crossed):
         return max(permutation(before, after, figure, kind) for kind in clusters)
@@ -243,7 +243,7 @@ def permutation(before: np.ndarray, after: np.ndarray, figure: Figure = mean, cl
     for size in _blocks(_PERMUTATIONS, len(difference)):
         moved = rng.integers(0, 2, (size, len(difference))).astype(np.float64) @ difference / n
         values = figure(after.mean(0) - moved) - figure(before.mean(0) + moved)
-        # Sums in another order differ in the last bits: an arrangement equal to the observed one must count.
+        # Sums in another order differ in the last bits; an arrangement equal to the observed one must count.
         at_least += int((np.abs(values) >= observed - 1e-12 * (1 + observed)).sum())
     return max(at_least / (_PERMUTATIONS + 1), skewed(before, after, figure, clusters))
 
@@ -251,8 +251,8 @@ def permutation(before: np.ndarray, after: np.ndarray, figure: Figure = mean, cl
 def skewed(before: np.ndarray, after: np.ndarray, figure: Figure = mean, clusters: Clusters = None) -> float:
     """Two-sided p of the same change by Student's t with Hall's correction for skewness (1992).
 
-    Its standard error and skewness are the jackknife's, over clusters. 0 where that says nothing: fewer than three
-    clusters, no spread, or a figure that is not defined without one of them.
+    Standard error and skewness are from the jackknife over clusters. 0 if it is not defined: fewer than three clusters,
+    no spread, or a figure that needs every cluster.
     """
     if isinstance(clusters, Crossed):
         return max(skewed(before, after, figure, kind) for kind in clusters)
@@ -276,7 +276,7 @@ def skewed(before: np.ndarray, after: np.ndarray, figure: Figure = mean, cluster
 
 
 def _normal(t: float, freedom: int) -> float:
-    """The normal deviate as improbable as Student's t >= 0 (Hill's algorithm 395, 1970)."""
+    """The normal deviate with the same tail probability as Student's t >= 0 (Hill's algorithm 395, 1970)."""
     a = freedom - 0.5
     b, z = 48 * a * a, math.sqrt(a * math.log1p(t * t / freedom))
     terms = 4 * z**7 + 33 * z**5 + 240 * z**3 + 855 * z
@@ -284,13 +284,13 @@ def _normal(t: float, freedom: int) -> float:
 
 
 def beyond_draws(progress: np.ndarray) -> np.ndarray:
-    """Which figures of an edit go further than every random draw does in any figure, [k] of bool.
+    """Which figures of an edit exceed every random draw in every figure, [k] of bool.
 
-    progress: [1 + draws, k], how far each figure moved towards its ideal; row 0 is the edit's. Each column is taken in
-    units of its spread over all rows. If the edit is no other than the draws, each row is as likely to hold the
-    largest value, so one figure or more is said to go beyond them in 1 of 1 + draws cases at most, however many
-    figures there are (Westfall and Young's maximum). Rejected: an interval over items alone, which leaves out how much
-    draws differ and was wrong in 9 to 29 % of the cases.
+    progress: [1 + draws, k], how far each figure moved towards its ideal; row 0 is the edit's. Each column is divided
+    by its spread over all rows. If the edit is like a draw, each row is equally likely to hold the largest value. So at
+    most 1 in 1 + draws cases has any figure beyond the draws, however many figures there are (the maximum of Westfall
+    and Young). Rejected: an interval over items only, which ignores the spread between draws and was wrong in 9 to 29 %
+    of the cases.
     """
     centred = progress - progress.mean(0)
     spread = centred.std(0)
@@ -299,7 +299,7 @@ def beyond_draws(progress: np.ndarray) -> np.ndarray:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the given order: below alpha for all true findings but alpha of all reports."""
+    """Holm's adjusted p-values, in the given order: they bound the family-wise error rate."""
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, index in enumerate(np.argsort(p, kind="stable").tolist()):
         largest = max(largest, min(1.0, (len(p) - rank) * p[index]))

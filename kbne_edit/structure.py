@@ -1,7 +1,7 @@
-"""Where an architecture that is in no table keeps its feed-forward neurons, read off the modules of transformers.
+"""Infers where an architecture outside the table has its feed-forward neurons, from the modules of transformers.
 
-The model is built without weights, by transformers' own class. Its decoder is the longest list of layers; in each of
-them the one linear projection to the hidden size that is not part of attention closes the feed-forward block.
+transformers builds the model without weights. Its decoder is the longest list of layers. In each layer, the one linear
+projection to the hidden size that is not part of attention is the down-projection.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .errors import FamilyError, short, shown
 if TYPE_CHECKING:
     from torch import nn
 
-# Classes whose projections to the hidden size close something else than a feed-forward block.
+# Classes whose projections to the hidden size are not down-projections.
 _MIXERS = re.compile(r"Attention|Attn|Mamba|Mixer|Conv(?!1D)|SSM|DeltaNet|Recurrent|RWKV|Retention|Router|Gate$|Norm")
 
 
@@ -24,8 +24,8 @@ _MOST, _MOST_WIDE = 4096, 1 << 24  # of layers, heads, experts; of sizes and voc
 
 
 class Structure(NamedTuple):
-    """layers: path of the layer list below the causal model; down: of the projection below a layer; conv1d: of GPT-2's
-    kind, [in, out].
+    """layers: path of the layer list below the causal model; down: path of the down-projection below a layer; conv1d:
+    it is GPT-2's Conv1D, [in, out].
     """
 
     layers: str
@@ -36,7 +36,7 @@ class Structure(NamedTuple):
 def structure_of(config: dict) -> Structure:
     """The structure of a causal model that transformers can build. config: what config.json holds.
 
-    Raises FamilyError, with the reason, where transformers cannot build it or the structure is another.
+    Raises FamilyError with the reason if transformers cannot build it, or it has another structure.
     """
     return _structure(json.dumps(config, sort_keys=True))
 
@@ -64,11 +64,11 @@ def _structure(config: str) -> Structure:
 
 
 def _built(config: dict) -> nn.Module:
-    """The model without weights. No code from a checkpoint: transformers' own classes alone."""
+    """The model without weights, from transformers' own classes: no code from a checkpoint."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for key, value in config.items():  # each layer, head and expert is built: a forged count would take for ever
+    for key, value in config.items():  # each layer, head and expert is built: a forged count would take forever
         most = _MOST if re.search(r"layer|block|head|expert|depth|group", key) else _MOST_WIDE
         if isinstance(value, int) and value > most:
             raise FamilyError(f"config.json says {shown(key)}: {shown(value)}, which no model has")
@@ -76,12 +76,12 @@ def _built(config: dict) -> nn.Module:
         settings = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
-    except Exception as error:  # a configuration from outside can make the library raise nearly anything
+    except Exception as error:  # a configuration from outside can make transformers raise nearly anything
         raise FamilyError(f"transformers cannot build it: {short(error)}") from None
 
 
 def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Lists of layers that hold attention (or another mixer) of their own: {path: list}."""
+    """Lists of layers that contain attention (or another mixer): {path: list}."""
     from torch import nn
 
     return {

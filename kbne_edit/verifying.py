@@ -1,4 +1,4 @@
-"""Verify: both proofs that a directory is its base with an edit, and that its card is what its manifest gives."""
+"""Verify: both proofs that a directory is its base with an edit, and a check of its card."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def verify(
 
     source: a directory, ORG/NAME[@REVISION], or "demo".
 
-    The edit is `edit`, or the manifest's, or else recovered from the weights themselves. Nothing is believed because
-    the output says so: all that it may hold is known by rule and compared with the base. Only what its own run measured
-    (effect, cost, figures of the second proof) is on record: it is compared with the card, and not measured again.
-    behaviour: False skips the second proof. Raises CheckpointError if a directory cannot be read, EditError if the
-    edit was made for another base; a failed proof is in the result.
+    The edit is `edit`, or the manifest's, or else recovered from the weights. The output is not trusted: rules say
+    which files it may hold, and their content is compared with the base. What its own run measured (effect, cost,
+    figures of the second proof) is on record: it is compared with the card, and not measured again. behaviour: False
+    skips the second proof. Raises CheckpointError if a directory cannot be read, EditError if the edit was made for
+    another base; a failed proof is in the result.
     """
 
     def card(plan: Plan, manifest: Manifest) -> tuple[str, ...]:

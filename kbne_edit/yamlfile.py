@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         counts = Counter(str(key.value) for key, _ in node.value)
         if twice := sorted(key for key, count in counts.items() if count > 1):
-            raise yaml.YAMLError(f"key {', '.join(twice)} stands twice in line {node.start_mark.line + 1}")
+            raise yaml.YAMLError(f"key {', '.join(twice)} appears twice in line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 

@@ -239,7 +239,7 @@ def _plain(path):
 
 
 def spoil_special(rng, folder, outside):
-    """A file of the directory gives way to something that is no regular file, or to a link that leads out."""
+    """A file of the directory gives way to something that is not a regular file, or to a link that leads out."""
     victim = rng.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
     content = victim.read_bytes()
     action = rng.randrange(9)

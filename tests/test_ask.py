@@ -96,7 +96,7 @@ def test_command(edited, tmp_path):
         (("--edit", "edit.json"), "--edit needs --in"),
         (("folder", "--in", "demo"), "give the edited directory"),
         (("folder",), "there is no prompt"),
-        (("folder", "--file", "/dev/zero"), "no regular file"),
+        (("folder", "--file", "/dev/zero"), "not a regular file"),
     ],
 )
 def test_wrong_arguments(arguments, message, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ REFUSED = {
     "a shard is missing": (lambda f: max(f.glob("*.safetensors")).unlink(), "is missing: download it again"),
     "a key twice": (
         lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("{", '{"vocab_size": 7,', 1)),
-        "a key stands twice, 'vocab_size': remove the one that is not meant",
+        "a key appears twice, 'vocab_size': remove one of them",
     ),
     "a pointer": (
         lambda f: (f / "tokenizer.json").write_text(
@@ -251,7 +251,7 @@ def test_a_clone_that_finds_the_disk_full_is_no_reason_to_write(number, base, tm
         (b"[" * 51 + b"]" * 51, "nested deeper than 50 levels"),
         (b'{"a": ' * 60 + b"1" + b"}" * 60, "nested deeper"),
         (b"[" * 100_000 + b"]" * 100_000, "not JSON that can be read"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "a key stands twice, 'c'"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "a key appears twice, 'c'"),
         (b" " * ((24 << 20) + 1), "more than 24 MB"),
         (b"[" + b"[]," * (1 << 20) + b"[]]", "more than 1,048,576 lists and objects"),
         (b"[" + b"1," * ((4 << 20) + 1) + b"1]", "more than 4,194,304 values"),

@@ -346,9 +346,9 @@ def _refused(result, message, tmp_path):
         (["--in", "empty"], "is empty"),
         (["--in", "org/name"], "cannot be reached"),
         (["--in", "base", "--out", "base"], "--out base is base, which is read and never changed"),
-        (["--in", "base", "--out", "base/sub"], "--out base/sub lies in base"),
+        (["--in", "base", "--out", "base/sub"], "--out base/sub is inside base"),
         (["--in", "base", "--out", "."], "--out . holds "),
-        (["--in", "base", "--work", "base/work"], "--work base/work/scores.safetensors lies in "),
+        (["--in", "base", "--work", "base/work"], "--work base/work/scores.safetensors is inside "),
         (
             ["--in", "base", "--edit", "full/edit.json", "--out", "full", "--overwrite"],
             "--out full holds full/edit.json",

@@ -37,7 +37,7 @@ REFUSED = [
     ("bake", ["--edit", "missing.json"], "cannot read missing.json"),
     ("bake", ["--edit", "e.json", "--recipe", "nothing.yaml"], "nothing.yaml"),
     *(
-        ("bake", ["--edit", "e.json", *given], f"{given[0]}: says how to find neurons")
+        ("bake", ["--edit", "e.json", *given], f"{given[0]}: says how to locate neurons")
         for given in (
             ["--tau", "0.1"],
             ["--beta", "0.2"],

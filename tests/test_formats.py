@@ -388,7 +388,7 @@ def test_the_demo_on_the_command_line(tmp_path):
     assert "read back, the adapter is the edit" in out
     run("bake", "--in", "demo", "--edit", "adapter", "--out", "baked")
     run("bake", "--in", "demo", "--edit", "edit.json", "--as", "delta", "--out", "delta")
-    assert "proof 1, the file is the edit: holds" in run("apply", "delta", "--in", "demo", "--out", "applied", "-v")
+    assert "proof 1, the files hold the edit: holds" in run("apply", "delta", "--in", "demo", "--out", "applied", "-v")
     weights = "model.safetensors"
     assert (tmp_path / "applied" / weights).read_bytes() == (tmp_path / "baked" / weights).read_bytes()
     model = AutoModelForCausalLM.from_pretrained(ROOT / "kbne_edit" / "demo").eval()

@@ -413,7 +413,7 @@ SPOILT = {
     ),
     "failed file proof": (
         1,
-        "the file is the edit",
+        "the files hold the edit",
         lambda out: _manifest(out, lambda m: m["proofs"].update(file_proof=False)),
     ),
     "damaged proof": (2, "damaged", lambda out: _manifest(out, lambda m: m.update(proofs=[3]))),

@@ -267,7 +267,7 @@ def test_constant_answers_and_failed_proofs_are_said(made):
     files = replace(made.proofs.files, faults=("config.json differs",))
     changed = replace(made, answers=answers, proofs=replace(made.proofs, files=files))
     states = {line.about: line.state for line in changed.verdicts}
-    assert states["the base's answers"] == "warning" and states["the file is the edit"] == "failed"
+    assert states["the base's answers"] == "warning" and states["the files hold the edit"] == "failed"
     page = changed.html()
     assert "no better than the same answer (yes)" in page and "config.json differs" in page
     assert "to the bit;" not in page
@@ -289,14 +289,14 @@ def test_a_changed_byte_gives_no_report(name, copy):
         contents.report(copy)
     left = contents.report(copy, hashes=False)  # nothing was looked at, and the page says so
     assert valid(left)["hashes"] == {"checked": False, "files": 0} and "No file was hashed" in left.html()
-    for about in ("the file is the edit", "the model behaves as the hooks"):
+    for about in ("the files hold the edit", "the model behaves as the hooks"):
         assert "not checked again for this page" in _lines(left)[about].text
 
 
 def test_all_files_are_hashed(made, debiased):
     assert made.hashes.files == len(list(debiased.iterdir())) - 1  # the manifest covers itself
     assert "are those that the run wrote" in made.html()
-    assert "the files are unchanged since" in _lines(made)["the file is the edit"].text
+    assert "the files are unchanged since" in _lines(made)["the files hold the edit"].text
 
 
 def test_an_unknown_file_is_a_fault(copy):

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ('{"weight_map": ["a.bin"]}', "has no weight_map"),
         ('{"weight_map": {"a": ["a.bin"]}}', "has no weight_map"),
         ('{"weight_map": {"a": "a.bin", "b": 3}}', "has no weight_map"),
-        ('{"weight_map": {}, "weight_map": {}}', "a key stands twice"),
+        ('{"weight_map": {}, "weight_map": {}}', "a key appears twice"),
         ("[" * 100_000, "is not JSON that can be read"),
         (b"\xff{}", "is not JSON that can be read"),
         (" " * (25 << 20), "more than 24 MB"),
@@ -93,7 +93,7 @@ def _clone(base, secret):
 def test_a_private_file_is_not_carried_over(link, base, secret, tmp_path):
     link(base, secret)
     for write in (fold, lambda *args: bake(str(args[0]), args[2], edit=args[1], behaviour=False)):
-        with pytest.raises(CheckpointError, match="a link to .*, which lies outside") as error:
+        with pytest.raises(CheckpointError, match="a link to .*, which is outside") as error:
             write(base, EDIT, tmp_path / "out")
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
@@ -102,7 +102,7 @@ def test_it_is_said_before_the_questions_are_asked(secret, tmp_path):
     with resolved("demo") as demo:
         shutil.copytree(demo.path, tmp_path / "base")
     (tmp_path / "base" / "LICENSE").symlink_to(secret)
-    with pytest.raises(CheckpointError, match="lies outside"):
+    with pytest.raises(CheckpointError, match="which is outside"):
         bake(str(tmp_path / "base"), tmp_path / "out")
     assert not (tmp_path / "out.work").exists()
     bake(str(tmp_path / "base"), tmp_path / "delta", edit=EDIT, form="delta")  # copies nothing
@@ -116,7 +116,7 @@ def test_nor_through_the_conversion_of_bin_weights(base, secret, tmp_path):
     bake(str(base), tmp_path / "first", edit=EDIT, behaviour=False)
     assert (tmp_path / "first" / "extra" / "notes.txt").is_file()
     _absolute(base, secret)
-    with pytest.raises(CheckpointError, match="lies outside"):
+    with pytest.raises(CheckpointError, match="which is outside"):
         bake(str(base), tmp_path / "out", edit=EDIT, behaviour=False)
 
 
@@ -189,7 +189,7 @@ def _false_blobs(snapshot, secret):
 def test_a_cache_is_no_way_out_either(link, base, secret, tmp_path):
     snapshot = _cache(base, tmp_path)
     link(snapshot, secret)
-    with pytest.raises(CheckpointError, match="lies outside"):
+    with pytest.raises(CheckpointError, match="which is outside"):
         fold(snapshot, EDIT, tmp_path / "out")
 
 

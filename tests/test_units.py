@@ -144,7 +144,7 @@ FAULTS = {
     "'Rote / Gelbe' must be two groups": {"facts": {"Rote / Gelbe": [["a", "b", "nn"]]}},
     "must be two letters": {"facts": {"Rote / Blaue": [["a", "b", "nx"]]}},
     "both attributes are the same": {"facts": {"Rote / Blaue": [["a", "a", "nn"]]}},
-    "this fact stands twice": {"facts": {"Rote / Blaue": [["a", "b", "nn"], ["a", "b", "nn"]]}},
+    "this fact appears twice": {"facts": {"Rote / Blaue": [["a", "b", "nn"], ["a", "b", "nn"]]}},
     "must list the attribute": {"facts": {"Rote / Blaue": [["a", "b"]]}},
     "120 are the most": {"facts": {"Rote / Blaue": [["a" * 121, "b", "nn"]]}},
     "there are 0": {"facts": {}},

@@ -348,11 +348,11 @@ def proof_lines(proofs: ProofsJSON) -> list[str]:
     """Both proofs, with their figures."""
     if proofs["file_proof"]:
         lines = [
-            f"proof 1, the file is the edit: holds ({proofs['edited']} of {proofs['tensors']} tensors are the rounded "
-            f"product, the others and {proofs['files']} files are as expected; edit {proofs['source']})"
+            f"proof 1, the files hold the edit: holds ({proofs['edited']} of {proofs['tensors']} tensors are the "
+            f"rounded product, the others and {proofs['files']} files are as expected; edit {proofs['source']})"
         ]
     else:
-        lines = ["proof 1, the file is the edit: FAILS"] + [f"  {fault}" for fault in proofs["faults"][:10]]
+        lines = ["proof 1, the files hold the edit: FAILS"] + [f"  {fault}" for fault in proofs["faults"][:10]]
         if len(proofs["faults"]) > 10:
             lines.append(f"  and {len(proofs['faults']) - 10} more")
     lines += [f"  note: {note}" for note in proofs.get("notes", [])[:10]]

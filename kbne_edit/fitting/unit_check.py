@@ -121,7 +121,7 @@ class UnitsReport:
     @property
     def faults(self) -> list[str]:
         """What must not be: duplicate sentences, a benchmark's sentence, a group that stands mostly on one side."""
-        faults = [f"sentence stands twice: {text}" for text in self.duplicates]
+        faults = [f"sentence appears twice: {text}" for text in self.duplicates]
         faults += [f"sentence of {o.benchmark}: {text}" for o in self.overlaps for text in o.verbatim]
         faults += [
             f"{g.language} {g.type}: {g.group} stand {g.as_a} times as A and {g.as_b} times as B"

@@ -262,7 +262,7 @@ def _facts(data: dict, kind: str, wording: Wording, groups: dict, reader: Reader
                 continue
             stands = {(fact.a, fact.x), (fact.b, fact.y)}
             if seen >= stands:
-                reader.faults.append(f"{where}: this fact stands twice")
+                reader.faults.append(f"{where}: this fact appears twice")
             seen |= stands
             facts.append(fact)
     if not 1 <= len(facts) <= MOST_FACTS:

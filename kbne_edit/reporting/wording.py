@@ -125,7 +125,7 @@ def _held(report: Report) -> str:
 
 
 def _file(report: Report) -> Finding:
-    about, proofs = "the file is the edit", report.proofs
+    about, proofs = "the files hold the edit", report.proofs
     if proofs is None:
         text = "The manifest holds no proof that the files are the base with this edit and nothing else."
         return Finding(about, "open", text)
