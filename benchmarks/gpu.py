@@ -27,9 +27,9 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, logging  # noqa: E402
 
 from kbne_edit.attribution.gradients import Resident, attributions  # noqa: E402
-from kbne_edit.attribution.streamed import Streamed  # noqa: E402
 from kbne_edit.disk.checkpoint import Checkpoint  # noqa: E402
 from kbne_edit.models.loading import load_model  # noqa: E402
+from kbne_edit.models.streamed import Streamed  # noqa: E402
 
 SHAPE = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000)
 TINY = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, vocab_size=320)

@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import save_file
 
 from kbne_edit.attribution.gradients import attributions
-from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.files import parse_size
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.models.prompts import answer_tokens, encode
+from kbne_edit.models.streamed import Streamed
 from kbne_edit.recipe import load_recipe
 
 LLAMA_2_7B = dict(

@@ -272,9 +272,9 @@ def _supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
     import torch
 
     from .attribution.gradients import Resident
-    from .attribution.streamed import Streamed
     from .models.devices import SPREAD, chosen_device, device_memory
     from .models.loading import load_model
+    from .models.streamed import Streamed
 
     dtype = getattr(torch, settings.dtype)
     budget = parse_size(settings.memory) if settings.memory else memory.SHARE * memory.available() / LOCAL_SIZE

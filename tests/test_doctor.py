@@ -13,10 +13,10 @@ import transformers
 from printed import parsed
 
 from kbne_edit import locating
-from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError, InputError
 from kbne_edit.models import doctor, memory
+from kbne_edit.models.streamed import Streamed
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Dyna
 
 from kbne_edit import Edit, attribute, fold, hooked, revert, verify
 from kbne_edit.attribution.gradients import attributions
-from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError
 from kbne_edit.families import end
 from kbne_edit.models.experts import transposed
 from kbne_edit.models.loading import load_model
 from kbne_edit.models.places import places
+from kbne_edit.models.streamed import Streamed
 from tiny import MIXTURES, MULTIMODAL_MIXTURES, auto_class, tiny_model
 
 ALL = [*MIXTURES, *MULTIMODAL_MIXTURES]

@@ -17,6 +17,7 @@ from kbne_edit.disk.slots import slots
 from kbne_edit.errors import FamilyError
 from kbne_edit.families import family_of
 from kbne_edit.folding.plan import Plan
+from kbne_edit.models import memory
 from kbne_edit.models.places import num_neurons, places
 from kbne_edit.proofs import behaviour
 from kbne_edit.proofs.passes import last_rounding
@@ -103,7 +104,7 @@ def test_the_rounding_of_a_logit_is_a_uniform_error_of_one_step(dtype, bits):
 def test_site_by_site_where_the_model_does_not_fit(name, site, factor, tmp_path, monkeypatch):
     if site == "gate" and name == "gpt2":
         pytest.skip("plain feed-forward: no gate")
-    monkeypatch.setattr(behaviour, "available", lambda: 1.0)
+    monkeypatch.setattr(memory, "available", lambda: 1.0)
     tiny_model(name, torch.bfloat16).save_pretrained(tmp_path / "base")
     fold(tmp_path / "base", _edit(factor, site), tmp_path / "baked")
     base, baked = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "baked")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError
 from kbne_edit.models.loading import load_model
+from kbne_edit.models.streamed import Streamed
 from tiny import tiny_model
 
 

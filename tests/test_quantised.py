@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import quantised
 from kbne_edit import Settings, apply, bake, fold, load_scores, locate, revert, verify
-from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.edit import Edit
 from kbne_edit.errors import EditError, FamilyError, InputError
 from kbne_edit.folding.plan import Plan
 from kbne_edit.hub.source import DEMO
 from kbne_edit.models.loading import load_model
+from kbne_edit.models.streamed import Streamed
 from kbne_edit.proofs.behaviour import behaviour_proof
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9, 66, 2, 30]])

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from kbne_edit.attribution.gradients import attributions, packs
-from kbne_edit.attribution.streamed import Streamed
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import InputError
 from kbne_edit.models import devices
+from kbne_edit.models.streamed import Streamed
 from tiny import FAMILIES, MIXTURES, MULTIMODAL, MULTIMODAL_MIXTURES, tiny_model
 
 PROMPTS = [[5, 17, 40, 8, 22, 31], [5, 17, 40, 9], [5, 17, 40, 8, 60, 3, 7]]

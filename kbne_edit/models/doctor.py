@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..disk.checkpoint import Checkpoint
-from ..families import family_of, hidden_size
+from ..families import hidden_size
 from . import memory
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class Treatment:
     """How `bake` would treat a model. Sizes in bytes.
 
     memory: what attribution takes "in memory" and "layer by layer", and the "budget". attribution: which of the two, or
-    "too large". second_proof: "whole model" or "site by site". fits_here: whether the free disk holds the output.
+    "too large". second_proof: "whole model", "layer by layer" or "site by site". fits_here: whether the free disk holds
+    the output.
     """
 
     architecture: str
@@ -160,23 +161,18 @@ def _fitting(usable: float, part: float, rows: float) -> float:
 
 def _model(checkpoint: Checkpoint, free: float) -> Treatment:
     """What `bake` would do with a checkpoint, and what that takes."""
-    prefix = "blk" if checkpoint.gguf else family_of(checkpoint.config).layers.rsplit(".", 1)[-1]
-    sizes = []
-    for layer, (slot, *_) in checkpoint.slots("down").items():
-        begin = slot.tensor.partition(f"{prefix}.{layer}.")[0] + f"{prefix}.{layer}."
-        sizes.append(sum(math.prod(shape) for name, shape in checkpoint.plain_shapes.items() if name.startswith(begin)))
-    outside = memory.in_memory(checkpoint, 1) - sum(sizes)
+    outside, layer = memory.parts(checkpoint)
     whole = memory.needed(checkpoint)
-    streamed = memory.streamed(4 * outside, 4 * max(sizes), memory.ROWS, hidden_size(checkpoint.config))
+    streamed = memory.streamed(4 * outside, 4 * layer, memory.ROWS, hidden_size(checkpoint.config))
     budget = memory.SHARE * free
     mode = "in memory" if whole <= budget else "layer by layer" if streamed <= budget else "too large"
-    size = sum(shard.size for shard in checkpoint.shards)
+    size, way = sum(shard.size for shard in checkpoint.shards), memory.way(checkpoint, free)
     return Treatment(
         checkpoint.config["model_type"],
         memory.in_memory(checkpoint, 1),
         size,
         {"in memory": whole, "layer by layer": streamed, "budget": budget},
         mode,
-        "whole model" if memory.forward(checkpoint) <= budget else "site by site",
+        "site by site" if way == "too large" else way,
         size < shutil.disk_usage(Path.cwd()).free,
     )

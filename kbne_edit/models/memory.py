@@ -6,10 +6,11 @@ import math
 import os
 import resource
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from ..disk.checkpoint import Checkpoint
 from ..disk.dtypes import DTYPES
-from ..families import family_of, hidden_size, num_layers
+from ..families import family_of, hidden_size, num_layers, owners
 
 OVERHEAD = 0.7e9  # the interpreter, torch, activations, and what the allocator holds
 SHARE = 0.7  # of the free memory that a model may take: activations, the allocator and others need some, too
@@ -69,6 +70,44 @@ def forward(checkpoint: Checkpoint) -> float:
     if narrow(checkpoint) is None or family_of(checkpoint.config).recurrent:
         return in_memory(checkpoint)
     return in_memory(checkpoint, 2) + 2 * in_memory(checkpoint, 2) / max(num_layers(checkpoint.config), 1)
+
+
+class Parts(NamedTuple):
+    """Parameters of a model. outside: in no layer; layer: of the largest one."""
+
+    outside: int
+    layer: int
+
+
+def parts(checkpoint: Checkpoint) -> Parts:
+    stem = "blk" if checkpoint.gguf else family_of(checkpoint.config).layers.rsplit(".", 1)[-1]
+    sizes = []
+    for layer, (slot, *_) in checkpoint.slots("down").items():
+        begin = slot.tensor.partition(f"{stem}.{layer}.")[0] + f"{stem}.{layer}."
+        sizes.append(sum(math.prod(shape) for name, shape in checkpoint.plain_shapes.items() if name.startswith(begin)))
+    return Parts(in_memory(checkpoint, 1) - sum(sizes), max(sizes))
+
+
+def can_stream(checkpoint: Checkpoint) -> bool:
+    """True if the layers can be read one by one: not of GGUF, nor where layers share a block."""
+    return checkpoint.gguf is None and not owners(checkpoint.config)
+
+
+def forward_by_layer(checkpoint: Checkpoint) -> float:
+    """What forward passes in float32 take where the layers are read one by one."""
+    outside, layer = parts(checkpoint)
+    return 4 * (outside + LAYERS_HELD * layer)
+
+
+Way = Literal["whole model", "layer by layer", "too large"]
+
+
+def way(checkpoint: Checkpoint, free: float | None = None) -> Way:
+    """How forward passes run in so many free bytes; None: those of this machine."""
+    room = SHARE * (available() if free is None else free)
+    if forward(checkpoint) <= room:
+        return "whole model"
+    return "layer by layer" if can_stream(checkpoint) and forward_by_layer(checkpoint) <= room else "too large"
 
 
 def activations(rows: float, size: float, itemsize: int = 4) -> float:

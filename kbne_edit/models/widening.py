@@ -66,6 +66,12 @@ def float32_model(checkpoint: Checkpoint) -> Iterator[Any]:
         yield model
 
 
+def narrow_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round a model's weights in place, as a load in `dtype` does; its buffers stay."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 @contextmanager
 def widened(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context a model of 16 bits computes in float32."""

@@ -23,10 +23,10 @@ from ..disk.dtypes import DTYPES
 from ..errors import CheckpointError
 from ..folding.exact import moved
 from ..folding.plan import Plan
+from ..models import memory
 from ..models.dequantised import own_dtype
 from ..models.libraries import library, load_by_library
 from ..models.loading import foreign, load_model
-from ..models.memory import SHARE, available, forward
 from .outcome import BehaviourProof
 from .passes import (
     NOISE_FACTOR,
@@ -49,21 +49,24 @@ _FEWEST_DRAWS, _DIFFERENCES = 3, 100_000
 
 
 def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]:
-    """The second proof of a plan, in float32 and in the dtype of the weights; site by site if the model is too large.
+    """The second proof of a plan, in float32 and in the dtype of the weights.
 
-    Raises CheckpointError if a directory cannot be loaded.
+    A model that does not fit in memory is read layer by layer: the same passes, so the same figures. If not even that
+    fits, each edited site is compared by itself. Raises CheckpointError if a directory cannot be loaded.
     """
-    if forward(plan.checkpoint) > SHARE * available():
+    way = memory.way(plan.checkpoint)
+    if way == "too large":
         return (rows_by_rows(plan, baked) if plan.checkpoint.quantised else site_by_site(plan, baked),)
     import torch
 
     if plan.checkpoint.quantised:
         stored = getattr(torch, own_dtype(plan.checkpoint))
-        dtypes = dict.fromkeys((torch.float32, stored))
-        return tuple(proof for dtype in dtypes for proof in _whole_quantised(plan, baked, dtype))
+        if way == "layer by layer":
+            return _layer_by_layer(plan, baked, stored, "read by kbne-edit")
+        return _whole_quantised(plan, baked, stored)
     first = next(iter(plan.targets))
     stored = getattr(torch, DTYPES[plan.checkpoint.tensors[first][1].dtype].torch or "float32")
-    return _whole_model(plan, baked, stored)
+    return _layer_by_layer(plan, baked, stored) if way == "layer by layer" else _whole_model(plan, baked, stored)
 
 
 class Load(Protocol):
@@ -74,6 +77,22 @@ class Load(Protocol):
 
 def _load_plainly(checkpoint: Checkpoint, dtype: torch.dtype, native: bool) -> Any:
     return load_model(checkpoint.path, dtype)
+
+
+def _load_on_demand(checkpoint: Checkpoint, dtype: torch.dtype, native: bool) -> Any:
+    from ..models.on_demand import on_demand
+
+    return on_demand(checkpoint, dtype)
+
+
+def _layer_by_layer(plan: Plan, baked: Checkpoint, stored: torch.dtype, reader: str = "") -> tuple[BehaviourProof, ...]:
+    """The passes of the whole model, with layers that are read when they run. reader: of a quantised format."""
+    import torch
+
+    how = ", ".join(filter(None, ("whole model", reader, "layer by layer")))
+    compare = _Comparison(how, plan, baked, stored, _load_on_demand)
+    dtypes = dict.fromkeys((torch.float32, stored))
+    return tuple(proof for dtype in dtypes for proof in compare.proofs(dtype, (dtype,)))
 
 
 def _whole_model(plan: Plan, baked: Checkpoint, stored: torch.dtype) -> tuple[BehaviourProof, ...]:
@@ -89,24 +108,31 @@ def _whole_model(plan: Plan, baked: Checkpoint, stored: torch.dtype) -> tuple[Be
     return tuple(proof for dtype in dtypes for proof in compare.proofs(dtype, (dtype,)))
 
 
-def _whole_quantised(plan: Plan, baked: Checkpoint, dtype: torch.dtype) -> tuple[BehaviourProof, ...]:
-    """Loaded by the format's own library if it is installed, else by kbne-edit's reader.
+def _whole_quantised(plan: Plan, baked: Checkpoint, stored: torch.dtype) -> tuple[BehaviourProof, ...]:
+    """In float32 and in the dtype `stored`, by the format's own library if it is installed, else by kbne-edit's reader.
 
+    kbne-edit's reader and the gguf package give float32, which is then rounded: one load serves both dtypes.
     Activations are quantised only if everything is exact: one activation code that flips moves the logits beyond any
     bound.
     """
-    reader = library(plan.checkpoint)
+    import torch
 
-    def proofs(reader: str, load: Load) -> tuple[BehaviourProof, ...]:
-        return _Comparison(f"whole model, read by {reader}", plan, baked, dtype, load).proofs(dtype, (dtype,))
+    reader, dtypes = library(plan.checkpoint), tuple(dict.fromkeys((torch.float32, stored)))
+
+    def proofs(reader: str, load: Load, loaded: torch.dtype, dtypes: tuple) -> tuple[BehaviourProof, ...]:
+        how = f"whole model, read by {reader}"
+        return _Comparison(how, plan, baked, stored, load).proofs(loaded, dtypes)
 
     if reader is None or reader == "gguf":
-        return proofs(reader or "kbne-edit", _load_plainly)
-    try:
-        with foreign(plan.checkpoint.path):
-            return proofs(reader, load_by_library)
-    except CheckpointError:  # not every library computes in every dtype on a CPU
-        return proofs("kbne-edit", _load_plainly)
+        return proofs(reader or "kbne-edit", _load_plainly, torch.float32, dtypes)
+    found: list[BehaviourProof] = []
+    for dtype in dtypes:
+        try:
+            with foreign(plan.checkpoint.path):
+                found += proofs(reader, load_by_library, dtype, (dtype,))
+        except CheckpointError:  # not every library computes in every dtype on a CPU
+            found += proofs("kbne-edit", _load_plainly, dtype, (dtype,))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -135,7 +161,7 @@ class _Comparison:
         from ..models.widening import can_widen
 
         model = self.load(self.plan.checkpoint, loaded, self.plan.exact)
-        if len(dtypes) > 1 and not can_widen(model):
+        if len(dtypes) > 1 and loaded != torch.float32 and not can_widen(model):
             return None
         with hooked(model, self.plan.edit):
             continued = Texts.continued(model, proof_texts(self.plan.checkpoint))
@@ -216,9 +242,15 @@ class _Reference:
 
 @contextmanager
 def _computing_in(dtype: torch.dtype, model: Any, loaded: torch.dtype) -> Iterator[None]:
-    from ..models.widening import widened
+    """float32 is computed first: a model loaded in it is rounded for good."""
+    import torch
+
+    from ..models.widening import narrow_, widened
 
     if dtype == loaded:
+        yield
+    elif loaded == torch.float32:
+        narrow_(model, dtype)
         yield
     else:
         with widened(model):

@@ -70,10 +70,10 @@ class BehaviourJSON(BehaviourFigures):
 class BehaviourProof:
     """The second proof in one dtype: the model behaves as the base with run-time hooks.
 
-    how: "whole model" or "site by site". difference: the largest of the logits, noise: the largest from rounding alone,
-    both relative to the logits' standard deviation. kl: nats per position; top1: share of positions with the same top
-    token; greedy: share of texts continued alike; rerouted: share of positions left out because rounding changed a
-    router's choice. None where not measured.
+    how: "whole model", then the reader and "layer by layer" if they apply; or "site by site". difference: the largest
+    of the logits, noise: the largest from rounding alone, both relative to the logits' standard deviation. kl: nats per
+    position; top1: share of positions with the same top token; greedy: share of texts continued alike; rerouted: share
+    of positions left out because rounding changed a router's choice. None where not measured.
     """
 
     dtype: str

@@ -29,18 +29,18 @@ from ..disk.checkpoint import Checkpoint
 from ..disk.dtypes import DTYPES
 from ..errors import CheckpointError, InputError
 from ..families import family_of, hidden_size
-from ..models.dequantised import plain_config
-from ..models.loading import foreign, load_config, model_class, quiet
-from ..models.memory import in_memory, streamed
-from ..models.places import decoder_layers, num_neurons
 from ..progress import progress, say
+from .dequantised import plain_config
+from .loading import foreign, load_config, model_class, quiet
+from .memory import in_memory, streamed
+from .places import decoder_layers, num_neurons
 
 
 class Streamed:
     """Supplies a checkpoint's layers one by one (`gradients.Layers`). memory: budget in bytes.
 
     device: where the layers compute. A layer is assembled in the machine's memory (pinned for devices that copy from
-    there asynchronously), and copied to the device while the layer before it computes.
+    there asynchronously), and copied to the device while the layer before it computes. dtype: of the weights.
     bytes_read: bytes of weights read so far. Raises CheckpointError if a tensor is missing, InputError if not even one
     question fits the budget.
     """
@@ -48,13 +48,13 @@ class Streamed:
     graphs: float = 0  # the weights are released before the backward pass
     max_rows = float("inf")  # bounded by the budget already
 
-    def __init__(self, checkpoint: Checkpoint, memory: float, device: str = "cpu"):
-        self._device = torch.device(device)
+    def __init__(self, checkpoint: Checkpoint, memory: float, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        self._device, self._dtype = torch.device(device), dtype
         self._checkpoint, self._memory, self.bytes_read = checkpoint, memory, 0
-        self.model = _skeleton(checkpoint)
+        self.model = _skeleton(checkpoint, dtype)
         self._layers, self._path = decoder_layers(self.model), family_of(self.model.config.to_dict()).layers + "."
         self._names = self._whose_tensors()
-        self._load(None)
+        self.load(None)
         for module in self.model.modules():  # in layers only the buffers: their parameters are not loaded yet
             _to_device(module, self._device)
         self.model.tie_weights()
@@ -75,11 +75,15 @@ class Streamed:
                 result.setdefault(layer, []).append(name)
         return result
 
-    def _load(self, layer: int | None) -> None:
+    def load(self, layer: int | None) -> None:
         """Read a layer's tensors (None: everything outside the layers) and let transformers assign them."""
         names = self._names.get(layer, [])
         mapping: Any = get_model_conversion_mapping(self.model)
-        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
+        config = LoadStateDictConfig(
+            dtype=self._dtype,
+            dtype_plan=self.model._get_dtype_plan(self._dtype),
+            weight_mapping=mapping,
+        )
         with quiet():  # outside the layers no tensor is assembled from several, so one at a time is enough
             for part in [names] if layer is not None else [[name] for name in names]:
                 convert_and_load_state_dict_in_model(self.model, {name: self._read(name) for name in part}, config)
@@ -117,14 +121,18 @@ class Streamed:
 
     def _supply(self, order: Sequence[int], direction: str) -> Iterator[tuple[int, nn.Module]]:
         with ThreadPoolExecutor(1) as pool, progress(f"layers, {direction} pass", len(order), "layer") as update:
-            pending = pool.submit(self._load, order[0])
+            pending = pool.submit(self.load, order[0])
             for index, following in zip(order, [*order[1:], None], strict=True):
                 pending.result()
                 if following is not None:
-                    pending = pool.submit(self._load, following)
+                    pending = pool.submit(self.load, following)
                 yield index, self._layers[index]
-                _empty(self._layers[index])
+                self.unload(index)
                 update(1)
+
+    def unload(self, layer: int) -> None:
+        """Let go of a layer's weights."""
+        _empty(self._layers[layer])
 
     def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int], bare: int) -> int:
         """How many of the packs fit the budget together. Arguments as of `Layers`."""
@@ -160,10 +168,10 @@ class _Unallocated(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _skeleton(checkpoint: Checkpoint) -> Any:
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with foreign(checkpoint.path), _Unallocated():
         config = plain_config(load_config(checkpoint.path))
-        model = model_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
+        model = model_class(config).from_config(config, dtype=dtype, experts_implementation="eager")
         _empty(model)  # norms begin as ones, which would hide a missing weight
     return model.eval().requires_grad_(False)
 
