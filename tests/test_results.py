@@ -62,6 +62,22 @@ def test_a_run_writes_options_that_give_the_same_run(baked, tmp_path):
         assert (again / name).read_bytes() == (baked / name).read_bytes()
 
 
+def test_what_a_command_takes_otherwise_is_kept_as_typed(tmp_path):
+    """no-behaviour, force and answers, which reach the command as settings."""
+    from kbne_edit.commands.config import used
+
+    whole = click.Context(cli, info_name="kbne-edit", auto_envvar_prefix=PREFIX, help_option_names=["-h", "--help"])
+    typed = ["--in", "demo", "--out", "x", "--no-behaviour", "--force", "--answers", '{"yes": ["Yes"]}', "--tau", "0.2"]
+    with cli.get_command(whole, "bake").make_context("bake", typed, parent=whole) as context:
+        assert context.params["behaviour"] is False and context.params["answers"] == {"yes": ["Yes"]}
+        kept = yaml.safe_load(used())
+    assert kept["no-behaviour"] is True and kept["force"] is True and kept["answers"] == '{"yes": ["Yes"]}'
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(kept))
+    typed = ["--config", str(tmp_path / "run.yaml")]
+    with cli.get_command(whole, "bake").make_context("bake", typed, parent=whole) as context:
+        assert yaml.safe_load(used()) == kept and context.params["behaviour"] is False
+
+
 def test_lists_and_arguments_come_back(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("scores: [a.safetensors, 'b,c.safetensors']\nfactors: [1.5, 2]\nin: demo\nout: tuned\n")

@@ -4,6 +4,7 @@ the file, then the defaults.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ def _read(context: click.Context, option: click.Parameter, path: Path | None) ->
     context.default_map = {str(params[key].name): _value(params[key], value) for key, value in data.items()}
 
 
+def converted(convert: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A callback of an option whose command takes another value than what is typed, which `used` writes."""
+
+    def callback(context: click.Context, param: click.Parameter, value: Any) -> Any:
+        context.meta[_TYPED + str(param.name)] = value
+        return convert(value)
+
+    return callback
+
+
+_TYPED = f"{__name__}."  # key in a context's meta, followed by the option's name
+
+
 def _long(param: click.Parameter) -> str:
     """The name of an option as it is typed, without its dashes; of an argument, its own."""
     return max(param.opts, key=len).lstrip("-")
@@ -66,7 +80,7 @@ def used() -> str:
     given = {}
     for param in context.command.params:
         name = str(param.name)
-        value = context.params.get(name)
+        value = context.meta.get(_TYPED + name, context.params.get(name))
         if value not in (None, ()) and context.get_parameter_source(name) not in _DEFAULTS:
             given[_long(param)] = _plain(value)
     name = context.command.name

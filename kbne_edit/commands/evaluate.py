@@ -98,7 +98,7 @@ def command(
         write_json(out, record)
         keep_run(out.with_suffix(".run.yaml"))
         if result.edit:
-            write_json(out.with_suffix(".results.json"), Results.of_evaluation(result, values["recipe"]).to_dict())
+            write_json(out.with_suffix(".results.json"), Results.of_evaluation(result, measurement.recipe).to_dict())
         lines.append(f"written: {out}")
     options.show(record, as_json, lines)
     if result.verdict:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from ..progress import paused
+from .config import converted
 from .options import without
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ FORCE = click.option(
     "--force",
     "doubtful",
     is_flag=True,
-    callback=lambda _, __, force: doubts(force),
+    callback=converted(doubts),
     help="Do not stop to ask, on a terminal, where a model answers the same to everything.",
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import click
 from ..errors import one_line
 from ..families import SITES
 from ..rule import COMBINE, RULES
+from .config import converted
 
 if TYPE_CHECKING:
     from ..attribution.answers import AttributionSummary
@@ -38,7 +40,7 @@ SHARD_SIZE = click.option(
 
 def without(option: str, name: str, help: str) -> Callable[[Command], Command]:
     """A flag that leaves something out: `name` is False with it, True without."""
-    return click.option(option, name, is_flag=True, callback=lambda _, __, given: not given, help=help)
+    return click.option(option, name, is_flag=True, callback=converted(operator.not_), help=help)
 
 
 NO_BEHAVIOUR = without("--no-behaviour", "behaviour", "Skip the second proof, which loads the model.")
@@ -72,7 +74,7 @@ def _names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str
     return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
-def _answers(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, list[str]] | None:
+def _answers(text: str | None) -> dict[str, list[str]] | None:
     """{answer: [surface, …]} from JSON."""
     if text is None:
         return None
@@ -136,7 +138,7 @@ locating = _together(
     click.option(
         "--answers",
         metavar="JSON",
-        callback=_answers,
+        callback=converted(_answers),
         help='Tokens that count as each answer, e.g. {"yes": ["Yes"], "no": ["No"]}.',
     ),
     DEVICE,
