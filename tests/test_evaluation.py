@@ -470,6 +470,31 @@ def test_the_flattening_has_the_edit_s_kl(demo):
     assert neutral.temperature(logits, 0.0) is None
 
 
+class _Counted:
+    """Logits that count how often they are gone through."""
+
+    def __init__(self, logits):
+        self.logits, self.passes = logits, 0
+
+    def blocks(self):
+        self.passes += 1
+        return iter(self.logits.split(7))
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(0.5, 1.02), (3.0, 1.001), (3.0, 1.02), (3.0, 1.6), (6.0, 4.0)])
+def test_a_small_flattening_is_known_from_moments(scale, expected):
+    """The KL by definition in float64. A strong flattening is measured: there the power series says too little."""
+    base = _Counted(scale * torch.randn(40, 300, generator=torch.Generator().manual_seed(1)) + 5)
+    p, q = (base.logits.double().div(t).log_softmax(-1) for t in (1, expected))
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    assert neutral.temperature(base, kl) == pytest.approx(expected, rel=2e-4)
+    assert (base.passes == 1) == (expected <= 1.02)
+    moments = neutral.compare([[0] * 41], base, base, moments=True).moments
+    base.passes = 0
+    assert neutral.temperature(base, kl, moments) == pytest.approx(expected, rel=2e-4)
+    assert (base.passes == 0) == (expected <= 1.02)
+
+
 def test_divergences_near_and_far():
     """In float64 by definition: of a small edit, of a large one, and where an exponential overflows float32."""
     rng = torch.Generator().manual_seed(0)

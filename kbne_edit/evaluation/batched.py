@@ -284,7 +284,7 @@ def _states(model: nn.Module, edits: Sequence[Edit | None], input_ids: Tensor, *
     touched = [layer for edit in edits if edit for layer in edit.factors]
     with ExitStack() as stack:
         stack.enter_context(_repeated(layers[min(touched, default=len(layers) - 1) :], len(edits)))
-        stack.enter_context(_scaled(model, edits, input_ids.shape[1]))
+        stack.enter_context(_scaled(model, edits, lambda: input_ids.shape[1]))
         stack.enter_context(_left_after(layers[-1]))
         try:
             model(input_ids=input_ids, use_cache=False, **kwargs)
@@ -300,7 +300,7 @@ def _states_at_head(model: nn.Module, edits: Sequence[Edit | None], input_ids: T
     on every edit.
     """
     ids = input_ids.expand(len(edits), -1)
-    with _scaled(model, edits, input_ids.shape[1]):
+    with _scaled(model, edits, lambda: input_ids.shape[1]):
         return at_head(model, lambda: model(input_ids=ids, use_cache=False))
 
 
@@ -341,8 +341,29 @@ def _left_after(layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _scaled(model: nn.Module, edits: Sequence[Edit | None], tokens: int) -> Iterator[None]:
-    """Every batch entry has the factors of its own edit."""
+def in_one_batch(model: nn.Module, edits: Sequence[Edit | None]) -> Iterator[None]:
+    """Within the context a batch holds as many rows for each edit, one edit after the other.
+
+    Raises EditError if an edit does not fit the model.
+    """
+    size = 0
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal size
+        hidden = args[0] if args else kwargs["hidden_states"]
+        size = hidden.shape[0] * hidden.shape[1] // len(edits)
+
+    handle = decoder_layers(model)[0].register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with _scaled(model, edits, lambda: size):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _scaled(model: nn.Module, edits: Sequence[Edit | None], tokens: Callable[[], int]) -> Iterator[None]:
+    """Every edit has its own part of the batch. tokens: of one edit in the pass that runs."""
     edit: Edit | None
     with ExitStack() as stack:
         for site in dict.fromkeys(edit.site for edit in edits if edit):
@@ -360,13 +381,13 @@ def _scaled(model: nn.Module, edits: Sequence[Edit | None], tokens: int) -> Iter
         yield
 
 
-def _tap(factors: Tensor, tokens: int) -> Tap:
+def _tap(factors: Tensor, tokens: Callable[[], int]) -> Tap:
     """factors: [E, F]. The product is taken in float32 and rounded once, as in `models.hooks`."""
 
     def tap(h: Tensor, which: Tensor | None, offset: int) -> Tensor:
         own = factors[:, offset : offset + h.shape[-1]].to(h.device)
         if which is not None:  # of an expert: which of the E * N tokens these are
-            return (h * own[which.to(own.device) // tokens]).to(h.dtype)
+            return (h * own[which.to(own.device) // tokens()]).to(h.dtype)
         by_edit = h.reshape(len(own), -1, h.shape[-1])
         return (by_edit * own[:, None]).to(h.dtype).view_as(h)
 

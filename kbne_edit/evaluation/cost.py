@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..statistics import Interval, IntervalJSON, interval, mcnemar, wilson
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .neutral import Logits, NeutralText
+    from .neutral import Comparison, Logits, NeutralText
 
 # What an edit may cost. Of the edits that the project measured, one with a KL of 0.30 had changed every greedy
 # continuation, and one of 0.14 had raised the perplexity by 8 %; those of 0.03 hardly showed.
@@ -224,17 +225,18 @@ class NeutralRun:
         before, after = zip(*(found[i] for i in range(len(rows))), strict=True)
         return cls(model, text, torch.cat(before), torch.cat(after))
 
-    def columns(self) -> np.ndarray:
-        """[texts, 4]: the base's loss, the edit's loss, KL, tokens."""
-        from .neutral import both_columns
+    @cached_property
+    def compared(self) -> Comparison:
+        """Losses and KL of both, and the moments of the base's logits, in one sweep."""
+        from .neutral import compare
 
-        return both_columns(self.text.rows, self._logits(self.after), self._logits(self.before))
+        return compare(self.text.rows, self._logits(self.after), self._logits(self.before), moments=True)
 
     def temperature(self, kl: float) -> float | None:
         """At which the base, so flattened, has this KL from itself."""
         from .neutral import temperature
 
-        return temperature(self._logits(self.before), kl)
+        return temperature(self._logits(self.before), kl, self.compared.moments)
 
     def _logits(self, states: Tensor) -> Logits:
         from .neutral import Logits
@@ -244,7 +246,7 @@ class NeutralRun:
 
 def measure_cost(run: NeutralRun, tokenizer: Any, recipe: Recipe, edit: Edit) -> Cost:
     """The edit's cost. run: base and edit on the neutral text."""
-    columns = run.columns()
+    columns = run.compared.columns
     answered = _answered(run.model, tokenizer, recipe, edit)
     return Cost(
         origin=run.text.origin,
@@ -296,8 +298,6 @@ def continuations(
     model: nn.Module, tokenizer: Any, recipe: Recipe, text: NeutralText, edit: Edit
 ) -> list[Continuation]:
     """Greedy continuations of the beginnings of some neutral texts and probes, by base and edit."""
-    from ..models.hooks import hooked
-
     places: Sequence[int] | np.ndarray = (
         np.unique(np.linspace(0, len(recipe.twins) - 1, _PROMPTS).astype(int)) if recipe.twins else []
     )
@@ -305,9 +305,7 @@ def continuations(
     prompts += [("probe", recipe.twins[i].first.first) for i in places]
     cut = [(about, _beginning(whole)) for about, whole in prompts]
     written = [prompt for _, prompt in cut]
-    before = _continued(model, tokenizer, written)
-    with hooked(model, edit):
-        after = _continued(model, tokenizer, written)
+    before, after = _continued(model, tokenizer, written, [None, edit])
     return [Continuation(*about, b, a) for about, b, a in zip(cut, before, after, strict=True)]
 
 
@@ -317,9 +315,11 @@ def _beginning(text: str) -> str:
     return " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else text[: (len(text) + 1) // 2]
 
 
-def _continued(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """Greedy, all prompts in one batch, padded on the left."""
+def _continued(model: Any, tokenizer: Any, prompts: Sequence[str], edits: Sequence[Edit | None]) -> list[list[str]]:
+    """Greedy, under each edit. All prompts and edits in one batch, padded on the left: a step reads all weights."""
     import torch
+
+    from .batched import in_one_batch
 
     device = model.get_input_embeddings().weight.device
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
@@ -330,14 +330,15 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     new = int(min(_WORDS, longest - width))
     if new <= 0:
-        return [""] * len(rows)
-    with torch.inference_mode():
+        return [[""] * len(rows) for _ in edits]
+    with torch.inference_mode(), in_one_batch(model, edits):
         found = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.repeat(len(edits), 1),
+            attention_mask=mask.repeat(len(edits), 1),
             max_new_tokens=new,
             do_sample=False,
             pad_token_id=pad,
             eos_token_id=end,
         )
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in found[:, width:].tolist()]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in found[:, width:].tolist()]
+    return [texts[i : i + len(rows)] for i in range(0, len(texts), len(rows))]

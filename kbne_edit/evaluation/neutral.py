@@ -9,8 +9,9 @@ edit's KL (1e-5) is the difference of terms near 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,10 @@ PERPLEXITY = Figure("perplexity", lambda m: np.exp(m[..., 0] / m[..., 2]), None)
 KL = Figure("KL from the base", lambda m: m[..., 1] / m[..., 2], None)
 
 _HOTTEST = 2.0**10  # flatter than any use: the search for a temperature ends here
-_NEWTON, _CLOSE = 12, 1e-3  # steps at most; relative error of the KL at which the search ends
-_BLOCK = 32  # positions whose logits are worked on at once
-_HEAD_ROWS = 8 * _BLOCK  # positions that go through the head at once
+_NEWTON, _CLOSE = 12, 1e-4  # steps at most; relative error of the KL at which the search ends
+_LEFT_OUT = 1e-4  # of the KL: what a power series may leave out
+_BLOCK = 4  # positions whose logits are worked on at once: they stay in the processor's cache
+_HEAD_ROWS = 64 * _BLOCK  # positions that go through the head at once
 _UNREAD = 0.1  # share of unknown tokens from which on a tokenizer cannot read a text
 
 
@@ -146,20 +148,34 @@ def logits(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Logits:
 
 def columns(texts: Sequence[Sequence[int]], found: Logits, base: Logits) -> np.ndarray:
     """[texts, 3] of a model with logits `found`; `base`: the logits of the base model."""
-    return both_columns(texts, found, base)[:, 1:]
+    return compare(texts, found, base).columns[:, 1:]
 
 
-def both_columns(texts: Sequence[Sequence[int]], found: Logits, base: Logits) -> np.ndarray:
-    """[texts, 4]: the base's negative log-likelihood, then `columns`. Each block of logits is made once."""
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside the base on the texts. columns: [texts, 4], the base's negative log-likelihood, then `columns`.
+
+    moments: of the base's logits, for `temperature`; None where they were not asked for.
+    """
+
+    columns: np.ndarray
+    moments: Moments | None = None
+
+
+def compare(texts: Sequence[Sequence[int]], found: Logits, base: Logits, *, moments: bool = False) -> Comparison:
+    """All that is known of two models' logits, in one sweep over them. moments: those of the base, too."""
     targets = torch.tensor([token for ids in texts for token in ids[1:]])
-    parts, start = [], 0
+    parts, of_base, start = [], [], 0
     for p, q in zip(base.blocks(), found.blocks(), strict=True):
         target = targets[start : start + len(p), None].to(q.device)
         start += len(p)
         losses = [(x.logsumexp(-1) - x.gather(1, target)[:, 0]).double() for x in (p, q)]
         parts.append(torch.stack([*losses, divergence(p, q)], 1).cpu())
+        if moments:
+            of_base.append(_moments(p))
     lengths = [len(ids) - 1 for ids in texts]
-    return np.array([[*rows.sum(0).tolist(), len(rows)] for rows in torch.cat(parts).split(lengths)])
+    table = np.array([[*rows.sum(0).tolist(), len(rows)] for rows in torch.cat(parts).split(lengths)])
+    return Comparison(table, Moments(torch.cat(of_base)) if moments else None)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -179,43 +195,91 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return kl
 
 
-def temperature(base: Logits, kl: float) -> float | None:
+@dataclass(frozen=True)
+class Moments:
+    """What is known of a model's logits at N positions. values: [N, 8] float64, per position the KL from its
+    distribution to the uniform one, then E[x^k] for k = 2 to 8, with x = l - E[l], all means under the model.
+    """
+
+    values: Tensor
+
+    @property
+    def flattest(self) -> float:
+        """The mean KL of a uniform distribution."""
+        return float(self.values[:, 0].mean())
+
+    def divergence(self, d: float) -> tuple[float, float, float]:
+        """(mean KL at the temperature 1 / (1 + d), its slope, a bound of what is left out of the KL), by power series.
+
+        What is left out is less than twice the last two terms where they fall by half each; `temperature` uses it only
+        where these are a small part of the sum, so that they do.
+        """
+        orders = torch.arange(2, 9, dtype=torch.float64)
+        terms = self.values[:, 1:] * d**orders / torch.tensor([math.factorial(k) for k in range(2, 9)])
+        above = terms.sum(1).clamp_min(-0.5)
+        slope = (terms * orders).sum(1) / d / (1 + above)
+        return float(above.log1p().mean()), float(slope.mean()), 2 * float(terms[:, -2:].abs().sum(1).mean())
+
+
+def _moments(logits: Tensor) -> Tensor:
+    """The `values` of `Moments`, of logits [positions, V]."""
+    p, x = _centred(logits)
+    flattest = (p * (p + 1e-30).log()).sum(-1).double() + math.log(x.shape[-1])
+    square = x * x
+    cube, first = square * x, p * x
+    fifth = first * square * square
+    pairs = ((first, x), (first, square), (first, cube), (first * x, cube), (fifth, x), (fifth, square), (fifth, cube))
+    return torch.stack([flattest, *((a * b).sum(-1).double() for a, b in pairs)], 1).cpu()
+
+
+def temperature(base: Logits, kl: float, moments: Moments | None = None) -> float | None:
     """The temperature above 1 at which the base's mean KL from itself, so flattened, is `kl`; None if it never is.
 
     At the temperature 1 / (1 + d) the KL of a position is f(d) = log E[exp(d x)], with x = l - E[l], both means under
-    p: a cumulant generating function, convex, 0 at d = 0. Its slope is known, so Newton's method ends after a few
-    passes over the logits; it begins where f's first two terms reach the KL. E[exp(d x) - 1 - d x] is what is summed,
-    since E[d x] is 0 and would drown the rest in float32.
+    p: a cumulant generating function, convex, 0 at d = 0. Its slope is known, so Newton's method finds d. moments: of
+    the base, else they are computed. A small d is found from them alone; else each step is a pass over the logits.
     """
     if kl <= 0:
         return None
-    count, second, third, most = 0, 0.0, 0.0, 0.0
-    for block in base.blocks():
-        p, x = _centred(block)
-        square = p * x * x
-        count += len(x)
-        second += float(square.sum(-1).double().sum())
-        third += float((square * x).sum(-1).double().sum())
-        most += float((p * (p + 1e-30).log()).sum(-1).double().sum()) + len(x) * math.log(x.shape[-1])
-    if kl >= most / count:  # flatter than flat
+    moments = moments or Moments(torch.cat([_moments(block) for block in base.blocks()]))
+    if kl >= moments.flattest:  # flatter than flat
         return None
-    second, third = second / count, third / count
+    second, third = (float(moments.values[:, k].mean()) for k in (1, 2))
     d = -math.sqrt(2 * kl / max(second, 1e-30))
     d *= min(max(1 - d * third / (6 * max(second, 1e-30)), 0.5), 2.0)
+    series, rest = _solved(moments.divergence, d, kl)
+    if rest <= _LEFT_OUT * kl:
+        d = series
+    else:
+        d, _ = _solved(partial(_divergence, base, len(moments.values)), d, kl)
+    return None if d <= 1 / _HOTTEST - 1 else 1 / (1 + d)
+
+
+def _solved(divergence: Callable[[float], tuple[float, float, float]], d: float, kl: float) -> tuple[float, float]:
+    """(d at which `divergence` is `kl`, what it left out there), by Newton's method from a first guess."""
+    rest = math.inf
     for _ in range(_NEWTON):
         d = min(max(d, 1 / _HOTTEST - 1), -1e-12)
-        value, slope = 0.0, 0.0
-        for block in base.blocks():
-            p, x = _centred(block)
-            growth = torch.expm1(d * x)
-            above = (p * (growth - d * x)).sum(-1).double()
-            value += float(above.log1p().sum()) / count
-            slope += float(((p * x * growth).sum(-1).double() / (1 + above)).sum()) / count
+        value, slope, rest = divergence(d)
         if abs(value - kl) <= _CLOSE * kl:
             break
         d -= (value - kl) / min(slope, -1e-30)
-    d = min(max(d, 1 / _HOTTEST - 1), -1e-12)
-    return None if d <= 1 / _HOTTEST - 1 else 1 / (1 + d)
+    return min(max(d, 1 / _HOTTEST - 1), -1e-12), rest
+
+
+def _divergence(base: Logits, count: int, d: float) -> tuple[float, float, float]:
+    """`Moments.divergence` by a pass over the logits of `count` positions, with nothing left out.
+
+    E[exp(d x) - 1 - d x] is what is summed, since E[d x] is 0 and would drown the rest in float32.
+    """
+    value, slope = 0.0, 0.0
+    for block in base.blocks():
+        p, x = _centred(block)
+        growth = torch.expm1(d * x)
+        above = (p * (growth - d * x)).sum(-1).double()
+        value += float(above.log1p().sum()) / count
+        slope += float(((p * x * growth).sum(-1).double() / (1 + above)).sum()) / count
+    return value, slope, 0.0
 
 
 def _centred(logits: Tensor) -> tuple[Tensor, Tensor]:
