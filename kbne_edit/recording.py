@@ -41,7 +41,7 @@ def check_recordable(directory: str | Path) -> Manifest:
 
 
 def record_evaluation(
-    directory: str | Path, found: Evaluation, source: str | Path, recipe: str | Path | None = None
+    directory: str | Path, evaluation: Evaluation, source: str | Path, recipe: str | Path | None = None
 ) -> Manifest:
     """Put an evaluation of an edit into the manifest and the card of a directory with this edit. Returns the manifest.
 
@@ -50,18 +50,18 @@ def record_evaluation(
     source: the base; recipe: that the evaluation was given, None for one of the package. The weights are linked, not
     copied: the directory appears whole, or stays as it was. Raises InputError for another edit, OutputError.
     """
-    path, kept = Path(directory), found.kept()
+    path, kept = Path(directory), evaluation.kept()
     manifest = check_recordable(path)
-    if kept is None or found.edit is None:
+    if kept is None or evaluation.edit is None:
         raise InputError(f"{path}: nothing to keep: the base alone was evaluated")
-    if manifest.edit.sha256 != found.edit.sha256:
+    if manifest.edit.sha256 != evaluation.edit.sha256:
         raise InputError(f"{path} holds another edit than the one that was evaluated: give its own edit")
     summary = dict(manifest.summary or {})
     earlier = [one for one in kept_evaluations(summary) if one != kept]
-    summary |= {**found.impact.to_dict(), "verdict": kept.verdict.to_dict()}
+    summary |= {**evaluation.impact.to_dict(), "verdict": kept.verdict.to_dict()}
     summary["evaluations"] = [one.to_dict() for one in (*earlier, kept)]
-    measured = found.impact.effect or found.impact.cost
-    about = _recipe(recipe or found.recipe) if measured else manifest.recipe
+    measured = evaluation.impact.effect or evaluation.impact.cost
+    about = _recipe(recipe or evaluation.recipe) if measured else manifest.recipe
     manifest = replace(manifest, summary=summary, recipe=about)
     metadata = _metadata(path, manifest, str(source))
     with staged(path, overwrite=True) as part:

@@ -148,20 +148,20 @@ class Results:
         )
 
     @classmethod
-    def of_evaluation(cls, found: Evaluation, recipe: str | Path | None = None) -> Results:
+    def of_evaluation(cls, evaluation: Evaluation, recipe: str | Path | None = None) -> Results:
         """Of an evaluation of an edit. recipe: that it was given. Raises InputError where there was no edit."""
-        kept = found.kept()
-        if kept is None or found.edit is None:
+        kept = evaluation.kept()
+        if kept is None or evaluation.edit is None:
             raise InputError("the base alone was evaluated: there are no results of an edit")
-        asked, impact = load_recipe(recipe or found.recipe), found.impact
+        loaded, impact = load_recipe(recipe or evaluation.recipe), evaluation.impact
         return cls(
             TOOL,
             _versions(),
             platform.machine(),
-            Origin(found.model, found.commit),
-            found.edit.base,
-            RecipeRecord(asked.name, asked.sha256),
-            _edited(found.edit),
+            Origin(evaluation.model, evaluation.commit),
+            evaluation.edit.base,
+            RecipeRecord(loaded.name, loaded.sha256),
+            _edited(evaluation.edit),
             kept.verdict,
             (*_own_rows(impact.effect, impact.cost, impact.measures), *_task_rows(kept.tasks)),
         )
@@ -228,13 +228,13 @@ def load_results(path: str | Path) -> Results:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _edited(edit: Edit) -> EditedJSON:

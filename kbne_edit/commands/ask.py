@@ -111,6 +111,6 @@ def _chat(speakers: list[Speaker], sampling: Sampling, plain: bool) -> None:
             history = histories[speaker.name]
             history.append({"role": "user", "content": line})
             click.secho(f"  {speaker.name}: ", nl=False, bold=True)
-            said = speaker.reply(history, sampling, plain, lambda text: click.echo(one_line(text), nl=False))
+            reply = speaker.reply(history, sampling, plain, lambda text: click.echo(one_line(text), nl=False))
             click.echo()
-            history.append({"role": "assistant", "content": said})
+            history.append({"role": "assistant", "content": reply})

@@ -66,13 +66,13 @@ def command(
     from ..baking import bake
     from ..settings import Settings
 
-    own = {name: given.pop(name) for name in _OWN}
+    remaining = {name: given.pop(name) for name in _OWN}
     if fitted:
-        own["edit"] = _fitted(source, out, own["edit"], own["work"])
-    result = bake(source, out, Settings(**given), **own)
+        remaining["edit"] = _fitted(source, out, remaining["edit"], remaining["work"])
+    result = bake(source, out, Settings(**given), **remaining)
     if result:  # None in all but the first of several processes
         if not result.dry_run:
-            keep_results(result.out, own["work"])
+            keep_results(result.out, remaining["work"])
         options.show(result.to_dict(), as_json, _lines(result, verbose))
         if not result.dry_run:
             result.verdict.require(require)

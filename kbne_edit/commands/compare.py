@@ -35,9 +35,9 @@ def command(edits: tuple[Path, ...], results: bool, as_json: bool) -> None:
         return options.show(collected.to_dict(), as_json, _result_lines(collected))
     if len(edits) < 2:
         raise click.UsageError("compare takes two edits or more")
-    found = compare(*edits)
-    pairs = [line for pair in found.pairs for line in _pair_lines(pair)]
-    return options.show(found.to_dict(), as_json, [*map(_edit_line, found.edits), *found.notes, *pairs])
+    comparison = compare(*edits)
+    pairs = [line for pair in comparison.pairs for line in _pair_lines(pair)]
+    return options.show(comparison.to_dict(), as_json, [*map(_edit_line, comparison.edits), *comparison.notes, *pairs])
 
 
 def _result_lines(collected: Collected) -> list[str]:

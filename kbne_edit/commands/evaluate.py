@@ -148,38 +148,38 @@ def _controls(result: Evaluation) -> str:
     draws = [n for name, n in result.controls.items() if name.startswith("random ")]
     others = [f"{name} ({n} neurons)" for name, n in result.controls.items() if not name.startswith("random ")]
     shown = [f"random neurons ({len(draws)} draws of {draws[0]})"] if draws else []
-    heat = result.temperature
+    temperature = result.temperature
     return ", ".join(shown + others) + (
-        f", flattened (temperature {heat:.4f})" if heat else "; no temperature gives this KL"
+        f", flattened (temperature {temperature:.4f})" if temperature else "; no temperature gives this KL"
     )
 
 
 def task_lines(task: TaskResult) -> list[str]:
     """Figures of a task, their changes and controls, and its groups."""
     lines = [f"{task.name} ({task.items} items)"]
-    for name, found in task.figures.items():
-        line = f"  {name}: {_values(found)}"
-        if found.change:
-            line += f", change {interval(found.figure, found.change)}"
-        lines.append(line + (f", p {found.p_holm:.2g}: {found.described}" if found.tested else ""))
-        if found.controls is not None:
-            shown = (f"{kind} {interval(found.figure, change)}" for kind, change in found.controls.items())
+    for name, result in task.figures.items():
+        line = f"  {name}: {_values(result)}"
+        if result.change:
+            line += f", change {interval(result.figure, result.change)}"
+        lines.append(line + (f", p {result.p_holm:.2g}: {result.described}" if result.tested else ""))
+        if result.controls is not None:
+            shown = (f"{kind} {interval(result.figure, change)}" for kind, change in result.controls.items())
             lines.append("    " + "; ".join(shown))
     if loss := task.loss:
-        said = "excluded" if loss.excluded else "not excluded"
+        state = "excluded" if loss.excluded else "not excluded"
         lines.append(
-            f"    a loss of {loss.margin:g} points is {said} (lower end {loss.lowest:+.1f} of what is above chance, "
+            f"    a loss of {loss.margin:g} points is {state} (lower end {loss.lowest:+.1f} of what is above chance, "
             f"{loss.points:+.1f} in accuracy)"
         )
     for group, (items, figures) in task.groups.items():
-        shown = (f"{name} {_values(found)}" for name, found in figures.items())
+        shown = (f"{name} {_values(result)}" for name, result in figures.items())
         lines.append(f"  of which {group} ({items}): " + ", ".join(shown))
     return lines
 
 
-def _values(found: FigureResult) -> str:
-    names = [name for name in ("base", "edit") if name in found.values]
-    return " to ".join(f"{found.values[name]:.{found.figure.digits}f}" for name in names)
+def _values(result: FigureResult) -> str:
+    names = [name for name in ("base", "edit") if name in result.values]
+    return " to ".join(f"{result.values[name]:.{result.figure.digits}f}" for name in names)
 
 
 def interval(figure: Figure, values: Sequence[float]) -> str:

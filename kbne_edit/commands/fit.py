@@ -78,7 +78,7 @@ def command(
     """
     from ..fitting.fit import FitSettings, fit
 
-    found = fit(source, out, FitSettings(pairs=pairs or None, **values), gradients)
+    result = fit(source, out, FitSettings(pairs=pairs or None, **values), gradients)
     keep_run(out.with_suffix(".run.yaml"))
     shell = options.shell
     steps = [
@@ -86,40 +86,40 @@ def command(
         "next: " + shell("kbne-edit", "evaluate", "--in", source, "--edit", out),
         "      " + shell("kbne-edit", "bake", "--in", source, "--edit", out, "--out", "DIR"),
     ]
-    options.show(found.to_dict(), as_json, [*lines(found), *steps])
+    options.show(result.to_dict(), as_json, [*lines(result), *steps])
 
 
-def lines(found: Fit) -> list[str]:
+def lines(result: Fit) -> list[str]:
     """The result, for a reader."""
-    factors, cost = found.factors, found.cost
+    factors, cost = result.factors, result.cost
     return [
-        f"fitted to {found.fitted} facts, {found.contrasts} contrasts and {found.public} public pairs; "
-        f"{found.set_aside} units set aside",
+        f"fitted to {result.fitted} facts, {result.contrasts} contrasts and {result.public} public pairs; "
+        f"{result.set_aside} units set aside",
         f"factors: {factors.changed} of {factors.total} changed, {factors.least:.3f} to {factors.largest:.3f}, "
         f"root mean square change {factors.rms:.4f}",
         f"cost on neutral text: KL {cost.kl:.4f}, perplexity {cost.perplexity_base:.2f} to {cost.perplexity:.2f}",
-        f"cross-validation (facts not fitted, predicted): {_held(found)}",
+        f"cross-validation (facts not fitted, predicted): {_held(result)}",
         "measured on the units set aside (nats per token, 95 % over units):",
-        *(_gain(gain) for gain in found.gains if gain.of == "all"),
-        *(_control(control, found.gains) for control in found.controls),
+        *(_gain(gain) for gain in result.gains if gain.of == "all"),
+        *(_control(control, result.gains) for control in result.controls),
         "by type and format:",
-        *(_gain(gain) for gain in found.gains if gain.of != "all" and gain.part in found.parts),
-        verdict(found),
+        *(_gain(gain) for gain in result.gains if gain.of != "all" and gain.part in result.parts),
+        verdict(result),
     ]
 
 
-def verdict(found: Fit) -> str:
+def verdict(result: Fit) -> str:
     """The parts that moved, by name: a shift of sentiment alone is not less stereotyping."""
-    if not found.moved:
+    if not result.moved:
         return "result: no part moved beyond shuffled labels on units that were not fitted"
-    moved = " and ".join(found.moved)
-    if "association" in found.moved:
+    moved = " and ".join(result.moved)
+    if "association" in result.moved:
         return f"result: less {moved}, beyond shuffled labels, on units that were not fitted"
     return f"result: less {moved}, beyond shuffled labels; the association of groups and attributes did not move"
 
 
-def _held(found: Fit) -> str:
-    shown = (f"even {h.even:g} {h.part} {h.change:+.4f} ± {h.error:.4f}" for h in found.held if h.part in found.parts)
+def _held(result: Fit) -> str:
+    shown = (f"even {h.even:g} {h.part} {h.change:+.4f} ± {h.error:.4f}" for h in result.held if h.part in result.parts)
     return "; ".join(shown)
 
 

@@ -287,9 +287,9 @@ def shell(program: str, *words: object) -> str:
     here = Path(sys.executable).with_name(program)
     if program == "python" and not here.exists():
         here = Path(sys.executable)
-    found = shutil.which(here.name)
+    path = shutil.which(here.name)
     if here.exists():
-        program = here.name if found and Path(found).parent == here.parent else str(here)
+        program = here.name if path and Path(path).parent == here.parent else str(here)
     return shlex.join([program, *map(str, words)])
 
 
@@ -309,9 +309,9 @@ def selection_lines(summary: SelectionSummary) -> list[str]:
         if share > 0.5:
             advice = ": compare with --rule specific" if summary.rule == "paper" else ""
             lines.append(f"  most of this selection is not specific to bias{advice}")
-    if found := summary.unseen_share:
+    if unseen := summary.unseen_share:
         lines.append(
-            f"held-out controls: {found.value:.0%} [{found.low:.0%}, {found.high:.0%}] of the selected neurons also "
+            f"held-out controls: {unseen.value:.0%} [{unseen.low:.0%}, {unseen.high:.0%}] of the selected neurons also "
             "serve unrelated questions that the selection never saw"
         )
     return lines

@@ -53,10 +53,10 @@ def show(recipe: str, questions: int | None, as_json: bool) -> None:
 
     if pairs.is_pairs(recipe):
         return pairs.show(recipe, questions, as_json)
-    found = load_recipe(recipe)
-    asked = found.ask(questions if questions is not None else len(found.questions))
-    lines = [f"{'control' if q.control else q.dimension}\t{q.form}\t{q.answer}\t{q.text}" for q in asked]
-    options.show({"name": found.name, "questions": [asdict(q) for q in asked]}, as_json, lines)
+    loaded = load_recipe(recipe)
+    chosen = loaded.ask(questions if questions is not None else len(loaded.questions))
+    lines = [f"{'control' if q.control else q.dimension}\t{q.form}\t{q.answer}\t{q.text}" for q in chosen]
+    options.show({"name": loaded.name, "questions": [asdict(q) for q in chosen]}, as_json, lines)
 
 
 @command.command()
@@ -75,8 +75,8 @@ def check(recipe: str, data: Path | None, as_json: bool) -> None:
 
     if pairs.is_pairs(recipe):
         return pairs.check(recipe, data, as_json)
-    found = load_recipe(recipe)
-    checked = check_recipe(found)
+    loaded = load_recipe(recipe)
+    checked = check_recipe(loaded)
     options.show(checked.to_dict(), as_json, _check_lines(recipe, checked))
 
 

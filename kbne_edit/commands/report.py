@@ -30,7 +30,7 @@ def command(edited: Path, out: Path, scores: Path | None, tuning: Path | None, n
     from ..reporting.wording import STATES
 
     forbid_overlap(out, edited, *(path for path in (scores, tuning) if path))
-    found = report(edited, scores, tuning, hashes=not no_hash, say=say)
-    write_text(out, found.html())
-    lines = [f"{line.about}: {STATES[line.state]}. {line.text}" for line in found.verdicts]
-    options.show(found.to_dict(), as_json, [f"verdict: {found.verdict.ship}", *lines, f"written: {out}"])
+    result = report(edited, scores, tuning, hashes=not no_hash, say=say)
+    write_text(out, result.html())
+    lines = [f"{line.about}: {STATES[line.state]}. {line.text}" for line in result.verdicts]
+    options.show(result.to_dict(), as_json, [f"verdict: {result.verdict.ship}", *lines, f"written: {out}"])

@@ -23,13 +23,13 @@ def command(scores: Path, out: Path, recipe: str | None, as_json: bool, **values
     from ..settings import Settings
 
     forbid_overlap(out, scores)
-    found = load_scores(scores)
-    chosen = choose(found, load_recipe(recipe or found.settings["recipe"]), Settings(**values))
+    loaded = load_scores(scores)
+    chosen = choose(loaded, load_recipe(recipe or loaded.settings["recipe"]), Settings(**values))
     chosen.edit.save(out)
     summary = chosen.summary()
     lines = [f"edit: {summary.neurons} neurons ({summary.share:.3%}) in {len(summary.layers)} layers"]
     lines += options.selection_lines(summary)
-    model = found.settings["model"] + (f"@{commit}" if (commit := found.settings.get("commit")) else "")
+    model = loaded.settings["model"] + (f"@{commit}" if (commit := loaded.settings.get("commit")) else "")
     bake = options.shell("kbne-edit", "bake", "--in", model, "--edit", out, "--out", "./debiased")
     lines += [f"written: {out}", f"next: {bake}"]
     options.show(summary.to_dict(), as_json, lines)

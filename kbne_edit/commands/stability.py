@@ -38,18 +38,18 @@ def command(scores: tuple[Path, ...], recipe: str | None, draws: int, as_json: b
     first, settings = next(iter(files.values())), Settings(**values)
     named = load_recipe(recipe or first.settings["recipe"])
     resamples = {}
-    for name, own in files.items():
-        rule, only = choosing(own, named, settings)
-        resamples[name] = resample(own, rule, draws=draws, only=only)
+    for name, sample in files.items():
+        rule, only = choosing(sample, named, settings)
+        resamples[name] = resample(sample, rule, draws=draws, only=only)
     one = len(resamples) == 1  # that nothing is selected is an error for one, and a finding beside others
-    found = {name: stability(own) for name, own in resamples.items() if one or len(own.whole)}
+    results = {name: stability(sample) for name, sample in resamples.items() if one or len(sample.whole)}
     pairs = [] if one else agreements(resamples)
     result: StabilityJSON = {
-        "files": {name: own.to_dict() for name, own in found.items()},
-        "nothing": [name for name, own in resamples.items() if not len(own.whole)],
+        "files": {name: sample.to_dict() for name, sample in results.items()},
+        "nothing": [name for name, sample in resamples.items() if not len(sample.whole)],
         "pairs": [pair.to_dict() for pair in pairs],
     }
-    lines = [line for name, own in found.items() for line in _file_lines(name, own)]
+    lines = [line for name, sample in results.items() for line in _file_lines(name, sample)]
     lines += [f"{name}: nothing is selected" for name in result["nothing"]]
     lines += [_pair_line(pair) for pair in pairs]
     if len(resamples) > 2:
@@ -65,19 +65,19 @@ def _in_files(resamples: list[Resamples]) -> dict[int, dict[int, Interval]]:
     from ..selection.select import by_layer
     from ..statistics import Interval, wilson
 
-    counted = sorted(Counter(place for own in resamples for place in own.whole.tolist()).items())
+    counted = sorted(Counter(place for resample in resamples for place in resample.whole.tolist()).items())
     files = len(resamples)
     shares = {place: Interval(count / files, *wilson(count, files)) for place, count in counted}
     return by_layer(shares, resamples[0].neurons_per_layer)
 
 
-def _file_lines(name: str, found: Stability) -> list[str]:
-    neurons = sum(map(len, found.neurons.values()))
+def _file_lines(name: str, result: Stability) -> list[str]:
+    neurons = sum(map(len, result.neurons.values()))
     return [
-        f"{name}: {neurons} neurons, {found.draws} resamples of the questions",
-        "  a resample's selection: {:.0f} neurons [{:.0f}, {:.0f}]".format(*found.size),
-        "  its Jaccard overlap with the whole: {:.2f} [{:.2f}, {:.2f}]".format(*found.jaccard),
-        f"  neurons in at least 80 % of the resamples: {found.at_least(0.8)}",
+        f"{name}: {neurons} neurons, {result.draws} resamples of the questions",
+        "  a resample's selection: {:.0f} neurons [{:.0f}, {:.0f}]".format(*result.size),
+        "  its Jaccard overlap with the whole: {:.2f} [{:.2f}, {:.2f}]".format(*result.jaccard),
+        f"  neurons in at least 80 % of the resamples: {result.at_least(0.8)}",
     ]
 
 

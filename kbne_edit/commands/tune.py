@@ -164,13 +164,13 @@ def _test_lines(result: Tuning) -> list[str]:
 
 
 def _end_lines(result: Tuning, out: Path) -> list[str]:
-    said = result.confirmation
-    lines = [f"written: {out} (tune.json, pareto.svg{', edit.json' if said else ''})"]
-    if said:
+    confirmation = result.confirmation
+    lines = [f"written: {out} (tune.json, pareto.svg{', edit.json' if confirmation else ''})"]
+    if confirmation:
         model, commit = result.record["model"], result.record["commit"]
         where = model + (f"@{commit}" if commit else "")
         bake = options.shell("kbne-edit", "bake", "--in", where, "--edit", out / "edit.json", "--out", "./debiased")
-        lines.append(f"next{'' if said.confirmed else ' (not confirmed)'}: {bake}")
+        lines.append(f"next{'' if confirmation.confirmed else ' (not confirmed)'}: {bake}")
     elif result.chosen:
         lines.append("next: the same without --dev-only confirms the choice on the test split")
     return lines

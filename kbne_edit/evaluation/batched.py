@@ -108,15 +108,15 @@ def score_edits(
     total, greedy = np.zeros(shape), np.ones(shape, bool)
     for part in cut(rows, int(min(TREE_TOKENS, longest(model)))):
         tree = Tree(rows[part])
-        asked = Asked.of(tree, lookups[part])
+        lookup = TokenLookups.of(tree, lookups[part])
         step = max(_BATCH_TOKENS // len(tree.tokens), 1)
         for first in range(0, len(edits), step):
             some = edits[first : first + step]
-            states = _states_at(model, tree, some, asked.nodes, kept)
-            logp, hits = _looked_up(model, states, asked.index, asked.target, temperature)
+            states = _states_at(model, tree, some, lookup.nodes, kept)
+            logp, hits = _looked_up(model, states, lookup.index, lookup.target, temperature)
             for row in range(len(some)):
-                np.add.at(total[first + row], asked.pair, logp[row])
-                np.logical_and.at(greedy[first + row], asked.pair, hits[row])
+                np.add.at(total[first + row], lookup.pair, logp[row])
+                np.logical_and.at(greedy[first + row], lookup.pair, hits[row])
             update(len(some) * sum(map(len, lookups[part])))
     return Scored(total, greedy, np.array([len(continuation) for _, continuation in pairs]))
 
@@ -143,7 +143,7 @@ class Lookup(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class TokenLookups:
     """What is looked up in one pass over a tree: K kept nodes, and for each of T tokens its pair, the kept node that
     predicts it (a place among the kept ones), and the token itself.
     """
@@ -154,17 +154,17 @@ class Asked:
     target: list[int]
 
     @classmethod
-    def of(cls, tree: Tree, lookups: Sequence[Sequence[Lookup]]) -> Asked:
+    def of(cls, tree: Tree, lookups: Sequence[Sequence[Lookup]]) -> TokenLookups:
         """lookups: of each row of the tree."""
         order: dict[int, int] = {}
-        asked = cls([], [], [], [])
+        result = cls([], [], [], [])
         for path, of_row in zip(tree.paths, lookups, strict=True):
             for pair, start, tokens in of_row:
-                asked.index.extend(order.setdefault(node, len(order)) for node in path[start : start + len(tokens)])
-                asked.target.extend(tokens)
-                asked.pair.extend([pair] * len(tokens))
-        asked.nodes.extend(order)
-        return asked
+                result.index.extend(order.setdefault(node, len(order)) for node in path[start : start + len(tokens)])
+                result.target.extend(tokens)
+                result.pair.extend([pair] * len(tokens))
+        result.nodes.extend(order)
+        return result
 
 
 def unique_rows(
@@ -175,14 +175,14 @@ def unique_rows(
     A row is context + continuation without its last token, so answers of one token share theirs. Too long a row loses
     its beginning. Raises InputError for an empty context or continuation, or one that is too long by itself.
     """
-    found: dict[tuple[int, ...], list[Lookup]] = {}
+    by_row: dict[tuple[int, ...], list[Lookup]] = {}
     for pair, (context, continuation) in enumerate(pairs):
         if not len(context) or not len(continuation) or (longest_row and len(continuation) > longest_row):
             raise InputError(f"request {pair}: context and continuation need a token each, and at most {longest_row}")
         row = tuple([*context, *continuation[:-1]][-longest_row if longest_row else 0 :])
-        found.setdefault(row, []).append(Lookup(pair, len(row) - len(continuation), continuation))
-    rows = sorted(found)
-    return rows, [found[row] for row in rows]
+        by_row.setdefault(row, []).append(Lookup(pair, len(row) - len(continuation), continuation))
+    rows = sorted(by_row)
+    return rows, [by_row[row] for row in rows]
 
 
 def _looked_up(
@@ -214,9 +214,9 @@ def _looked_up(
         at, edit, place = (np.array(column) for column in zip(*looked, strict=True))
         tokens = torch.tensor([target[p] for p in place.tolist()], device=logits.device)
         at = torch.from_numpy(at).to(logits.device)
-        found = logits[at, tokens]
-        logp[edit, place] = (found - norm[at]).double().cpu().numpy()
-        hits[edit, place] = (found == largest[at]).cpu().numpy()
+        values = logits[at, tokens]
+        logp[edit, place] = (values - norm[at]).double().cpu().numpy()
+        hits[edit, place] = (values == largest[at]).cpu().numpy()
     return logp, hits
 
 
@@ -229,7 +229,7 @@ def _by_blocks(
     z = before_head(model, states.reshape(1, count * kept, -1)).to(output.weight.device)
     at = (torch.arange(count)[:, None] * kept + torch.tensor(index)).flatten().to(z.device)
     tokens = torch.tensor(target, device=z.device).repeat(count)
-    found = torch.empty(len(at), device=z.device)
+    values = torch.empty(len(at), device=z.device)
     largest, total = torch.full((len(z),), -torch.inf, device=z.device), torch.zeros(len(z), device=z.device)
     for start in range(0, len(output.weight), VOCABULARY_BLOCK):
         block = slice(start, start + VOCABULARY_BLOCK)
@@ -238,12 +238,12 @@ def _by_blocks(
         if temperature != 1:
             logits /= temperature
         inside = ((tokens >= start) & (tokens < block.stop)).nonzero()[:, 0]
-        found[inside] = logits[at[inside], tokens[inside] - start]
+        values[inside] = logits[at[inside], tokens[inside] - start]
         new = torch.maximum(largest, logits.amax(1))
         total = total * (largest - new).exp() + logits.sub_(new[:, None]).exp_().sum(1)
         largest = new
-    logp = found - (largest + total.log())[at]
-    hits = found == largest[at]
+    logp = values - (largest + total.log())[at]
+    hits = values == largest[at]
     return logp.double().view(count, -1).cpu().numpy(), hits.view(count, -1).cpu().numpy()
 
 
@@ -367,17 +367,17 @@ def _scaled(model: nn.Module, edits: Sequence[Edit | None], tokens: Callable[[],
     edit: Edit | None
     with ExitStack() as stack:
         for site in dict.fromkeys(edit.site for edit in edits if edit):
-            found = places(model, site)
-            sizes = [end(layer) for layer in found]
-            own = [edit if edit and edit.site == site else None for edit in edits]
-            for edit in filter(None, own):
+            layers = places(model, site)
+            sizes = [end(layer) for layer in layers]
+            at_site = [edit if edit and edit.site == site else None for edit in edits]
+            for edit in filter(None, at_site):
                 edit.check(sizes)
-            for layer in sorted({layer for edit in own if edit for layer in edit.factors}):
+            for layer in sorted({layer for edit in at_site if edit for layer in edit.factors}):
                 factors = torch.ones(len(edits), sizes[layer])
-                for row, edit in enumerate(own):
+                for row, edit in enumerate(at_site):
                     if edit and (neurons := edit.factors.get(layer)):
                         factors[row, list(neurons)] = torch.tensor(list(neurons.values()))
-                stack.enter_context(tapped(found[layer], site, _tap(factors, tokens)))
+                stack.enter_context(tapped(layers[layer], site, _tap(factors, tokens)))
         yield
 
 
@@ -385,10 +385,10 @@ def _tap(factors: Tensor, tokens: Callable[[], int]) -> Tap:
     """factors: [E, F]. The product is taken in float32 and rounded once, as in `models.hooks`."""
 
     def tap(h: Tensor, which: Tensor | None, offset: int) -> Tensor:
-        own = factors[:, offset : offset + h.shape[-1]].to(h.device)
+        scale = factors[:, offset : offset + h.shape[-1]].to(h.device)
         if which is not None:  # of an expert: which of the E * N tokens these are
-            return (h * own[which.to(own.device) // tokens()]).to(h.dtype)
-        by_edit = h.reshape(len(own), -1, h.shape[-1])
-        return (by_edit * own[:, None]).to(h.dtype).view_as(h)
+            return (h * scale[which.to(scale.device) // tokens()]).to(h.dtype)
+        by_edit = h.reshape(len(scale), -1, h.shape[-1])
+        return (by_edit * scale[:, None]).to(h.dtype).view_as(h)
 
     return tap

@@ -216,13 +216,13 @@ class NeutralRun:
         rows = [tuple(row[:-1]) for row in text.rows]
         order = sorted(range(len(rows)), key=rows.__getitem__)
         ordered = [rows[i] for i in order]
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        states_of: dict[int, tuple[Tensor, Tensor]] = {}
         for part in cut(ordered, int(min(TREE_TOKENS, longest(model)))):
             tree = Tree(ordered[part])
             states = last_states(model, tree, [None, edit]).cpu()
             for i, path in zip(order[part], tree.paths, strict=True):
-                found[i] = (states[0, path], states[1, path])
-        before, after = zip(*(found[i] for i in range(len(rows))), strict=True)
+                states_of[i] = (states[0, path], states[1, path])
+        before, after = zip(*(states_of[i] for i in range(len(rows))), strict=True)
         return cls(model, text, torch.cat(before), torch.cat(after))
 
     @cached_property
@@ -280,8 +280,8 @@ def _answered(model: nn.Module, tokenizer: Any, recipe: Recipe, edit: Edit) -> d
     surfaces = [(answer, token) for answer, ids in tokens.items() for token in ids.values()]
     questions = recipe.ask(None)
     pairs = [(encode(tokenizer, recipe, question), [token]) for question in questions for _, token in surfaces]
-    said = np.exp(score_edits(model, pairs, [None, edit]).logprobs).reshape(2, len(questions), len(surfaces))
-    p = {answer: said[:, :, [a == answer for a, _ in surfaces]].sum(-1) for answer in recipe.answers}
+    probabilities = np.exp(score_edits(model, pairs, [None, edit]).logprobs).reshape(2, len(questions), len(surfaces))
+    p = {answer: probabilities[:, :, [a == answer for a, _ in surfaces]].sum(-1) for answer in recipe.answers}
     right = np.zeros((2, len(questions)))
     for i, question in enumerate(questions):
         others = [p[answer][:, i] for answer in recipe.answers if answer != question.answer]
@@ -332,7 +332,7 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[str], edits: Sequen
     if new <= 0:
         return [[""] * len(rows) for _ in edits]
     with torch.inference_mode(), in_one_batch(model, edits):
-        found = model.generate(
+        tokens = model.generate(
             input_ids=ids.repeat(len(edits), 1),
             attention_mask=mask.repeat(len(edits), 1),
             max_new_tokens=new,
@@ -340,5 +340,5 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[str], edits: Sequen
             pad_token_id=pad,
             eos_token_id=end,
         )
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in found[:, width:].tolist()]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens[:, width:].tolist()]
     return [texts[i : i + len(rows)] for i in range(0, len(texts), len(rows))]

@@ -191,7 +191,7 @@ def _bbq_row(row: dict) -> dict:
     }
 
 
-def _choice_row(row: dict, stem: str = "question") -> dict:
+def _choice_row(row: dict, question_key: str = "question") -> dict:
     question = row["question"]
     listed = question["choices"]
     texts, labels = ([_text(choice, key) for choice in listed] for key in ("text", "label"))
@@ -202,7 +202,7 @@ def _choice_row(row: dict, stem: str = "question") -> dict:
         if right not in list("ABCDE")[: len(labels)]:
             raise ValueError(f"answerKey {shown(right)} is none of its {len(labels)} choices")
         right = labels["ABCDE".index(right)]
-    return {stem: _text(question, "stem"), "choices": {"text": texts, "label": labels}, "answerKey": right}
+    return {question_key: _text(question, "stem"), "choices": {"text": texts, "label": labels}, "answerKey": right}
 
 
 def _copa_row(row: dict) -> dict:

@@ -262,9 +262,9 @@ def random_edit(edit: Edit, neurons: Sequence[int], seed: int) -> Edit:
     """
     rng = np.random.default_rng(seed)
     factors = {}
-    for layer, found in edit.factors.items():
-        drawn = rng.choice(neurons[layer], len(found), False).tolist()
-        factors[layer] = dict(zip(drawn, found.values(), strict=True))
+    for layer, chosen in edit.factors.items():
+        drawn = rng.choice(neurons[layer], len(chosen), False).tolist()
+        factors[layer] = dict(zip(drawn, chosen.values(), strict=True))
     return Edit(edit.site, factors)
 
 
@@ -344,24 +344,24 @@ class _Measure:
 
     def scores(self, twins: Sequence[Twin], edits: Sequence[Edit | None], temperature: float = 1.0) -> np.ndarray:
         """[edits, twins]. Raises InputError where an edit leaves no numbers."""
-        found = self.margins([probe for twin in twins for probe in twin.probes], edits, temperature)
-        if not np.isfinite(found).all():
+        margins = self.margins([probe for twin in twins for probe in twin.probes], edits, temperature)
+        if not np.isfinite(margins).all():
             raise InputError("the edited model gives no numbers on the probes: use a smaller --factor")
-        return twin_scores(twins, found, self.aim)
+        return twin_scores(twins, margins, self.aim)
 
     def drawn(self, twins: Sequence[Twin], edits: Iterator[Edit], after: np.ndarray) -> np.ndarray:
         """Scores of random draws, [draws, twins], block by block. after: the edit's, [twins]."""
-        own, blocks = self.size(after).mean(), []
+        size, blocks = self.size(after).mean(), []
         while block := list(islice(edits, _BLOCK)):
             blocks.append(self.scores(twins, block))
             sizes = self.size(np.concatenate(blocks)).mean(1)
-            if (sizes <= own).any() and (sizes >= own).any():
+            if (sizes <= size).any() and (sizes >= size).any():
                 break
         return np.concatenate(blocks)
 
     def random(self, before: np.ndarray, after: np.ndarray, drawn: np.ndarray) -> RandomDraws:
         """What the draws did. before, after: scores of base and edit, [twins]; drawn: [draws, twins]."""
-        own, sizes = float(self.size(after).mean()), self.size(drawn).mean(1)
+        size, sizes = float(self.size(after).mean()), self.size(drawn).mean(1)
         changes = sizes - float(self.size(before).mean())
         columns, base = [scores[:, None] for scores in drawn], before[:, None]
         return RandomDraws(
@@ -370,8 +370,8 @@ class _Measure:
             absolute=change([np.abs(base)], [np.abs(scores) for scores in columns]),
             versus=change([self.size(scores) for scores in columns], [self.size(after)[:, None]]),
             twins=len(before),
-            as_low=int((sizes <= own).sum()),
-            as_high=int((sizes >= own).sum()),
+            as_low=int((sizes <= size).sum()),
+            as_high=int((sizes >= size).sum()),
             lowest=float(changes.min()),
             highest=float(changes.max()),
         )

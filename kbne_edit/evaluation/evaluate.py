@@ -192,12 +192,12 @@ def evaluate(
         edit = known.edit if known else edit
         folded = Path(baked) if baked and known and known.folded else None
         beside = controls_of(edit, checkpoint, controls.draws, controls.scores) if edit else []
-        asked = load_recipe(measurement.recipe or recipe_of(edit) or usual_recipe(source))
+        loaded = load_recipe(measurement.recipe or recipe_of(edit) or usual_recipe(source))
         scorer_of = scorers(checkpoint.path, measurement.device, measurement.dtype)
         scorer = scorer_of(folded or checkpoint.path)
-        ready = measurement.benchmarks(asked, scorer)
+        ready = measurement.benchmarks(loaded, scorer)
         ready = [reported_half(task, fitted_measures(edit)) for task in ready]
-        text = neutral_text(scorer.tokenizer, asked)
+        text = neutral_text(scorer.tokenizer, loaded)
         bench = Bench(ready, text.rows)
         edited = bench.measure(scorer, "evaluate: edit", None if folded else edit) if edit else None
         if folded:  # measured first, so that one model is in memory at a time
@@ -206,12 +206,12 @@ def evaluate(
         runs = bench.complete(scorer, edited, beside)
         impact = NOT_MEASURED
         if edit and (measurement.tasks is None or "probes" in measurement.tasks):
-            impact = _impact(scorer, asked, edit, checkpoint)
+            impact = _impact(scorer, loaded, edit, checkpoint)
     results = results_of(ready, runs, margin)
     return Evaluation(
         model=base.id,
         commit=base.commit,
-        recipe=asked.name,
+        recipe=loaded.name,
         limit=measurement.limit,
         margin=margin,
         edit=edit,

@@ -81,8 +81,8 @@ def neutral_text(tokenizer: Any, recipe: Recipe) -> NeutralText:
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
     def rows(texts: Iterable[str]) -> list[list[int]]:
-        found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return [[prefix, *ids] if prefix is not None and ids[:1] != [prefix] else list(ids) for ids in found]
+        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return [[prefix, *ids] if prefix is not None and ids[:1] != [prefix] else list(ids) for ids in tokens]
 
     def readable(origin: str, texts: Sequence[str]) -> NeutralText:
         kept = [(text, row) for text, row in zip(texts, rows(texts), strict=True) if len(row) > 1]
@@ -117,8 +117,8 @@ class Logits:
 
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         for rows in self.states.split(_HEAD_ROWS):
-            found = logits_of(self.model, rows.to(device))
-            yield from (found if self.temperature == 1 else found / self.temperature).split(_BLOCK)
+            output = logits_of(self.model, rows.to(device))
+            yield from (output if self.temperature == 1 else output / self.temperature).split(_BLOCK)
 
 
 def states(model: nn.Module, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -131,14 +131,14 @@ def states(model: nn.Module, texts: Sequence[Sequence[int]]) -> Tensor:
     from .batched import last_states
 
     rows = [tuple(ids[:-1]) for ids in texts]
-    found = []
+    outputs = []
     for part in cut(rows, tokens_of_a_pass(model)):
         tree = Tree(rows[part])
         check_tokens(model, tree.tokens, tree.depth)
         output = last_states(model, tree, [None])[0]
         check_numbers(output, model)
-        found.append(output[[node for path in tree.paths for node in path]].cpu())
-    return torch.cat(found)
+        outputs.append(output[[node for path in tree.paths for node in path]].cpu())
+    return torch.cat(outputs)
 
 
 def logits(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Logits:
@@ -146,9 +146,9 @@ def logits(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Logits:
     return Logits(scorer.model, states(scorer.model, texts), scorer.temperature)
 
 
-def columns(texts: Sequence[Sequence[int]], found: Logits, base: Logits) -> np.ndarray:
-    """[texts, 3] of a model with logits `found`; `base`: the logits of the base model."""
-    return compare(texts, found, base).columns[:, 1:]
+def columns(texts: Sequence[Sequence[int]], edited: Logits, base: Logits) -> np.ndarray:
+    """[texts, 3] of the edited model; base: the base's logits."""
+    return compare(texts, edited, base).columns[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,11 @@ class Comparison:
     moments: Moments | None = None
 
 
-def compare(texts: Sequence[Sequence[int]], found: Logits, base: Logits, *, moments: bool = False) -> Comparison:
+def compare(texts: Sequence[Sequence[int]], edited: Logits, base: Logits, *, moments: bool = False) -> Comparison:
     """All that is known of two models' logits, in one sweep over them. moments: those of the base, too."""
     targets = torch.tensor([token for ids in texts for token in ids[1:]])
     parts, of_base, start = [], [], 0
-    for p, q in zip(base.blocks(), found.blocks(), strict=True):
+    for p, q in zip(base.blocks(), edited.blocks(), strict=True):
         target = targets[start : start + len(p), None].to(q.device)
         start += len(p)
         losses = [(x.logsumexp(-1) - x.gather(1, target)[:, 0]).double() for x in (p, q)]

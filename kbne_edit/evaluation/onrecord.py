@@ -79,21 +79,21 @@ class KeptFigure:
         return self.state == state and not self.same_as and self.draws >= FEWEST_DRAWS
 
     @classmethod
-    def of(cls, name: str, found: FigureResult) -> KeptFigure:
+    def of(cls, name: str, result: FigureResult) -> KeptFigure:
         """Of a figure with an edit."""
         return cls(
             name,
-            found.figure.unit,
-            found.figure.digits,
-            found.values["base"],
-            found.values["edit"],
-            cast(Interval, found.change),
-            found.controls or {},
-            found.draws,
-            found.p_holm,
-            found.state,
-            found.same_as if found.tested else (),
-            found.described if found.tested else "",
+            result.figure.unit,
+            result.figure.digits,
+            result.values["base"],
+            result.values["edit"],
+            cast(Interval, result.change),
+            result.controls or {},
+            result.draws,
+            result.p_holm,
+            result.state,
+            result.same_as if result.tested else (),
+            result.described if result.tested else "",
         )
 
     def to_dict(self) -> KeptFigureJSON:
@@ -148,7 +148,7 @@ class KeptTask:
 
     @classmethod
     def of(cls, task: TaskResult) -> KeptTask:
-        figures = {name: KeptFigure.of(name, found) for name, found in task.figures.items() if found.change}
+        figures = {name: KeptFigure.of(name, result) for name, result in task.figures.items() if result.change}
         return cls(task.name, task.kind, task.items, figures)
 
     def to_dict(self) -> KeptTaskJSON:

@@ -57,8 +57,8 @@ def knowledge_benchmark(name: str, recipe: Recipe, tokenizer: Any, limit: int | 
 
     def read(i: int, answers: list[Answer]) -> list[float]:
         p = dict.fromkeys(recipe.answers, 0.0)
-        for (answer, _), said in zip(surfaces, answers, strict=True):
-            p[answer] += float(np.exp(said.logprob))
+        for (answer, _), scored in zip(surfaces, answers, strict=True):
+            p[answer] += float(np.exp(scored.logprob))
         right = p.pop(questions[i].answer)
         return [float(right > max(p.values()))]
 

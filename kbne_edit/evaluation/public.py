@@ -211,8 +211,8 @@ def _one_unknown(doc: dict, answers: list[Answer]) -> list[float]:
     """Columns of a BBQ item if the two people and its own way of saying UNKNOWN are all that is offered."""
     from lm_eval.tasks.bbq.utils import UNKNOWN_RESPONSES, doc_to_choice
 
-    own = {doc[key] for key in ("ans0", "ans1", "ans2")}
-    offered = [i for i, choice in enumerate(doc_to_choice(doc)) if choice in own]
+    texts = {doc[key] for key in ("ans0", "ans1", "ans2")}
+    offered = [i for i, choice in enumerate(doc_to_choice(doc)) if choice in texts]
     choices = [doc_to_choice(doc)[i] for i in offered]
     answer = choices[int(np.argmax([answers[i].logprob for i in offered]))]
     return bbq_columns(

@@ -132,7 +132,7 @@ class FigureResult:
     def same_as(self) -> tuple[str, ...]:
         """Kinds of controls that the edit does not go beyond, in the direction in which it goes."""
         side = -1 if self.nearer else 1
-        same = [name for name, found in (self.beyond or {}).items() if found.side != side]
+        same = [name for name, change in (self.beyond or {}).items() if change.side != side]
         if self.draws and self.beyond_random != side and RANDOM not in same:
             same.insert(0, RANDOM)
         return tuple(same)
@@ -147,11 +147,11 @@ class FigureResult:
         if self.state == "none":
             return "no effect found"
         words = ("better", "worse") if self.figure.ideal == 100 else (f"less {self.figure.excess}", "")
-        said = words[0] if self.nearer else words[1] or f"more {self.figure.excess}"
+        text = words[0] if self.nearer else words[1] or f"more {self.figure.excess}"
         if self.same_as:
             few = f" ({self.draws} draws cannot tell)" if 0 < self.draws < FEWEST_DRAWS else ""
-            return f"{said}, but not beyond {', '.join(self.same_as)}{few}"
-        return f"{said}, beyond every control"
+            return f"{text}, but not beyond {', '.join(self.same_as)}{few}"
+        return f"{text}, beyond every control"
 
     def to_dict(self) -> FigureJSON:
         record: dict[str, Any] = dict(self.values)
@@ -160,8 +160,8 @@ class FigureResult:
         if self.beyond is None or self.controls is None:
             return record
         record["ideal"] = "lowest" if self.figure.ideal == -math.inf else self.figure.ideal  # JSON has no infinity
-        record["controls"] = {name: list(found) for name, found in self.controls.items()}
-        record["beyond"] = {name: list(found) for name, found in self.beyond.items()}
+        record["controls"] = {name: list(change) for name, change in self.controls.items()}
+        record["beyond"] = {name: list(change) for name, change in self.beyond.items()}
         record |= {"draws": self.draws, "beyond_random": self.beyond_random}
         if self.tested:
             record |= {"p": self.p, "p_holm": self.p_holm, "state": self.state}
@@ -206,11 +206,11 @@ class TaskResult:
     loss: Loss | None = None
 
     def to_dict(self) -> TaskJSON:
-        figures = {name: found.to_dict() for name, found in self.figures.items()}
+        figures = {name: result.to_dict() for name, result in self.figures.items()}
         if self.loss:
             figures["accuracy"]["non_inferior"] = self.loss.to_dict()
         groups = {
-            name: {"items": items} | {figure: found.to_dict() for figure, found in figures_.items()}
+            name: {"items": items} | {figure: result.to_dict() for figure, result in figures_.items()}
             for name, (items, figures_) in self.groups.items()
         }
         return {"kind": self.kind, "items": self.items, "figures": figures, "groups": groups}
@@ -290,7 +290,7 @@ def _defined(figures: Sequence[Figure], columns: dict[str, np.ndarray]) -> list[
 
 def _values(figure: Figure, columns: dict[str, np.ndarray], clusters: Clusters) -> FigureResult:
     """Value of each run, and the change from base to edit."""
-    values = {name: float(figure.of(found.mean(0))) for name, found in columns.items()}
+    values = {name: float(figure.of(means.mean(0))) for name, means in columns.items()}
     if "edit" not in columns:
         return FigureResult(figure, values)
     return FigureResult(figure, values, change([columns["base"]], [columns["edit"]], figure.of, clusters))

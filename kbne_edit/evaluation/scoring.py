@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..models.loading import load_model, load_tokenizer
 from ..models.trees import Tree, cut, logits_at, tokens_of_a_pass
 from ..progress import say
-from .batched import Asked, Lookup, Pair, unique_rows
+from .batched import Lookup, Pair, TokenLookups, unique_rows
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -98,13 +98,13 @@ class Scorer(HFLM):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One pass: (pair, log-probability, is it the likeliest token) of every token of every continuation."""
         tree = Tree(rows)
-        asked = Asked.of(tree, lookups)
-        logits = self.logits_at(tree, asked.nodes)
-        places, wanted = (torch.tensor(x, device=logits.device) for x in (asked.index, asked.target))
+        lookup = TokenLookups.of(tree, lookups)
+        logits = self.logits_at(tree, lookup.nodes)
+        places, wanted = (torch.tensor(x, device=logits.device) for x in (lookup.index, lookup.target))
         blocks = logits.split(64)  # no second tensor of the logits' size
         values = logits[places, wanted] - torch.cat([block.logsumexp(-1) for block in blocks])[places]
         hits = torch.cat([block.argmax(-1) for block in blocks])[places] == wanted
-        return np.array(asked.pair), values.double().cpu().numpy(), hits.cpu().numpy()
+        return np.array(lookup.pair), values.double().cpu().numpy(), hits.cpu().numpy()
 
     def logits_at(self, tree: Tree, keep: list[int]) -> Tensor:
         """Logits [K, V] float32 of the tree's tokens `keep`, divided by the temperature."""

@@ -93,8 +93,8 @@ class Verdict:
     def require(self, parts: Sequence[str]) -> None:
         """Raise RequirementError unless these parts pass."""
         if missing := [name for name in parts if getattr(self, name).state != "PASS"]:
-            said = "; ".join(f"{name} {getattr(self, name).state}, {getattr(self, name).reason}" for name in missing)
-            raise RequirementError(f"required, but not passed: {said}")
+            reasons = "; ".join(f"{name} {getattr(self, name).state}, {getattr(self, name).reason}" for name in missing)
+            raise RequirementError(f"required, but not passed: {reasons}")
 
     def to_dict(self) -> VerdictJSON:
         return {

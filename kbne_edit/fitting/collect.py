@@ -65,9 +65,9 @@ def _units(model: nn.Module, site: Site, reading: Reading, file: GradientFile) -
             start = 0
             for i in group:
                 unit = reading.units[i]
-                own = slice(start, start + len(unit.sentences))
-                start = own.stop
-                file.write_unit(i, *_mixed(unit.mixture, values[own], rows[own]))
+                part = slice(start, start + len(unit.sentences))
+                start = part.stop
+                file.write_unit(i, *_mixed(unit.mixture, values[part], rows[part]))
             update(len(group))
 
 
@@ -85,9 +85,9 @@ def _fisher(model: nn.Module, site: Site, reading: Reading, file: GradientFile) 
             # Seeded by the group, so that a run that was killed goes on with the same draws.
             draw = torch.Generator().manual_seed(reading.seed * 1_000_003 + group[0])
             for batch in gradients(model, [scored[i] for i in group], site, draw=draw, by_position=True):
-                for own, found in zip(batch.index, batch.gradients, strict=True):
-                    i = group[own]
-                    file.write_fisher(i, sampling.samples(found, len(scored[i].weights), i, reading.seed))
+                for index, gradient in zip(batch.index, batch.gradients, strict=True):
+                    i = group[index]
+                    file.write_fisher(i, sampling.samples(gradient, len(scored[i].weights), i, reading.seed))
             update(len(group))
 
 

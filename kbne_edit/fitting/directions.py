@@ -49,9 +49,9 @@ class Directions:
 
     def _system(self) -> System:
         stored = self._stored
-        found = gram(self._blocks(), self._scale())
+        matrix = gram(self._blocks(), self._scale())
         held = len(stored.likelihood)
-        return System(self._units, stored.values, stored.place, found, self._counts, _SHRINKAGE.share, held)
+        return System(self._units, stored.values, stored.place, matrix, self._counts, _SHRINKAGE.share, held)
 
     def solve(
         self, parts: Sequence[str], chosen: np.ndarray, even: float, signs: np.ndarray | None = None
@@ -74,8 +74,8 @@ def matched(d: Tensor, fisher: Tensor, sizes: Sequence[int], seed: int) -> Tenso
     """The changes `d`, given to other neurons of the same layer and of about the same Fisher information."""
     generator, result, start = torch.Generator().manual_seed(seed), d.clone(), 0
     for size in sizes:
-        own = slice(start, start + size)
-        order = fisher[own].argsort() + start
+        part = slice(start, start + size)
+        order = fisher[part].argsort() + start
         for near in order.split(16):
             result[near] = d[near[torch.randperm(len(near), generator=generator)]]
         start += size

@@ -114,10 +114,10 @@ def fit(source: str, out: str | Path, settings: FitSettings | None = None, gradi
     settings.check()
     out = Path(out)
     kept = Path(gradients) if gradients else out.with_name(f"{out.stem}.gradients.safetensors")
-    with resolved(source, say) as found:
-        forbid_overlap(out, found.origin)
-        forbid_overlap(kept, found.origin)
-        result = _Run(found, Checkpoint.open(found.path), settings).fit(kept)
+    with resolved(source, say) as base:
+        forbid_overlap(out, base.origin)
+        forbid_overlap(kept, base.origin)
+        result = _Run(base, Checkpoint.open(base.path), settings).fit(kept)
     result.edit.save(out)
     return result
 
@@ -125,8 +125,8 @@ def fit(source: str, out: str | Path, settings: FitSettings | None = None, gradi
 class _Run:
     """One fit: units, model, and what is measured."""
 
-    def __init__(self, found: Source, checkpoint: Checkpoint, settings: FitSettings):
-        self.found, self.checkpoint, self.settings = found, checkpoint, settings
+    def __init__(self, base: Source, checkpoint: Checkpoint, settings: FitSettings):
+        self.base, self.checkpoint, self.settings = base, checkpoint, settings
         self.units, self.contrasts = chosen_units(settings)
         public = public_pairs(settings.public, None if settings.data is None else Path(settings.data))
         self.every = (*self.units, *self.contrasts, *public)
@@ -151,8 +151,8 @@ class _Run:
         neutral = Neutral(model, self.neutral_texts, settings.site)
 
         def solve(kl: float, signs: np.ndarray | None = None) -> Scaled:
-            found = directions.solve(settings.parts, self.fitted, even, signs)
-            return scaled(neutral, found.d, kl, (kl / max(found.cost, 1e-30)) ** 0.5 / 4)
+            base = directions.solve(settings.parts, self.fitted, even, signs)
+            return scaled(neutral, base.d, kl, (kl / max(base.cost, 1e-30)) ** 0.5 / 4)
 
         if settings.neurons is not None:
             directions.restrict(directions.solve(settings.parts, self.fitted, even).d, settings.neurons)
@@ -162,9 +162,9 @@ class _Run:
         say(f"fit: {len(self.fitted)} units and contrasts, even {even:g}, KL {best.kl:.4f}; measuring the controls")
         shuffles = [solve(best.kl, shuffled(self.every, seed)) for seed in range(settings.draws)]
         measure = Measure(model, settings.site, Held([self.every[i] for i in self.aside], self._rows_aside()))
-        controls = [measure.control(f"shuffled labels {i}", found) for i, found in enumerate(shuffles, 1)]
+        controls = [measure.control(f"shuffled labels {i}", base) for i, base in enumerate(shuffles, 1)]
         controls += self._others(best, neutral, measure, directions.fisher)
-        found = Fit(
+        base = Fit(
             edit=Edit(settings.site, {}, self.checkpoint.fingerprint()),
             parts=settings.parts,
             fitted=int((self.fitted < len(self.units)).sum()),
@@ -178,7 +178,7 @@ class _Run:
             gains=measure.gains(best),
             controls=tuple(controls),
         )
-        return replace(found, edit=self._edit(best.factors, found))
+        return replace(base, edit=self._edit(best.factors, base))
 
     def _others(self, best: Scaled, neutral: Neutral, measure: Measure, fisher: Tensor) -> list[Control]:
         """Controls that need no labels: other neurons, the inverse, a flattening, each at the KL of `best`."""
@@ -210,7 +210,7 @@ class _Run:
     def _collect(self, model: nn.Module, kept: Path) -> None:
         reading = Reading(self.rows, self.texts, self.kinds, self.settings.seed)
         about = {
-            "model": self.found.id,
+            "model": self.base.id,
             "base": self.checkpoint.fingerprint(),
             "site": self.settings.site,
             "seed": self.settings.seed,
@@ -223,16 +223,16 @@ class _Run:
         finally:
             file.close()
 
-    def _edit(self, factors: Tensor, found: Fit) -> Edit:
-        """The edit of `found`, which keeps a record of its fit."""
+    def _edit(self, factors: Tensor, fitted: Fit) -> Edit:
+        """The edit of a fit, with a record of the fit."""
         parts = factors.split(self.sizes)
         changed = {
             layer: {i: float(part[i]) for i in torch.nonzero(part != 1)[:, 0].tolist()}
             for layer, part in enumerate(parts)
         }
-        record = found.record(self.settings.part, self.settings.max_kl, self.settings.seed)
+        record = fitted.record(self.settings.part, self.settings.max_kl, self.settings.seed)
         measures = {"measures": list(self.settings.measures)} if self.settings.measures else {}
-        return replace(found.edit, factors=changed, found={"fit": record.to_dict()} | measures)
+        return replace(fitted.edit, factors=changed, found={"fit": record.to_dict()} | measures)
 
 
 def chosen_units(settings: FitSettings) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
@@ -253,11 +253,11 @@ def _drawn(units: Sequence[Unit], count: int, seed: int) -> tuple[Unit, ...]:
     by_type: dict[str, list[int]] = {}
     for i in rng.permutation(len(units)).tolist():
         by_type.setdefault(units[i].type, []).append(i)
-    turns = sorted((turn, name, i) for name, own in by_type.items() for turn, i in enumerate(own))
+    turns = sorted((turn, name, i) for name, indices in by_type.items() for turn, i in enumerate(indices))
     return tuple(units[i] for i in sorted(i for *_, i in turns[:count]))
 
 
 def _digest(rows: Sequence[UnitRows], texts: Sequence[Sequence[int]], kinds: Sequence[str]) -> str:
     """Of everything that the model is asked: other units, another tokenizer or template ask something else."""
-    asked = [[(s.ids, s.weights) for s in unit.sentences] for unit in rows], [list(ids) for ids in texts], list(kinds)
-    return hashlib.sha256(repr(asked).encode()).hexdigest()
+    content = [[(s.ids, s.weights) for s in unit.sentences] for unit in rows], [list(ids) for ids in texts], list(kinds)
+    return hashlib.sha256(repr(content).encode()).hexdigest()

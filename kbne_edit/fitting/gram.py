@@ -83,8 +83,8 @@ def direction(blocks: Sequence[Tensor], d: Tensor, coefficients: np.ndarray) -> 
     """d = D^-1 sum_i c_i row_i, [P] float32."""
     result, start = torch.zeros(blocks[0].shape[1]), 0
     for block in blocks:
-        own = torch.from_numpy(coefficients[start : start + len(block)]).float()
-        for rows, c in zip(block.split(64), own.split(64), strict=True):
+        part = torch.from_numpy(coefficients[start : start + len(block)]).float()
+        for rows, c in zip(block.split(64), part.split(64), strict=True):
             result += c @ rows.float()
         start += len(block)
     return result / d

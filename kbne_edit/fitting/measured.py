@@ -38,12 +38,12 @@ def scaled(neutral: Neutral, d: Tensor, kl: float, first: float) -> Scaled:
     s, best = first, Scaled(torch.ones_like(d), 0.0, neutral.measure().perplexity)
     for _ in range(_STEPS):
         factors = (1 + s * d).clamp(*CLIP)
-        found = neutral.measure(factors)
-        if best.kl < found.kl <= kl:
-            best = Scaled(factors, found.kl, found.perplexity)
-        if kl * (1 - _CLOSE) <= found.kl <= kl:
+        measured = neutral.measure(factors)
+        if best.kl < measured.kl <= kl:
+            best = Scaled(factors, measured.kl, measured.perplexity)
+        if kl * (1 - _CLOSE) <= measured.kl <= kl:
             break
-        s *= min(max(((1 - _CLOSE / 2) * kl / max(found.kl, 1e-12)) ** 0.5, 0.1), 10.0)
+        s *= min(max(((1 - _CLOSE / 2) * kl / max(measured.kl, 1e-12)) ** 0.5, 0.1), 10.0)
     return best
 
 
@@ -69,8 +69,8 @@ class Held:
     def parts(self) -> tuple[str, ...]:
         """What any of the units tells of."""
         there = np.array([~np.isnan(unit.mixture[:, 0]) for unit in self.rows]).any(0)
-        found = {KINDS[i] for i in np.flatnonzero(there)}
-        return tuple(part for part in MEASURED if part in found or (part == "sentiment" and "tone" in found))
+        present = {KINDS[i] for i in np.flatnonzero(there)}
+        return tuple(part for part in MEASURED if part in present or (part == "sentiment" and "tone" in present))
 
     def margins(self, model: nn.Module, site: Site, at: Tensor | None = None, temperature: float = 1.0) -> np.ndarray:
         """[U, K], NaN where a unit has no such row."""
@@ -78,17 +78,17 @@ class Held:
         values = np.split(
             objectives(model, sentences, site, at, temperature), np.cumsum([len(u.sentences) for u in self.rows])[:-1]
         )
-        return np.array([unit.mixture @ own for unit, own in zip(self.rows, values, strict=True)])
+        return np.array([unit.mixture @ row for unit, row in zip(self.rows, values, strict=True)])
 
     def of(self, part: str, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(which units tell of a part, their values): of sentiment the contrasts and units that differ in tone."""
         if part != "sentiment":
-            own = np.flatnonzero(~np.isnan(margins[:, KINDS.index(part)]))
-            return own, margins[own, KINDS.index(part)]
+            indices = np.flatnonzero(~np.isnan(margins[:, KINDS.index(part)]))
+            return indices, margins[indices, KINDS.index(part)]
         signs, tone = tones(self.units), margins[:, KINDS.index("tone")]
         values = np.where(np.isnan(tone), signs * margins[:, KINDS.index("sentiment")], tone)
-        own = np.flatnonzero(~np.isnan(tone) | (signs != 0))
-        return own, values[own]
+        indices = np.flatnonzero(~np.isnan(tone) | (signs != 0))
+        return indices, values[indices]
 
     def changes(self, before: np.ndarray, after: np.ndarray) -> tuple[Interval, ...]:
         """By part, in the order of `parts`, over all units."""
@@ -104,8 +104,8 @@ class Held:
             names[f"format {label}"] = np.array([unit.format == label for unit in self.units])
         for label, chosen in names.items():
             for part in self.parts:
-                own, first = self.of(part, before)
-                kept = chosen[own]
+                indices, first = self.of(part, before)
+                kept = chosen[indices]
                 if label == "all" or kept.sum() >= 5:
                     change = (self.of(part, after)[1] - first)[kept]
                     result.append(Gain(part, label, int(kept.sum()), float(first[kept].mean()), interval(change)))

@@ -82,8 +82,8 @@ def gradients(
         batch = [sequences[i] for i in index]
         width = max(len(s.ids) for s in batch) if by_position else 1
         leaves = _leaves(start, sizes, len(batch) * width, model)
-        values, found = _backward(model, (layers, site), batch, leaves, draw)
-        rows = torch.cat([g.float().cpu() for g in found], 1)
+        values, by_layer = _backward(model, (layers, site), batch, leaves, draw)
+        rows = torch.cat([g.float().cpu() for g in by_layer], 1)
         yield Batch(np.array(index), values, rows.view(len(batch), width, -1) if by_position else rows)
 
 
@@ -233,17 +233,17 @@ class _Reached(Exception):
 
 def last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
     """The last layer's output [B, T, D]. ids: [B, T]."""
-    found = []
+    outputs = []
 
     def leave(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
         raise _Reached
 
     handle = decoder_layers(model)[-1].register_forward_hook(leave)
     try:
         model(input_ids=ids, use_cache=False)
     except _Reached:
-        return found[0]
+        return outputs[0]
     finally:
         handle.remove()
     raise AssertionError(f"{type(model).__name__} did not call its last layer")
@@ -273,8 +273,8 @@ class _Times(torch.autograd.Function):
         (grad,) = outer
         h, at = ctx.saved_tensors
         each = h * grad
-        own = each.float() if ctx.by_position else each.sum(1, dtype=torch.float32)
-        return grad if at is None else (grad * at).to(grad.dtype), own, None
+        summed = each.float() if ctx.by_position else each.sum(1, dtype=torch.float32)
+        return grad if at is None else (grad * at).to(grad.dtype), summed, None
 
 
 def _tap(leaf: Tensor, count: int, width: int, at: Tensor | None) -> Tap:
@@ -285,11 +285,11 @@ def _tap(leaf: Tensor, count: int, width: int, at: Tensor | None) -> Tap:
     each = leaf.shape[0] // count  # positions that have factors of their own
 
     def tap(h: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
-        own = leaf[:, offset : offset + h.shape[-1]]
+        scale = leaf[:, offset : offset + h.shape[-1]]
         if tokens is not None:
-            return (h * own[tokens if each > 1 else tokens // width]).to(h.dtype)
+            return (h * scale[tokens if each > 1 else tokens // width]).to(h.dtype)
         factors = None if at is None else at[offset : offset + h.shape[-1]]
-        shaped = own.view(count, each, -1) if each > 1 else own
+        shaped = scale.view(count, each, -1) if each > 1 else scale
         return _Times.apply(h.view(count, width, -1), shaped, factors).view(h.shape)
 
     return tap

@@ -68,9 +68,9 @@ class System:
         known = np.flatnonzero(counts)
         among, weights = [known + self.start], [self.share * counts[known]]
         for part in (*PARTS, "pair"):
-            own = self.having(part, chosen)
-            among.append(self.rows(part, own))
-            weights.append(np.full(len(own), even / max(len(own), 1)))
+            indices = self.having(part, chosen)
+            among.append(self.rows(part, indices))
+            weights.append(np.full(len(indices), even / max(len(indices), 1)))
         last = np.arange(len(self.gram.matrix) - self.held, len(self.gram.matrix))
         among.append(last)
         weights.append(_HOLD / np.maximum(np.diag(self.gram.matrix)[last], 1e-30))
@@ -97,16 +97,16 @@ def aim(system: System, parts: Sequence[str], chosen: np.ndarray, signs: np.ndar
             directions = (_mean(system, part, chosen, signs),)
         else:
             directions = (_balance(system, part, chosen, signs),)
-        for own in directions:
-            spread = np.sqrt(float(own**2 @ np.diag(system.gram.matrix)))
-            result += own / spread if spread else 0
+        for direction in directions:
+            spread = np.sqrt(float(direction**2 @ np.diag(system.gram.matrix)))
+            result += direction / spread if spread else 0
     return result
 
 
 def _mean(system: System, part: str, chosen: np.ndarray, signs: np.ndarray) -> np.ndarray:
     result = np.zeros(len(system.gram.matrix))
-    own = system.having(part, chosen)
-    result[system.rows(part, own)] = signs[own] / max(len(own), 1)
+    indices = system.having(part, chosen)
+    result[system.rows(part, indices)] = signs[indices] / max(len(indices), 1)
     return result
 
 
@@ -116,24 +116,24 @@ def _balance(system: System, part: str, chosen: np.ndarray, signs: np.ndarray) -
     chosen = system.having(part, chosen)
     types = np.array([system.units[i].type for i in chosen])
     for name in sorted(set(types.tolist())):
-        own = chosen[types == name]
-        left = float(system.margins[own, kind].mean())
+        indices = chosen[types == name]
+        left = float(system.margins[indices, kind].mean())
         if part != "prior":
             left = max(left, 0.0)
-        result[system.rows(part, own)] = left * signs[own] / len(chosen)
+        result[system.rows(part, indices)] = left * signs[indices] / len(chosen)
     return result
 
 
 def _sentiment(system: System, chosen: np.ndarray, signs: np.ndarray) -> tuple[np.ndarray, ...]:
     """Bad attributes against good ones: in contrasts, in units whose attributes differ in tone, and between units."""
     contrast, within, between = (np.zeros(len(system.gram.matrix)) for _ in range(3))
-    own = system.having("tone", chosen)
-    contrast[system.rows("tone", own)] = signs[own] / max(len(own), 1)
-    own = system.having("sentiment", chosen)
-    within[system.rows("sentiment", own)] = tones(system.units)[own] * signs[own] / max(len(own), 1)
+    indices = system.having("tone", chosen)
+    contrast[system.rows("tone", indices)] = signs[indices] / max(len(indices), 1)
+    indices = system.having("sentiment", chosen)
+    within[system.rows("sentiment", indices)] = tones(system.units)[indices] * signs[indices] / max(len(indices), 1)
     levels = np.array([_TONES[u.fact.tone_x] + _TONES[u.fact.tone_y] for u in system.units])
     for sign in (1, -1):
-        alike = own[levels[own] * signs[own] * sign > 1]
+        alike = indices[levels[indices] * signs[indices] * sign > 1]
         between[system.rows("level", alike)] = sign / max(len(alike), 1)
     return contrast, within, between
 
@@ -154,8 +154,8 @@ def shuffled(units: Sequence[Unit], seed: int) -> np.ndarray:
     rng, signs = np.random.default_rng(seed), np.ones(len(units))
     types = np.array([unit.type for unit in units])
     for name in sorted(set(types.tolist())):
-        own = np.flatnonzero(types == name)
-        signs[rng.permutation(own)[: len(own) // 2]] = -1
+        indices = np.flatnonzero(types == name)
+        signs[rng.permutation(indices)[: len(indices) // 2]] = -1
     return signs
 
 

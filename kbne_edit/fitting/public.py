@@ -42,14 +42,14 @@ def _stereoset(data: Path) -> list[Unit]:
 
 def _of_test_split(data: Path, pattern: str) -> set[str]:
     """Contexts of rows whose `split` is not dev. The published dev.json is the dev split and does not say so."""
-    found = set()
+    contexts = set()
     for file in sorted(data.glob(pattern)):
         with open_input(file, InputError) as lines:
             for line in lines:
                 row = parse_json(line, f"a row of {file}", InputError) if line.strip() else None
                 if isinstance(row, dict) and row.get("split", "dev") != "dev":
-                    found.add(str(row.get("context")))
-    return found
+                    contexts.add(str(row.get("context")))
+    return contexts
 
 
 def _crows(data: Path) -> list[Unit]:

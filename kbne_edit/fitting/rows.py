@@ -125,10 +125,10 @@ def encode_units(
         return result
 
     prepare()
-    found = iter(confined(path, work, seconds=_SECONDS))
+    results = iter(confined(path, work, seconds=_SECONDS))
     result = []
     for unit, sentences, kind in every:
-        known = {sentence: next(found) for sentence in sentences}
+        known = {sentence: next(results) for sentence in sentences}
         result.append(unit_rows(unit, kind, known.__getitem__))
     return result
 
@@ -143,10 +143,10 @@ def encode_texts(path: Path, texts: Sequence[str]) -> list[list[int]]:
         return [[encoded(tokenizer, Sentence("", text), chat=False)[1] for text in texts], tokenizer.unk_token_id]
 
     prepare()
-    found, unknown = confined(path, work, seconds=_SECONDS)
-    if unknown is not None and sum(ids.count(unknown) for ids in found) > _UNREAD * sum(map(len, found)):
+    token_ids, unknown = confined(path, work, seconds=_SECONDS)
+    if unknown is not None and sum(ids.count(unknown) for ids in token_ids) > _UNREAD * sum(map(len, token_ids)):
         raise InputError(f"the tokenizer of {path} cannot read the texts of a fit (unknown tokens): use another model")
-    return found
+    return token_ids
 
 
 def _read(unit: Unit, kind: str) -> tuple[Sentence, ...]:

@@ -227,15 +227,15 @@ def _overlap(benchmark: str, sentences: list[str], units: Sequence[Unit], facts:
     grams = set().union(*map(_grams, split))
     verbatim, shared, sharing = [], set(), 0
     for unit in units:
-        own: set[tuple[str, ...]] = set()
+        shared_grams: set[tuple[str, ...]] = set()
         for sentence in unit.sentences:
             words = _words(sentence.text)
             if tuple(words) in whole or tuple(_words(sentence.continuation)) in whole:
                 verbatim.append(sentence.text)
-            own |= _grams(words)
-        own &= grams
-        shared |= own
-        sharing += bool(own)
+            shared_grams |= _grams(words)
+        shared_grams &= grams
+        shared |= shared_grams
+        sharing += bool(shared_grams)
     whole_facts, partly = _known_facts([{_stem(word) for word in words} for words in split], facts)
     return Overlap(
         benchmark, len(sentences), tuple(dict.fromkeys(verbatim)), len(shared), sharing, whole_facts, len(partly)
@@ -246,15 +246,15 @@ def _known_facts(sentences: list[set[str]], facts: Sequence[Fact]) -> tuple[tupl
     """Stereotypes of which one sentence holds the group and all content words of the attribute; the group and two."""
     where: dict[str, set[int]] = defaultdict(set)
     for index, stems in enumerate(sentences):
-        for stem in stems:
-            where[stem].add(index)
+        for word in stems:
+            where[word].add(index)
     whole, partly = [], []
     for fact in facts:
         for group, attribute in ((fact.a, fact.x), (fact.b, fact.y)):
             group_stems, stems = _content(group), _content(attribute) - _content(group)
             if not group_stems or not stems:
                 continue
-            holding = [where.get(stem, set()) for stem in group_stems]
+            holding = [where.get(word, set()) for word in group_stems]
             of_group = holding[0].intersection(*holding[1:])
             most = max((len(stems & sentences[index]) for index in of_group), default=0)
             if most == len(stems):

@@ -126,10 +126,10 @@ def _passes(verdict: Verdict) -> bool:
 
 def _carried(metadata: dict) -> dict[str, Any]:
     """What of the base's metadata holds for this model, too. A link that is none is left out."""
-    found = {key: metadata[key] for key in _CARRIED if isinstance(metadata.get(key), str)}
-    if not re.fullmatch(_LINK, found.get("license_link", "")):
-        found.pop("license_link", None)
-    return {"pipeline_tag": "text-generation"} | found
+    carried = {key: metadata[key] for key in _CARRIED if isinstance(metadata.get(key), str)}
+    if not re.fullmatch(_LINK, carried.get("license_link", "")):
+        carried.pop("license_link", None)
+    return {"pipeline_tag": "text-generation"} | carried
 
 
 def _listed(value: object) -> list[str]:

@@ -39,12 +39,12 @@ class Card:
     @classmethod
     def of(cls, manifest: Manifest) -> Card:
         """Raises CheckpointError, KeyError, TypeError or ValueError for figures of another form."""
-        asked = (manifest.summary or {}).get("attribution")
+        attribution = (manifest.summary or {}).get("attribution")
         return cls(
             manifest,
             manifest.source or Origin("the base"),
             Measured.of(manifest.summary),
-            AttributionSummary.from_dict(asked) if asked else None,
+            AttributionSummary.from_dict(attribution) if attribution else None,
             recorded_proofs(Path(), manifest),
         )
 
@@ -65,7 +65,7 @@ class Card:
 
 def prose(text: str) -> str:
     """Text from anywhere, on one line, with nothing that Markdown or HTML would act on."""
-    return re.sub("|".join(map(re.escape, _MARKUP)), lambda found: _MARKUP[found[0]], one_line(text))
+    return re.sub("|".join(map(re.escape, _MARKUP)), lambda match: _MARKUP[match[0]], one_line(text))
 
 
 def code(text: str) -> str:
@@ -163,13 +163,13 @@ def _done(card: Card) -> list[str]:
     chosen = edit.found.get("select")
     if card.answers is None or not isinstance(chosen, dict):
         return [*lines, "The neurons were given to the run that made this; it did not locate them."]
-    found = card.answers.answers
-    answers = ", ".join(f"{prose(name)} {tally.right} of {tally.total}" for name, tally in found.by_answer.items())
+    given = card.answers.answers
+    answers = ", ".join(f"{prose(name)} {tally.right} of {tally.total}" for name, tally in given.by_answer.items())
     return [
         *lines,
-        f"The neurons were located with the recipe {code(card.recipe)}: {found.questions.total} questions about bias, "
-        f"of which the base answers {found.questions.right} rightly ({answers}), and {found.controls.total} unrelated "
-        f"ones ({found.controls.right} rightly). Scores are integrated gradients; the largest gap in completeness is "
+        f"The neurons were located with the recipe {code(card.recipe)}: {given.questions.total} questions about bias, "
+        f"of which the base answers {given.questions.right} rightly ({answers}), and {given.controls.total} unrelated "
+        f"ones ({given.controls.right} rightly). Scores are integrated gradients; the largest gap in completeness is "
         f"{card.answers.largest_residual:.1%} of a question's largest score. Selection: "
         f"{Rule.from_dict(chosen).describe()}.",
     ]
@@ -215,29 +215,29 @@ def _read_back(card: Card) -> list[str]:
 
 
 def _measured(card: Card) -> list[str]:
-    found, lines = card.measured, ["## What was measured", ""]
-    if not found.effect and not found.cost and not found.evaluations:
+    measured, lines = card.measured, ["## What was measured", ""]
+    if not measured.effect and not measured.cost and not measured.evaluations:
         return [*lines, "Nothing: neither the effect of the edit on bias nor its cost. That is not “no effect”."]
-    lines += _effect(found.effect, card.recipe) if found.effect else ["Its effect on bias was not measured."]
-    lines += ["", *(_cost(found.cost) if found.cost else ["Its cost was not measured."])]
-    lines += _measures(found.measures)
-    return lines + [line for one in found.evaluations for line in _benchmarks(one)]
+    lines += _effect(measured.effect, card.recipe) if measured.effect else ["Its effect on bias was not measured."]
+    lines += ["", *(_cost(measured.cost) if measured.cost else ["Its cost was not measured."])]
+    lines += _measures(measured.measures)
+    return lines + [line for one in measured.evaluations for line in _benchmarks(one)]
 
 
-def _benchmarks(found: KeptEvaluation) -> list[str]:
+def _benchmarks(evaluation: KeptEvaluation) -> list[str]:
     """What `evaluate` measured of this output after it was made: the figures that were tested."""
     rows = [
         f"| {prose(task.name)} ({task.items}) | {prose(figure.name)}, {prose(figure.unit)} | "
         f"{figure.base:.{figure.digits}f} | {figure.edit:.{figure.digits}f} | {figure.change.value:+.{figure.digits}f} "
         f"({figure.change.low:+.{figure.digits}f} to {figure.change.high:+.{figure.digits}f}) | {prose(figure.text)} |"
-        for task in found.tasks
+        for task in evaluation.tasks
         for figure in task.figures.values()
         if figure.tested
     ]
-    limit = "all items" if found.limit is None else f"at most {found.limit} items of each task"
+    limit = "all items" if evaluation.limit is None else f"at most {evaluation.limit} items of each task"
     return [
         "",
-        f"Benchmarks, measured later by `kbne-edit evaluate` ({prose(found.tool)}, {limit}):",
+        f"Benchmarks, measured later by `kbne-edit evaluate` ({prose(evaluation.tool)}, {limit}):",
         "",
         "| task (items) | figure | base | edit | change (95 % interval) | beside the controls |",
         "|---|---|---|---|---|---|",
@@ -263,16 +263,16 @@ def _effect(effect: Effect, recipe: str) -> list[str]:
 
 
 def _cost(cost: Cost) -> list[str]:
-    said = (
+    text = (
         f"Cost, on {cost.texts} texts that speak of no group: KL from the base {cost.kl.value:.2g} nats per token "
         f"(95 % {cost.kl.low:.2g} to {cost.kl.high:.2g}, limit {MOST_KL:g}), perplexity {cost.before.value:.4g}, with "
         f"the edit {cost.after.value:.4g} (limit x{MOST_RISE:g})."
     )
     for name, part in (("questions", cost.questions), ("unrelated questions", cost.controls)):
         if part:
-            said += f" Of {part.total} {name} the base answers {part.before} rightly, with the edit {part.after}."
+            text += f" Of {part.total} {name} the base answers {part.before} rightly, with the edit {part.after}."
     changed = sum(item.before != item.after for item in cost.continuations)
-    return [said, "", f"{changed} of {len(cost.continuations)} greedy continuations change."]
+    return [text, "", f"{changed} of {len(cost.continuations)} greedy continuations change."]
 
 
 def _measures(measures: Sequence[QuickMeasure]) -> list[str]:
@@ -299,32 +299,32 @@ def _measures(measures: Sequence[QuickMeasure]) -> list[str]:
 
 def _not_found(card: Card) -> list[str]:
     """What a reader must not believe: said as plainly as what was found."""
-    found = card.measured
-    effect, lines = found.effect, ["## What was not found", ""]
-    if not effect and not found.evaluations:
+    measured = card.measured
+    effect, lines = measured.effect, ["## What was not found", ""]
+    if not effect and not measured.evaluations:
         lines.append("- Whether this model shows less bias than its base: it was not measured.")
-    elif not effect and found.verdict.effect.state != "PASS":
-        lines.append(f"- Less bias on benchmarks: {prose(found.verdict.effect.reason)}.")
+    elif not effect and measured.verdict.effect.state != "PASS":
+        lines.append(f"- Less bias on benchmarks: {prose(measured.verdict.effect.reason)}.")
     if effect and effect.state == "more":
         what = "of what is unwanted" if effect.avoids else "bias"
         lines.append(f"- Less {what}: the edit raised the score more than random neurons did.")
     elif effect and effect.state == "none":
-        lines.append(f"- An effect on the probes: {prose(found.verdict.effect.reason)}.")
+        lines.append(f"- An effect on the probes: {prose(measured.verdict.effect.reason)}.")
     if effect and effect.preferred.after >= effect.preferred.before:
         side = "unwanted" if effect.avoids else "stereotype"
         lines.append(f"- Fewer twins in which the {side} side is preferred: their share did not fall.")
-    lines += _specific(found)
-    if not found.cost:
+    lines += _specific(measured)
+    if not measured.cost:
         lines.append("- Whether other text and abilities are affected: it was not measured.")
-    if found.further:
-        further = ", ".join(map(prose, found.further))
+    if measured.further:
+        further = ", ".join(map(prose, measured.further))
         lines.append(f"- Further figures of the run stand in `kbne_edit.json`: {further}.")
     lines.append("- Whether other groups, languages and prompts are affected: it was not measured.")
     return lines
 
 
-def _specific(found: Measured) -> list[str]:
-    selection = found.selection
+def _specific(measured: Measured) -> list[str]:
+    selection = measured.selection
     if selection is None or selection.controls_overlap is None:
         return ["- Whether the neurons are specific to bias: no control was asked."]
     shared, total = selection.controls_overlap, selection.neurons
@@ -392,6 +392,6 @@ def _undo(card: Card) -> list[str]:
 def _licence(metadata: dict) -> list[str]:
     licence = licence_of(metadata)
     lines = ["## Licence", "", f"The base's: {prose(licence)}." if licence else "The base's card names none."]
-    if found := duty(licence):
-        lines += ["", *([found.shown, ""] if found.shown else []), f"{found.asks[0].upper()}{found.asks[1:]}."]
+    if terms := duty(licence):
+        lines += ["", *([terms.shown, ""] if terms.shown else []), f"{terms.asks[0].upper()}{terms.asks[1:]}."]
     return lines

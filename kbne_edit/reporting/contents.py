@@ -78,23 +78,23 @@ def report(
     recorded = _recorded(path, manifest)
     checked = _checked(path, manifest, hashes)
     file = Path(scores) if scores else work / "scores.safetensors"
-    found = _scores(file, bool(scores), edit, sizes, say)
+    attribution = _scores(file, bool(scores), edit, sizes, say)
     further = {key: manifest.summary[key] for key in recorded.further} if manifest.summary else {}
-    if not found and recorded.selection:
+    if not attribution and recorded.selection:
         further["selection"] = recorded.selection.to_dict()
     controls = recorded.selection.controls_overlap if recorded.selection else None
-    rows = _rows(edit, found.scored.neurons if found else {})
+    rows = _rows(edit, attribution.scored.neurons if attribution else {})
     proofs = recorded_proofs(path, manifest)
     return Report(
         tool=f"kbne-edit {__version__}",
         form=manifest.form,
         model=_model(checkpoint, manifest, sizes),
         edit=_change(edit, sizes),
-        selection=found.scored.selection if found else None,
+        selection=attribution.scored.selection if attribution else None,
         neurons=_with_tokens(rows, _tokens(checkpoint, edit, rows) if checkpoint else None),
-        map=found.scored.map if found else None,
-        overlap=found.scored.overlap if found else None,
-        answers=_answers(path, manifest) or (found.answers if found else None),
+        map=attribution.scored.map if attribution else None,
+        overlap=attribution.scored.overlap if attribution else None,
+        answers=_answers(path, manifest) or (attribution.answers if attribution else None),
         proofs=proofs,
         effect=recorded.effect,
         cost=recorded.cost,
@@ -102,9 +102,9 @@ def report(
         evaluations=recorded.evaluations,
         verdict=recorded.verdict,
         tuning=sweep_of(Path(tuning) if tuning else work / RESULT, bool(tuning), edit, say),
-        controls_overlap=found.scored.controls_overlap if found else controls,
+        controls_overlap=attribution.scored.controls_overlap if attribution else controls,
         further=further,
-        provenance=_provenance(path, manifest, file_hash(file) if found else None),
+        provenance=_provenance(path, manifest, file_hash(file) if attribution else None),
         hashes=checked,
     )
 
@@ -238,12 +238,12 @@ def _distance(place: tuple[int, int, float]) -> float:
 def _tokens(checkpoint: Checkpoint, edit: Edit, rows: Sequence[NeuronRow]) -> dict[Neuron, Tokens] | None:
     texts, kept = vocabulary(checkpoint.path), columns(checkpoint, edit)
     shown = {place: kept[place] for row in rows if (place := (row.layer, row.neuron)) in kept}
-    found = written(checkpoint, shown, set(texts) if texts else None, TOKENS)
+    tokens = written(checkpoint, shown, set(texts) if texts else None, TOKENS)
 
     def named(pairs: list[tuple[int, float]]) -> tuple[Token, ...]:
         return tuple(Token(index, texts[index] if texts else None, z) for index, z in pairs)
 
-    return {neuron: Tokens(named(up), named(down)) for neuron, (up, down) in found.items()} if found else None
+    return {neuron: Tokens(named(up), named(down)) for neuron, (up, down) in tokens.items()} if tokens else None
 
 
 def _with_tokens(rows: Sequence[NeuronRow], tokens: dict[Neuron, Tokens] | None) -> tuple[NeuronRow, ...]:

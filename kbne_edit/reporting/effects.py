@@ -147,22 +147,22 @@ def _further(report: Report) -> list[str]:
 
 
 def cost(report: Report) -> list[str]:
-    found, part = report.cost, report.verdict.cost
-    if found is None:
+    measured, part = report.cost, report.verdict.cost
+    if measured is None:
         return ["<p>Not measured: what the edit does to other text and to other answers is not known.</p>"]
-    texts = "texts of the package that speak of no group" if found.origin == "package" else words(found.origin)
+    texts = "texts of the package that speak of no group" if measured.origin == "package" else words(measured.origin)
     rows = [
-        ["KL from the base, nats per token", *map(number, _three(found.kl)), number(f"at most {MOST_KL:g}")],
-        ["perplexity of the base", *map(number, _three(found.before)), ""],
-        ["perplexity with the edit", *map(number, _three(found.after)), ""],
-        ["its rise, as a ratio", *map(number, _three(found.rise)), number(f"at most {MOST_RISE:g}")],
+        ["KL from the base, nats per token", *map(number, _three(measured.kl)), number(f"at most {MOST_KL:g}")],
+        ["perplexity of the base", *map(number, _three(measured.before)), ""],
+        ["perplexity with the edit", *map(number, _three(measured.after)), ""],
+        ["its rise, as a ratio", *map(number, _three(measured.rise)), number(f"at most {MOST_RISE:g}")],
     ]
     return [
         f"<p>{state(part.state)} {arrows(part.reason)}.</p>",
-        table(f"On {found.texts} {texts}", ["what", "value", "from", "to", "limit"], rows),
+        table(f"On {measured.texts} {texts}", ["what", "value", "from", "to", "limit"], rows),
         '<p class="note">From, to: 95 % bootstrap interval over texts.</p>',
-        *_answered(found),
-        *_continuations(found),
+        *_answered(measured),
+        *_continuations(measured),
     ]
 
 
@@ -170,8 +170,8 @@ def _three(values: tuple[float, float, float]) -> list[str]:
     return [f"{value:.3g}" for value in values]
 
 
-def _answered(found: Cost) -> list[str]:
-    parts = [("questions about bias", found.questions), ("unrelated questions", found.controls)]
+def _answered(measured: Cost) -> list[str]:
+    parts = [("questions about bias", measured.questions), ("unrelated questions", measured.controls)]
     rows = [
         [name, number(str(part.before)), number(str(part.after)), number(str(part.total)), number(f"{part.p:.2g}")]
         for name, part in parts
@@ -181,8 +181,8 @@ def _answered(found: Cost) -> list[str]:
     return [table("Answered rightly, before and after", heads, rows)] if rows else []
 
 
-def _continuations(found: Cost) -> list[str]:
-    items = found.continuations
+def _continuations(measured: Cost) -> list[str]:
+    items = measured.continuations
     if not items:
         return []
     changed = sum(item.before != item.after for item in items)
@@ -205,10 +205,10 @@ def _continuations(found: Cost) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- sweep
 
 
-def _sweep(found: Sweep) -> list[str]:
+def _sweep(sweep: Sweep) -> list[str]:
     """How factor and thresholds were chosen, and what the choice does on items that had no part in it."""
-    points = found.points
-    drawing = plots.pareto([(p.kl, p.bias.value, p.within, p.front, p.chosen) for p in points], found.figure)
+    points = sweep.points
+    drawing = plots.pareto([(p.kl, p.bias.value, p.within, p.front, p.chosen) for p in points], sweep.figure)
     rows = (
         [
             words(p.settings),
@@ -221,25 +221,25 @@ def _sweep(found: Sweep) -> list[str]:
         for p in sorted(points, key=lambda p: (not p.front, p.bias.value))
     )
     heads = ["settings", "note", "neurons", "change", "from", "to", "KL", "lower end of the capability"]
-    steered, bounded = words(", ".join(found.steered_by)), words(", ".join(found.bounded_by))
-    bound = "" if found.max_kl is None else f" and the KL is below {found.max_kl:g}"
+    steered, bounded = words(", ".join(sweep.steered_by)), words(", ".join(sweep.bounded_by))
+    bound = "" if sweep.max_kl is None else f" and the KL is below {sweep.max_kl:g}"
     return [
         "<h3>How factor and thresholds were chosen</h3>",
         f"<p>{len(points)} edits were measured on one half of the items (dev): the change of the "
-        f"{words(found.figure)} of {steered} (as a distance from its ideal), and the cost, the KL divergence from the "
-        f"base on neutral text. An edit is within bounds if a loss of {found.margin:g} points of {bounded} is "
-        f"excluded{bound}. Chosen: {words(found.chosen_by)}.</p>",
+        f"{words(sweep.figure)} of {steered} (as a distance from its ideal), and the cost, the KL divergence from the "
+        f"base on neutral text. An edit is within bounds if a loss of {sweep.margin:g} points of {bounded} is "
+        f"excluded{bound}. Chosen: {words(sweep.chosen_by)}.</p>",
         figure(
             drawing,
             "Discs: edits on the front, which no other edit within bounds beats in both; rings: other edits; squares: "
             "edits out of bounds; a second ring: the chosen edit.",
             table(f"Edits that were tried, on dev ({len(points)})", heads, rows),
         ),
-        *_confirmation(found),
+        *_confirmation(sweep),
     ]
 
 
-def _confirmation(found: Sweep) -> list[str]:
+def _confirmation(sweep: Sweep) -> list[str]:
     split = (
         [
             words(row.task),
@@ -248,20 +248,20 @@ def _confirmation(found: Sweep) -> list[str]:
             number(str(row.test_items)),
             digest(row.test_sha256),
         ]
-        for row in found.split
+        for row in sweep.split
     )
     heads = ["items of", "dev", "SHA-256 of the dev items", "test", "SHA-256 of the test items"]
     lines = [table("The two halves", heads, split)]
-    if found.test is None:
+    if sweep.test is None:
         return [*lines, "<p>The other half (test) was not scored.</p>"]
-    rows = ([words(row.task), words(row.found), *signed(row.change), number(f"{row.p:.2g}")] for row in found.test)
-    heads = ["task", "beside the controls", f"change of the {found.figure}", "from", "to", "p (Holm)"]
-    confirmed = "Confirmed" if found.confirmed else "Not confirmed"
-    uses = "" if found.uses in (None, 1) else f" It is use {found.uses} of this half of the data."
+    rows = ([words(row.task), words(row.found), *signed(row.change), number(f"{row.p:.2g}")] for row in sweep.test)
+    heads = ["task", "beside the controls", f"change of the {sweep.figure}", "from", "to", "p (Holm)"]
+    confirmed = "Confirmed" if sweep.confirmed else "Not confirmed"
+    uses = "" if sweep.uses in (None, 1) else f" It is use {sweep.uses} of this half of the data."
     return [
         *lines,
         table("The chosen edit on the other half (test), scored once", heads, rows),
-        f"<p>{confirmed}: {words(found.verdict)}.{uses}</p>",
+        f"<p>{confirmed}: {words(sweep.verdict)}.{uses}</p>",
     ]
 
 
@@ -271,33 +271,33 @@ def _confirmation(found: Sweep) -> list[str]:
 def answers(report: Report) -> list[str]:
     if report.answers is None:
         return ["<p>The neurons were given to the run; how the base answers the questions is not known.</p>"]
-    about, found = report.answers, report.answers.answers
-    value, low, high = found.balanced
+    about, given = report.answers, report.answers.answers
+    value, low, high = given.balanced
     lines = [
-        f"<p>The base answers {found.questions.right} of {found.questions.total} questions rightly, and "
-        f"{found.controls.right} of {found.controls.total} controls. Balanced accuracy over the answers: {value:.0%} "
+        f"<p>The base answers {given.questions.right} of {given.questions.total} questions rightly, and "
+        f"{given.controls.right} of {given.controls.total} controls. Balanced accuracy over the answers: {value:.0%} "
         f"(95 % interval {low:.0%} to {high:.0%}). Largest gap in the completeness of the attribution: "
         f"{about.largest_residual:.1%} of a question's largest score, with {about.nodes_per_layer:.1f} nodes per "
         "layer.</p>"
     ]
-    if found.constant is not None:
+    if given.constant is not None:
         lines.append(
-            f"<p><strong>Caution: this is no better than the same answer ({words(found.constant)}) to everything. What "
+            f"<p><strong>Caution: this is no better than the same answer ({words(given.constant)}) to everything. What "
             "is attributed to a neuron then says little about what the model knows.</strong></p>"
         )
-    if found.mass is not None:
+    if given.mass is not None:
         lines.append(
-            f"<p>Where an answer is due, all answers together have a probability of {found.mass.median:.0%} "
+            f"<p>Where an answer is due, all answers together have a probability of {given.mass.median:.0%} "
             "(median).</p>"
         )
-    tallies = [("right answer", found.by_answer), ("form", found.by_form)]
+    tallies = [("right answer", given.by_answer), ("form", given.by_form)]
     rows = (
         [f"{kind}: {words(name)}", number(str(tally.right)), number(str(tally.total)), number(f"{tally.share:.0%}")]
         for kind, of in tallies
         for name, tally in of.items()
     )
     lines.append(table("Right answers to the questions", ["questions", "right", "of", "share"], rows))
-    if found.wrong:
-        wrong = "".join(f"<li>{words(text)}</li>" for text in found.wrong)
-        lines.append(f"<details><summary>Answered wrongly: {len(found.wrong)}</summary><ul>{wrong}</ul></details>")
+    if given.wrong:
+        wrong = "".join(f"<li>{words(text)}</li>" for text in given.wrong)
+        lines.append(f"<details><summary>Answered wrongly: {len(given.wrong)}</summary><ul>{wrong}</ul></details>")
     return lines

@@ -21,15 +21,15 @@ def opening(report: Report) -> str:
     """The verdict in one line."""
     verdict = report.verdict
     why = f"Not passed: {', '.join(verdict.open)}." if verdict.open else "Every part passes."
-    said = words(verdict.ship[0].upper() + verdict.ship[1:])
-    return f'<p class="ship {_SHIP[verdict.ship]}"><strong>{said}.</strong> {why}</p>'
+    text = words(verdict.ship[0].upper() + verdict.ship[1:])
+    return f'<p class="ship {_SHIP[verdict.ship]}"><strong>{text}.</strong> {why}</p>'
 
 
 def summary(report: Report) -> list[str]:
     items = "".join(
-        f'<li class="{found.state}"><b>{STATES[found.state]}</b> <strong>{words(found.about)}</strong>: '
-        f"{arrows(found.text)}</li>"
-        for found in report.verdicts
+        f'<li class="{line.state}"><b>{STATES[line.state]}</b> <strong>{words(line.about)}</strong>: '
+        f"{arrows(line.text)}</li>"
+        for line in report.verdicts
     )
     rows = ([state(part.state), words(WORDS[name]), arrows(part.reason)] for name, part in report.verdict)
     return [
@@ -115,14 +115,14 @@ def _factors(report: Report) -> list[str]:
 
 def _neuron_table(report: Report) -> str:
     rows, names = report.neurons, by_name(report.neurons)
-    asked = bool(rows) and rows[0].controls is not None
-    heads = ["layer, neuron", *(["controls select it"] if asked else []), "factor", *names]
-    heads += ["controls"] if asked else []
+    has_controls = bool(rows) and rows[0].controls is not None
+    heads = ["layer, neuron", *(["controls select it"] if has_controls else []), "factor", *names]
+    heads += ["controls"] if has_controls else []
 
     def cells(row: NeuronRow) -> list[str]:
         figures = [*(row.dimensions[name] for name in names), *([row.controls] if row.controls else [])]
-        shared = ["yes" if row.selected_by_controls else "no"] if asked else []
-        shown = [number(f"{score(found.score)} ({found.counts:.0%})") for found in figures]
+        shared = ["yes" if row.selected_by_controls else "no"] if has_controls else []
+        shown = [number(f"{score(column.score)} ({column.counts:.0%})") for column in figures]
         return [place(row.layer, row.neuron), *shared, number(f"{row.factor:g}"), *shown]
 
     caption = f"Edited neurons ({len(rows):,}{'' if len(rows) == report.edit.neurons else ' furthest from 1'})"
@@ -139,10 +139,10 @@ def place(layer: int, neuron: int) -> str:
 
 
 def proofs(report: Report) -> list[str]:
-    found = report.proofs
-    if found is None:
+    recorded = report.proofs
+    if recorded is None:
         return ["<p>The manifest holds no proof: this directory was made without one.</p>"]
-    files = found.files
+    files = recorded.files
     holds = (
         f"holds. Of {files.tensors} tensors, {files.edited} are the base's with the factors multiplied in and "
         f"rounded once, the others are the base's to the bit; {files.files} further files are as expected"
@@ -152,12 +152,12 @@ def proofs(report: Report) -> list[str]:
         f"{words(report.provenance.baked_with)}). {checked_in_words(report)}</p>",
         *(f"<p>Fault: {words(fault)}</p>" for fault in files.faults),
         "<p>2. The model behaves as the base with run-time hooks: "
-        + ("see the table (on record).</p>" if found.behaviour else "not put to the proof.</p>"),
+        + ("see the table (on record).</p>" if recorded.behaviour else "not put to the proof.</p>"),
     ]
-    if not found.behaviour:
+    if not recorded.behaviour:
         return lines
     heads = ["in", "verdict", "positions", "largest difference", "rounding noise", "same top token", "same greedy text"]
-    return [*lines, table("The second proof", heads, map(_behaviour, found.behaviour))]
+    return [*lines, table("The second proof", heads, map(_behaviour, recorded.behaviour))]
 
 
 def _behaviour(entry: BehaviourProof) -> list[str]:
@@ -173,31 +173,31 @@ def _behaviour(entry: BehaviourProof) -> list[str]:
 
 
 def provenance(report: Report) -> list[str]:
-    found, model = report.provenance, report.model
+    origin, model = report.provenance, report.model
     rows = [
         ("base", model.id),
         ("commit of the base", model.commit),
         ("fingerprint of the base", model.fingerprint),
-        ("made with", found.baked_with),
-        ("recipe", found.recipe.name if found.recipe else None),
-        ("SHA-256 of the recipe", found.recipe.sha256 if found.recipe else None),
-        ("SHA-256 of kbne_edit.json, computed for this page", found.manifest_sha256),
-        ("SHA-256 of the undo file, computed for this page", found.undo_sha256),
-        ("SHA-256 of scores.safetensors, computed for this page", found.scores_sha256),
-        ("weights in other formats, left out", ", ".join(found.left_out) or "none"),
+        ("made with", origin.baked_with),
+        ("recipe", origin.recipe.name if origin.recipe else None),
+        ("SHA-256 of the recipe", origin.recipe.sha256 if origin.recipe else None),
+        ("SHA-256 of kbne_edit.json, computed for this page", origin.manifest_sha256),
+        ("SHA-256 of the undo file, computed for this page", origin.undo_sha256),
+        ("SHA-256 of scores.safetensors, computed for this page", origin.scores_sha256),
+        ("weights in other formats, left out", ", ".join(origin.left_out) or "none"),
     ]
     cells = ([words(name), words("not known" if value is None else value)] for name, value in rows)
-    files = ([words(file.name), digest(file.sha256), _same(file)] for file in found.files)
-    old = ([words(row.name), digest(row.sha256), words(", ".join(row.into) or "none")] for row in found.resharded)
-    hashes = {file.name: file.sha256 for file in found.files}
-    hashes |= {"kbne_undo.kbne": found.undo_sha256} if found.undo_sha256 else {}
-    hashes |= {"kbne_edit.json": found.manifest_sha256}
+    files = ([words(file.name), digest(file.sha256), _same(file)] for file in origin.files)
+    old = ([words(row.name), digest(row.sha256), words(", ".join(row.into) or "none")] for row in origin.resharded)
+    hashes = {file.name: file.sha256 for file in origin.files}
+    hashes |= {"kbne_undo.kbne": origin.undo_sha256} if origin.undo_sha256 else {}
+    hashes |= {"kbne_edit.json": origin.manifest_sha256}
     sums = "\n".join(one_line(f"{value}  {name}") for name, value in hashes.items())
     cut = [table("Files of the base, resharded", ["file", "SHA-256", "its tensors are in"], old)]
     return [
         table("Where it comes from", ["what", "value"], cells),
         table("Files", ["file", "SHA-256", "in the base"], files),
-        *(cut if found.resharded else []),
+        *(cut if origin.resharded else []),
         f"<p>These are the hashes on record. {checked_in_words(report)} They can be checked without this tool. In the "
         "directory, with the shell of Linux (on macOS, <code>shasum -a 256</code> takes the place of the first "
         "word):</p>",

@@ -88,21 +88,21 @@ def _text(name: str, text: str) -> str:
 
 
 def written(
-    checkpoint: Checkpoint, found: dict[Neuron, np.ndarray], known: set[int] | None, most: int
+    checkpoint: Checkpoint, down_columns: dict[Neuron, np.ndarray], known: set[int] | None, most: int
 ) -> dict[Neuron, tuple[list, list]] | None:
     """The tokens that each column raises most and lowers most: {neuron: ([(id, z), …], [(id, z), …])}.
 
-    found: of `columns`. known: ids that the tokenizer has (the unembedding may be padded); None: all. most: how many
-    tokens at either end. None where the model has no unembedding that the columns fit.
+    down_columns: from `columns`. known: ids that the tokenizer has (the unembedding may be padded); None: all. most:
+    number of tokens at either end. Returns None if the model has no unembedding that the columns fit.
     """
     if checkpoint.gguf is not None:
         return None
     end = readout(checkpoint.plain_shapes, checkpoint.config)
-    if end is None or checkpoint.plain_shapes[end.unembedding][1:] != next(iter(found.values())).shape:
+    if end is None or checkpoint.plain_shapes[end.unembedding][1:] != next(iter(down_columns.values())).shape:
         return None
-    directions = np.stack([_folded(column, checkpoint, end) for column in found.values()], 1)  # [D, k]
-    total, squares, count = np.zeros(len(found)), np.zeros(len(found)), 0
-    ids, values = np.zeros((0, len(found)), np.int64), np.zeros((0, len(found)), np.float32)
+    directions = np.stack([_folded(column, checkpoint, end) for column in down_columns.values()], 1)  # [D, k]
+    total, squares, count = np.zeros(len(down_columns)), np.zeros(len(down_columns)), 0
+    ids, values = np.zeros((0, len(down_columns)), np.int64), np.zeros((0, len(down_columns)), np.float32)
     for first, rows in _rows(checkpoint, end.unembedding):
         keep = np.arange(first, first + len(rows))
         if known is not None:
@@ -110,12 +110,12 @@ def written(
         logits = rows[keep - first] @ directions
         total, squares = total + logits.sum(0, dtype=np.float64), squares + np.square(logits, dtype=np.float64).sum(0)
         count += len(keep)
-        logits, owners = np.concatenate([values, logits]), np.concatenate([ids, _spread(keep, len(found))])
+        logits, owners = np.concatenate([values, logits]), np.concatenate([ids, _spread(keep, len(down_columns))])
         ends = _ends(logits, most)
         values, ids = np.take_along_axis(logits, ends, 0), np.take_along_axis(owners, ends, 0)
     spread = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 1e-60))
     scores = (values - total / count) / spread
-    return {neuron: _pairs(ids[:, j], scores[:, j], most) for j, neuron in enumerate(found)}
+    return {neuron: _pairs(ids[:, j], scores[:, j], most) for j, neuron in enumerate(down_columns)}
 
 
 def _folded(column: np.ndarray, checkpoint: Checkpoint, end: Readout) -> np.ndarray:

@@ -40,22 +40,22 @@ def marks(report: Report) -> Marks:
         report.model.layers or max(row.layer for row in rows) + 1,
         report.model.neurons_of_a_layer or max(row.neuron for row in rows) + 1,
         tuple((row.layer, row.neuron, row.selected_by_controls) for row in rows),
-        tuple(sorted((found.layer, found.neuron) for found in strongest if not found.edited)),
+        tuple(sorted((neuron.layer, neuron.neuron) for neuron in strongest if not neuron.edited)),
     )
 
 
 def where(report: Report) -> list[str]:
-    found, drawn = report.map, marks(report)
-    strong = {(s.layer, s.neuron): score(s.score) for s in found.strongest} if found else {}
+    drawn_map, drawn = report.map, marks(report)
+    strong = {(s.layer, s.neuron): score(s.score) for s in drawn_map.strongest} if drawn_map else {}
     kinds = [(la, n, "edited; controls select it too" if shared else "edited") for la, n, shared in drawn.edited]
     kinds += [(la, n, "not edited") for la, n in drawn.others]
     rows = ([place(la, n), kind, number(strong.get((la, n), ""))] for la, n, kind in sorted(kinds))
     caption = "Discs: edited neurons; squares: edited ones that the controls select too"
-    caption += f"; rings: others among the {len(strong)} with the largest mean score." if found else "."
+    caption += f"; rings: others among the {len(strong)} with the largest mean score." if drawn_map else "."
     behind = table("Neurons on the map", ["layer, neuron", "mark", "mean score"], rows)
     drawing = plots.neuron_map(drawn.layers, drawn.width, drawn.edited, drawn.others)
     lines = ["<h3>Map of the neurons</h3>", figure(drawing, caption, behind)]
-    lines += _by_layer(found) if found else []
+    lines += _by_layer(drawn_map) if drawn_map else []
     return lines + (_overlaps(report.overlap) if report.overlap else [])
 
 
@@ -63,8 +63,8 @@ def _name(dimension: str | None) -> str:
     return _CONTROLS if dimension is None else dimension
 
 
-def _by_layer(found: Map) -> list[str]:
-    named = [(_name(row.dimension), row.layers) for row in found.mass]
+def _by_layer(drawn_map: Map) -> list[str]:
+    named = [(_name(row.dimension), row.layers) for row in drawn_map.mass]
     layers = range(len(named[0][1]))
     rows = ([str(layer), *(number(f"{values[layer]:.1%}") for _, values in named)] for layer in layers)
     return [
@@ -79,9 +79,9 @@ def _by_layer(found: Map) -> list[str]:
     ]
 
 
-def _overlaps(found: Overlap) -> list[str]:
-    sets = [(_name(one.dimension), one.neurons) for one in found.sets]
-    parts = [(part.sets, part.neurons) for part in found.parts]
+def _overlaps(overlap: Overlap) -> list[str]:
+    sets = [(_name(one.dimension), one.neurons) for one in overlap.sets]
+    parts = [(part.sets, part.neurons) for part in overlap.parts]
     rows = ([words(" and ".join(sets[m][0] for m in members)), number(f"{n:,}")] for members, n in parts)
     more = f" Shown are the {plots.COLUMNS} largest of {len(parts)}." if len(parts) > plots.COLUMNS else ""
     return [
@@ -113,13 +113,13 @@ def each(report: Report) -> list[str]:
 
 def _row(row: NeuronRow) -> list[str]:
     ends = (row.tokens.raised, row.tokens.lowered) if row.tokens else ((), ())
-    asked = "".join(
+    questions = "".join(
         f'<li>{words(q.text)} <span class="quiet">({words(_CONTROLS if q.control else q.dimension)}, '
         f"{words(q.answer)}, {q.share:.0%})</span></li>"
         for q in row.questions
     )
-    return [place(row.layer, row.neuron), *map(_tokens, ends), f"<ul>{asked}</ul>" if asked else "not known"]
+    return [place(row.layer, row.neuron), *map(_tokens, ends), f"<ul>{questions}</ul>" if questions else "not known"]
 
 
-def _tokens(found: tuple[Token, ...]) -> str:
-    return " ".join(f'<span class="token">{token(t.text, t.id)} ({t.z:+.1f})</span>' for t in found) or "none"
+def _tokens(tokens: tuple[Token, ...]) -> str:
+    return " ".join(f'<span class="token">{token(t.text, t.id)} ({t.z:+.1f})</span>' for t in tokens) or "none"

@@ -44,8 +44,8 @@ class Scored:
     @property
     def controls_overlap(self) -> int | None:
         """How many edited neurons the controls select; None if no control was asked."""
-        found = [row.selected_by_controls for row in self.neurons.values()]
-        return None if None in found else sum(map(bool, found))
+        flags = [row.selected_by_controls for row in self.neurons.values()]
+        return None if None in flags else sum(map(bool, flags))
 
 
 class _Again(NamedTuple):
@@ -71,17 +71,17 @@ def scored(scores: Scores, edit: Edit) -> Scored:
     counted = np.zeros(share.shape, bool)
     mass = np.zeros((len(again.asked), scores.values.shape[1]))  # [Q, L]
     mean = {name: np.zeros(scores.values.shape[1:]) for name in groups}
-    for name, asked in groups.items():
-        for q in asked:
+    for name, questions in groups.items():
+        for q in questions:
             relative = scores.values[q] / max(float(scores.values[q].max()), 1e-30)
             share[q], counted[q] = relative[at], again.chosen.counts(q)[at]
             positive = np.maximum(relative, 0).sum(1, dtype=np.float64)
             mass[q] = positive / max(positive.sum(), 1e-30)
-            mean[name] += relative / len(asked)
-    figures = {name: (share[asked].mean(0), counted[asked].mean(0)) for name, asked in groups.items()}
+            mean[name] += relative / len(questions)
+    figures = {name: (share[questions].mean(0), counted[questions].mean(0)) for name, questions in groups.items()}
     rows = _Rows(scores, again, figures, share)
     strength = np.stack([values for name, values in mean.items() if name is not None]).max(0)
-    by_layer = {name: mass[asked].mean(0) for name, asked in groups.items()}
+    by_layer = {name: mass[questions].mean(0) for name, questions in groups.items()}
     return Scored(again.about, rows.all(edit), _map(strength, by_layer, edit), _overlap(again.chosen))
 
 
@@ -99,9 +99,9 @@ def _again(scores: Scores, edit: Edit) -> _Again:
         for control in (False, True)
     ]
     dropped = [record.get("questions"), record.get("controls")] == kept and not right.all()
-    asked = [bool(r) or not dropped for r in right]
+    used = [bool(r) or not dropped for r in right]
     try:
-        chosen = selection(scores, rule, only=asked)
+        chosen = selection(scores, rule, only=used)
     except InputError:  # nothing selected
         raise ScoresError(f"the edit's thresholds ({rule.describe()}) select nothing from these scores") from None
     again = by_dimension(chosen, record["factors"]) if "factors" in record else chosen.edit
@@ -115,7 +115,7 @@ def _again(scores: Scores, edit: Edit) -> _Again:
         questions=chosen.edit.found["select"]["questions"],
         controls=chosen.edit.found["select"]["controls"],
     )
-    return _Again(about, asked, chosen)
+    return _Again(about, used, chosen)
 
 
 def _places(edit: Edit) -> dict[int, set[int]]:
@@ -150,7 +150,7 @@ class _Rows:
             layer,
             neuron,
             factor,
-            dimensions={name: found for name, found in figures.items() if name is not None},
+            dimensions={name: figure for name, figure in figures.items() if name is not None},
             controls=figures.get(None),
             selected_by_controls=None if controls is None else bool(controls[layer, neuron]),
             questions=tuple(self._question(q, j) for q in most),

@@ -18,10 +18,10 @@ def sweep_of(file: Path, given: bool, edit: Edit, say: Callable[[str], None]) ->
     if not given and not file.exists():
         return None
     try:
-        found = load_tuning(file)
-        if (found.base, found.chosen) != (edit.base, edit.sha256):
+        tuning = load_tuning(file)
+        if (tuning.base, tuning.chosen) != (edit.base, edit.sha256):
             raise InputError(f"{file} did not choose this edit: pass the --tuning of its run")
-        return _sweep(found, file_hash(file))
+        return _sweep(tuning, file_hash(file))
     except InputError as error:
         if given:
             raise
@@ -29,16 +29,16 @@ def sweep_of(file: Path, given: bool, edit: Edit, say: Callable[[str], None]) ->
         return None
 
 
-def _sweep(found: Tuning, sha256: str) -> Sweep:
-    said = found.confirmation
+def _sweep(tuning: Tuning, sha256: str) -> Sweep:
+    confirmation = tuning.confirmation
     return Sweep(
-        figure=found.figure,
-        margin=found.margin,
-        max_kl=found.max_kl,
-        chosen_by=found.chosen_by,
-        steered_by=found.steered_by,
-        bounded_by=found.bounded_by,
-        split=tuple(_split(name, halves) for name, halves in found.split.items()),
+        figure=tuning.figure,
+        margin=tuning.margin,
+        max_kl=tuning.max_kl,
+        chosen_by=tuning.chosen_by,
+        steered_by=tuning.steered_by,
+        bounded_by=tuning.bounded_by,
+        split=tuple(_split(name, halves) for name, halves in tuning.split.items()),
         points=tuple(
             SweepPoint(
                 settings=in_words(point.settings),
@@ -48,14 +48,14 @@ def _sweep(found: Tuning, sha256: str) -> Sweep:
                 lowest=min(point.lowest.values()),
                 within=point.within,
                 front=point.front,
-                chosen=point.edit == found.chosen,
+                chosen=point.edit == tuning.chosen,
             )
-            for point in found.points
+            for point in tuning.points
         ),
-        test=tuple(TaskTest(row.task, row.change, row.p, row.text, row.beyond) for row in found.tested) or None,
-        confirmed=said and said.confirmed,
-        verdict=said and said.text,
-        uses=said and said.uses,
+        test=tuple(TaskTest(row.task, row.change, row.p, row.text, row.beyond) for row in tuning.tested) or None,
+        confirmed=confirmation and confirmation.confirmed,
+        verdict=confirmation and confirmation.text,
+        uses=confirmation and confirmation.uses,
         sha256=sha256,
     )
 

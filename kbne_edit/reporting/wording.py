@@ -106,8 +106,8 @@ WORDS = {  # part of a verdict: what it asks
 
 def findings(report: Report) -> tuple[Finding, ...]:
     """What holds, what must warn a reader, and what is not known."""
-    found = [_file, _behaviour, _effect, _answers, _controls, _origin, *([_tuning] if report.tuning else [])]
-    return tuple(finding(report) for finding in found)
+    parts = [_file, _behaviour, _effect, _answers, _controls, _origin, *([_tuning] if report.tuning else [])]
+    return tuple(finding(report) for finding in parts)
 
 
 def checked(report: Report) -> str:
@@ -155,9 +155,9 @@ def _behaviour(report: Report) -> Finding:
 def _effect(report: Report) -> Finding:
     about, effect, tuned = "effect on bias", report.effect, report.tuning
     if effect is None and tuned and tuned.test:
-        said = "; ".join(f"{row.task}: {row.found}" for row in tuned.test)
+        results = "; ".join(f"{row.task}: {row.found}" for row in tuned.test)
         state: State = "holds" if tuned.confirmed and all(row.beyond for row in tuned.test) else "warning"
-        return Finding(about, state, f"On items that had no part in the choice of the edit, {said}.")
+        return Finding(about, state, f"On items that had no part in the choice of the edit, {results}.")
     if effect is None and report.evaluations:
         part = report.verdict.effect
         return Finding(about, "holds" if part.state == "PASS" else "warning", f"On benchmarks: {part.reason}.")
@@ -177,17 +177,17 @@ def _answers(report: Report) -> Finding:
     if report.answers is None:
         text = "How the base answers the questions is not known: the neurons were given, not located."
         return Finding(about, "open", text)
-    found = report.answers.answers
-    right = f"The base answers {found.questions.right} of {found.questions.total} questions rightly"
-    if found.constant is not None:
-        value, low, high = found.balanced
+    answers = report.answers.answers
+    right = f"The base answers {answers.questions.right} of {answers.questions.total} questions rightly"
+    if answers.constant is not None:
+        value, low, high = answers.balanced
         text = (
-            f"{right}, which is no better than the same answer ({found.constant}) to everything (balanced accuracy "
+            f"{right}, which is no better than the same answer ({answers.constant}) to everything (balanced accuracy "
             f"{value:.0%}, 95 % interval {low:.0%} to {high:.0%}): the attribution says little about what the model "
             "knows."
         )
         return Finding(about, "warning", text)
-    return Finding(about, "holds", f"{right}, and {found.controls.right} of {found.controls.total} unrelated ones.")
+    return Finding(about, "holds", f"{right}, and {answers.controls.right} of {answers.controls.total} unrelated ones.")
 
 
 def _controls(report: Report) -> Finding:
@@ -200,23 +200,23 @@ def _controls(report: Report) -> Finding:
 
 
 def _origin(report: Report) -> Finding:
-    about, found = "the selection can be repeated", report.selection
-    if found is None:
+    about, selection = "the selection can be repeated", report.selection
+    if selection is None:
         return Finding(about, "open", "The scores from which the neurons were selected were not at hand.")
-    if not found.on_record:
+    if not selection.on_record:
         return Finding(about, "open", "The edit does not say how its neurons were selected.")
-    if not found.reproduced:
+    if not selection.reproduced:
         text = "The scores and the thresholds on record select other neurons than those of the edit."
         return Finding(about, "warning", text)
     return Finding(about, "holds", "The scores and the thresholds on record select exactly the neurons of the edit.")
 
 
 def _tuning(report: Report) -> Finding:
-    about, found = "chosen on one half, confirmed on the other", report.tuning
-    assert found is not None
-    text = f"This edit was chosen among {len(found.points)} by their figures on one half of the items"
-    if found.test is None:
+    about, tuning = "chosen on one half, confirmed on the other", report.tuning
+    assert tuning is not None
+    text = f"This edit was chosen among {len(tuning.points)} by their figures on one half of the items"
+    if tuning.test is None:
         return Finding(about, "open", f"{text}; the other half was not scored.")
-    said = "what they promised holds" if found.confirmed else "what they promised was not confirmed"
-    text = f"{text}. On the other half, scored once, {said} ({found.verdict})."
-    return Finding(about, "holds" if found.confirmed else "warning", text)
+    state = "what they promised holds" if tuning.confirmed else "what they promised was not confirmed"
+    text = f"{text}. On the other half, scored once, {state} ({tuning.verdict})."
+    return Finding(about, "holds" if tuning.confirmed else "warning", text)

@@ -43,8 +43,8 @@ class DevBench:
         keys = [f"draw {edit.sha256}" for edit in edits]
         missing = {key: edit for key, edit in zip(keys, edits, strict=True) if self._journal.get(key) is None}
         if missing:
-            found = self._bench.measure_draws(self._scorer, list(missing.values()), "tune: random neurons")
-            for key, tasks in zip(missing, found, strict=True):
+            results = self._bench.measure_draws(self._scorer, list(missing.values()), "tune: random neurons")
+            for key, tasks in zip(missing, results, strict=True):
                 self._journal.put(key, {"tasks": {name: rows.tolist() for name, rows in tasks.items()}})
         return [self._read(key) for key in keys]
 

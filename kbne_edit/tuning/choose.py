@@ -44,10 +44,10 @@ class Chooser:
     def choose(self, search: Search, scores: dict[str, Scores]) -> Choice:
         """scores: by site."""
         measured: dict[str, Point] = {}
-        found = sweep(search.space, scores, search.trials, search.seed, self._measure(measured))
+        result = sweep(search.space, scores, search.trials, search.seed, self._measure(measured))
         points = {
             key: replace(measured[key], settings=tuple(candidate.settings))
-            for key, candidate in found.candidates.items()
+            for key, candidate in result.candidates.items()
         }
         # The base is on every front, at no change and no cost: what does not lower the bias is beaten by it.
         held = [point for point in points.values() if point.within and point.bias.value < 0]
@@ -55,11 +55,11 @@ class Chooser:
         for point in best:
             points[point.edit] = replace(point, front=True)
         for point in best:
-            edit = found.candidates[point.edit].edit
+            edit = result.candidates[point.edit].edit
             points[point.edit] = tried = self._against_random(points[point.edit], edit)
             if tried.as_good == 0 and cast("Interval", tried.beyond_random).high < 0:
-                return Choice(tuple(points.values()), edit, found)
-        return Choice(tuple(points.values()), None, found)
+                return Choice(tuple(points.values()), edit, result)
+        return Choice(tuple(points.values()), None, result)
 
     def _measure(self, points: dict[str, Point]) -> Callable[[Edit], tuple[float, float, float]]:
         """A function for the sweep: edit -> (bias, KL, by how much the bounds are broken). points: added to."""

@@ -26,9 +26,9 @@ class Half:
 
     def digests(self) -> dict[str, tuple[int, str]]:
         """{task: (items, SHA-256 of what the model is asked)}: equal exactly if the items are."""
-        asked = {task.name: (len(task.sizes), [task.sizes, task.pairs]) for task in self.benchmarks}
-        asked["neutral text"] = (len(self.texts), self.texts)
-        return {name: (n, _digest(what)) for name, (n, what) in asked.items()}
+        content = {task.name: (len(task.sizes), [task.sizes, task.pairs]) for task in self.benchmarks}
+        content["neutral text"] = (len(self.texts), self.texts)
+        return {name: (n, _digest(what)) for name, (n, what) in content.items()}
 
 
 def whole_data(benchmarks: Sequence[Benchmark], names: Sequence[str]) -> str:

@@ -99,25 +99,27 @@ class Goal:
         In every steering task there must be less bias, with p below .05 / uses, beyond as many random draws as the
         looks need; and the bounds must hold. kl: of the edit.
         """
-        good, bounds, said = [], [], []
+        good, bounds, reasons = [], [], []
         for name in self.steering:
             result = tasks[name].figures[self.figure.name]
             better = result.state == "better" and "random neurons" not in result.same_as
             p = min(1.0, cast("float", result.p_holm) * looks.uses)
             good.append(better and result.draws >= looks.draws and p < ALPHA)
-            said.append(f"{name}: {result.described}")
+            reasons.append(f"{name}: {result.described}")
             if better and result.draws < looks.draws:
-                said.append(f"the best of {looks.candidates} edits must exceed {looks.draws} draws, not {result.draws}")
+                reasons.append(
+                    f"the best of {looks.candidates} edits must exceed {looks.draws} draws, not {result.draws}"
+                )
         if looks.uses > 1:
-            said.append(f"this data has confirmed {looks.uses} edits, so p is multiplied by {looks.uses}")
+            reasons.append(f"this data has confirmed {looks.uses} edits, so p is multiplied by {looks.uses}")
         for name in self.abilities:
             excluded = cast("Loss", tasks[name].loss).excluded
             bounds.append(excluded)
-            said.append(f"{name}: a loss of {self.margin:g} points is {'' if excluded else 'not '}excluded")
+            reasons.append(f"{name}: a loss of {self.margin:g} points is {'' if excluded else 'not '}excluded")
         if self.max_kl is not None:
             bounds.append(kl < self.max_kl)
-            said.append(f"KL {kl:.2g} is {'' if bounds[-1] else 'not '}below {self.max_kl:g}")
-        return Confirmation(all(good) and all(bounds), "; ".join(said), all(bounds), looks.uses, looks.candidates)
+            reasons.append(f"KL {kl:.2g} is {'' if bounds[-1] else 'not '}below {self.max_kl:g}")
+        return Confirmation(all(good) and all(bounds), "; ".join(reasons), all(bounds), looks.uses, looks.candidates)
 
 
 class Confirmation(NamedTuple):

@@ -177,8 +177,8 @@ class Tuning:
     record: dict = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        said = "not tested" if self.confirmation is None else f"confirmed: {self.confirmation.confirmed}"
-        return f"Tuning({len(self.points)} edits, {self.figure}, {said})"
+        state = "not tested" if self.confirmation is None else f"confirmed: {self.confirmation.confirmed}"
+        return f"Tuning({len(self.points)} edits, {self.figure}, {state})"
 
     @property
     def verdict(self) -> Verdict:
@@ -211,7 +211,7 @@ class Tuning:
     @classmethod
     def _parsed(cls, record: dict) -> Tuning:
         figure, test = str(record["figure"]), record["test"]
-        said = record["confirmation"] if "confirmation" in record else record["verdict"]
+        confirmation = record["confirmation"] if "confirmation" in record else record["verdict"]
         steered = tuple(map(str, record["steered_by"]))
         tested = []
         for task in steered if test else ():
@@ -233,15 +233,15 @@ class Tuning:
             chosen_by=str(record["chosen_by"]),
             digits=int(record.get("digits", 4)),
             tested=tuple(tested),
-            confirmation=said and _confirmation(said),
+            confirmation=confirmation and _confirmation(confirmation),
             record=record,
         )
 
 
-def _confirmation(said: dict) -> Confirmation:
-    confirmed = bool(said["confirmed"])
-    uses, candidates = (int(said.get(key, 1)) for key in ("uses", "candidates"))
-    return Confirmation(confirmed, str(said["text"]), bool(said.get("bounded", confirmed)), uses, candidates)
+def _confirmation(record: dict) -> Confirmation:
+    confirmed = bool(record["confirmed"])
+    uses, candidates = (int(record.get(key, 1)) for key in ("uses", "candidates"))
+    return Confirmation(confirmed, str(record["text"]), bool(record.get("bounded", confirmed)), uses, candidates)
 
 
 def _halves(of: dict) -> dict:

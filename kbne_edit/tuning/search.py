@@ -117,7 +117,7 @@ def sweep(space: Space, scores: dict[str, Scores], trials: int, seed: int, measu
     """
     axes, edit_of = _axes(space, scores), _selector(scores)
     size = math.prod(map(len, axes.values()))
-    found: dict[str, Candidate] = {}
+    candidates: dict[str, Candidate] = {}
     empty: list[dict] = []
 
     def visit(setting: dict) -> tuple[float, float, float] | None:
@@ -125,7 +125,7 @@ def sweep(space: Space, scores: dict[str, Scores], trials: int, seed: int, measu
         if edit is None:
             empty.append(setting)
             return None
-        candidate = found.setdefault(edit.sha256, Candidate(edit))
+        candidate = candidates.setdefault(edit.sha256, Candidate(edit))
         if setting not in candidate.settings:
             candidate.settings.append(setting)
         return measure(candidate.edit)
@@ -135,10 +135,10 @@ def sweep(space: Space, scores: dict[str, Scores], trials: int, seed: int, measu
         for values in product(*axes.values()):
             visit(_setting(dict(zip(axes, values, strict=True))))
     else:
-        how = _ask_optuna(axes, size, trials, seed, visit, found)
-    if not found:
+        how = _ask_optuna(axes, size, trials, seed, visit, candidates)
+    if not candidates:
         raise InputError("no setting of the space selects a neuron: add smaller --taus or --betas, or larger --tops")
-    return Sweep(found, how, size, len({str(setting) for setting in empty}))
+    return Sweep(candidates, how, size, len({str(setting) for setting in empty}))
 
 
 def _axes(space: Space, scores: dict[str, Scores]) -> dict[str, Sequence]:
@@ -192,13 +192,13 @@ def _selector(scores: dict[str, Scores]) -> Callable[[dict], Edit | None]:
 
     def edit_of(setting: dict) -> Edit | None:
         factor = setting["factor"]
-        found = chosen(setting["site"], Rule.from_dict(setting))
-        if found is None:
+        selected = chosen(setting["site"], Rule.from_dict(setting))
+        if selected is None:
             return None
         if isinstance(factor, dict):
-            edit = by_dimension(found, factor)
+            edit = by_dimension(selected, factor)
             return edit if edit.factors else None
-        return found.edit.with_factor(factor)
+        return selected.edit.with_factor(factor)
 
     return edit_of
 
@@ -209,7 +209,7 @@ def _ask_optuna(
     trials: int,
     seed: int,
     visit: Callable[[dict], tuple[float, float, float] | None],
-    found: dict,
+    candidates: dict,
 ) -> str:
     """Let Optuna's TPE ask until `trials` edits are measured. Seeded: the same answers bring the same questions."""
     try:
@@ -230,7 +230,7 @@ def _ask_optuna(
     sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     for _ in range(_ASKS * trials):
-        if len(found) == trials:
+        if len(candidates) == trials:
             break
         trial = study.ask(space)
         values = {name: axes[name][place] for name, place in trial.params.items()}
@@ -254,7 +254,7 @@ def in_words(settings: Sequence[dict], known: Iterable[str] = ()) -> str:
     """The first of the settings that select an edit, and how many more do. known: names that need not be said."""
     first, more = settings[0], len(settings) - 1
     factor = first["factor"]
-    said = {
+    texts = {
         "site": f"site {first['site']}",
         "rule": first["rule"],
         **{name: f"{name} {first[name]:g}" for name in ("tau", "top", "beta") if name in first},
@@ -264,6 +264,6 @@ def in_words(settings: Sequence[dict], known: Iterable[str] = ()) -> str:
     }
     if first["rule"] == "specific":  # which knows no other threshold than a top
         known = {*known, "tau", "beta"}
-    return ", ".join(text for name, text in said.items() if name not in known) + (
+    return ", ".join(text for name, text in texts.items() if name not in known) + (
         f" (so do {more} other settings)" if more else ""
     )

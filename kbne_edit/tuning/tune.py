@@ -86,26 +86,26 @@ def tune(
         forbid_overlap(out / RESULT, base.origin)
         checkpoint = Checkpoint.open(base.path)
         sites = _sites(files, checkpoint)
-        asked = load_recipe(measurement.recipe or next(iter(files.values())).settings["recipe"])
+        loaded = load_recipe(measurement.recipe or next(iter(files.values())).settings["recipe"])
         scorer = scorers(checkpoint.path, measurement.device, measurement.dtype)(checkpoint.path)
-        text = neutral_text(scorer.tokenizer, asked)
-        ready = measurement.benchmarks(asked, scorer)
+        text = neutral_text(scorer.tokenizer, loaded)
+        ready = measurement.benchmarks(loaded, scorer)
         dev, test = halves(ready, text.texts, text.rows, search.seed)
-        goal = goal_of((dev, test), criteria)
-        measured = _measured(checkpoint, asked, dev, test, measurement.dtype)
-        choice = _choice(sites, search, goal) | {"draws": criteria.draws}
+        objective = goal_of((dev, test), criteria)
+        measured = _measured(checkpoint, loaded, dev, test, measurement.dtype)
+        choice = _choice(sites, search, objective) | {"draws": criteria.draws}
         with closing(Journal(out / JOURNAL, measured)) as journal:
             if (stored := _stored(out, choice)) is not None:
                 return stored
             bench = DevBench(scorer, dev, journal)
-            chooser = Chooser(checkpoint, bench, goal, criteria.draws)
+            chooser = Chooser(checkpoint, bench, objective, criteria.draws)
             chosen = chooser.choose(search, {site: files[path] for site, path in sites.items()})
-            record = measured | {"model": base.id, "commit": base.commit, "recipe": asked.name} | choice
-            record |= _on_dev(chosen, bench, goal)
+            record = measured | {"model": base.id, "commit": base.commit, "recipe": loaded.name} | choice
+            record |= _on_dev(chosen, bench, objective)
             if chosen.edit and not search.dev_only:
                 _use_test(out, choice, measured, chosen.edit)
-                uses = count_use(list(sites.values()), whole_data(ready, list(goal.steering)), chosen.edit.sha256)
-                test_half = _TestHalf(scorer, test, text.origin, goal, Looks(uses, len(chosen.points)))
+                uses = count_use(list(sites.values()), whole_data(ready, list(objective.steering)), chosen.edit.sha256)
+                test_half = _TestHalf(scorer, test, text.origin, objective, Looks(uses, len(chosen.points)))
                 controls = _controls(chosen.edit, checkpoint, criteria.draws, sites[chosen.edit.site])
                 record |= test_half.confirm(chosen.edit, controls, checkpoint.layer_sizes(chosen.edit.site))
             record["verdict"] = Tuning.from_dict(record).verdict.to_dict()
@@ -142,31 +142,31 @@ def _measured(checkpoint: Checkpoint, recipe: Recipe, dev: Half, test: Half, dty
     }
 
 
-def _choice(sites: dict[str, Path], search: Search, goal: Goal) -> dict[str, Any]:
+def _choice(sites: dict[str, Path], search: Search, objective: Goal) -> dict[str, Any]:
     """What the choice depends on: the scores, the space and the goal."""
     return {
         "scores": {site: file_hash(path) for site, path in sites.items()},
         "space": search.space.to_dict(),
-        "figure": goal.figure.name,
-        "margin": goal.margin,
-        "max_kl": goal.max_kl,
+        "figure": objective.figure.name,
+        "margin": objective.margin,
+        "max_kl": objective.max_kl,
         "trials": search.trials,
         "seed": search.seed,
     }
 
 
-def _on_dev(choice: Choice, bench: DevBench, goal: Goal) -> dict:
+def _on_dev(choice: Choice, bench: DevBench, objective: Goal) -> dict:
     """What was measured and chosen on dev, as the result records it."""
     base = bench.base
     return {
-        "digits": goal.figure.digits,
-        "steered_by": list(goal.steering),
-        "bounded_by": goal.abilities,
-        "base_bias": {name: float(f.distance(base.tasks[name].mean(0))) for name, f in goal.steering.items()},
+        "digits": objective.figure.digits,
+        "steered_by": list(objective.steering),
+        "bounded_by": objective.abilities,
+        "base_bias": {name: float(f.distance(base.tasks[name].mean(0))) for name, f in objective.steering.items()},
         "search": {"how": choice.sweep.how, "size": choice.sweep.size, "empty": choice.sweep.empty},
         "points": [point.to_dict() for point in choice.points],
         "chosen": choice.edit and choice.edit.sha256,
-        "chosen_by": RULE.format(goal.figure.excess),
+        "chosen_by": RULE.format(objective.figure.excess),
         "test": None,
         "confirmation": None,
     }
@@ -225,12 +225,12 @@ class _TestHalf:
 
     def confirm(self, edit: Edit, controls: list[Control], sizes: list[int]) -> dict:
         """The edit and its controls, by `evaluate`'s code; the steering figure alone is tested. sizes: of layers."""
-        goal, bench = self.goal, Bench(self.half.benchmarks, self.half.texts)
+        objective, bench = self.goal, Bench(self.half.benchmarks, self.half.texts)
         runs = bench.complete(self.scorer, bench.measure(self.scorer, "confirm on test: edit", edit), controls)
         runs = self._outdone(bench, runs, edit, sizes)
-        results = results_of(self.half.benchmarks, runs, goal.margin, goal.figure.name)
+        results = results_of(self.half.benchmarks, runs, objective.margin, objective.figure.name)
         figures = neutral_of(runs)
-        confirmation = goal.confirmed(results, figures["KL from the base"]["edit"].value, self.looks)
+        confirmation = objective.confirmed(results, figures["KL from the base"]["edit"].value, self.looks)
         return {
             "test": {
                 "controls": {control.name: control.edit.num_neurons for control in controls},
@@ -245,9 +245,9 @@ class _TestHalf:
     def _outdone(self, bench: Bench, runs: Runs, edit: Edit, sizes: list[int]) -> Runs:
         """With more draws, until one does as well as the edit or the looks need no more."""
         drawn = [run for run in runs if run.kind == RANDOM]
-        own = self.goal.distance(cast("Run", runs.edit).tasks)
+        distance = self.goal.distance(cast("Run", runs.edit).tasks)
         while FEWEST_DRAWS <= len(drawn) < self.looks.draws and all(
-            self.goal.distance(run.tasks) > own for run in drawn
+            self.goal.distance(run.tasks) > distance for run in drawn
         ):
             seeds = range(len(drawn), min(len(drawn) + _BLOCK, self.looks.draws))
             columns = bench.measure_draws(self.scorer, [random_edit(edit, sizes, seed) for seed in seeds])
@@ -262,12 +262,12 @@ class _TestHalf:
 def _write(out: Path, result: dict, edit: Edit | None) -> None:
     """Plot, edit (once it was confirmed or not), and last the result."""
     chosen = result["chosen"]
-    marks = [(p["kl"], p["bias"][0], p["within"], p["front"], p["edit"] == chosen) for p in result["points"]]
-    write_text(out / PLOT, plots.standalone(plots.pareto(marks, result["figure"])))
+    points = [(p["kl"], p["bias"][0], p["within"], p["front"], p["edit"] == chosen) for p in result["points"]]
+    write_text(out / PLOT, plots.standalone(plots.pareto(points, result["figure"])))
     if result["confirmation"]:
         edit = cast("Edit", edit)
         record = {"figure": result["figure"], "chosen_by": result["chosen_by"], **result["confirmation"]}
-        found = {
+        history = {
             **edit.found,
             "recipe": result["recipe"],
             "recipe_sha256": result["recipe_sha256"],
@@ -275,5 +275,5 @@ def _write(out: Path, result: dict, edit: Edit | None) -> None:
             "commit": result["commit"],
             "tune": record,
         }
-        Edit(edit.site, edit.factors, edit.base, found).save(out / EDIT)
+        Edit(edit.site, edit.factors, edit.base, history).save(out / EDIT)
     write_json(out / RESULT, result)

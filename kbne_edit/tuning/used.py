@@ -51,8 +51,8 @@ def _lines(path: Path) -> list[dict]:
     try:
         with open_input(path, InputError) as file:
             raw = file.read(1 << 20)
-        found = [json.loads(line) for line in raw.splitlines() if line.strip()]
+        records = [json.loads(line) for line in raw.splitlines() if line.strip()]
     except (InputError, ValueError, RecursionError) as error:
         say(f"{path} cannot be read ({error}): how often this data was used is not known")
         return []
-    return [line for line in found if isinstance(line, dict)]
+    return [line for line in records if isinstance(line, dict)]

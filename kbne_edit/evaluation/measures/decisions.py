@@ -180,8 +180,8 @@ def decisions_benchmark(
         for i in (number * _NAMES_A_SCENARIO + k for k in range(_NAMES_A_SCENARIO if by_name else 1))
     ]
     items = [(scenario, people[slot]) for scenario, slot in places]
-    found = _benchmark(content, tokenizer, items, groups, "decisions" + ("_names" if by_name else ""))
-    return replace(found, crossed=[f"names {slot}" for _, slot in places]) if by_name else found
+    benchmark = _benchmark(content, tokenizer, items, groups, "decisions" + ("_names" if by_name else ""))
+    return replace(benchmark, crossed=[f"names {slot}" for _, slot in places]) if by_name else benchmark
 
 
 def _stated(content: Decisions, groups: Mapping[str, Sequence[str]]) -> list[list[_Person]]:

@@ -94,10 +94,10 @@ def unfitted_twins(twins: Sequence[Twin], edit: Edit) -> tuple[Twin, ...]:
 
 @lru_cache(maxsize=4)
 def _fitted_clusters(measures: tuple[str, ...]) -> frozenset[str]:
-    found: set[str] = set()
+    clusters: set[str] = set()
     for language in LANGUAGES if measures else ():
         if "decisions" in measures:
-            found |= {scenario.cluster for scenario in scenario_halves(language).fitted}
+            clusters |= {scenario.cluster for scenario in scenario_halves(language).fitted}
         if "associations" in measures:
-            found |= {twin_cluster(twin) for twin in twin_halves(language).fitted}
-    return frozenset(found)
+            clusters |= {twin_cluster(twin) for twin in twin_halves(language).fitted}
+    return frozenset(clusters)

@@ -112,8 +112,8 @@ def help_benchmark(language: str, tokenizer: Any, limit: int | None) -> Benchmar
         logp = np.array([answer.logprob for answer in answers]).reshape(len(groups), len(openers))
         lean = np.array([logsum(row[:refusals]) - logsum(row[refusals:]) for row in logp])
         refused = lean > 0
-        own = [1.0, *lean.tolist(), float((refused[1:] != refused[0]).mean())]
-        return [0.0] * len(own) * kind + own + [0.0] * len(own) * (1 - kind)
+        values = [1.0, *lean.tolist(), float((refused[1:] != refused[0]).mean())]
+        return [0.0] * len(values) * kind + values + [0.0] * len(values) * (1 - kind)
 
     return Benchmark(
         name="help_parity",

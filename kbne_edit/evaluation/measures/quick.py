@@ -125,8 +125,8 @@ class Remembered:
         names = [edit.sha256 if edit else "" for edit in edits]
         keys = [[(name, probe.first, probe.second) for probe in probes] for name in names]
         if not all(key in self._known for row in keys for key in row):
-            found = self._margins(probes, edits, temperature)
-            self._known.update(zip(chain(*keys), found.ravel().tolist(), strict=True))
+            margins = self._margins(probes, edits, temperature)
+            self._known.update(zip(chain(*keys), margins.ravel().tolist(), strict=True))
         return np.array([[self._known[key] for key in row] for row in keys])
 
 

@@ -197,8 +197,8 @@ def _draw(scorer: Scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], t
             out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache})
             cache = out[name]
             running = out.logits[:, -1].double().softmax(-1).cumsum(-1)
-            goal = torch.tensor(numbers[:, step : step + 1], device=device) * running[:, -1:]
-            ids = torch.searchsorted(running, goal).clamp(max=running.shape[-1] - 1)
+            threshold = torch.tensor(numbers[:, step : step + 1], device=device) * running[:, -1:]
+            ids = torch.searchsorted(running, threshold).clamp(max=running.shape[-1] - 1)
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
             drawn.append(ids)
     return [_until_end(tokenizer, row) for row in torch.cat(drawn, 1).tolist()]
