@@ -80,10 +80,10 @@ class Parts(NamedTuple):
 
 
 def parts(checkpoint: Checkpoint) -> Parts:
-    stem = "blk" if checkpoint.gguf else family_of(checkpoint.config).layers.rsplit(".", 1)[-1]
+    prefix = "blk" if checkpoint.gguf else family_of(checkpoint.config).layers.rsplit(".", 1)[-1]
     sizes = []
     for layer, (slot, *_) in checkpoint.slots("down").items():
-        begin = slot.tensor.partition(f"{stem}.{layer}.")[0] + f"{stem}.{layer}."
+        begin = slot.tensor.partition(f"{prefix}.{layer}.")[0] + f"{prefix}.{layer}."
         sizes.append(sum(math.prod(shape) for name, shape in checkpoint.plain_shapes.items() if name.startswith(begin)))
     return Parts(in_memory(checkpoint, 1) - sum(sizes), max(sizes))
 

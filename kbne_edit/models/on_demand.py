@@ -55,13 +55,13 @@ class _Reader:
         self._count = len(decoder_layers(supply.model))
         self._pending: _Pending | None = None
 
-    def reading(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward pass `own` of layer `index`, with its weights there."""
+    def reading(self, index: int, tensors: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward pass of layer `index`, with its weights there."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._fetch(index)
             try:
-                return own(*args, **kwargs)
+                return tensors(*args, **kwargs)
             finally:
                 self._supply.unload(index)
 

@@ -125,14 +125,14 @@ def _whole_quantised(plan: Plan, baked: Checkpoint, stored: torch.dtype) -> tupl
 
     if reader is None or reader == "gguf":
         return proofs(reader or "kbne-edit", _load_plainly, torch.float32, dtypes)
-    found: list[BehaviourProof] = []
+    result: list[BehaviourProof] = []
     for dtype in dtypes:
         try:
             with foreign(plan.checkpoint.path):
-                found += proofs(reader, load_by_library, dtype, (dtype,))
+                result += proofs(reader, load_by_library, dtype, (dtype,))
         except CheckpointError:  # not every library computes in every dtype on a CPU
-            found += proofs("kbne-edit", _load_plainly, dtype, (dtype,))
-    return tuple(found)
+            result += proofs("kbne-edit", _load_plainly, dtype, (dtype,))
+    return tuple(result)
 
 
 @dataclass(frozen=True)

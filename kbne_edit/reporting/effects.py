@@ -22,7 +22,7 @@ MEASURES = {"decisions": "Counterfactual decisions: scenarios", "associations": 
 
 def effects(report: Report) -> list[str]:
     sweep = _sweep(report.tuning) if report.tuning else []
-    benchmarks = [line for found in report.evaluations for line in _evaluation(found)]
+    benchmarks = [line for lines in report.evaluations for line in _evaluation(lines)]
     return [*_effect(report), *sweep, *benchmarks, *_measures(report.measures), *_further(report)]
 
 
@@ -102,21 +102,21 @@ def _measures(measures: Sequence[QuickMeasure]) -> list[str]:
     ]
 
 
-def _evaluation(found: KeptEvaluation) -> list[str]:
+def _evaluation(evaluation: KeptEvaluation) -> list[str]:
     """What `evaluate` measured of these files after they were made."""
     rows = [
         _benchmark(f"{words(task.name)}, {words(figure.name)}", task.items, figure)
-        for task in found.tasks
+        for task in evaluation.tasks
         for figure in task.figures.values()
     ]
     heads = ["figure", "beside the controls", "items", "base", "edit", "change", "from", "to", "random neurons"]
-    limit = "all items" if found.limit is None else f"at most {found.limit:,} items of each task"
+    limit = "all items" if evaluation.limit is None else f"at most {evaluation.limit:,} items of each task"
     return [
         "<h3>Benchmarks</h3>",
-        f"<p>Measured by <code>kbne-edit evaluate</code> ({words(found.tool)}; {limit}; recipe {code(found.recipe)}) "
-        f"after these files were made. Its verdict: <strong>{words(found.verdict.ship)}</strong>. “No effect found” "
+        f"<p>Measured by <code>kbne-edit evaluate</code> ({words(evaluation.tool)}; {limit}; recipe {code(evaluation.recipe)}) "
+        f"after these files were made. Its verdict: <strong>{words(evaluation.verdict.ship)}</strong>. “No effect found” "
         "means that Holm's p over all tested figures is 0.05 or more.</p>",
-        table(f"Benchmarks ({len(found.tasks)} tasks)", heads, rows),
+        table(f"Benchmarks ({len(evaluation.tasks)} tasks)", heads, rows),
         '<p class="note">From, to: 95 % bootstrap interval of the change over items that hang together. Random '
         "neurons: mean change under draws of as many random neurons of the same layers.</p>",
     ]
