@@ -43,7 +43,7 @@ from kbne_edit.hub.source import resolved
 from kbne_edit.models.loading import load_model, load_tokenizer
 from kbne_edit.recipe import Twin
 from kbne_edit.statistics import wilson
-from kbne_edit.tuning.objective import Goal, Looks
+from kbne_edit.tuning.objective import Looks, Objective
 from kbne_edit.tuning.objective import Run as HalfRun
 
 FACTORS = (0.0, 0.25, 2.0, 3.5)
@@ -139,26 +139,26 @@ class Judge:
 
     def tune(self, candidates: Sequence[Trial]) -> bool:
         """Chosen among candidates on one half, is one confirmed on the other?"""
-        goal = Goal({"probes": next(f for f in TWINS if f.name == "absolute margin")}, [], 5.0)
+        objective = Objective({"probes": next(f for f in TWINS if f.name == "absolute margin")}, [], 5.0)
 
         def half(margins: np.ndarray) -> HalfRun:
             return HalfRun({"probes": self._columns(margins, self._dev)}, None)
 
         base = half(self._base)
-        for trial in sorted(candidates, key=lambda trial: goal.distance(half(trial.after))):
+        for trial in sorted(candidates, key=lambda trial: objective.distance(half(trial.after))):
             run, draws = half(trial.after), [half(margins) for margins in trial.draws.values()]
-            if goal.distance(run) >= goal.distance(base):
+            if objective.distance(run) >= objective.distance(base):
                 return False
-            outdone = all(goal.distance(run) < goal.distance(draw) for draw in draws)
-            if outdone and goal.moved(run, draws).high < 0:
-                return self._confirmed(goal, trial, Looks(candidates=len(candidates)))
+            outdone = all(objective.distance(run) < objective.distance(draw) for draw in draws)
+            if outdone and objective.moved(run, draws).high < 0:
+                return self._confirmed(objective, trial, Looks(candidates=len(candidates)))
         return False
 
-    def _confirmed(self, goal: Goal, trial: Trial, looks: Looks) -> bool:
+    def _confirmed(self, objective: Objective, trial: Trial, looks: Looks) -> bool:
         sizes = [np.abs(twin_scores(self._twins, margins)[self._test]).mean() for margins in trial.draws.values()]
         if min(sizes) > np.abs(twin_scores(self._twins, trial.after)[self._test]).mean():
             trial = trial.with_draws(self._model, self._twins, looks.draws)
-        return goal.confirmed(self._results(trial, self._test, "absolute margin"), 0.0, looks).confirmed
+        return objective.confirmed(self._results(trial, self._test, "absolute margin"), 0.0, looks).confirmed
 
     def _results(self, trial: Trial, which: Sequence[int], only: str | None) -> dict[str, TaskResult]:
         """Every figure of these twins, tested."""

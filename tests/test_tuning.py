@@ -49,7 +49,7 @@ from kbne_edit.selection.select import by_dimension, selection
 from kbne_edit.tuning.choose import Chooser
 from kbne_edit.tuning.halves import Half, halves, whole_data
 from kbne_edit.tuning.journal import Journal
-from kbne_edit.tuning.objective import Goal, Looks, Run, goal_of
+from kbne_edit.tuning.objective import Looks, Objective, Run, objective_of
 from kbne_edit.tuning.result import load_tuning
 from kbne_edit.tuning.search import Space, front, in_words, sweep
 from kbne_edit.tuning.tune import USED
@@ -532,10 +532,10 @@ def _run(margins, right=None):
 def test_moved_is_the_change_less_that_of_the_controls():
     rng = np.random.default_rng(0)
     base, edit, one, two = (rng.normal(0, s, 200) for s in (1.0, 0.5, 0.9, 1.1))
-    goal = Goal({"a": PREFERENCE[2]}, ["ability"], 5.0)
-    assert goal.moved(_run(edit), [_run(base)])[0] == pytest.approx(np.abs(edit).mean() - np.abs(base).mean())
+    objective = Objective({"a": PREFERENCE[2]}, ["ability"], 5.0)
+    assert objective.moved(_run(edit), [_run(base)])[0] == pytest.approx(np.abs(edit).mean() - np.abs(base).mean())
     d = np.abs(edit) - (np.abs(one) + np.abs(two)) / 2
-    mean, low, high = goal.moved(_run(edit), [_run(one), _run(two)])
+    mean, low, high = objective.moved(_run(edit), [_run(one), _run(two)])
     half = 1.96 * d.std() / len(d) ** 0.5  # the bootstrap of a mean is near the normal interval
     assert (mean, low, high) == pytest.approx((d.mean(), d.mean() - half, d.mean() + half), abs=0.2 * half)
 
@@ -543,11 +543,11 @@ def test_moved_is_the_change_less_that_of_the_controls():
 def test_several_tasks_are_averaged_each_with_its_own_items():
     rng = np.random.default_rng(1)
     a, b = rng.normal(0, 1, 150), rng.normal(0, 3, 60)
-    goal = Goal({"a": PREFERENCE[2], "b": PREFERENCE[2]}, [], 5.0)
+    objective = Objective({"a": PREFERENCE[2], "b": PREFERENCE[2]}, [], 5.0)
     edit, base = ({"a": _run(x).tasks["a"], "b": _run(y).tasks["a"]} for x, y in ((0.5 * a, 0.9 * b), (a, b)))
     parts = np.abs(a) * -0.5, np.abs(b) * -0.1
     error = sum(part.var() / len(part) for part in parts) ** 0.5 / 2
-    mean, low, high = goal.moved(Run(edit, np.zeros((1, 3))), [Run(base, np.zeros((1, 3)))])
+    mean, low, high = objective.moved(Run(edit, np.zeros((1, 3))), [Run(base, np.zeros((1, 3)))])
     assert mean == pytest.approx(np.mean([part.mean() for part in parts]))
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
 
@@ -596,22 +596,22 @@ def _tested(base, edit, draws, lost=0):
     ],
 )
 def test_confirmed_needs_all_of_it(given, looks, confirmed, text):
-    results, goal, looks = _tested(*given), Goal({"a": PREFERENCE[2]}, ["ability"], 5.0), Looks(*looks)
-    found = goal.confirmed(results, 0.02, looks)
+    results, objective, looks = _tested(*given), Objective({"a": PREFERENCE[2]}, ["ability"], 5.0), Looks(*looks)
+    found = objective.confirmed(results, 0.02, looks)
     assert found.confirmed == confirmed and text in found.text
     assert (found.uses, found.candidates) == looks
     for bound, holds in ((0.019, False), (0.021, True)):
-        bounded = replace(goal, max_kl=bound).confirmed(results, 0.02, looks)
+        bounded = replace(objective, max_kl=bound).confirmed(results, 0.02, looks)
         assert bounded.confirmed == (confirmed and holds) and bounded.bounded == (found.bounded and holds)
         assert bounded.text.endswith(f"; KL 0.02 is {'' if holds else 'not '}below {bound:g}")
 
 
 def test_every_further_use_multiplies_p():
-    goal, results = Goal({"a": PREFERENCE[2]}, [], 5.0), _tested(1.0, 0.8, [1.0] * 39)
+    objective, results = Objective({"a": PREFERENCE[2]}, [], 5.0), _tested(1.0, 0.8, [1.0] * 39)
     figures = results["a"].figures
     for p, uses, confirmed in ((0.024, 2, True), (0.026, 2, False), (0.026, 1, True)):
         figures["absolute margin"] = replace(figures["absolute margin"], p_holm=p)
-        assert goal.confirmed(results, 0.0, Looks(uses)).confirmed == confirmed
+        assert objective.confirmed(results, 0.0, Looks(uses)).confirmed == confirmed
 
 
 @pytest.mark.parametrize("uses, candidates", [(1, 1), (1, 5), (3, 4)])
@@ -633,18 +633,18 @@ def test_draws_end_with_the_first_that_does_as_well(tuned):
 
 
 def test_draws_go_on_as_long_as_the_choice_outdoes_them(scores, tmp_path, monkeypatch):
-    measured, drawn, inner, distance = [], [], Bench.measure_draws, Goal.distance
+    measured, drawn, inner, distance = [], [], Bench.measure_draws, Objective.distance
 
     def noting(bench, scorer, edits, *args):
         measured.append([edit.sha256 for edit in edits])
         drawn.extend(inner(bench, scorer, edits, *args))
         return drawn[-len(edits) :]
 
-    def far(goal, columns):
-        return distance(goal, columns) + 1e3 * any(columns is other for other in drawn)
+    def far(objective, columns):
+        return distance(objective, columns) + 1e3 * any(columns is other for other in drawn)
 
     monkeypatch.setattr(Bench, "measure_draws", noting)
-    monkeypatch.setattr(Goal, "distance", far)  # of runs on the test half alone
+    monkeypatch.setattr(Objective, "distance", far)  # of runs on the test half alone
     result = tune("demo", scores, tmp_path / "out", **ASKED)
     on_test = measured[list(map(len, measured)).index(DRAWS) :]
     assert list(map(len, on_test)) == [DRAWS, 79 - DRAWS]
@@ -670,12 +670,12 @@ def test_one_draw_that_does_as_well_is_enough(scores, least, chosen):
 
     bench = SimpleNamespace(base=run(1.0), run=lambda edit: run(0.5), draws=draws)
     sizes = SimpleNamespace(layer_sizes=lambda site: [192] * 4)
-    goal = Goal({"a": PREFERENCE[2]}, ["ability"], 9.0, chance={"ability": 50.0})
+    objective = Objective({"a": PREFERENCE[2]}, ["ability"], 9.0, chance={"ability": 50.0})
     search = Search(space=Space(factors=(2.0,), taus=(0.1,), rules=("paper",)), trials=5)
-    found = Chooser(sizes, bench, goal, DRAWS).choose(search, {"down": load_scores(scores)})
+    found = Chooser(sizes, bench, objective, DRAWS).choose(search, {"down": load_scores(scores)})
     assert (found.edit is not None) == chosen and len(seen) == (DRAWS if chosen else 24)
     assert found.points[0].as_good == (0 if chosen else 1) and found.points[0].beyond_random.high < 0
-    bounded = Chooser(sizes, bench, replace(goal, max_kl=0.5), DRAWS)  # the texts' KL is 1
+    bounded = Chooser(sizes, bench, replace(objective, max_kl=0.5), DRAWS)  # the texts' KL is 1
     assert bounded.choose(search, {"down": load_scores(scores)}).edit is None
 
 
@@ -696,11 +696,11 @@ def test_data_is_new_once(tmp_path):
 
 
 def test_bounds():
-    goal = Goal({}, ["x", "y"], 5.0, 0.1)
-    assert goal.breach({"x": -1.0, "y": -4.0}, 0.05) < 0
-    assert goal.breach({"x": -1.0, "y": -5.0}, 0.05) >= 0 and goal.breach({"x": -7.0, "y": -1.0}, 0.05) == 2
-    assert goal.breach({"x": -1.0, "y": -4.0}, 0.3) == pytest.approx(0.2)
-    assert Goal({}, ["x"], 5.0).breach({"x": -1.0}, 99.0) == -4
+    objective = Objective({}, ["x", "y"], 5.0, 0.1)
+    assert objective.breach({"x": -1.0, "y": -4.0}, 0.05) < 0
+    assert objective.breach({"x": -1.0, "y": -5.0}, 0.05) >= 0 and objective.breach({"x": -7.0, "y": -1.0}, 0.05) == 2
+    assert objective.breach({"x": -1.0, "y": -4.0}, 0.3) == pytest.approx(0.2)
+    assert Objective({}, ["x"], 5.0).breach({"x": -1.0}, 99.0) == -4
 
 
 # -------------------------------------------------------------------------------------------- the test half is not seen
@@ -955,7 +955,9 @@ def test_the_figure_that_steers_unless_told_otherwise():
     )
 
     def steering(*marks, figure=None):
-        return {name: f.name for name, f in goal_of([Half(marks, [])] * 2, Criteria(figure=figure)).steering.items()}
+        return {
+            name: f.name for name, f in objective_of([Half(marks, [])] * 2, Criteria(figure=figure)).steering.items()
+        }
 
     assert steering(avoided, ability) == {"probes": "unwanted margin"}
     assert steering(avoided, crows, ability) == {"crows_pairs": "absolute margin"}
@@ -998,8 +1000,8 @@ def test_capability_tasks_bound_the_loss_where_there_are_any():
         Benchmark(name, kind, [], [1] * 99, [""] * 99, None, PREFERENCE if kind == "bias" else ACCURACY)
         for name, kind in names.items()
     ]
-    goals = [goal_of([Half(m, [])] * 2, Criteria(figure="SS")) for m in (marks, [marks[0], marks[2]])]
-    assert [goal.abilities for goal in goals] == [["copa"], ["knowledge"]]
+    objectives = [objective_of([Half(m, [])] * 2, Criteria(figure="SS")) for m in (marks, [marks[0], marks[2]])]
+    assert [objective.abilities for objective in objectives] == [["copa"], ["knowledge"]]
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

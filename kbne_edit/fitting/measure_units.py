@@ -58,7 +58,7 @@ def _decision_units(scenarios: Sequence[Scenario], language: str) -> tuple[Unit,
     content = Decisions.from_dict(read_content("decisions", language))
     yes, no = content.answers
 
-    def said(scenario: Scenario, question: str, person: str, answer: str) -> Sentence:
+    def sentence(scenario: Scenario, question: str, person: str, answer: str) -> Sentence:
         stated = fill(content.stated, {"person": person})
         words = {"question": content.space.join([scenario.facts, question, stated])}
         return Sentence(fill(content.prompt.plain, words), content.space + answer, fill(content.prompt.chat, words))
@@ -70,7 +70,7 @@ def _decision_units(scenarios: Sequence[Scenario], language: str) -> tuple[Unit,
                 (reference, person_a), *others = people.items()
                 for group, person_b in others:
                     ax, ay, bx, by = (
-                        said(scenario, question, person, answer)
+                        sentence(scenario, question, person, answer)
                         for person in (person_a, person_b)
                         for answer in (good, bad)
                     )

@@ -113,9 +113,10 @@ def _evaluation(evaluation: KeptEvaluation) -> list[str]:
     limit = "all items" if evaluation.limit is None else f"at most {evaluation.limit:,} items of each task"
     return [
         "<h3>Benchmarks</h3>",
-        f"<p>Measured by <code>kbne-edit evaluate</code> ({words(evaluation.tool)}; {limit}; recipe {code(evaluation.recipe)}) "
-        f"after these files were made. Its verdict: <strong>{words(evaluation.verdict.ship)}</strong>. “No effect found” "
-        "means that Holm's p over all tested figures is 0.05 or more.</p>",
+        f"<p>Measured by <code>kbne-edit evaluate</code> ({words(evaluation.tool)}; {limit}; recipe "
+        f"{code(evaluation.recipe)}) after these files were made. Its verdict: "
+        f"<strong>{words(evaluation.verdict.ship)}</strong>. “No effect found” means that Holm's p over all tested "
+        "figures is 0.05 or more.</p>",
         table(f"Benchmarks ({len(evaluation.tasks)} tasks)", heads, rows),
         '<p class="note">From, to: 95 % bootstrap interval of the change over items that hang together. Random '
         "neurons: mean change under draws of as many random neurons of the same layers.</p>",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from ..disk.checkpoint import Checkpoint
 from ..edit import Edit
 from ..evaluation.effect import random_edit
-from .objective import Goal, Run
+from .objective import Objective, Run
 from .result import Point
 from .search import Sweep, front, sweep
 from .settings import Search
@@ -38,7 +38,7 @@ class Chooser:
 
     checkpoint: Checkpoint
     bench: DevBench
-    goal: Goal
+    objective: Objective
     draws: int
 
     def choose(self, search: Search, scores: dict[str, Scores]) -> Choice:
@@ -68,18 +68,21 @@ class Chooser:
         def measure(edit: Edit) -> tuple[float, float, float]:
             if edit.sha256 not in points:
                 base, run = self.bench.base, self.bench.run(edit)
-                lowest, kl = self.goal.lowest(base, run), float(neutral.KL.of(cast("np.ndarray", run.neutral).mean(0)))
+                lowest, kl = (
+                    self.objective.lowest(base, run),
+                    float(neutral.KL.of(cast("np.ndarray", run.neutral).mean(0))),
+                )
                 points[edit.sha256] = Point(
                     edit=edit.sha256,
                     neurons=edit.num_neurons,
                     settings=(),
-                    bias=self.goal.moved(run, [base]),
+                    bias=self.objective.moved(run, [base]),
                     kl=kl,
                     lowest=lowest,
-                    within=self.goal.breach(lowest, kl) < 0,
+                    within=self.objective.breach(lowest, kl) < 0,
                 )
             point = points[edit.sha256]
-            return point.bias.value, point.kl, self.goal.breach(point.lowest, point.kl)
+            return point.bias.value, point.kl, self.objective.breach(point.lowest, point.kl)
 
         return measure
 
@@ -93,8 +96,8 @@ class Chooser:
             as_good = self._as_good(run, draws)
             if as_good:
                 break
-        beyond = self.goal.moved(run, draws)
+        beyond = self.objective.moved(run, draws)
         return replace(point, beyond_random=beyond, draws=len(draws), as_good=as_good)
 
     def _as_good(self, run: Run, draws: Sequence[Run]) -> int:
-        return sum(self.goal.distance(draw.tasks) <= self.goal.distance(run.tasks) for draw in draws)
+        return sum(self.objective.distance(draw.tasks) <= self.objective.distance(run.tasks) for draw in draws)

@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Goal:
+class Objective:
     """steering: {task: the figure of bias}. Bounds: of each of the abilities less than `margin` points are lost, and
     the KL from the base on neutral text is below `max_kl`, if that is given. clusters: of the dev half's items, by
     task; chance: accuracy of a guess in the abilities, in percent."""
@@ -145,8 +145,8 @@ def _difference(figure: Figure, k: int, others: int) -> Callable[[np.ndarray], n
     return difference
 
 
-def goal_of(halves: Sequence[Half], criteria: Criteria) -> Goal:
-    """The goal for the tasks that there are: bias tasks with this figure (None: the first of FIGURES that one has)
+def objective_of(halves: Sequence[Half], criteria: Criteria) -> Objective:
+    """The objective for the tasks that there are: bias tasks with this figure (None: the first of FIGURES that one has)
     steer; capability tasks (where there are none, the recipe's questions) bound the loss.
 
     Raises InputError if nothing steers or bounds, or if a half is so small that no loss could ever be excluded.
@@ -175,4 +175,4 @@ def goal_of(halves: Sequence[Half], criteria: Criteria) -> Goal:
             )
     clusters = {task.name: task.clusters for task in halves[0].benchmarks if task.clusters}
     chance = {task.name: task.chance_level for task in halves[0].benchmarks if task.name in abilities}
-    return Goal(steering, abilities, margin, criteria.max_kl, clusters, chance)
+    return Objective(steering, abilities, margin, criteria.max_kl, clusters, chance)

@@ -38,7 +38,7 @@ from ..recipe import Recipe, load_recipe
 from .bench import DevBench
 from .choose import Choice, Chooser
 from .journal import Journal
-from .objective import Goal, Looks, goal_of
+from .objective import Looks, Objective, objective_of
 from .result import VERSION, Tuning, load_tuning
 from .settings import Criteria, Search
 from .used import count_use
@@ -91,7 +91,7 @@ def tune(
         text = neutral_text(scorer.tokenizer, loaded)
         ready = measurement.benchmarks(loaded, scorer)
         dev, test = halves(ready, text.texts, text.rows, search.seed)
-        objective = goal_of((dev, test), criteria)
+        objective = objective_of((dev, test), criteria)
         measured = _measured(checkpoint, loaded, dev, test, measurement.dtype)
         choice = _choice(sites, search, objective) | {"draws": criteria.draws}
         with closing(Journal(out / JOURNAL, measured)) as journal:
@@ -142,8 +142,8 @@ def _measured(checkpoint: Checkpoint, recipe: Recipe, dev: Half, test: Half, dty
     }
 
 
-def _choice(sites: dict[str, Path], search: Search, objective: Goal) -> dict[str, Any]:
-    """What the choice depends on: the scores, the space and the goal."""
+def _choice(sites: dict[str, Path], search: Search, objective: Objective) -> dict[str, Any]:
+    """What the choice depends on: the scores, the space and the objective."""
     return {
         "scores": {site: file_hash(path) for site, path in sites.items()},
         "space": search.space.to_dict(),
@@ -155,7 +155,7 @@ def _choice(sites: dict[str, Path], search: Search, objective: Goal) -> dict[str
     }
 
 
-def _on_dev(choice: Choice, bench: DevBench, objective: Goal) -> dict:
+def _on_dev(choice: Choice, bench: DevBench, objective: Objective) -> dict:
     """What was measured and chosen on dev, as the result records it."""
     base = bench.base
     return {
@@ -220,12 +220,12 @@ class _TestHalf:
     scorer: Scorer
     half: Half
     origin: str
-    goal: Goal
+    objective: Objective
     looks: Looks
 
     def confirm(self, edit: Edit, controls: list[Control], sizes: list[int]) -> dict:
         """The edit and its controls, by `evaluate`'s code; the steering figure alone is tested. sizes: of layers."""
-        objective, bench = self.goal, Bench(self.half.benchmarks, self.half.texts)
+        objective, bench = self.objective, Bench(self.half.benchmarks, self.half.texts)
         runs = bench.complete(self.scorer, bench.measure(self.scorer, "confirm on test: edit", edit), controls)
         runs = self._outdone(bench, runs, edit, sizes)
         results = results_of(self.half.benchmarks, runs, objective.margin, objective.figure.name)
@@ -245,9 +245,9 @@ class _TestHalf:
     def _outdone(self, bench: Bench, runs: Runs, edit: Edit, sizes: list[int]) -> Runs:
         """With more draws, until one does as well as the edit or the looks need no more."""
         drawn = [run for run in runs if run.kind == RANDOM]
-        distance = self.goal.distance(cast("Run", runs.edit).tasks)
+        distance = self.objective.distance(cast("Run", runs.edit).tasks)
         while FEWEST_DRAWS <= len(drawn) < self.looks.draws and all(
-            self.goal.distance(run.tasks) > distance for run in drawn
+            self.objective.distance(run.tasks) > distance for run in drawn
         ):
             seeds = range(len(drawn), min(len(drawn) + _BLOCK, self.looks.draws))
             columns = bench.measure_draws(self.scorer, [random_edit(edit, sizes, seed) for seed in seeds])
