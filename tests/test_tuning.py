@@ -46,6 +46,7 @@ from kbne_edit.recipe import Question
 from kbne_edit.reporting.contents import report as report_of
 from kbne_edit.rule import Rule
 from kbne_edit.selection.select import by_dimension, selection
+from kbne_edit.statistics import Crossed
 from kbne_edit.tuning.choose import Chooser
 from kbne_edit.tuning.halves import Half, halves, whole_data
 from kbne_edit.tuning.journal import Journal
@@ -538,6 +539,21 @@ def test_moved_is_the_change_less_that_of_the_controls():
     mean, low, high = objective.moved(_run(edit), [_run(one), _run(two)])
     half = 1.96 * d.std() / len(d) ** 0.5  # the bootstrap of a mean is near the normal interval
     assert (mean, low, high) == pytest.approx((d.mean(), d.mean() - half, d.mean() + half), abs=0.2 * half)
+
+
+def test_what_is_crossed_is_drawn_crossed():
+    """Items that share a name as well as a scenario."""
+    scenarios, names = [f"s{i // 6}" for i in range(36)], [f"n{i % 6}" for i in range(36)]
+    task = replace(_mark("a", scenarios, ["g"] * 36), crossed=names)
+    ability = replace(_mark("ability", [f"t{i}" for i in range(400)], ["g"] * 400), kind="capability")
+    half = Half([task, ability], [])
+    by_name = np.tile(np.random.default_rng(0).normal(size=6), 6)
+    runs = _run(0.5 * by_name), [_run(by_name)]
+    found = objective_of([half, half], Criteria(margin=5.0)).moved(*runs)
+    figure = {"a": PREFERENCE[2]}
+    assert found == Objective(figure, [], 5.0, clusters={"a": Crossed(scenarios, names)}).moved(*runs)
+    alone = Objective(figure, [], 5.0, clusters={"a": scenarios}).moved(*runs)
+    assert found.high - found.low > 2 * (alone.high - alone.low)  # every scenario has the same names
 
 
 def test_several_tasks_are_averaged_each_with_its_own_items():

@@ -148,6 +148,8 @@ FAULTS = {
     "must list the attribute": {"facts": {"Rote / Blaue": [["a", "b"]]}},
     "120 are the most": {"facts": {"Rote / Blaue": [["a" * 121, "b", "nn"]]}},
     "there are 0": {"facts": {}},
+    "targeted: 'Gelbe' is none of the groups": {"targeted": ["Rote", "Gelbe"]},
+    "targeted must be a list": {"targeted": "Rote"},
     "must be text, not 3": {"type": 3},
     "has no wording": {"wording": ..., "language": "tlh"},
 }  # fmt: skip
@@ -159,6 +161,15 @@ def test_each_fault_is_named(tmp_path, fault):
     with pytest.raises(RecipeError) as error:
         load_units([written(tmp_path, data)])
     assert any(fault in f for f in error.value.faults), error.value.faults
+
+
+def test_a_fact_is_aimed_at_the_group_that_the_file_names(tmp_path):
+    def aims(**changes):
+        return [unit.fact.aim for unit in load_units([written(tmp_path, document(**changes))])][:3]
+
+    assert aims() == aims(targeted=[]) == aims(targeted=["Rote", "Blaue"]) == [0, 0, 0]
+    assert aims(targeted=["Rote"]) == [1, 1, -1]
+    assert aims(targeted=["Blaue"]) == [-1, -1, 1]
 
 
 ONE_GROUP = {"context": "{first.one} {group.one}", "continuation": "{attribute.base}"}
@@ -247,6 +258,8 @@ def test_our_facts_are_many_and_balanced(language):
     assert 0.5 < report.same_tone / report.facts < 0.95
     assert 0.8 < report.length_x / report.length_y < 1.25
     assert abs(report.first_a - report.first_b) <= 0.25 * (report.first_a + report.first_b)
+    aims = [unit.fact.aim for unit in load_units(language=language)]
+    assert 0.4 < aims.count(1) / (aims.count(1) + aims.count(-1)) < 0.6 and aims.count(0) < 0.4 * len(aims)
     for row in report.types:
         assert max(row.formats.values()) - min(row.formats.values()) <= 1
 

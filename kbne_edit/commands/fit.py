@@ -69,9 +69,9 @@ def command(
     \b
     association: group and attribute together, the stereotype itself
     sentiment:   bad attributes against good ones, whichever the group
-    prior:       one group against the other, whatever the attribute
+    prior:       the group that prejudice is aimed at against the other, whatever the attribute
     guess:       an answer to a question that cannot be told, against "it cannot be told"
-    all:         association and sentiment
+    all:         association, sentiment and prior, each by how much of it carries over to other facts
 
     Of the public pairs, StereoSet's dev split and half of CrowS-Pairs are read. One fact in ten is not fitted but
     measured. `evaluate --edit` measures the edit on public benchmarks.
@@ -98,6 +98,7 @@ def lines(result: Fit) -> list[str]:
         f"factors: {factors.changed} of {factors.total} changed, {factors.least:.3f} to {factors.largest:.3f}, "
         f"root mean square change {factors.rms:.4f}",
         f"cost on neutral text: KL {cost.kl:.4f}, perplexity {cost.perplexity_base:.2f} to {cost.perplexity:.2f}",
+        f"carries over to facts not fitted: {_carried(result)}",
         f"cross-validation (facts not fitted, predicted): {_held(result)}",
         "measured on the units set aside (nats per token, 95 % over units):",
         *(_gain(gain) for gain in result.gains if gain.of == "all"),
@@ -116,6 +117,10 @@ def verdict(result: Fit) -> str:
     if "association" in result.moved:
         return f"result: less {moved}, beyond shuffled labels, on units that were not fitted"
     return f"result: less {moved}, beyond shuffled labels; the association of groups and attributes did not move"
+
+
+def _carried(result: Fit) -> str:
+    return ", ".join(f"{part} {100 * share:.0f} %" for part, share in zip(result.parts, result.carried, strict=True))
 
 
 def _held(result: Fit) -> str:

@@ -32,7 +32,7 @@ def _of_file(pairs: Pairs, most: int | None) -> Iterator[Unit]:
         y = good[number * 7 % len(good)]
         if x == y:
             continue
-        fact = replace(pairs.facts[0], a=a, b=b, x=x, y=y, tone_x="bad", tone_y="good")
+        fact = replace(pairs.facts[0], a=a, b=b, x=x, y=y, tone_x="bad", tone_y="good", aim=0)
         yield unit_of(pairs, fact, FORMATS[number % len(FORMATS)], number // len(FORMATS))
 
 

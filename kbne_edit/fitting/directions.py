@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import sampling
 from .gram import Shrinkage, diagonal, direction, gram, scale
-from .problem import System, aim
+from .problem import System, Validation, aims
 from .store import Gradients
 from .units import Unit
 
@@ -54,10 +54,11 @@ class Directions:
         return System(self._units, stored.values, stored.place, matrix, self._counts, _SHRINKAGE.share, held)
 
     def solve(
-        self, parts: Sequence[str], chosen: np.ndarray, even: float, signs: np.ndarray | None = None
+        self, parts: Sequence[str], chosen: np.ndarray, by: Validation, signs: np.ndarray | None = None
     ) -> Direction:
-        """chosen: the units that are fitted; signs: as of `aim`."""
-        coefficients = self.system.solve(aim(self.system, parts, chosen, signs), chosen, even)
+        """chosen: the units that are fitted; by: what each part counts; signs: as of `aims`."""
+        towards = aims(self.system, parts, chosen, signs) @ np.array(by.weights)
+        coefficients = self.system.solve(towards, chosen, by.even)
         d = direction(self._blocks(), self._scale(), coefficients)
         if self._columns is not None:
             d = torch.zeros(len(self.fisher)).index_copy(0, self._columns, d)

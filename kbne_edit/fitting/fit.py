@@ -26,18 +26,19 @@ from .contrasts import contrast_units
 from .directions import Directions, matched
 from .everyday import everyday
 from .measure_units import forbid_reported, measure_units
-from .measured import Held, Measure, Scaled, flattening, scaled
+from .measured import Held, Measure, Scaled, flattening, matching, scaled
 from .passes import Neutral
-from .problem import best_even, cross_validate, folds, shuffled
+from .problem import Validation, aimed, best_of, folds, shuffled, validate
 from .public import NAMES as PUBLIC
 from .public import public_pairs
-from .result import Control, Cost, Factors, Fit
+from .result import Control, Cost, Factors, Fit, Gain
 from .rows import PARTS, UnitRows, encode_texts, encode_units
 from .store import GradientFile, load_gradients
 from .units import Unit, load_pairs, load_units
 
 _EVENS = (0.1, 1.0, 10.0)
 _SET_ASIDE = 10  # one fact in so many is measured and not fitted
+_EACH = 4  # one neutral text in so many finds the scale of a control
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FitSettings:
 
     pairs: types, files, "own" (all types of the language), the public "stereoset" and "crows_pairs", or the fitted half
     of "decisions" and "associations" (None: own). data: folder of the public ones' files.
-    part: "association", "sentiment", "prior", "guess" or "all", which is association and sentiment.
+    part: "association", "sentiment", "prior", "guess" or "all", which is the first three.
     max_kl: nats per token on neutral text. facts, contrasts, texts: how many are read.
     neurons: how many are changed (None: all). even: as of `problem` (None: by cross-validation). dtype: "auto" is that
     of the weights.
@@ -72,7 +73,7 @@ class FitSettings:
     def parts(self) -> tuple[str, ...]:
         """What is lowered; public pairs always are."""
         # Not guesses: they cost so little KL that at equal weight they take what the others would have had.
-        parts = ("association", "sentiment") if self.part == "all" else (self.part,)
+        parts = PARTS if self.part == "all" else (self.part,)
         return (*parts, "pair") if self.public else parts
 
     @property
@@ -139,57 +140,77 @@ class _Run:
         if not len(self.aside) or len(self.fitted) < 40:
             raise InputError(f"{len(self.every)} units are too few for a fit: give more --pairs or --facts")
         self.sizes = checkpoint.layer_sizes(settings.site)
+        self.parts = tuple(part for part in settings.parts if part != "prior" or aimed(self.every).any())
+        if not self.parts:
+            raise InputError(
+                "no fact has a prior that could fall: list the groups that prejudice is aimed at under `targeted`"
+            )
 
     def fit(self, kept: Path) -> Fit:
         settings = self.settings
         model = load_model(self.checkpoint.path, getattr(torch, self._dtype()), settings.device)
         self._collect(model, kept)
         directions = Directions(self.every, load_gradients(kept), [len(ids) - 1 for ids in self.texts])
-        evens = _EVENS if settings.even is None else (settings.even,)
-        held = cross_validate(directions.system, settings.parts, self.fitted, evens, settings.max_kl)
-        even = best_even(held, settings.parts)
-        neutral = Neutral(model, self.neutral_texts, settings.site)
-
-        def solve(kl: float, signs: np.ndarray | None = None) -> Scaled:
-            base = directions.solve(settings.parts, self.fitted, even, signs)
-            return scaled(neutral, base.d, kl, (kl / max(base.cost, 1e-30)) ** 0.5 / 4)
-
+        by = self._validated(directions)
+        direction = directions.solve(self.parts, self.fitted, by)
         if settings.neurons is not None:
-            directions.restrict(directions.solve(settings.parts, self.fitted, even).d, settings.neurons)
-        best = solve(settings.max_kl)
+            directions.restrict(direction.d, settings.neurons)
+            direction = directions.solve(self.parts, self.fitted, by)
+        neutral = Neutral(model, self.neutral_texts, settings.site)
+        some = Neutral(model, self.neutral_texts[::_EACH], settings.site)
+        first = scaled(some, direction.d, settings.max_kl, (settings.max_kl / max(direction.cost, 1e-30)) ** 0.5 / 4)
+        best = scaled(neutral, direction.d, settings.max_kl, first.s)
         if best.kl == 0:
             raise InputError(f"no factors were found whose KL is at most {settings.max_kl:g}: give a larger --max-kl")
-        say(f"fit: {len(self.fitted)} units and contrasts, even {even:g}, KL {best.kl:.4f}; measuring the controls")
-        shuffles = [solve(best.kl, shuffled(self.every, seed)) for seed in range(settings.draws)]
+        say(f"fit: {len(self.fitted)} units and contrasts, even {by.even:g}, KL {best.kl:.4f}; measuring the controls")
+        shuffles = []
+        for seed in range(settings.draws):
+            other = directions.solve(self.parts, self.fitted, by, shuffled(self.every, seed))
+            start = best.s * (direction.cost / max(other.cost, 1e-30)) ** 0.5
+            shuffles.append(matching(neutral, some, best, other.d, start))
         measure = Measure(model, settings.site, Held([self.every[i] for i in self.aside], self._rows_aside()))
-        controls = [measure.control(f"shuffled labels {i}", base) for i, base in enumerate(shuffles, 1)]
-        controls += self._others(best, neutral, measure, directions.fisher)
-        base = Fit(
-            edit=Edit(settings.site, {}, self.checkpoint.fingerprint()),
-            parts=settings.parts,
+        controls = [measure.control(f"shuffled labels {i}", edit) for i, edit in enumerate(shuffles, 1)]
+        controls += self._others(best, (neutral, some), measure, directions.fisher)
+        cost = Cost(best.kl, neutral.measure().perplexity, best.perplexity)
+        result = self._result(by, best, cost, measure.gains(best), controls)
+        return replace(result, edit=self._edit(best.factors, result))
+
+    def _validated(self, directions: Directions) -> Validation:
+        """Settings by cross-validation on what is fitted."""
+        settings = self.settings
+        evens = _EVENS if settings.even is None else (settings.even,)
+        every = [validate(directions.system, self.parts, self.fitted, even, settings.max_kl) for even in evens]
+        return best_of(every, self.parts)
+
+    def _result(
+        self, by: Validation, best: Scaled, cost: Cost, gains: tuple[Gain, ...], controls: Sequence[Control]
+    ) -> Fit:
+        return Fit(
+            edit=Edit(self.settings.site, {}, self.checkpoint.fingerprint()),
+            parts=self.parts,
+            carried=by.carried,
             fitted=int((self.fitted < len(self.units)).sum()),
             contrasts=int(self._contrasts[self.fitted].sum()),
             public=int((self.fitted >= len(self.units) + len(self.contrasts)).sum()),
             set_aside=len(self.aside),
-            even=even,
-            held=held,
+            even=by.even,
+            held=by.held,
             factors=Factors.of(best.factors.numpy(), self.sizes),
-            cost=Cost(best.kl, neutral.measure().perplexity, best.perplexity),
-            gains=measure.gains(best),
+            cost=cost,
+            gains=gains,
             controls=tuple(controls),
         )
-        return replace(base, edit=self._edit(best.factors, base))
 
-    def _others(self, best: Scaled, neutral: Neutral, measure: Measure, fisher: Tensor) -> list[Control]:
+    def _others(self, best: Scaled, texts: tuple[Neutral, Neutral], measure: Measure, fisher: Tensor) -> list[Control]:
         """Controls that need no labels: other neurons, the inverse, a flattening, each at the KL of `best`."""
         changes = best.factors - 1
         elsewhere = matched(changes, fisher, self.sizes, self.settings.seed)
-        temperature = flattening(neutral, best.kl)
-        flat = neutral.measure(temperature=temperature)
+        temperature = flattening(texts[0], best.kl)
+        flat = texts[0].measure(temperature=temperature)
         bare = Scaled(torch.ones_like(changes), flat.kl, flat.perplexity)
         return [
-            measure.control("matched neurons", scaled(neutral, elsewhere, best.kl, 1.0)),
-            measure.control("inverse", scaled(neutral, -changes, best.kl, 1.0)),
+            measure.control("matched neurons", matching(*texts, best, elsewhere, 1.0)),
+            measure.control("inverse", matching(*texts, best, -changes, 1.0)),
             measure.control("flattening", bare, temperature),
         ]
 

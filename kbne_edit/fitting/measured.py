@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..families import Site
 from ..statistics import Interval, interval
 from .passes import Neutral, objectives
-from .problem import tones
+from .problem import aimed, tones
 from .result import Control, Gain
 from .rows import KINDS, MEASURED, UnitRows
 from .units import Unit
@@ -23,11 +23,12 @@ _STEPS, _CLOSE = 8, 0.05
 
 @dataclass(frozen=True)
 class Scaled:
-    """Factors [P], and their real KL and perplexity."""
+    """Factors [P] = 1 + s d, and their real KL and perplexity."""
 
     factors: Tensor
     kl: float
     perplexity: float
+    s: float = 1.0
 
 
 def scaled(neutral: Neutral, d: Tensor, kl: float, first: float) -> Scaled:
@@ -40,11 +41,18 @@ def scaled(neutral: Neutral, d: Tensor, kl: float, first: float) -> Scaled:
         factors = (1 + s * d).clamp(*CLIP)
         measured = neutral.measure(factors)
         if best.kl < measured.kl <= kl:
-            best = Scaled(factors, measured.kl, measured.perplexity)
+            best = Scaled(factors, measured.kl, measured.perplexity, s)
         if kl * (1 - _CLOSE) <= measured.kl <= kl:
             break
         s *= min(max(((1 - _CLOSE / 2) * kl / max(measured.kl, 1e-12)) ** 0.5, 0.1), 10.0)
     return best
+
+
+def matching(neutral: Neutral, some: Neutral, best: Scaled, d: Tensor, first: float) -> Scaled:
+    """1 + s d with the KL of `best`. some: part of the texts, on which s is found; all of them measure it."""
+    factors = scaled(some, d, some.measure(best.factors).kl, first).factors
+    measured = neutral.measure(factors)
+    return Scaled(factors, measured.kl, measured.perplexity)
 
 
 def flattening(neutral: Neutral, kl: float) -> float:
@@ -69,7 +77,7 @@ class Held:
     def parts(self) -> tuple[str, ...]:
         """What any of the units tells of."""
         there = np.array([~np.isnan(unit.mixture[:, 0]) for unit in self.rows]).any(0)
-        present = {KINDS[i] for i in np.flatnonzero(there)}
+        present = {KINDS[i] for i in np.flatnonzero(there)} - (set() if aimed(self.units).any() else {"prior"})
         return tuple(part for part in MEASURED if part in present or (part == "sentiment" and "tone" in present))
 
     def margins(self, model: nn.Module, site: Site, at: Tensor | None = None, temperature: float = 1.0) -> np.ndarray:
@@ -81,7 +89,11 @@ class Held:
         return np.array([unit.mixture @ row for unit, row in zip(self.rows, values, strict=True)])
 
     def of(self, part: str, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(which units tell of a part, their values): of sentiment the contrasts and units that differ in tone."""
+        """(which units tell of a part, their values): of sentiment the contrasts and units that differ in tone; of the
+        prior those that prejudice is aimed at one group of, which stands first."""
+        if part == "prior":
+            known = np.flatnonzero(aimed(self.units) * ~np.isnan(margins[:, KINDS.index(part)]))
+            return known, aimed(self.units)[known] * margins[known, KINDS.index(part)]
         if part != "sentiment":
             indices = np.flatnonzero(~np.isnan(margins[:, KINDS.index(part)]))
             return indices, margins[indices, KINDS.index(part)]

@@ -194,7 +194,7 @@ class Neutral:
     def __init__(self, model: nn.Module, texts: Sequence[Sequence[int]], site: Site = "down"):
         self._model, self._site = model, site
         self._texts = [Scored(tuple(ids), (1.0,) * (len(ids) - 1)) for ids in texts]
-        self._base = [hidden for hidden, _ in self._passes(None)]
+        self._base = list(self._passes(None))
 
     @torch.no_grad()
     def _passes(self, at: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -212,7 +212,8 @@ class Neutral:
     def measure(self, at: Tensor | None = None, temperature: float = 1.0) -> Divergence:
         """at: factors [P] (None: the base). temperature: divides the edited logits."""
         kl, loss, count = 0.0, 0.0, 0
-        for base, (hidden, target) in zip(self._base, self._passes(at), strict=True):
+        edited = self._base if at is None else self._passes(at)
+        for (base, _), (hidden, target) in zip(self._base, edited, strict=True):
             for p, q, wanted in zip(*(x.split(_block(self._model)) for x in (base, hidden, target)), strict=True):
                 p = head(self._model, p[None]).log_softmax(-1)
                 q = (head(self._model, q[None]) / temperature).log_softmax(-1)

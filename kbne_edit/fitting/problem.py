@@ -2,13 +2,14 @@
 
     d = -s (D + X' W X)^-1 y
 
-y is what is to fall (`aim`). X holds the Fisher rows, so that d costs little KL, and the units' own rows, so that a
+y is what is to fall (`aims`). X holds the Fisher rows, so that d costs little KL, and the units' own rows, so that a
 mean falls because most units move a little and not because a few move far: a direction in which units differ widely is
 no evidence of a mean, and what rests on it does not carry over to other facts. `even` weighs the second. s is set by
 the real KL afterwards.
 
 The association of each type counts by what is left of it, and not at all where it is at balance or beyond. Sentiment is
-the tone of the attributes: bad ones against good ones, whoever is spoken of. It has no balance of its own.
+the tone of the attributes: bad ones against good ones, whoever is spoken of. Prior is the group that prejudice is aimed
+at against the other one, whatever is said of it. Neither has a balance of its own.
 
 Legend: U units and contrasts, K kinds of rows, R Fisher rows, N rows of the Gram matrix.
 """
@@ -16,7 +17,7 @@ Legend: U units and contrasts, K kinds of rows, R Fisher rows, N rows of the Gra
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,8 +63,8 @@ class System:
         return self.index[chosen, KINDS.index(kind)]
 
     def solve(self, aim: np.ndarray, chosen: np.ndarray, even: float, fisher: np.ndarray | None = None) -> np.ndarray:
-        """Coefficients [N] of -(D + X' W X)^-1 y. chosen: units whose changes are to be even; fisher: [R], instead of
-        all of it."""
+        """Coefficients of -(D + X' W X)^-1 y, of the shape of y: [N] or [N, k]. chosen: units whose changes are to be
+        even; fisher: [R], instead of all of it."""
         counts = self.fisher if fisher is None else fisher
         known = np.flatnonzero(counts)
         among, weights = [known + self.start], [self.share * counts[known]]
@@ -81,61 +82,107 @@ class System:
         changes = self.gram.changes(coefficients)[self.start : self.start + len(fisher)]
         return 0.5 * float((fisher * changes**2).sum())
 
+    def without(self, number: int, count: int) -> np.ndarray:
+        """What each Fisher row counts, [R], without the texts of a fold."""
+        return np.where(self._texts(count) == number, 0, self.fisher) * count / (count - 1)
 
-def aim(system: System, parts: Sequence[str], chosen: np.ndarray, signs: np.ndarray | None = None) -> np.ndarray:
-    """y over all rows, [N]. chosen: units that are fitted. signs: [U] of 1 and -1, by which labels are exchanged.
+    def aside(self, number: int, count: int) -> np.ndarray:
+        """The same of the texts of a fold alone: rows of whole texts, which are half of S, and without bias."""
+        whole = np.arange(len(self.fisher)) % SAMPLES == 0
+        return np.where((self._texts(count) == number) & whole, self.fisher, 0) * count * 2
 
-    Each part is divided by the standard error of its mean in the metric D, so that none drowns the others. A part that
-    no unit tells of adds nothing.
+    def _texts(self, count: int) -> np.ndarray:
+        """The fold of each Fisher row's text, [R]."""
+        return np.arange(len(self.fisher)) // SAMPLES % count
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Units whose rows are meant. like: units that say what is left of a part, and how widely its mean scatters."""
+
+    system: System
+    units: np.ndarray
+    like: np.ndarray
+    signs: np.ndarray
+
+
+def aims(
+    system: System,
+    parts: Sequence[str],
+    chosen: np.ndarray,
+    signs: np.ndarray | None = None,
+    like: np.ndarray | None = None,
+) -> np.ndarray:
+    """y of each part over all rows, [N, parts]: the mean over the chosen units. A part that none tells of is 0.
+
+    signs: [U] of 1 and -1, by which labels are exchanged. like: units by which parts of y are weighed against each
+    other (None: the chosen ones).
     """
     signs = np.ones(len(system.units)) if signs is None else signs
-    result = np.zeros(len(system.gram.matrix))
-    for part in parts:
-        if part == "sentiment":
-            directions = _sentiment(system, chosen, signs)
-        elif part == "guess":
-            directions = (_mean(system, part, chosen, signs),)
-        else:
-            directions = (_balance(system, part, chosen, signs),)
-        for direction in directions:
-            spread = np.sqrt(float(direction**2 @ np.diag(system.gram.matrix)))
-            result += direction / spread if spread else 0
+    meant = _Chosen(system, chosen, chosen if like is None else like, signs)
+    of = {"sentiment": _sentiment, "prior": _prior, "guess": _guess}
+    return np.stack([of[part](meant) if part in of else _balance(meant, part) for part in parts], 1)
+
+
+def _mean(meant: _Chosen, kind: str, signs: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """The mean over those units that have a row of this kind and a sign. signs: [U] of 1, 0 and -1."""
+    system, result = meant.system, np.zeros(len(meant.system.gram.matrix))
+    known = system.having(kind, units)
+    known = known[signs[known] != 0]
+    result[system.rows(kind, known)] = signs[known] / max(len(known), 1)
     return result
 
 
-def _mean(system: System, part: str, chosen: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    result = np.zeros(len(system.gram.matrix))
-    indices = system.having(part, chosen)
-    result[system.rows(part, indices)] = signs[indices] / max(len(indices), 1)
-    return result
+def _guess(meant: _Chosen) -> np.ndarray:
+    return _mean(meant, "guess", meant.signs, meant.units)
 
 
-def _balance(system: System, part: str, chosen: np.ndarray, signs: np.ndarray) -> np.ndarray:
+def _prior(meant: _Chosen) -> np.ndarray:
+    """The group that prejudice is aimed at against the other one.
+
+    It has no balance of its own: a margin between groups is mostly how common their words are.
+    """
+    return _mean(meant, "prior", meant.signs * aimed(meant.system.units), meant.units)
+
+
+def _balance(meant: _Chosen, part: str) -> np.ndarray:
     """Rows of a part, each type's mean times what is left of its mean margin."""
-    result, kind = np.zeros(len(system.gram.matrix)), KINDS.index(part)
-    chosen = system.having(part, chosen)
-    types = np.array([system.units[i].type for i in chosen])
-    for name in sorted(set(types.tolist())):
-        indices = chosen[types == name]
-        left = float(system.margins[indices, kind].mean())
-        if part != "prior":
-            left = max(left, 0.0)
-        result[system.rows(part, indices)] = left * signs[indices] / len(chosen)
+    system, kind = meant.system, KINDS.index(part)
+    result = np.zeros(len(system.gram.matrix))
+    chosen, like = system.having(part, meant.units), system.having(part, meant.like)
+    types = np.array([unit.type for unit in system.units])
+    for name in sorted(set(types[like].tolist())):
+        members = chosen[types[chosen] == name]
+        left = max(float(system.margins[like[types[like] == name], kind].mean()), 0.0)
+        result[system.rows(part, members)] = left * meant.signs[members] / len(chosen)
     return result
 
 
-def _sentiment(system: System, chosen: np.ndarray, signs: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Bad attributes against good ones: in contrasts, in units whose attributes differ in tone, and between units."""
-    contrast, within, between = (np.zeros(len(system.gram.matrix)) for _ in range(3))
-    indices = system.having("tone", chosen)
-    contrast[system.rows("tone", indices)] = signs[indices] / max(len(indices), 1)
-    indices = system.having("sentiment", chosen)
-    within[system.rows("sentiment", indices)] = tones(system.units)[indices] * signs[indices] / max(len(indices), 1)
-    levels = np.array([_TONES[u.fact.tone_x] + _TONES[u.fact.tone_y] for u in system.units])
-    for sign in (1, -1):
-        alike = indices[levels[indices] * signs[indices] * sign > 1]
-        between[system.rows("level", alike)] = sign / max(len(alike), 1)
-    return contrast, within, between
+def _sentiment(meant: _Chosen) -> np.ndarray:
+    """Bad attributes against good ones: in contrasts, in units whose attributes differ in tone, and between units.
+
+    Each of the three is divided by the standard error of its mean in the metric D, so that none drowns the others.
+    """
+    units = meant.system.units
+    levels = np.array([_TONES[unit.fact.tone_x] + _TONES[unit.fact.tone_y] for unit in units]) * meant.signs
+    result = np.zeros(len(meant.system.gram.matrix))
+    rows = [("tone", meant.signs), ("sentiment", meant.signs * tones(units))]
+    for kind, signs in rows:
+        result += _mean(meant, kind, signs, meant.units) / _spread(meant, _mean(meant, kind, signs, meant.like))
+
+    def between(chosen: np.ndarray) -> np.ndarray:
+        return _mean(meant, "level", levels > 1, chosen) - _mean(meant, "level", levels < -1, chosen)
+
+    return result + between(meant.units) / _spread(meant, between(meant.like))
+
+
+def _spread(meant: _Chosen, y: np.ndarray) -> float:
+    return float(np.sqrt(y**2 @ np.diag(meant.system.gram.matrix))) or 1.0
+
+
+def aimed(units: Sequence[Unit]) -> np.ndarray:
+    """1 where prejudice is aimed at group A rather than B, -1 the other way round, 0 if neither or both, [U]."""
+    return np.array([unit.fact.aim for unit in units])
 
 
 def tones(units: Sequence[Unit]) -> np.ndarray:
@@ -169,48 +216,81 @@ class Held:
     error: float
 
 
-def cross_validate(
-    system: System, parts: Sequence[str], fitted: np.ndarray, evens: Sequence[float], kl: float, count: int = 4
-) -> tuple[Held, ...]:
-    """Each fold's facts by the others', at each `even`; a text's Fisher rows are set aside with a fold."""
-    fold = folds(system.units, count)
-    rows = np.arange(len(system.fisher))
-    texts, whole = rows // SAMPLES % count, rows % SAMPLES == 0
-    measured = [part for part in MEASURED if len(_telling(system, part, fitted))]
-    result = []
-    for even in evens:
-        moved: dict[str, list[np.ndarray]] = {part: [] for part in measured}
-        for number in range(count):
-            train, test = fitted[fold[fitted] != number], fitted[fold[fitted] == number]
-            kept = np.where(texts == number, 0, system.fisher) * count / (count - 1)
-            # The rows of whole texts are half of S, and without bias.
-            aside = np.where((texts == number) & whole, system.fisher, 0) * count * 2
-            coefficients = system.solve(aim(system, parts, train), train, even, kept)
-            changes = system.gram.changes(coefficients)
-            changes *= np.sqrt(kl / max(system.cost(coefficients, aside), 1e-30))
-            for part, values in moved.items():
-                values.append(part_changes(system, part, test, changes))
-        for part, values in moved.items():
-            every = np.concatenate(values)
-            result.append(Held(even, part, float(every.mean()), float(every.std() / np.sqrt(max(len(every), 1)))))
-    return tuple(result)
+@dataclass(frozen=True)
+class Validation:
+    """What cross-validation at one `even` says.
+
+    carried: for each part, how much of its fall in the fitted facts others show, when it is lowered alone; at least 0.
+    weights: what each part counts. held: of all parts lowered together, for each part that is measured.
+    """
+
+    even: float
+    carried: tuple[float, ...]
+    weights: tuple[float, ...]
+    held: tuple[Held, ...]
+
+
+def validate(
+    system: System, parts: Sequence[str], fitted: np.ndarray, even: float, kl: float, count: int = 4
+) -> Validation:
+    """Each fold's facts by the others'; a text's Fisher rows are set aside with a fold.
+
+    A part counts by what it carries over, at equal length of what each would do alone. At equal standard errors of
+    their means, sentiment took nearly all of the KL; without the first factor, a part that does not carry over at all
+    takes as much as any other.
+    """
+    fold, moved = folds(system.units, count), []
+    fell = np.zeros((2, len(parts)))  # in the facts that are fitted, and in those that are not
+    for number in range(count):
+        train, test = fitted[fold[fitted] != number], fitted[fold[fitted] == number]
+        towards = aims(system, parts, train)
+        changes = system.gram.changes(system.solve(towards, train, even, system.without(number, count)))
+        fell -= (towards * changes).sum(0), (aims(system, parts, test, like=train) * changes).sum(0)
+        moved.append((test, number, changes))
+    fell = np.maximum(fell, 0) / count
+    carried = np.divide(fell[1], fell[0], out=np.zeros(len(parts)), where=fell[0] > 0)
+    # If nothing carries over, each counts the same.
+    shares = carried if carried.any() else np.ones(len(parts))
+    weights = np.divide(shares, np.sqrt(fell[0]), out=np.zeros(len(parts)), where=fell[0] > 0)
+    held = _held(system, parts, moved, weights, kl, count)
+    return Validation(
+        even, tuple(carried.tolist()), tuple(weights.tolist()), tuple(Held(even, *figures) for figures in held)
+    )
+
+
+def _held(
+    system: System, fitted: Sequence[str], moved: list[tuple], weights: np.ndarray, kl: float, count: int
+) -> Iterator[tuple[str, float, float]]:
+    """(part, mean, standard error) of the changes of facts of every fold. moved: (facts, fold, changes [N, parts])."""
+    every = np.concatenate([facts for facts, *_ in moved])
+    for part in (part for part in MEASURED if len(telling(system, part, every)[0])):
+        values = []
+        for facts, number, changes in moved:
+            together = changes @ weights
+            aside = system.aside(number, count)
+            cost = 0.5 * float((aside * together[system.start : system.start + len(aside)] ** 2).sum())
+            values.append(part_changes(system, part, facts, together * np.sqrt(kl / max(cost, 1e-30))))
+        joined = np.concatenate(values)
+        yield part, float(joined.mean()), float(joined.std() / np.sqrt(max(len(joined), 1)))
 
 
 def part_changes(system: System, part: str, chosen: np.ndarray, changes: np.ndarray) -> np.ndarray:
     """Of each unit that tells of a part; of sentiment the contrasts. changes: of every row, [N]."""
-    return changes[_telling(system, part, chosen)]
+    rows, signs = telling(system, part, chosen)
+    return signs * changes[rows]
 
 
-def _telling(system: System, part: str, chosen: np.ndarray) -> np.ndarray:
-    """Places of the rows that tell of a part."""
+def telling(system: System, part: str, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(places of the rows that tell of a part, their signs)."""
+    if part == "prior":
+        known = system.having(part, chosen)
+        signs = aimed(system.units)[known]
+        return system.rows(part, known[signs != 0]), signs[signs != 0]
     kind = "tone" if part == "sentiment" and len(system.having("tone", chosen)) else part
-    return system.rows(kind, system.having(kind, chosen))
+    rows = system.rows(kind, system.having(kind, chosen))
+    return rows, np.ones(len(rows))
 
 
-def best_even(held: Sequence[Held], parts: Sequence[str]) -> float:
+def best_of(validations: Sequence[Validation], parts: Sequence[str]) -> Validation:
     """The one whose fall of all parts together, each in standard errors, is largest on facts not fitted."""
-
-    def fall(even: float) -> float:
-        return sum(h.change / max(h.error, 1e-12) for h in held if h.even == even and h.part in parts)
-
-    return min(sorted({h.even for h in held}), key=fall)
+    return min(validations, key=lambda v: sum(h.change / max(h.error, 1e-12) for h in v.held if h.part in parts))

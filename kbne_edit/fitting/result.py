@@ -92,12 +92,14 @@ class Fit:
     """factors: summary; gains, controls: measured on facts set aside; fitted: how many units were fitted, contrasts,
     public: of contrasts and public pairs.
 
-    even: chosen by cross-validation, whose figures `held` are. moved: the parts that moved towards less of them, with
-    an interval that excludes 0, and further than under shuffled labels.
+    even: chosen by cross-validation, whose figures `held` are. carried: for each of the parts, how much of its fall in
+    facts that were fitted others show; it weighs them against each other. moved: the parts that moved towards less of
+    them, with an interval that excludes 0, and further than under shuffled labels.
     """
 
     edit: Edit = field(metadata={"json": False})
     parts: tuple[str, ...]
+    carried: tuple[float, ...]
     fitted: int
     contrasts: int
     public: int

@@ -11,7 +11,7 @@ sentences of them (`recipes/pairs/en.yaml`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -23,7 +23,7 @@ from .wording import FORMATS, GROUP_FORMS, Reader, Template, Wording, fill, pars
 MOST_BYTES, MOST_FACTS = 256 << 10, 5_000
 _LONGEST_ATTRIBUTE = 120
 _TONES = {"g": "good", "n": "neutral", "b": "bad"}
-_KEYS = ("kbne_pairs", "language", "type", "description", "groups", "facts", "wording")
+_KEYS = ("kbne_pairs", "language", "type", "description", "groups", "targeted", "facts", "wording")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Fact:
     """Group a is stereotyped with attribute x, group b with attribute y.
 
     a, b: the groups' plurals. x, y: verb phrases in the language's base form. tone_x, tone_y: good, neutral or bad,
-    as most readers would take the attribute. filler: a senseless attribute.
+    as most readers would take the attribute. filler: a senseless attribute. aim: 1 if prejudice is usually aimed at a
+    rather than b, -1 the other way round, 0 if at both or neither.
     """
 
     type: str
@@ -43,6 +44,7 @@ class Fact:
     tone_x: str
     tone_y: str
     filler: str
+    aim: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,9 @@ def _load(path: str) -> Pairs:
         )
     groups = _groups(data.get("groups"), reader)
     kind = reader.text(data.get("type"), "type", 60)
+    targeted = _targeted(data.get("targeted", []), groups, reader)
     facts = _facts(reader.mapping(data.get("facts"), "facts"), kind, wording, groups, reader) if wording else ()
+    facts = tuple(replace(fact, aim=(fact.a in targeted) - (fact.b in targeted)) for fact in facts)
     if reader.faults or wording is None:
         raise RecipeError(path, reader.faults)
     return Pairs(kind, language, groups, facts, wording)
@@ -241,6 +245,14 @@ def _groups(data: object, reader: Reader) -> dict[str, dict[str, str]]:
             continue
         groups[plural] = dict(zip(GROUP_FORMS, (plural, *texts), strict=True))
     return groups
+
+
+def _targeted(data: object, groups: dict, reader: Reader) -> frozenset[str]:
+    """Groups that prejudice is usually aimed at: `targeted: [women, girls]`."""
+    names = reader.texts(data, "targeted", 0)
+    if unknown := [name for name in names if name not in groups]:
+        reader.faults.append(f"targeted: {shown(unknown[0])} is none of the groups of this file")
+    return frozenset(names)
 
 
 def _facts(data: dict, kind: str, wording: Wording, groups: dict, reader: Reader) -> tuple[Fact, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import InputError
 from ..evaluation.effect import FEWEST_DRAWS
 from ..evaluation.result import ABILITIES, ALPHA, TaskResult, loss_of
-from ..statistics import Interval, Part, pooled
+from ..statistics import Clusters, Interval, Part, pooled
 
 if TYPE_CHECKING:
     from ..evaluation.benchmark import Figure
@@ -59,7 +59,7 @@ class Objective:
     abilities: list[str]
     margin: float
     max_kl: float | None = None
-    clusters: dict[str, Sequence[str]] = field(default_factory=dict)
+    clusters: dict[str, Clusters] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -167,12 +167,12 @@ def objective_of(halves: Sequence[Half], criteria: Criteria) -> Objective:
         )
     for task in (task for half in halves for task in half.benchmarks if task.name in abilities):
         unharmed = np.ones((len(task.sizes), 1))
-        best = loss_of(unharmed, unharmed, margin, 0.0, task.clusters or None).lowest
+        best = loss_of(unharmed, unharmed, margin, 0.0, task.drawn()).lowest
         if best <= -margin:
             raise InputError(
                 f"{task.name} has {len(unharmed)} items in a half, too few to exclude a loss of {margin:g} points "
                 f"even where none is lost (lower end {best:.1f}): take more, or --margin {math.floor(-best) + 1}"
             )
-    clusters = {task.name: task.clusters for task in halves[0].benchmarks if task.clusters}
+    clusters = {task.name: task.drawn() for task in halves[0].benchmarks}
     chance = {task.name: task.chance_level for task in halves[0].benchmarks if task.name in abilities}
     return Objective(steering, abilities, margin, criteria.max_kl, clusters, chance)
