@@ -1,9 +1,9 @@
-"""Many edits of one model in one pass: what they share is computed once, and the rest as rows of one batch.
+"""Many edits of one model in one pass: shared layers are computed once, the others as a batch with an entry per edit.
 
-Texts are packed into trees (`models.trees`), so what several begin with stands there once. A pass starts with one batch
-entry. Before the first layer that any of the edits touches it is repeated once per edit, and from there each entry has
-its own factors. So layers below are computed once for all edits, and above a layer's weights are read once for all of
-them. The head is swept in blocks of its rows, so no logits of a whole pass are ever held.
+Texts are packed into trees (`models.trees`), so a shared prefix is stored once. A pass starts with one batch entry.
+Before the first edited layer it is repeated once per edit, and from there each entry has its own factors. So lower
+layers are computed once for all edits, and the weights of upper layers are read once. The head is computed in blocks of
+rows, so the logits of a whole pass are never held.
 
 Legend: E edits, N tokens of a tree, K kept positions, D hidden size, F neurons of a layer, V vocabulary.
 """
@@ -29,9 +29,9 @@ from ..models.places import decoder_layers, is_recurrent, places
 from ..models.trees import Tree, cut, unpacked
 from ..recipe import Probe
 
-TREE_TOKENS = 512  # of one tree: attention within it grows with the square
+TREE_TOKENS = 512  # of one tree: the cost of attention grows with its square
 _BATCH_TOKENS = 4096  # of one pass, over all edits: bounds memory, and is enough to keep a matrix product busy
-VOCABULARY_BLOCK = 2048  # rows of the head at a time: 33 MB of logits with all tokens of a pass
+VOCABULARY_BLOCK = 2048  # rows of the head at a time: 33 MB of logits for all tokens of a pass
 _HEAD_ROWS = 512  # positions that go through the head at once: it makes [rows, V] logits
 
 # The last layer's output of the model itself, [K, D], by the tokens of a tree and the K of them that are kept
@@ -41,7 +41,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context (one at lea
 
 @dataclass(frozen=True)
 class Scored:
-    """What each edit's model makes of each continuation. logprobs: [E, n] float64, summed over its tokens, in nats."""
+    """Scores of continuations under each edit. logprobs: [E, n] float64, summed over the tokens, in nats."""
 
     logprobs: np.ndarray
     greedy: np.ndarray
@@ -54,10 +54,10 @@ class Scored:
 
 
 def sentence_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text behind the token that begins one, as lm-eval scores a text without a context.
+    """Token ids of a text after a beginning-of-text token, as lm-eval scores a text without a context.
 
-    Some tokenizers (Qwen's) put none there. The first word would not be scored, and the model would read one that
-    begins in the middle: on a 0.6B model the twins' scores then correlate .35 with those behind that token.
+    Some tokenizers (Qwen's) add none. Then the first word would not be scored, and the text would seem to begin in the
+    middle: on a 0.6B model, such scores of twins correlate .35 with the proper ones.
     """
     ids = tokenizer(text)["input_ids"]
     start = getattr(tokenizer, "bos_token_id", None)
@@ -77,7 +77,7 @@ def margins_of_edits(
 ) -> np.ndarray:
     """m of every probe under every edit (None: the model itself), [E, probes], nats per token.
 
-    m = mean log-probability per token of a probe's first sentence less that of its second.
+    m = mean log-probability per token of a probe's first sentence minus that of its second.
     temperature: divides the logits. update: called with the number of texts done since, times edits. kept: as of
     `score_edits`. Raises EditError if an edit does not fit the model.
     """
@@ -100,8 +100,8 @@ def score_edits(
 ) -> Scored:
     """Log-probability of each continuation after its context under each edit, and whether it is the greedy one.
 
-    longest_row: tokens that a model can read at once; too long a row loses its beginning. kept: what the model itself
-    made of earlier texts; it is taken from there and put there, so that a flattening costs no second pass.
+    longest_row: context length of the model; longer rows lose their beginning. kept: a cache of the unedited model's
+    outputs, so that a flattened base needs no second pass.
     """
     rows, lookups = unique_rows(pairs, longest_row)
     shape = (len(edits), len(pairs))
@@ -135,7 +135,7 @@ def _states_at(
 
 
 class Lookup(NamedTuple):
-    """One pair within its row: its continuation's tokens are predicted from position `start` on."""
+    """One pair in its row. The continuation's tokens are predicted from position `start` on."""
 
     pair: int
     start: int
@@ -144,8 +144,8 @@ class Lookup(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenLookups:
-    """What is looked up in one pass over a tree: K kept nodes, and for each of T tokens its pair, the kept node that
-    predicts it (a place among the kept ones), and the token itself.
+    """The token probabilities to look up in one pass over a tree. nodes: the K nodes to keep. For each of T tokens:
+    pair; index: of the kept node that predicts it; target: the token.
     """
 
     nodes: list[int]
@@ -170,10 +170,11 @@ class TokenLookups:
 def unique_rows(
     pairs: Sequence[Pair], longest_row: int | None = None
 ) -> tuple[list[tuple[int, ...]], list[list[Lookup]]]:
-    """Rows that a model has to read, sorted and each once, and each row's lookups.
+    """The distinct rows that a model has to read, sorted, and the lookups of each.
 
-    A row is context + continuation without its last token, so answers of one token share theirs. Too long a row loses
-    its beginning. Raises InputError for an empty context or continuation, or one that is too long by itself.
+    A row is context + continuation without the last token, so answers of one token share a row. Longer rows than
+    `longest_row` lose their beginning. Raises InputError for an empty context or continuation, or a continuation that
+    is too long.
     """
     by_row: dict[tuple[int, ...], list[Lookup]] = {}
     for pair, (context, continuation) in enumerate(pairs):
@@ -194,7 +195,7 @@ def _looked_up(
     at: Any
     place: Any
     count, kept = states.shape[:2]
-    # In the order of positions, so that each block of logits is needed for its own lookups alone.
+    # In the order of positions, so that each block of logits serves only its own lookups.
     wanted: list[list[int]] = [[] for _ in range(kept)]
     for place, position in enumerate(index):
         wanted[position].append(place)
@@ -223,7 +224,7 @@ def _looked_up(
 def _by_blocks(
     model: nn.Module, states: Tensor, index: list[int], target: list[int], temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`_looked_up` in one sweep over blocks of the head's rows, so that no logits [E * K, V] are ever held."""
+    """`_looked_up` in one pass over blocks of the head's rows, so that logits [E * K, V] are never held."""
     count, kept = states.shape[:2]
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
     z = before_head(model, states.reshape(1, count * kept, -1)).to(output.weight.device)
@@ -249,12 +250,12 @@ def _by_blocks(
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, states: Tensor) -> Tensor:
-    """Logits [K, V] float32 of what `last_states` gave at some positions, [K, D]: norm, head and what follows it."""
+    """Logits [K, V] float32 from outputs of `last_states`, [K, D]: norm, head and what follows it."""
     return after_head(model, states) if is_recurrent(model) else head(model, states[None])
 
 
 class _Reached(Exception):
-    """Leaves a forward pass once the last layer is done."""
+    """Leaves a forward pass after the last layer."""
 
     def __init__(self, hidden: Tensor):
         self.hidden = hidden

@@ -1,4 +1,4 @@
-"""What an evaluation is made of: requests, items' columns of numbers, and figures of the columns' means."""
+"""The types of an evaluation: requests, columns of numbers per item, and figures of the columns' means."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Answer(NamedTuple):
-    """What a model said to one pair: log-probability, is it the greedy continuation, number of tokens."""
+    """A model's score of one pair: log-probability, whether it is the greedy continuation, number of tokens."""
 
     logprob: float
     greedy: bool
@@ -29,10 +29,10 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Figure:
-    """A number made of column means. of: means [..., k] -> [...]. ideal: its best value (None: shown, not compared).
+    """A function of column means. of: means [..., k] -> [...]. ideal: its best value (None: shown, not compared).
 
-    An ideal of -inf: the lower, the better. binary: the 0/1 column that it is the mean of, if it is one (then changes
-    are tested by McNemar). excess: of what there is less, the nearer it comes. unit: "percent", "nats" or "words".
+    An ideal of -inf: the lower, the better. binary: the 0/1 column whose mean it is, if there is one (then changes are
+    tested by McNemar). excess: what decreases towards the ideal. unit: "percent", "nats" or "words".
     definition, source: one sentence each, printed by `evaluate --explain`.
     """
 
@@ -47,7 +47,7 @@ class Figure:
 
     @property
     def digits(self) -> int:
-        """Decimals that are worth printing."""
+        """Number of decimals to print."""
         return 1 if self.unit == "percent" else 4
 
     def distance(self, means: np.ndarray) -> np.ndarray:
@@ -55,7 +55,7 @@ class Figure:
         return self.away(self.of(means))
 
     def away(self, value: Any) -> Any:
-        """How far a value is from the ideal; if that is -inf the value itself, which has the same differences."""
+        """Distance of a value from the ideal; if that is -inf, the value itself, which has the same differences."""
         return value if self.ideal == -math.inf else abs(value - self.ideal)
 
 
@@ -63,10 +63,10 @@ class Figure:
 class Benchmark:
     """A task ready to be scored. pairs: of all items in order, `sizes[i]` of item i. groups: a name per item.
 
-    read: an item's number and answers -> its columns [k]. clusters: a name per item; items that share it tell of the
-    same thing (a StereoSet target, the words that a CrowS-Pairs pair exchanges, a question of BBQ, a twin, a scenario).
-    They are not independent: they are resampled, exchanged and split together, also across tasks. crossed: the same of
-    a second kind, where there is one (the names in a scenario).
+    read: (index of an item, answers) -> its columns [k]. clusters: a name per item. Items with the same name depend on
+    each other (a StereoSet target, the words that a CrowS-Pairs pair exchanges, a question of BBQ, a twin, a scenario),
+    so they are resampled, exchanged and split together, also across tasks. crossed: names of a second, crossed kind of
+    cluster, if there is one (the names in a scenario).
     chance: accuracy of a guess, in percent; None: that of one right answer among as many as an item has.
     """
 
@@ -87,7 +87,7 @@ class Benchmark:
         return 100 * float(np.mean([1 / size for size in self.sizes])) if self.chance is None else self.chance
 
     def drawn(self, items: Sequence[int] | np.ndarray | None = None) -> Clusters:
-        """What is resampled together, of these items (None: of all), as `statistics` takes it."""
+        """The clusters of these items (None: of all), as `statistics` takes them."""
         if not self.clusters:
             return None
         kept = range(len(self.clusters)) if items is None else items
@@ -95,7 +95,7 @@ class Benchmark:
         return Crossed(clusters, [self.crossed[i] for i in kept]) if self.crossed else clusters
 
     def take(self, items: Sequence[int]) -> Benchmark:
-        """The task with these of its items only."""
+        """The task with only these items."""
         starts = np.cumsum([0, *self.sizes])
         return replace(
             self,
@@ -108,7 +108,7 @@ class Benchmark:
         )
 
     def measure(self, scorer: Scorer, update: Callable[[int], None] | None = None) -> np.ndarray:
-        """Columns [n, k] of the scorer's model. update: called with the number of pairs done since."""
+        """Columns [n, k] of the scorer's model. update: called with the number of pairs since the last call."""
         return self.columns(scorer.score(self.pairs, update))
 
     def columns(self, answers: Sequence[tuple[float, bool]]) -> np.ndarray:
@@ -119,7 +119,7 @@ class Benchmark:
 
 
 def sample(count: int, limit: int | None) -> list[int]:
-    """Which of `count` items are taken, with a fixed seed. Not the first: files are sorted by group."""
+    """A seeded sample of `count` items. Rejected: the first ones, because files are sorted by group."""
     if limit is None or limit >= count:
         return list(range(count))
     return sorted(np.random.default_rng(0).choice(count, limit, replace=False).tolist())

@@ -1,4 +1,4 @@
-"""Control edits, each with its kind: an edit about bias must exceed them."""
+"""Control edits, each with its kind. An effect on bias must exceed theirs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..folding.plan import Plan
 from ..rule import Rule
 from .effect import DRAWS, random_edit
 
-# "flattened" is no edit but a temperature, see `runs`.
+# "flattened" is not an edit but a temperature, see `runs`.
 Kind = Literal["random neurons", "control questions", "inverse factor", "flattened"]
 
 
 @dataclass(frozen=True)
 class Control:
-    """One control. name: how its figures are called; of random neurons, "random 1", "random 2", …"""
+    """One control. name: of its figures; for random neurons "random 1", "random 2", …"""
 
     kind: Kind
     name: str
@@ -29,8 +29,8 @@ class Control:
 def controls_of(
     edit: Edit, checkpoint: Checkpoint, draws: int = DRAWS, scores: str | Path | None = None
 ) -> list[Control]:
-    """As many random neurons of the same layers, `draws` times; the neurons of control questions, if there are scores;
-    the same neurons with the inverse factor, which a factor of 0 does not have.
+    """`draws` times as many random neurons of the same layers; the neurons of control questions, if there are scores;
+    the same neurons with the inverse factor, unless the factor is 0.
 
     Raises EditError if the edit does not fit the model, ScoresError for scores of another one or without controls.
     """
@@ -50,7 +50,8 @@ def controls_of(
 def _by_controls(edit: Edit, checkpoint: Checkpoint, path: str | Path) -> Edit:
     """Neurons that the controls select by the paper's rule, with the edit's thresholds and (most frequent) factor.
 
-    The other rules select next to nothing from controls: there, as many neurons as the controls use most.
+    The other rules select almost nothing from controls: for them, as many neurons as the edit has, those that the
+    controls use most.
     """
     from ..attribution.scores import load_scores
     from ..selection.select import at_factor, selection

@@ -1,4 +1,4 @@
-"""What an edit costs: on text that mentions no group, on the recipe's questions, and in greedy continuations.
+"""The cost of an edit: on text that mentions no group, on the recipe's questions, and in greedy continuations.
 
 Legend: N predicted positions, D hidden size, V vocabulary.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from .neutral import Comparison, Logits, NeutralText
 
-# What an edit may cost. Of the edits that the project measured, one with a KL of 0.30 had changed every greedy
-# continuation, and one of 0.14 had raised the perplexity by 8 %; those of 0.03 hardly showed.
+# Limits of the cost. Among the project's own edits, one with a KL of 0.30 changed every greedy continuation, and one of
+# 0.14 raised the perplexity by 8 %; edits of 0.03 were hardly visible.
 MOST_KL = 0.1  # nats per token
 MOST_RISE = 1.05  # perplexity after / before
 _WORDS = 16  # tokens of a continuation
@@ -34,7 +34,7 @@ State = Literal["low", "high", "unclear"]
 
 
 class Answered(NamedTuple):
-    """How many of `total` questions the model answers rightly, before and after. p: exact McNemar test."""
+    """Numbers of right answers among `total` questions, before and after. p: exact McNemar test."""
 
     total: int
     before: int
@@ -52,9 +52,9 @@ class Answered(NamedTuple):
 
 
 class Balanced(NamedTuple):
-    """The base's mean share of right answers over the possible answers, 0 to 1, with its 95 % interval (Wilson).
+    """The base's balanced accuracy over the answers, 0 to 1, with its 95 % interval (Wilson).
 
-    chance: what the same answer to everything has.
+    chance: the balanced accuracy of the same answer to everything.
     """
 
     value: float
@@ -64,7 +64,7 @@ class Balanced(NamedTuple):
 
     @property
     def constant(self) -> bool:
-        """True where the base does no better than the same answer to everything."""
+        """True if the base does no better than the same answer to everything."""
         return self.low <= self.chance
 
     @classmethod
@@ -77,7 +77,7 @@ class Balanced(NamedTuple):
 
 
 class Continuation(NamedTuple):
-    """What base and edit say greedily after a prompt. about: "neutral" or "probe"."""
+    """Greedy continuations of a prompt by base and edit. about: "neutral" or "probe"."""
 
     about: str
     prompt: str
@@ -93,9 +93,9 @@ class LimitsJSON(TypedDict):
 
 
 class CostJSON(TypedDict):
-    """What an edit costs on neutral text. kl: from the base, nats per token; perplexity: before, after.
+    """The cost of an edit on neutral text. kl: from the base, nats per token; perplexity: before, after.
 
-    questions, controls: of the recipe, where its answers are tokens of the model.
+    questions, controls: of the recipe, if its answers are tokens of the model.
     """
 
     source: str
@@ -113,12 +113,12 @@ class CostJSON(TypedDict):
 
 @dataclass(frozen=True)
 class Cost:
-    """What an edit costs.
+    """The cost of an edit.
 
-    origin, texts: of the neutral text ("package" or "control questions") and how many there are. kl: from the base,
-    nats per token. before, after: perplexity. rise: perplexity after / before. Intervals are over texts.
-    questions, controls: of the recipe, balanced: the base's accuracy on both; None where the recipe's answers are no
-    tokens of this model. continuations: side by side.
+    origin: of the neutral text, "package" or "control questions"; texts: their number. kl: from the base, nats per
+    token. before, after: perplexity. rise: perplexity after / before. Intervals are over texts.
+    questions, controls: of the recipe; balanced: the base's balanced accuracy on both; None if the recipe's answers are
+    not tokens of this model. continuations: side by side.
     """
 
     origin: str
@@ -137,13 +137,13 @@ class Cost:
 
     @property
     def lost(self) -> bool:
-        """True if questions or controls are answered worse, beyond chance."""
+        """True if questions or controls are answered significantly worse."""
         return any(part.lost for part in (self.questions, self.controls) if part)
 
     @property
     def state(self) -> State:
-        """ "low": within the limits even at the upper end of the intervals; "high": beyond one of them, or answers are
-        lost; else "unclear"."""
+        """ "low": the upper ends of the intervals are within the limits; "high": a lower end is beyond one, or answers
+        are lost; else "unclear"."""
         if not all(map(math.isfinite, (*self.kl, *self.rise))):
             return "high"
         if self.kl.low > MOST_KL or self.rise.low > MOST_RISE or self.lost:
@@ -227,13 +227,13 @@ class NeutralRun:
 
     @cached_property
     def compared(self) -> Comparison:
-        """Losses and KL of both, and the moments of the base's logits, in one sweep."""
+        """Losses and KL of both, and the moments of the base's logits, in one pass."""
         from .neutral import compare
 
         return compare(self.text.rows, self._logits(self.after), self._logits(self.before), moments=True)
 
     def temperature(self, kl: float) -> float | None:
-        """At which the base, so flattened, has this KL from itself."""
+        """The temperature at which the flattened base has this KL from the base."""
         from .neutral import temperature
 
         return temperature(self._logits(self.before), kl, self.compared.moments)
@@ -269,13 +269,13 @@ def _perplexity(index: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _answered(model: nn.Module, tokenizer: Any, recipe: Recipe, edit: Edit) -> dict[str, Any]:
-    """`questions`, `controls` and `balanced` of a cost, as `locate` decides which answer is right."""
+    """`questions`, `controls` and `balanced` of a cost; answers are judged as in `locate`."""
     from ..models.prompts import answer_tokens, encode
     from .batched import score_edits
 
     try:
         tokens = answer_tokens(tokenizer, recipe.answers, also=recipe.also)
-    except InputError:  # an answer is no token of this model
+    except InputError:  # an answer is not a token of this model
         return {}
     surfaces = [(answer, token) for answer, ids in tokens.items() for token in ids.values()]
     questions = recipe.ask(None)
@@ -310,7 +310,7 @@ def continuations(
 
 
 def _beginning(text: str) -> str:
-    """The first half of the words; of a text without spaces, of its characters."""
+    """The first half of a text's words, or of its characters if words are not spaced."""
     words = text.split()
     return " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else text[: (len(text) + 1) // 2]
 

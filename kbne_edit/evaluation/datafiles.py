@@ -1,4 +1,4 @@
-"""Benchmarks' files on disk, in the columns that lm-eval's tasks read. Every row is checked before any is scored."""
+"""Reads benchmark files into the columns of lm-eval's tasks. Every row is checked before any is scored."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _CURE = "mend or remove the row"
 
 
 class NoDataError(InputError):
-    """A task's data are not there."""
+    """A task's data are missing."""
 
 
 class _Row(NamedTuple):
-    """A row as it was read. where: file and line, for messages."""
+    """A row of a file. where: file and line, for messages."""
 
     where: str
     values: dict
@@ -99,7 +99,7 @@ def _table(file: Path) -> Iterator[_Row]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines in UTF-8, with or without a byte order mark, of bearable size."""
+    """Numbered lines in UTF-8, with or without a byte order mark, limited in length."""
     with open_input(file, InputError) as stream:
         number, size = 0, 0
         while raw := stream.readline(_MOST_LINE + 1):
@@ -117,7 +117,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _text(row: dict, key: str) -> str:
-    """A text that is there and not empty."""
+    """A non-empty text."""
     value = row[key]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key} is {'empty' if value in (None, '') or isinstance(value, str) else 'no text'}")
@@ -154,7 +154,7 @@ def _stereoset_row(row: dict) -> dict:
     result = {key: _text(item, key) for key in ("bias_type", "context", "stereotype", "anti_stereotype", "unrelated")}
     if result["stereotype"] == result["anti_stereotype"]:
         raise ValueError("stereotype and anti_stereotype are the same sentence")
-    # Files made by hand may lack the target: items of one context are then one cluster.
+    # Files made by hand may lack the target: then items with the same context are one cluster.
     target = _text(item, "target") if "target" in item else result["context"]
     return result | {"id": str(item.get("id", "")), "target": target}
 
@@ -167,7 +167,7 @@ def _crows_pairs_row(row: dict) -> dict:
 
 
 def _bbq_row(row: dict) -> dict:
-    """BBQ's categories have unlike metadata: only what the task reads is kept, and what tells its blocks apart."""
+    """BBQ's categories differ in their metadata: keep only what the task reads and what identifies blocks."""
     from lm_eval.tasks.bbq.utils import UNKNOWN_RESPONSES
 
     answers = {key: _text(row, key) for key in ("ans0", "ans1", "ans2")}

@@ -1,13 +1,13 @@
-"""The effect of an edit on the recipe's probes, beside as many random neurons and a mere flattening.
+"""The effect of an edit on the recipe's probes, compared with random neurons and with a flattened base.
 
 A twin's score s (`twins`) says which of two groups, or replies, a model prefers. With the aim "balance" |s| should
-fall; with "avoid", s itself. An edit has an effect if three things hold: the score changes (its 95 % interval over
-twins leaves out 0); it changes by more than under every one of at least 19 draws of random neurons; and by more than
-if the model were merely flattened, at a temperature with the same KL from the base on neutral text.
+fall, with "avoid" s itself. An edit has an effect if three conditions hold: the score changes (its 95 % interval over
+twins excludes 0); it changes by more than under each of at least 19 draws of random neurons; and by more than in the
+flattened base, the base at a temperature with the same KL on neutral text.
 
-If the edit were as good as random, each of it and its draws would be equally likely to be the lowest: "below all of
-39" is said in 1 of 40 such cases. Rejected: an interval of the difference to the mean of a few draws, resampling
-probes alone. It leaves out how much draws differ, and was wrong in 9 to 29 % of the cases.
+If the edit is no better than random, it and its draws are equally likely to be the lowest, so it is below all of 39
+draws in 1 of 40 cases. Rejected: an interval of the difference to the mean of a few draws that resamples only probes.
+It ignores the spread between draws, and was wrong in 9 to 29 % of the cases.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .twins import twin_scores
 if TYPE_CHECKING:
     from torch import nn
 
-FEWEST = 6  # twins that can tell an effect at 5 %: if five paired items have one sign, p is 1/16
-FEWEST_DRAWS = 19  # with fewer, "below all of them" is said of a random edit in more than 5 of 100 cases
-DRAWS = 39  # "below all of them" is then said of a random edit in 2.5 of 100 cases
-DRAW_TWINS = 24  # twins on which draws are measured: what draws differ by, not items, is what hides an effect there
-_BLOCK = 4  # draws at once; if one of them does as well, and one worse, no more are needed
+FEWEST = 6  # twins needed for an effect at 5 %: with five paired items of one sign, p is 1/16
+FEWEST_DRAWS = 19  # with fewer, a random edit is below all draws in more than 5 of 100 cases
+DRAWS = 39  # a random edit is below all of them in 2.5 of 100 cases
+DRAW_TWINS = 24  # twins on which draws are measured: there the spread of draws, not of items, limits the power
+_BLOCK = 4  # draws at once; if one draw is as good as the edit and one is worse, no more are needed
 
 State = Literal["less", "more", "none"]
 
 
 class Change(NamedTuple):
-    """A figure before and after. As JSON it is the list [before, after]."""
+    """A figure before and after. In JSON the list [before, after]."""
 
     before: float
     after: float
@@ -52,10 +52,10 @@ ChangeJSON = Annotated[list[float], Change]
 class RandomDraws:
     """As many random neurons in each layer, with the same factors, drawn several times.
 
-    draws: how many were measured, twins: on how many twins. as_low, as_high: how many of them reach the edit's mean
-    score or go below (above) it, on the same twins. signed, absolute: mean change of s and of |s| from the base.
-    versus: mean score of the edit less that of the draws. Intervals hold the spread of the draws, too. lowest, highest:
-    of the draws' changes. Earlier versions did not record what is None.
+    draws: number of draws; twins: number of twins on which they were measured. as_low, as_high: number of draws whose
+    mean score is at most (at least) the edit's, on the same twins. signed, absolute: mean change of s and of |s|.
+    versus: mean score of the edit minus that of the draws. Intervals include the spread of the draws. lowest, highest:
+    of the draws' changes. None: not recorded by earlier versions.
     """
 
     draws: int
@@ -70,7 +70,7 @@ class RandomDraws:
 
     @property
     def beyond(self) -> int:
-        """-1 if the edit lies below every draw, 1 if above every draw, 0 if neither, or if there are too few."""
+        """-1 if the edit is below every draw, 1 if above every draw, 0 if neither, or if there are too few draws."""
         if self.as_low is None or self.draws < FEWEST_DRAWS:
             return 0
         return int(self.as_high == 0) - int(self.as_low == 0)
@@ -78,9 +78,9 @@ class RandomDraws:
 
 @dataclass(frozen=True)
 class Flattening:
-    """The base at a temperature with the edit's KL on neutral text. versus: the edit's mean score less its.
+    """The base at a temperature with the edit's KL on neutral text. versus: the edit's mean score minus its.
 
-    temperature: None where no flattening goes so far; it is then compared with a uniform distribution.
+    temperature: None if no temperature gives this KL; then the edit is compared with a uniform distribution.
     """
 
     temperature: float | None
@@ -88,10 +88,10 @@ class Flattening:
 
 
 class EffectJSON(TypedDict):
-    """What an edit does to the probes. Margins are s, in nats per token; abs: |s|; shares: 0 to 1.
+    """The effect of an edit on the probes. Margins are s, in nats per token; abs: |s|; shares: 0 to 1.
 
-    random_...: the same under random neurons; versus_random: the edit less their mean; random_as_low, random_as_high:
-    how many draws reach the edit's score. temperature: of the flattening, null if none goes so far.
+    random_...: under random neurons; versus_random: the edit minus their mean; random_as_low, random_as_high: number of
+    draws that reach the edit's score. temperature: of the flattened base, null if none gives the KL.
     """
 
     aim: str
@@ -118,10 +118,10 @@ class EffectJSON(TypedDict):
 
 @dataclass(frozen=True)
 class Effect:
-    """What an edit does to the probes. Scores are in nats per token.
+    """The effect of an edit on the probes. Scores are in nats per token.
 
-    aim: "balance" or "avoid". probes: pairs of sentences; twins: scores, which are what is resampled. preferred: share
-    of twins in which the stereotyped or unwanted side is preferred. signed, absolute: mean s, mean |s|.
+    aim: "balance" or "avoid". probes: number of pairs of sentences; twins: number of scores, which are resampled.
+    preferred: share of twins in which the stereotyped or unwanted side is preferred. signed, absolute: mean s and |s|.
     """
 
     aim: str
@@ -140,17 +140,17 @@ class Effect:
 
     @property
     def avoids(self) -> bool:
-        """True if the first sentence of a probe is to become less probable; else neither should be preferred."""
+        """True if the first sentence of a probe should become less probable; else neither should be preferred."""
         return self.aim == "avoid"
 
     @property
     def change(self) -> Interval:
-        """The change of the score that counts."""
+        """The change of the score that the aim concerns."""
         return self.change_signed if self.avoids else self.change_absolute
 
     @property
     def score(self) -> Change:
-        """The mean score that counts."""
+        """The mean of the score that the aim concerns."""
         return self.signed if self.avoids else self.absolute
 
     @property
@@ -160,12 +160,12 @@ class Effect:
 
     @property
     def beyond_flattening(self) -> bool:
-        """True unless a flattening was measured that does as much."""
+        """True unless the flattened base changes as much."""
         return self.flattening is None or self.flattening.versus.side == self.change.side
 
     @property
     def state(self) -> State:
-        """ "less" or "more" bias (or of what is unwanted), or "none": no effect beyond chance, draws and flattening."""
+        """ "less" or "more" (bias, or unwanted replies), or "none": no effect beyond chance, draws and flattening."""
         if self.change.side < 0 and self.random.beyond < 0 and self.beyond_flattening:
             return "less"
         if self.change.side > 0 and self.random.beyond > 0:
@@ -238,7 +238,7 @@ _OF_DRAWS: Final = ("random_twins", "random_as_low", "random_as_high", "random_l
 
 
 def different_twins(twins: Sequence[Twin]) -> tuple[Twin, ...]:
-    """The twins, each once: the same sentences again say nothing new.
+    """The distinct twins: repeated sentences carry no information.
 
     Raises InputError for a probe with an empty sentence, or with two equal ones.
     """
@@ -254,11 +254,11 @@ def different_twins(twins: Sequence[Twin]) -> tuple[Twin, ...]:
 
 
 def random_edit(edit: Edit, neurons: Sequence[int], seed: int) -> Edit:
-    """As many neurons in each layer, drawn from all of the layer's, with the same factors.
+    """As many random neurons in each layer, with the same factors.
 
-    neurons: how many each layer has, [L]. The edit's own may be among them. Rejected: draws from the other neurons
-    alone. A few neurons move the scores of a model by far the most; where a random edit held one, none of its draws
-    could, so it was called beyond them in up to 4.5 % of the cases that should be 2.5 %.
+    neurons: number in each layer, [L]. The edit's neurons may be drawn. Rejected: draws from the other neurons only. A
+    few neurons move a model's scores far more than all others. If a random edit had one of them, its draws could not,
+    so up to 4.5 % of random edits were beyond their draws, where 2.5 % should be.
     """
     rng = np.random.default_rng(seed)
     factors = {}
@@ -293,12 +293,12 @@ def measure_effect(
     aim: str = "balance",
     temperature: float | None = None,
 ) -> Effect:
-    """The edit's effect on twins. neurons: how many each layer has, [L]; temperature: of the flattening, infinity if it
-    is uniform, None for none.
+    """The edit's effect on twins. neurons: number in each layer, [L]; temperature: of the flattened base, infinity if
+    it is uniform, None: no flattening.
 
-    Draws are measured in blocks and end as soon as no more can change what is said: one does as well as the edit and
-    one does worse, or the edit itself moves nothing. Raises InputError for probes that say nothing, or if fewer than
-    `FEWEST` twins are left.
+    Draws are measured in blocks, until more draws cannot change the result: one draw is as good as the edit and one is
+    worse, or the edit changes nothing. Raises InputError for empty or equal sentences, or if fewer than `FEWEST` twins
+    are left.
     """
     twins = different_twins(twins)
     if len(twins) < FEWEST:
@@ -333,17 +333,17 @@ def measure_effect(
 
 @dataclass(frozen=True)
 class _Measure:
-    """Scores of twins, and what of them should fall."""
+    """Measures scores of twins, and the part of them that should fall."""
 
     margins: Margins
     aim: str
 
     def size(self, scores: np.ndarray) -> np.ndarray:
-        """What should fall."""
+        """The quantity that should fall."""
         return np.abs(scores) if self.aim == "balance" else scores
 
     def scores(self, twins: Sequence[Twin], edits: Sequence[Edit | None], temperature: float = 1.0) -> np.ndarray:
-        """[edits, twins]. Raises InputError where an edit leaves no numbers."""
+        """[edits, twins]. Raises InputError if an edit gives NaN or inf."""
         margins = self.margins([probe for twin in twins for probe in twin.probes], edits, temperature)
         if not np.isfinite(margins).all():
             raise InputError("the edited model gives no numbers on the probes: use a smaller --factor")
@@ -360,7 +360,7 @@ class _Measure:
         return np.concatenate(blocks)
 
     def random(self, before: np.ndarray, after: np.ndarray, drawn: np.ndarray) -> RandomDraws:
-        """What the draws did. before, after: scores of base and edit, [twins]; drawn: [draws, twins]."""
+        """Summary of the draws. before, after: scores of base and edit, [twins]; drawn: [draws, twins]."""
         size, sizes = float(self.size(after).mean()), self.size(drawn).mean(1)
         changes = sizes - float(self.size(before).mean())
         columns, base = [scores[:, None] for scores in drawn], before[:, None]

@@ -1,8 +1,8 @@
-"""What an edit does on benchmarks, beside its controls.
+"""Evaluates an edit on benchmarks, beside its controls.
 
-An effect is about bias only if it exceeds every other explanation: as many random neurons, neurons selected by
-unrelated questions, the same neurons with the inverse factor, and a mere flattening of the model's distribution (a
-temperature with the same KL from the base on neutral text).
+An effect is about bias only if it exceeds every other explanation: as many random neurons, neurons selected by control
+questions, the same neurons with the inverse factor, and a flattened base (the base at a temperature with the same KL on
+neutral text).
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class EvaluationJSON(ImpactJSON):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a base, and of an edit beside its controls.
+    """Figures of a base, and of an edit beside its controls.
 
-    edit: None where the base alone was measured; how: "hooks", or the directory that holds the edited model.
+    edit: None if only the base was measured; how: "hooks", or the directory that holds the edited model.
     controls: {name: neurons}; temperature: of the flattened base, None if none has the edit's KL. tasks: by name.
     impact: effect and cost as every bake measures them. verdict: of these, of the tasks, and of what a directory's own
     run recorded; None without an edit.
@@ -122,7 +122,7 @@ class Evaluation:
         return sum(figure.tested for task in self.tasks.values() for figure in task.figures.values())
 
     def kept(self) -> KeptEvaluation | None:
-        """What an output keeps of it; None where the base alone was measured."""
+        """The part that an output keeps; None if only the base was measured."""
         if self.verdict is None:
             return None
         return KeptEvaluation(
@@ -166,13 +166,13 @@ def evaluate(
     controls: Controls | None = None,
     margin: float = 5.0,
 ) -> Evaluation:
-    """Figures of the base, of the edit and of its controls on the same items, and what can be said about them.
+    """Figures of the base, of the edit and of its controls on the same items, with intervals and tests.
 
     source: directory, ORG/NAME[@REVISION] or demo.
     edit: by hooks; baked: a directory instead, from whose edit the controls are made (the edit of an adapter or a delta
     is applied by hooks); neither: the base alone.
     measurement: on what, and how (None: all tasks that there are data for).
-    controls: what the edit is held against (None: random neurons, the inverse factor, a flattened base).
+    controls: what the edit is compared with (None: random neurons, the inverse factor, a flattened base).
     margin: the loss that a capability must exclude, in points of accuracy.
 
     Effect and cost are measured where the probes are among the tasks.
@@ -235,9 +235,9 @@ def _impact(scorer: Scorer, recipe: Recipe, edit: Edit, checkpoint: Checkpoint) 
 
 @dataclass(frozen=True)
 class Known:
-    """What a directory says of its own run. folded: it is a checkpoint, and no adapter or delta.
+    """What a directory records about its own run. folded: True for a checkpoint, False for an adapter or a delta.
 
-    proofs: those on record, the first one put to the test here. effect, cost, evaluations: on record, too.
+    proofs: as recorded, the first one checked again. effect, cost, evaluations: as recorded.
     """
 
     edit: Edit
@@ -251,7 +251,7 @@ class Known:
 
 
 def _known(baked: Path, base: Checkpoint) -> Known:
-    """Its edit by the first proof: what is evaluated is `base` with it, and nothing else."""
+    """The edit of a directory, by the first proof: the directory is `base` with it, and nothing else."""
     from ..proofs.verify import verify
 
     manifest = Manifest.read(baked)
@@ -268,7 +268,7 @@ def _known(baked: Path, base: Checkpoint) -> Known:
 
 
 def _recorded(baked: Path, manifest: Manifest | None, edit: Edit) -> Known:
-    """What the run of a directory wrote down. Raises InputError."""
+    """What the run of a directory recorded. Raises InputError."""
     if manifest is None:
         return Known(edit, True)
     summary = manifest.summary or {}
@@ -292,7 +292,7 @@ def _recorded(baked: Path, manifest: Manifest | None, edit: Edit) -> Known:
 
 
 def _verdict(known: Known | None, impact: Impact, results: dict[str, TaskResult]) -> Verdict:
-    """By what was measured here and, where it was not, by what the directory has on record."""
+    """The verdict from what was measured here and, for the rest, from the directory's record."""
     verdict = verdict_of(
         answers=known.attribution.answers if known and known.attribution else None,
         selection=known.selection if known else None,

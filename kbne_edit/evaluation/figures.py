@@ -1,6 +1,6 @@
-"""Figures of the public tasks and of the recipe's, each with its definition and its source.
+"""Figures of the public tasks and of the recipe's tasks, each with its definition and its source.
 
-A figure is a function of column means. The columns of each kind of task stand at the head of its figures.
+A figure is a function of column means. A comment before the figures of each kind of task lists its columns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Effect and cost of an edit on a model in memory: what every bake and every apply measures."""
+"""Effect and cost of an edit on a model in memory, as every bake and apply measures them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TARGETS = 1200
 
 
 class ImpactJSON(TypedDict, total=False):
-    """Without what was not measured."""
+    """Effect and cost; keys that were not measured are left out."""
 
     effect: EffectJSON
     cost: CostJSON
@@ -34,10 +34,10 @@ class ImpactJSON(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Impact:
-    """What was measured of an edit; None: it was not. effect is None, too, where a recipe has too few probes.
+    """Effect and cost of an edit; None: not measured. effect is None, too, if a recipe has too few probes.
 
-    measures: decisions and associations in the recipe's language; () where the model cannot read them. No part of the
-    verdict rests on them: they are small, and say how the edit bears on people where the recipe asks something else.
+    measures: decisions and associations in the recipe's language; () if the model cannot read them. They have no part
+    in the verdict: they are small, and show the effect on people if the recipe is about something else.
     """
 
     effect: Effect | None = None
@@ -59,13 +59,13 @@ NOT_MEASURED = Impact()
 
 
 def recipe_of(edit: Edit | None) -> str | None:
-    """The recipe that a given edit was found with, where the package has it: its probes are the ones to measure."""
+    """The recipe with which an edit was located, if the package has it: its probes are the ones to measure."""
     name = edit.found.get("recipe") if edit else None
     return name if isinstance(name, str) and name in recipe_names() else None
 
 
 def impact_of(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> Impact:
-    """`measure_impact` on the model of a checkpoint, loaded for it; what cannot be measured is said, and left open."""
+    """`measure_impact` on a checkpoint's model. Reports what cannot be measured, and leaves it None."""
     from ..models.loading import load_tokenizer
     from ..models.widening import float32_model
 
@@ -81,7 +81,7 @@ def impact_of(checkpoint: Checkpoint, edit: Edit, recipe: Recipe) -> Impact:
 def measure_impact(model: nn.Module, tokenizer: Any, recipe: Recipe, edit: Edit, neurons: Sequence[int]) -> Impact:
     """Effect and cost of an edit, by run-time hooks, which the fold equals. neurons: how many each layer has, [L].
 
-    Raises EditError if the edit does not fit the model, InputError where it leaves no numbers.
+    Raises EditError if the edit does not fit the model, InputError if it gives NaN or inf.
     """
     from .neutral import neutral_text
 

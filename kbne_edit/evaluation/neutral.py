@@ -1,6 +1,6 @@
-"""Neutral text: what an edit costs on text that mentions no person or group, and how far it merely flattens.
+"""Neutral text: the cost of an edit on text that mentions no person or group, and the temperature of a flattened base.
 
-The texts of each language lie in `neutral/LANGUAGE.txt`, one a line; lines that begin with # are comments.
+The texts of each language are in `neutral/LANGUAGE.txt`, one per line; lines that begin with # are comments.
 
 Legend: N predicted positions, D hidden size, V vocabulary. Sums over the vocabulary are taken in float64: a small
 edit's KL (1e-5) is the difference of terms near 1.
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 PERPLEXITY = Figure("perplexity", lambda m: np.exp(m[..., 0] / m[..., 2]), None)
 KL = Figure("KL from the base", lambda m: m[..., 1] / m[..., 2], None)
 
-_HOTTEST = 2.0**10  # flatter than any use: the search for a temperature ends here
+_HOTTEST = 2.0**10  # the largest temperature of the search
 _NEWTON, _CLOSE = 12, 1e-4  # steps at most; relative error of the KL at which the search ends
-_LEFT_OUT = 1e-4  # of the KL: what a power series may leave out
+_LEFT_OUT = 1e-4  # of the KL: the largest truncation error of the power series
 _BLOCK = 4  # positions whose logits are worked on at once: they stay in the processor's cache
 _HEAD_ROWS = 64 * _BLOCK  # positions that go through the head at once
-_UNREAD = 0.1  # share of unknown tokens from which on a tokenizer cannot read a text
+_UNREAD = 0.1  # share of unknown tokens above which a tokenizer cannot read a text
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class NeutralText:
 
     @property
     def targets(self) -> int:
-        """How many tokens are predicted."""
+        """The number of predicted tokens."""
         return sum(len(row) - 1 for row in self.rows)
 
     def within(self, targets: int) -> NeutralText:
-        """Texts from all over the list that predict about so many tokens; all, where they predict less."""
+        """Texts spread over the list that predict about so many tokens; all texts, if they predict fewer."""
         count = min(len(self.texts), max(round(len(self.texts) * targets / max(self.targets, 1)), 1))
         place = np.unique(np.linspace(0, len(self.texts) - 1, count).round().astype(int)).tolist()
         return NeutralText(self.origin, tuple(self.texts[i] for i in place), [self.rows[i] for i in place])
@@ -63,7 +63,7 @@ class NeutralText:
 
 def packaged(language: str) -> tuple[str, ...]:
     """The texts of a language, () if the package has none."""
-    # The name comes from a recipe: letters alone, or it would name a file elsewhere.
+    # The name comes from a recipe: only letters, or it could name another file.
     path = Path(__file__).parent / "neutral" / f"{language}.txt"
     if not (language.isascii() and language.isalpha() and path.is_file()):
         return ()
@@ -74,9 +74,9 @@ def packaged(language: str) -> tuple[str, ...]:
 def neutral_text(tokenizer: Any, recipe: Recipe) -> NeutralText:
     """The texts for a model and a recipe.
 
-    A tokenizer that cannot read the package's texts (the demo's knows its own small world only) gets the recipe's
-    control questions instead, and so does a recipe in a language that the package has no texts of. Texts of which it
-    makes no two tokens predict nothing and are left out. Raises InputError if none is left.
+    If the tokenizer cannot read the package's texts (the demo's knows few words), or the package has no texts in the
+    recipe's language, these are the recipe's control questions. Texts of fewer than two tokens predict nothing and are
+    left out. Raises InputError if none is left.
     """
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
@@ -100,11 +100,11 @@ def neutral_text(tokenizer: Any, recipe: Recipe) -> NeutralText:
 
 @dataclass(frozen=True)
 class Logits:
-    """A model's logits at N positions, made block by block as often as they are asked for.
+    """A model's logits at N positions, computed in blocks each time they are needed.
 
-    states: the last layer's output, [N, D]. Rejected: to hold the logits themselves. Of a vocabulary of 150,000 the 64
-    texts have 2.3 GB, for the base and the edit, and as much again while they are put together; on a machine that had
-    less left, the kernel ended the process without a word.
+    states: the last layer's output, [N, D]. Rejected: holding the logits. With a vocabulary of 150,000 those of the 64
+    texts take 2.3 GB for base and edit, and twice that while they are put together; on a machine with less memory the
+    kernel killed the process.
     """
 
     model: nn.Module
@@ -112,7 +112,7 @@ class Logits:
     temperature: float = 1.0
 
     def blocks(self) -> Iterator[Tensor]:
-        """[positions, V] float32, block after block, divided by the temperature."""
+        """Blocks [positions, V] float32, divided by the temperature."""
         from .batched import logits_of
 
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -124,7 +124,7 @@ class Logits:
 def states(model: nn.Module, texts: Sequence[Sequence[int]]) -> Tensor:
     """The last layer's output at every position that predicts a token of the texts, [N, D] on the CPU.
 
-    Raises InputError for tokens that the model does not have, and where it gives no numbers.
+    Raises InputError for tokens that the model does not have, and if it gives NaN or inf.
     """
     from ..models.bounds import check_numbers, check_tokens
     from ..models.trees import Tree, cut, tokens_of_a_pass
@@ -155,7 +155,7 @@ def columns(texts: Sequence[Sequence[int]], edited: Logits, base: Logits) -> np.
 class Comparison:
     """A model beside the base on the texts. columns: [texts, 4], the base's negative log-likelihood, then `columns`.
 
-    moments: of the base's logits, for `temperature`; None where they were not asked for.
+    moments: of the base's logits, for `temperature`; None if they were not requested.
     """
 
     columns: np.ndarray
@@ -163,7 +163,7 @@ class Comparison:
 
 
 def compare(texts: Sequence[Sequence[int]], edited: Logits, base: Logits, *, moments: bool = False) -> Comparison:
-    """All that is known of two models' logits, in one sweep over them. moments: those of the base, too."""
+    """Compare two models' logits in one pass. moments: also compute those of the base."""
     targets = torch.tensor([token for ids in texts for token in ids[1:]])
     parts, of_base, start = [], [], 0
     for p, q in zip(base.blocks(), edited.blocks(), strict=True):
@@ -181,9 +181,9 @@ def compare(texts: Sequence[Sequence[int]], edited: Logits, base: Logits, *, mom
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of logits [positions, V] in float32 -> [positions] float64.
 
-    With y = p - q less its mean under p it is log E[exp(-y)], the mean under p again. E[exp(-y) - 1 + y] is what is
-    summed: no term is negative, so nothing cancels, and a KL of 1e-5 needs no float64. Where the two differ much, the
-    exponential may overflow; there the sum is taken by its definition, in float64.
+    With y = p - q minus its mean under p, the KL is log E[exp(-y)], a mean under p. The sum is E[exp(-y) - 1 + y]: no
+    term is negative, so nothing cancels, and a KL of 1e-5 needs no float64. Where p and q differ much the exponential
+    may overflow; there the sum follows the definition, in float64.
     """
     weights = p.softmax(-1)
     y = p - q
@@ -197,8 +197,8 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of a model's logits at N positions. values: [N, 8] float64, per position the KL from its
-    distribution to the uniform one, then E[x^k] for k = 2 to 8, with x = l - E[l], all means under the model.
+    """Moments of a model's logits l at N positions. values: [N, 8] float64, per position the KL from its distribution
+    to the uniform one, then E[x^k] for k = 2 to 8, with x = l - E[l], all means under the model.
     """
 
     values: Tensor
@@ -209,10 +209,10 @@ class Moments:
         return float(self.values[:, 0].mean())
 
     def divergence(self, d: float) -> tuple[float, float, float]:
-        """(mean KL at the temperature 1 / (1 + d), its slope, a bound of what is left out of the KL), by power series.
+        """(mean KL at the temperature 1 / (1 + d), its slope, a bound of the truncation error), by power series.
 
-        What is left out is less than twice the last two terms where they fall by half each; `temperature` uses it only
-        where these are a small part of the sum, so that they do.
+        The error is less than twice the last two terms if terms fall by half each; `temperature` uses the series only
+        where these terms are a small part of the sum, so that they do.
         """
         orders = torch.arange(2, 9, dtype=torch.float64)
         terms = self.values[:, 1:] * d**orders / torch.tensor([math.factorial(k) for k in range(2, 9)])
@@ -233,16 +233,16 @@ def _moments(logits: Tensor) -> Tensor:
 
 
 def temperature(base: Logits, kl: float, moments: Moments | None = None) -> float | None:
-    """The temperature above 1 at which the base's mean KL from itself, so flattened, is `kl`; None if it never is.
+    """The temperature above 1 at which the flattened base has the mean KL `kl` from the base; None if there is none.
 
     At the temperature 1 / (1 + d) the KL of a position is f(d) = log E[exp(d x)], with x = l - E[l], both means under
-    p: a cumulant generating function, convex, 0 at d = 0. Its slope is known, so Newton's method finds d. moments: of
-    the base, else they are computed. A small d is found from them alone; else each step is a pass over the logits.
+    p: a cumulant generating function, convex, 0 at d = 0. Its slope is known, so Newton's method solves for d. moments:
+    of the base, else they are computed. They suffice for a small d; else each step is a pass over the logits.
     """
     if kl <= 0:
         return None
     moments = moments or Moments(torch.cat([_moments(block) for block in base.blocks()]))
-    if kl >= moments.flattest:  # flatter than flat
+    if kl >= moments.flattest:  # even a uniform distribution has less
         return None
     second, third = (float(moments.values[:, k].mean()) for k in (1, 2))
     d = -math.sqrt(2 * kl / max(second, 1e-30))
@@ -256,7 +256,7 @@ def temperature(base: Logits, kl: float, moments: Moments | None = None) -> floa
 
 
 def _solved(divergence: Callable[[float], tuple[float, float, float]], d: float, kl: float) -> tuple[float, float]:
-    """(d at which `divergence` is `kl`, what it left out there), by Newton's method from a first guess."""
+    """(d at which `divergence` is `kl`, its truncation error there), by Newton's method from a first guess."""
     rest = math.inf
     for _ in range(_NEWTON):
         d = min(max(d, 1 / _HOTTEST - 1), -1e-12)
@@ -268,9 +268,9 @@ def _solved(divergence: Callable[[float], tuple[float, float, float]], d: float,
 
 
 def _divergence(base: Logits, count: int, d: float) -> tuple[float, float, float]:
-    """`Moments.divergence` by a pass over the logits of `count` positions, with nothing left out.
+    """`Moments.divergence` by a pass over the logits of `count` positions, without truncation.
 
-    E[exp(d x) - 1 - d x] is what is summed, since E[d x] is 0 and would drown the rest in float32.
+    The sum is E[exp(d x) - 1 - d x]: E[d x] is 0, and its rounding error would dominate in float32.
     """
     value, slope = 0.0, 0.0
     for block in base.blocks():
@@ -283,7 +283,7 @@ def _divergence(base: Logits, count: int, d: float) -> tuple[float, float, float
 
 
 def _centred(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(probabilities, logits less their mean under them), [positions, V]."""
+    """(probabilities, logits minus their mean under them), [positions, V]."""
     values = logits.float()
     p = values.softmax(-1)
     return p, values - (p * values).sum(-1, keepdim=True)

@@ -1,7 +1,6 @@
-"""What an output keeps of an evaluation: the figures that can be read without the run, and their verdict.
+"""What an output records of an evaluation: the figures and the verdict.
 
-The runs of the single draws are left out: a figure keeps how many there were, their mean change, and whether the edit
-goes beyond each of them.
+Single draws are left out: a figure records their number, their mean change, and whether the edit exceeds each of them.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class KeptEvaluationJSON(TypedDict):
 
 @dataclass(frozen=True)
 class KeptFigure:
-    """A figure of base and edit. controls: change under each kind; text: what can be said, in words. p_holm is None
-    where the figure was not tested."""
+    """A figure of base and edit. controls: change under each kind; text: the conclusion in words. p_holm is None if the
+    figure was not tested."""
 
     name: str
     unit: str
@@ -80,7 +79,7 @@ class KeptFigure:
 
     @classmethod
     def of(cls, name: str, result: FigureResult) -> KeptFigure:
-        """Of a figure with an edit."""
+        """From a figure with an edit."""
         return cls(
             name,
             result.figure.unit,
@@ -143,7 +142,7 @@ class KeptTask:
 
     @property
     def loss(self) -> bool:
-        """True if it is an ability that an edit must not cost."""
+        """True if it is an ability that an edit must not reduce."""
         return self.kind in ABILITIES
 
     @classmethod
@@ -164,7 +163,7 @@ class KeptTask:
 
 @dataclass(frozen=True)
 class KeptEvaluation:
-    """An evaluation. tool: what ran it; neutral: {figure: (base, edit)}; verdict: as that run said it."""
+    """An evaluation. tool: version that ran it; neutral: {figure: (base, edit)}; verdict: of that run."""
 
     tool: str
     recipe: str
@@ -206,5 +205,5 @@ def _pair(values: Sequence[Any]) -> tuple[Interval, Interval]:
 
 
 def kept_evaluations(summary: Mapping[str, Any] | None) -> tuple[KeptEvaluation, ...]:
-    """Those that a manifest's summary holds, the oldest first. Raises as `from_dict`."""
+    """The evaluations in a manifest's summary, the oldest first. Raises as `from_dict`."""
     return tuple(map(KeptEvaluation.from_dict, (summary or {}).get("evaluations", ())))

@@ -1,4 +1,4 @@
-"""The public benchmarks, by lm-eval's tasks (and our own for StereoSet, which lm-eval lacks)."""
+"""The public benchmarks, as lm-eval's tasks (for StereoSet a task of the package, since lm-eval has none)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _BLOCK = 8  # of BBQ: two polarities x two contexts x two orders of the groups
 
 @dataclass(frozen=True)
 class PublicTask:
-    """kind: "bias" or "capability". known_as: its name in lm-eval; folder: of its definition there (None: ours).
+    """kind: "bias" or "capability". known_as: its name in lm-eval; folder: of its definition there (None: in this
+    package).
 
     patterns: of its files under --data, the first that matches counts. clusters: what its items share, in words.
     """
@@ -72,7 +73,7 @@ PUBLIC = {
 
 
 def public_benchmark(name: str, data: Path | None, limit: int | None, scorer: Scorer) -> Benchmark:
-    """A public task, `limit` items at most. data: folder with its files (None: from the Hub). Raises NoDataError."""
+    """A public task with at most `limit` items. data: folder with its files (None: the Hub). Raises NoDataError."""
     task = PUBLIC[name]
     with _quiet_datasets():
         of_lm_eval = lm_eval_task(name, rows(name, data, task.patterns) if data else None)
@@ -104,7 +105,7 @@ def _group(name: str, doc: dict) -> str:
 
 
 def _by_name(doc: dict) -> bool:
-    """True if BBQ's people go by proper names alone ("Donna Schneider"), which the paper reports apart."""
+    """True if BBQ identifies people only by proper names ("Donna Schneider"), which the paper reports separately."""
     from lm_eval.tasks.bbq.utils import UNKNOWN_RESPONSES
 
     people = [doc[key] for key in ("ans0", "ans1", "ans2") if doc[key] not in UNKNOWN_RESPONSES]
@@ -132,11 +133,11 @@ def exchanged_words(one: str, other: str) -> str:
 
 
 def bbq_blocks(docs: Sequence[dict], limit: int | None) -> list[int]:
-    """Numbers of BBQ's items, as whole blocks of eight consecutive ids, `limit` items at most (but one block).
+    """Indices of BBQ's items, as whole blocks of eight consecutive ids, at most `limit` items (but at least one block).
 
-    Within a block a model without error gives as many biased answers as others, so that its bias score is 0; among
-    items drawn one by one it is not. Items without a biased answer are left out, and blocks that are not balanced
-    without them. Raises InputError if no block is left.
+    Within a block a model without errors gives as many biased answers as others, so its bias score is 0; in a sample of
+    single items it is not. Items without a biased answer are left out, and blocks that are not balanced without them.
+    Raises InputError if no block is left.
     """
     blocks: dict[tuple, list[int]] = {}
     unbiased = 0
@@ -160,7 +161,7 @@ def bbq_blocks(docs: Sequence[dict], limit: int | None) -> list[int]:
 
 
 def _balanced(docs: Sequence[dict]) -> bool:
-    """True if right answers are as often the biased one as not, and each context stands as often as the other."""
+    """True if half of the right answers are biased ones, and both contexts are equally frequent."""
     clear = [doc for doc in docs if doc["context_condition"] == "disambig"]
     biased = sum(doc[f"ans{doc['label']}"] in doc["biased_answers"] for doc in clear)
     return 0 < len(docs) <= _BLOCK and 2 * len(clear) == len(docs) and 2 * biased == len(clear)
@@ -170,7 +171,7 @@ def _balanced(docs: Sequence[dict]) -> bool:
 
 
 def _reader(name: str, task: Any, docs: list[dict]) -> Callable[[int, list[Answer]], list[float]]:
-    """Columns of an item. lm-eval's own process_results does the judging."""
+    """Columns of an item, judged by lm-eval's process_results."""
 
     def judged(i: int, answers: list[Answer]) -> dict:
         return task.process_results(docs[i], [(answer.logprob, answer.greedy) for answer in answers])
@@ -208,7 +209,7 @@ def _stereoset_reader(judged: Callable, docs: list[dict]) -> Callable[[int, list
 
 
 def _one_unknown(doc: dict, answers: list[Answer]) -> list[float]:
-    """Columns of a BBQ item if the two people and its own way of saying UNKNOWN are all that is offered."""
+    """Columns of a BBQ item if only the two people and its own wording of UNKNOWN are offered."""
     from lm_eval.tasks.bbq.utils import UNKNOWN_RESPONSES, doc_to_choice
 
     texts = {doc[key] for key in ("ans0", "ans1", "ans2")}

@@ -1,9 +1,9 @@
-"""What an evaluation found: figures of every run, changes with their intervals, tests, and what can be said.
+"""Results of an evaluation: figures of every run, changes with intervals, tests, and conclusions.
 
-An edit goes beyond random neurons where a figure moves further than any figure of any draw does, in units of the
-spread between draws (`statistics.beyond_draws`); beyond another control where the interval of the difference leaves
-out 0. Changes are judged with their sign towards the ideal: the distance from it has a kink there, so an edit that
-overshoots would seem to do nothing.
+An edit is beyond random neurons if a figure moves further than any figure of any draw, in units of the spread between
+draws (`statistics.beyond_draws`). It is beyond another control if the interval of the difference excludes 0. Changes
+have the sign of the direction towards the ideal. Rejected: changes of the distance from the ideal, in which an edit
+that overshoots seems to do nothing.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from .runs import Runs
 
 ABILITIES = ("capability", "knowledge")  # kinds of tasks in which an edit must not make a model worse
-ALPHA = 0.05  # of the whole report, shared out by Holm
+ALPHA = 0.05  # of all tested figures together, by Holm
 RANDOM: Final = "random neurons"
 
 State = Literal["better", "worse", "none"]
 
 
 class LossJSON(TypedDict):
-    """What of an ability may be lost, in points. shown: a loss of the margin is excluded."""
+    """The possible loss of an ability, in points. shown: a loss of the margin is excluded."""
 
     margin: float
     points: float
@@ -53,7 +53,7 @@ class LossJSON(TypedDict):
 class FigureKeys(TypedDict, total=False):
     """One figure of one task. Other keys are the runs, with the figure's value in each.
 
-    change: from base to edit. controls: the changes under each kind of control; beyond: the edit less the control,
+    change: from base to edit. controls: the changes under each kind of control; beyond: the edit minus the control,
     below 0 where the edit is nearer to the ideal. p_holm: over all tested figures. same_as: controls that the edit does
     not exceed.
     """
@@ -96,7 +96,7 @@ class FigureResult:
     """One figure of one task.
 
     values: of each run, by name. change: from base to edit. controls: the changes under each kind of control. beyond:
-    the edit less the control, signed so that below 0 is nearer to the ideal. draws: of random neurons. beyond_random:
+    the edit minus the control, signed so that below 0 is nearer to the ideal. draws: of random neurons. beyond_random:
     -1 if the edit goes further towards the ideal than every draw in any figure, 1 if further away from it, else 0.
     p: of the change, by itself; p_holm: Holm's, over all tested figures. None, {} or 0 where there is no edit, or no
     ideal to judge it by.
@@ -123,14 +123,14 @@ class FigureResult:
 
     @property
     def state(self) -> State:
-        """Whether the edit changes it, beyond chance."""
+        """True if the edit changes it significantly."""
         if self.p_holm is None or self.p_holm >= ALPHA:
             return "none"
         return "better" if self.nearer else "worse"
 
     @property
     def same_as(self) -> tuple[str, ...]:
-        """Kinds of controls that the edit does not go beyond, in the direction in which it goes."""
+        """Kinds of controls that the edit does not exceed, in the direction of its change."""
         side = -1 if self.nearer else 1
         same = [name for name, change in (self.beyond or {}).items() if change.side != side]
         if self.draws and self.beyond_random != side and RANDOM not in same:
@@ -170,9 +170,9 @@ class FigureResult:
 
 
 class Loss(NamedTuple):
-    """What of an ability may be lost. points: lower end of the change of accuracy, in points. lowest: the same of a
-    model that had everything right by knowing it: points * (100 - chance) / (accuracy - chance), since 5 points of a
-    model that is right in 43 % by knowing a fifth of them are more than a quarter of what it can do."""
+    """The possible loss of an ability. points: lower end of the change of accuracy, in points. lowest: rescaled to a
+    model with an accuracy of 100 %: points * (100 - chance) / (accuracy - chance). For a model at 43 % of four choices,
+    5 points are more than a quarter of what it knows."""
 
     margin: float
     points: float
@@ -217,7 +217,7 @@ class TaskResult:
 
 
 def results_of(tasks: Sequence[Benchmark], runs: Runs, margin: float, only: str | None = None) -> dict[str, TaskResult]:
-    """Every figure for every run; for the edit also changes and tests (of the figure `only`, if given)."""
+    """All figures of all runs; for the edit also changes and tests (only of the figure `only`, if given)."""
     result = {task.name: _task(task, runs, margin) for task in tasks}
     places = [
         (task.name, name)
@@ -234,9 +234,9 @@ def results_of(tasks: Sequence[Benchmark], runs: Runs, margin: float, only: str 
 
 
 def _further(tested: dict[tuple[str, str], FigureResult], runs: Runs) -> dict[tuple[str, str], int]:
-    """Which of the tested figures go further than every draw, -1 towards the ideal, 1 away from it.
+    """Which of the tested figures move further than in every draw: -1 towards the ideal, 1 away from it, else 0.
 
-    All figures together, so that many figures do not make one likelier to be said.
+    All figures are tested together, so that many figures do not make a false finding likelier.
     """
     draws = [run.name for run in runs if run.kind == RANDOM]
     known = {place: result for place, result in tested.items() if draws and draws[0] in result.values}
@@ -248,12 +248,12 @@ def _further(tested: dict[tuple[str, str], FigureResult], runs: Runs) -> dict[tu
 
 
 def _progress(result: FigureResult, run: str) -> float:
-    """How far a run moves a figure towards its ideal, with the sign of where the base is."""
+    """How far a run moves a figure towards its ideal."""
     return _direction(result.figure, result.values["base"]) * (result.values[run] - result.values["base"])
 
 
 def _direction(figure: Figure, base: float) -> float:
-    """1 where the ideal lies above the base, -1 where it lies below."""
+    """1 if the ideal is above the base, -1 if it is below."""
     return -1.0 if figure.ideal == -math.inf or cast("float", figure.ideal) < base else 1.0
 
 
@@ -276,15 +276,15 @@ def _task(task: Benchmark, runs: Runs, margin: float) -> TaskResult:
 
 
 def loss_of(before: np.ndarray, after: np.ndarray, margin: float, chance: float, clusters: Clusters = None) -> Loss:
-    """Of accuracy, column 0 of [n, k]: the lower of the bootstrap's end and Agresti's. chance, margin: in points."""
+    """The loss of accuracy, column 0 of [n, k]: the lower of two ends, of bootstrap and Agresti. chance, margin: points."""
     ends = least_change(before[:, 0], after[:, 0], clusters), change([before], [after], clusters=clusters).low
     points, known = 100 * min(ends), 100 * float(before[:, 0].mean()) - chance
-    scale = (100 - chance) / known if known > 0 else 1.0  # at chance nothing is known that could be lost
+    scale = (100 - chance) / known if known > 0 else 1.0  # at chance there is nothing to lose
     return Loss(margin, points, points * scale, chance)
 
 
 def _defined(figures: Sequence[Figure], columns: dict[str, np.ndarray]) -> list[Figure]:
-    """Figures that these items can give: a few items of BBQ may hold none that is ambiguous."""
+    """The figures that are defined on these items: a few items of BBQ may include no ambiguous one."""
     return [f for f in figures if all(np.isfinite(f.of(values.mean(0))) for values in columns.values())]
 
 

@@ -1,7 +1,7 @@
-"""Models measured on the same requests and texts: base, edit, and controls.
+"""Measures models on the same requests and texts: base, edit, and controls.
 
-Random draws are measured on tasks of bias alone, all of them in one batch: they are what a change of bias is held
-against, and nothing else is judged by them.
+Random draws are measured only on tasks of bias, all of them in one batch, because only changes of bias are compared
+with them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ Columns = dict[str, np.ndarray]  # {task: [n, k]}
 
 
 class Measured(NamedTuple):
-    """What a model did. tasks: columns of each task; states: the last layer's output on the neutral texts, [N, D].
+    """Measurements of a model. tasks: columns of each task; states: the last layer's output on the neutral texts, [N,
+    D].
 
-    States, not logits: what a baked directory holds has the base's head, so the base alone has to stay in memory.
+    States, not logits: a baked directory has the base's head, so only the base has to stay in memory.
     """
 
     tasks: Columns
@@ -68,7 +69,7 @@ class Runs:
 
     @property
     def edit(self) -> Run | None:
-        """None where the base alone was measured."""
+        """None if only the base was measured."""
         return self._by_name.get("edit")
 
     def of(self, task: str) -> dict[str, np.ndarray]:
@@ -86,13 +87,13 @@ class Runs:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured: tasks, and token ids of the neutral texts."""
+    """The tasks and the token ids of the neutral texts."""
 
     tasks: Sequence[Benchmark]
     texts: Sequence[Sequence[int]]
 
     def measure(self, scorer: Scorer, label: str, edit: Edit | None = None) -> Measured:
-        """One model. Task by task: no figure depends on what else is asked."""
+        """Measure one model, task by task: no figure depends on the other tasks."""
         from . import neutral
 
         with hooked(scorer.model, edit) if edit else nullcontext():
@@ -101,7 +102,7 @@ class Bench:
             return Measured(columns, neutral.states(scorer.model, self.texts))
 
     def measure_draws(self, scorer: Scorer, edits: Sequence[Edit], label: str = "random neurons") -> list[Columns]:
-        """Tasks of bias under each of these edits, in one batch."""
+        """Measure the tasks of bias under each of these edits, in one batch."""
         from .batched import score_edits
 
         tasks = [task for task in self.tasks if task.kind == "bias"]

@@ -1,8 +1,8 @@
 """Log-likelihoods for lm-eval, with what requests share computed once.
 
-lm-eval scores each (context, continuation) pair as a sentence of its own. But the sentences of one item begin alike
-(three StereoSet sentences differ in one word, twelve BBQ answers follow one story), so most of that work is repeated.
-Here the requests' token rows are sorted and packed into trees (`trees`), so that nothing is computed twice.
+lm-eval scores each (context, continuation) pair separately. But the sentences of one item begin alike (three StereoSet
+sentences differ in one word, twelve BBQ answers follow one story), so most of that work is repeated. Here the token
+rows are sorted and packed into trees (`trees`), so that nothing is computed twice.
 
 Legend: K kept positions, V vocabulary.
 """
@@ -32,10 +32,10 @@ except ImportError as error:
 
 
 class Scorer(HFLM):
-    """lm-eval's model of transformers; log-likelihoods are computed as this module's head describes.
+    """lm-eval's HFLM with the log-likelihoods of this module.
 
-    Tokens, prefix token and truncation are HFLM's own, so the numbers are HFLM's up to rounding. `temperature` divides
-    the logits (1: the model itself). Nothing is kept between calls, so a hooked and a bare model cannot mix.
+    Tokens, prefix token and truncation are HFLM's, so the numbers are HFLM's up to rounding. `temperature` divides the
+    logits (1: the model itself). Nothing is kept between calls, so results with and without hooks cannot mix.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any):
@@ -47,11 +47,11 @@ class Scorer(HFLM):
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """What lm-eval calls, with [((context, continuation), context ids, continuation ids), …]."""
+        """The method that lm-eval calls, with [((context, continuation), context ids, continuation ids), …]."""
         return self.score([(context, continuation) for _, context, continuation in requests])
 
     def encode_pairs(self, requests: Sequence[tuple[str, str]]) -> list[Pair]:
-        """(context, continuation) as lm-eval's loglikelihood turns it into tokens, special cases and all."""
+        """(context, continuation) as token ids, by lm-eval's loglikelihood with all its special cases."""
         from lm_eval.api.instance import Instance
 
         result: list[Pair] = []
@@ -69,7 +69,7 @@ class Scorer(HFLM):
         return result
 
     def score(self, pairs: Sequence[Pair], update: Callable[[int], None] | None = None) -> list[tuple[float, bool]]:
-        """(log-probability, is the greedy continuation) of each pair. update: called with the pairs done since."""
+        """(log-probability, is the greedy continuation) of each pair. update: called with the number of pairs since."""
         rows, lookups = unique_rows(pairs, self.max_length)
         total, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
         for part in cut(rows, self._tokens):
@@ -114,7 +114,7 @@ class Scorer(HFLM):
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """No advice of lm-eval on how it is called: its own command line is meant, not this one."""
+    """Silences lm-eval's advice, which concerns its own command line."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

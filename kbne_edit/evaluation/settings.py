@@ -1,4 +1,4 @@
-"""What the user says of an evaluation. No torch: what is wrong in itself is refused in the first second."""
+"""Settings of an evaluation. Imports no torch, so that invalid ones are refused at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Measurement:
         return Path(self.data) if self.data else None
 
     def check(self) -> None:
-        """Raise InputError for what is wrong in itself, before anything is downloaded or loaded."""
+        """Raise InputError for invalid settings, before anything is downloaded or loaded."""
         from .tasks import check
 
         check(self.tasks, self.folder)
@@ -55,9 +55,9 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Controls:
-    """What an edit is held against.
+    """What an edit is compared with.
 
-    draws: of random neurons; with fewer than 19 nothing is said to exceed them. scores: a scores file of the model, for
+    draws: of random neurons; with fewer than 19 no effect can exceed them. scores: a scores file of the model, for
     the neurons of its control questions (None: without these).
     """
 

@@ -1,4 +1,4 @@
-"""StereoSet for lm-eval, which has no task for it: what `lm_tasks/*.yaml` refer to."""
+"""StereoSet for lm-eval, which has no task for it: the functions that `lm_tasks/*.yaml` refer to."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What is evaluated: the public benchmarks, the recipe's own tasks, and the measures that come with the package.
+"""The tasks of an evaluation: the public benchmarks, the recipe's own tasks, and the measures of the package.
 
-A task becomes a `Benchmark`: token pairs to score, and how an item's answers turn into columns of numbers, whose means
-the figures are made of (see `statistics`). The requests are built once, so every model gets the same.
+A task becomes a `Benchmark`: token pairs to score, and a function from an item's answers to columns of numbers. Figures
+are functions of the columns' means (see `statistics`). Requests are built once, so all models get the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .scoring import Scorer
 
 _OWN = ("probes", "knowledge", "knowledge_controls")
-DEFAULT = (*PUBLIC, *_OWN)  # what is run if nobody names tasks
+DEFAULT = (*PUBLIC, *_OWN)  # run by default
 ENGLISH_MEASURES = ("decisions", "decisions_names", "associations", "questions", "help_parity", "regard_parity")
 GROUPS = {"measures": ENGLISH_MEASURES}  # names that stand for several tasks
 TASKS = (*DEFAULT, *MEASURES)
@@ -33,7 +33,7 @@ TASKS = (*DEFAULT, *MEASURES)
 
 @dataclass(frozen=True)
 class TaskNote:
-    """What `evaluate --explain` says about a task. clusters: what the items share that are resampled together."""
+    """What `evaluate --explain` prints about a task. clusters: what items that are resampled together share."""
 
     name: str
     kind: str
@@ -70,12 +70,12 @@ def explain(names: Sequence[str] | None = None) -> tuple[TaskNote, ...]:
 
 
 def expanded(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Task names, with each group's members in its place; () for None."""
+    """Task names, with groups replaced by their members; () for None."""
     return tuple(task for name in names or () for task in GROUPS.get(name, (name,)))
 
 
 def check(names: Sequence[str] | None, data: Path | None) -> None:
-    """Raise InputError for an unknown task or folder and for a row that is no item: before a model is loaded."""
+    """Raise InputError for an unknown task or folder and for an invalid row, before a model is loaded."""
     if unknown := sorted(set(expanded(names)) - set(TASKS)):
         known = ", ".join((*TASKS, *GROUPS))
         raise InputError(f"--tasks: there is no task {', '.join(unknown)}; known: {known}")
@@ -97,11 +97,11 @@ def _check_rows(name: str, data: Path, named: bool) -> None:
 def benchmarks(
     names: Sequence[str] | None, data: Path | None, limit: int | None, recipe: Recipe, scorer: Scorer, tokenizer: Any
 ) -> list[Benchmark]:
-    """The tasks by name, `limit` items of each at most, drawn with a fixed seed.
+    """The tasks by name, with at most `limit` items of each, drawn with a fixed seed.
 
-    None: the public tasks and the recipe's own, those that there are data for; "measures": the package's, in English.
+    None: the public tasks with data, and the recipe's; "measures": the package's, in English.
 
-    Raises InputError for a task asked for by name whose data are missing.
+    Raises InputError for a named task whose data are missing.
     """
     result, offline = [], False
     for name in expanded(names) or DEFAULT:

@@ -1,8 +1,8 @@
-"""Scores of twins: the margins of two probes in which the same groups exchange roles, joined so that frequency cancels.
+"""Scores of twins: the margins of two probes in which the same groups exchange roles, so that word frequency cancels.
 
-m = log-probability per token of a probe's first sentence less that of its second. It holds the association that is
-meant and how frequent the two groups' words are. In a twin the groups change places, so their frequency has opposite
-signs in m1 and m2.
+m = log-probability per token of a probe's first sentence minus that of its second. It contains the association and the
+frequency of the two groups' words. In a twin the groups change places, so the frequency has opposite signs in m1 and
+m2.
 
 Legend: P probes, N twins.
 """
@@ -17,15 +17,15 @@ from ..recipe import Twin
 
 
 def twin_cluster(twin: Twin) -> str:
-    """The name under which a twin's items are resampled, and told to be fitted or reported."""
+    """The name of a twin's cluster, by which its items are resampled, and assigned to the fitted or reported half."""
     return " | ".join(probe.first for probe in twin.probes)
 
 
 def twin_scores(twins: Sequence[Twin], margins: np.ndarray, aim: str = "balance") -> np.ndarray:
     """Score of every twin, [..., N], from the margins of all their probes in order (`Recipe.probes`), [..., P].
 
-    "balance": s = (m1 + m2) / 2; 0 prefers neither group. "avoid": s = m1 + m2, which is the margin of a reply where it
-    is unwanted less its margin where it is right; the lower, the better. A probe without a counterpart scores m.
+    "balance": s = (m1 + m2) / 2; 0 prefers neither group. "avoid": s = m1 + m2, the margin of a reply where it is
+    unwanted minus its margin where it is right; the lower, the better. A probe without a counterpart scores m.
     Raises ValueError if the margins are not those of these twins.
     """
     margins = np.asarray(margins, float)

@@ -1,4 +1,4 @@
-"""The verdict on an edit: five parts, each with a state and a reason, and what to do. Made here and nowhere else."""
+"""The verdict on an edit: five parts, each with a state and a reason, and advice. Only this module makes verdicts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARTS = ("answers", "specific", "effect", "cost", "proofs")
 _MOSTLY, _HARDLY = (
     0.5,
     0.1,
-)  # share of the neurons that unrelated questions use, too: not specific above, specific below
+)  # share of the neurons that controls use, too: not specific above, specific below
 
 
 class Part(NamedTuple):
@@ -44,7 +44,7 @@ class ReasonsJSON(TypedDict):
 
 
 class VerdictJSON(TypedDict):
-    """What is known of an edit, part by part, and what to do. The parts are explained in docs/output.md."""
+    """The verdict on an edit, part by part, and advice. The parts are explained in docs/output.md."""
 
     ship: Ship
     answers: State
@@ -57,7 +57,7 @@ class VerdictJSON(TypedDict):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of an edit, part by part.
+    """The verdict on an edit, part by part.
 
     answers: can the base answer the questions at all? specific: are the neurons those of bias, or of any question?
     effect: is there less bias, beyond random neurons and beyond a flattening? cost: are side effects within the limits?
@@ -139,14 +139,14 @@ def verdict_of(
     cost: Cost | None = None,
     proofs: Proofs | None = None,
 ) -> Verdict:
-    """The verdict on what was measured; None: it was not."""
+    """The verdict on what was measured; None: not measured."""
     return Verdict(
         answers_part(answers, cost), specific_part(selection), effect_part(effect), cost_part(cost), proofs_part(proofs)
     )
 
 
 def answers_part(answers: Answers | None, cost: Cost | None = None) -> Part:
-    """By the attribution's answers, or where the edit was given by those that its cost was measured with."""
+    """From the attribution's answers; for a given edit from the answers in its cost."""
     if answers is not None:
         (right, total), (value, low, high) = answers.questions, answers.balanced
         constant = repr(answers.constant) if answers.constant else ""
@@ -197,7 +197,7 @@ def effect_part(effect: Effect | None) -> Part:
 
 
 def _why_not(effect: Effect) -> str:
-    """Why a change is no evidence of an effect."""
+    """Why a change is not evidence of an effect."""
     random = effect.random
     if not effect.change.side:
         return ": the interval holds 0"
@@ -261,7 +261,7 @@ def next_command(verdict: Verdict, model: str, out: str) -> tuple[str, str]:
 
 
 class JudgedFigure(Protocol):
-    """A figure of an evaluation, as it was measured or as an output keeps it."""
+    """A figure of an evaluation, measured or recorded."""
 
     @property
     def tested(self) -> bool: ...
@@ -284,11 +284,11 @@ class JudgedTask(Protocol):
 
 
 def benchmarked(verdict: Verdict, tasks: Sequence[JudgedTask]) -> Verdict:
-    """The same with what benchmarks say: where the probes were not measured, they tell of an effect; more bias beyond
-    every control, or a capability that got worse, is a failure in any case.
+    """A verdict that includes benchmarks. They show an effect if the probes were not measured; more bias beyond every
+    control, or a worse capability, is a failure in any case.
 
-    Of several evaluations the first one says whether there is an effect. A later one can only find a failure: who looks
-    again and again would find a figure that is better by chance.
+    Of several evaluations only the first can show an effect. A later one can only show a failure: after many looks some
+    figure is better by chance.
     """
     figures: list[tuple[str, str, JudgedFigure]] = [
         (task.name, name, figure)
