@@ -276,7 +276,7 @@ def _task(task: Benchmark, runs: Runs, margin: float) -> TaskResult:
 
 
 def loss_of(before: np.ndarray, after: np.ndarray, margin: float, chance: float, clusters: Clusters = None) -> Loss:
-    """The loss of accuracy, column 0 of [n, k]: the lower of two ends, of bootstrap and Agresti. chance, margin: points."""
+    """The loss of accuracy, column 0 of [n, k]: the lower of the bootstrap and Agresti ends. chance, margin: points."""
     ends = least_change(before[:, 0], after[:, 0], clusters), change([before], [after], clusters=clusters).low
     points, known = 100 * min(ends), 100 * float(before[:, 0].mean()) - chance
     scale = (100 - chance) / known if known > 0 else 1.0  # at chance there is nothing to lose

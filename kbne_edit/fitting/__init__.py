@@ -1,1 +1,1 @@
-"""Factors fitted to sentence pairs."""
+"""Fits factors to sentence pairs."""

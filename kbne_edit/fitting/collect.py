@@ -1,4 +1,4 @@
-"""Everything that a fit needs of the model, into one file: one pass over the units, one over the Fisher texts."""
+"""Collects in one file everything that a fit needs of the model: one pass over the units, one over the Fisher texts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .passes import Scored, gradients, layer_sizes
 from .rows import KINDS, UnitRows
 from .store import GradientFile, Sizes
 
-_GROUP = 24  # units between two writes: what a killed run loses at most
+_GROUP = 24  # units between two writes: the most that a killed run loses
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read. units: rows of units, then of contrasts and public pairs; texts: token ids of the Fisher texts;
-    kinds: of each text, [R]; seed: of signs and draws."""
+    """The input. units: rows of units, then of contrasts and public pairs; texts: token ids of the Fisher texts; kinds:
+    of each text, [R]; seed: of signs and draws."""
 
     units: Sequence[UnitRows]
     texts: Sequence[Sequence[int]]
@@ -31,23 +31,23 @@ class Reading:
 
     @property
     def held(self) -> list[str]:
-        """The kinds of texts, each of which has a row of its likelihood."""
+        """The kinds of texts; there is one likelihood row for each."""
         return sorted(set(self.kinds))
 
     @property
     def place(self) -> np.ndarray:
-        """Where each unit's row of each kind lies, [U, K]; -1: it has none."""
+        """Index of each unit's row of each kind, [U, K]; -1: none."""
         there = np.array([~np.isnan(unit.mixture[:, 0]) for unit in self.units])
         return np.where(there, there.ravel().cumsum().reshape(there.shape) - 1, -1)
 
     def sizes(self, factors: int) -> Sizes:
-        """Of the file."""
+        """The sizes of the file."""
         rows = int(self.place.max()) + 1
         return Sizes(len(self.units), len(KINDS), rows, len(self.texts), sampling.SAMPLES, len(self.held), factors)
 
 
 def collect(model: nn.Module, site: Site, reading: Reading, file: GradientFile) -> None:
-    """Fill in what the file does not hold yet. Raises ScoresError where the model overflows, OutputError."""
+    """Compute the missing entries of the file. Raises ScoresError if the model overflows, OutputError."""
     _units(model, site, reading, file)
     _fisher(model, site, reading, file)
     for index, kind in enumerate(reading.held):
@@ -82,7 +82,7 @@ def _fisher(model: nn.Module, site: Site, reading: Reading, file: GradientFile) 
     todo = [i for i in range(len(scored)) if not file.done[len(reading.units) + i]]
     with progress("fit: Fisher rows", len(scored), "text", len(scored) - len(todo)) as update:
         for group in _groups(todo):
-            # Seeded by the group, so that a run that was killed goes on with the same draws.
+            # Seeded by the group, so that a resumed run makes the same draws.
             draw = torch.Generator().manual_seed(reading.seed * 1_000_003 + group[0])
             for batch in gradients(model, [scored[i] for i in group], site, draw=draw, by_position=True):
                 for index, gradient in zip(batch.index, batch.gradients, strict=True):
@@ -106,7 +106,7 @@ def _collected(model: nn.Module, sentences: list[Scored], site: Site) -> tuple[n
 
 
 def _groups(todo: list[int]) -> Iterator[list[int]]:
-    """Runs of neighbours within fixed groups, so that a resumed run groups as an unbroken one."""
+    """Runs of neighbours within fixed groups, so that a resumed run forms the same groups."""
     by_group: dict[int, list[int]] = {}
     for i in todo:
         by_group.setdefault(i // _GROUP, []).append(i)

@@ -1,8 +1,8 @@
-"""Bad attributes against good ones, of the same group: what a fit learns tone from.
+"""Contrasts: a bad against a good attribute of the same group, from which a fit learns tone.
 
-A fact says X of group A and Y of group B, and mostly both are bad, or both are good: in its square, tone cancels. So
-each bad attribute of a file is set against a good one of another fact of that file, in the sentence of the group that
-is stereotyped with the bad one.
+In most facts both attributes are bad, or both are good, so tone cancels in the square. So each bad attribute of a file
+is paired with a good one of another fact of that file, in the sentence of the group that is stereotyped with the bad
+one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import replace
 
 from .units import Fact, Pairs, Unit, unit_of
 
-FORMATS = ("sentence", "continuation", "dialogue")  # in which the continuation holds the attribute
+FORMATS = ("sentence", "continuation", "dialogue")  # formats whose continuation holds the attribute
 
 
 def contrast_units(files: Sequence[Pairs], most: int | None = None) -> tuple[Unit, ...]:
-    """Units whose x is bad and whose y is good; of each file at most `most`, spread over its facts."""
+    """Units with a bad x and a good y; at most `most` from each file, spread over its facts."""
     return tuple(unit for pairs in files for unit in _of_file(pairs, most))
 
 
@@ -28,7 +28,7 @@ def _of_file(pairs: Pairs, most: int | None) -> Iterator[Unit]:
     count = len(bad) if most is None else min(most, len(bad))
     for number in range(count):
         a, b, x = bad[number * len(bad) // count]
-        # A step that shares no divisor with most list lengths, so that neighbours are not set against neighbours.
+        # A step coprime to most list lengths, so that neighbours are not paired with neighbours.
         y = good[number * 7 % len(good)]
         if x == y:
             continue

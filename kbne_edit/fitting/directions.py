@@ -20,7 +20,7 @@ _SHRINKAGE = Shrinkage(0.5, 0.5)
 
 @dataclass(frozen=True)
 class Direction:
-    """d, [P] float32, and its quadratic cost, which is too low by what the Fisher rows did not see."""
+    """d, [P] float32, and its quadratic cost, which underestimates the cost outside the span of the Fisher rows."""
 
     d: Tensor
     cost: float
@@ -65,14 +65,14 @@ class Directions:
         return Direction(d, self.system.cost(coefficients, self._counts))
 
     def restrict(self, d: Tensor, count: int) -> None:
-        """From now on only the factors that cost most in `d` may move: they are those that it makes most use of."""
+        """Restrict later solutions to the factors that cost most in `d`, which are the ones it uses most."""
         weight = d.square() * scale(self.fisher, Shrinkage(0.0, _SHRINKAGE.floor))
         self._columns = weight.topk(min(count, len(d))).indices.sort().values
         self.system = self._system()
 
 
 def matched(d: Tensor, fisher: Tensor, sizes: Sequence[int], seed: int) -> Tensor:
-    """The changes `d`, given to other neurons of the same layer and of about the same Fisher information."""
+    """The changes `d`, moved to other neurons of the same layer with similar Fisher information."""
     generator, result, start = torch.Generator().manual_seed(seed), d.clone(), 0
     for size in sizes:
         part = slice(start, start + size)

@@ -1,4 +1,4 @@
-"""Texts that speak of no group of people, by kind: what a factor costs on them, and how likely they stay.
+"""Everyday texts that mention no group of people, by kind, for the cost of a factor and for its effect on likelihood.
 
 Ordinary texts (`texts/LANGUAGE.txt`: descriptions, instructions, answers, code) come first, then sentences of a small
 grammar (`sampling`). Both are the project's own.

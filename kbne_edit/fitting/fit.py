@@ -1,4 +1,4 @@
-"""Fit: factors of one's own for every feed-forward neuron, from sentence pairs, under a bound on the KL."""
+"""Fit: a separate factor for every feed-forward neuron, from sentence pairs, under a bound on the KL."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .store import GradientFile, load_gradients
 from .units import Unit, load_pairs, load_units
 
 _EVENS = (0.1, 1.0, 10.0)
-_SET_ASIDE = 10  # one fact in so many is measured and not fitted
+_SET_ASIDE = 10  # one fact in ten is set aside: measured and not fitted
 _EACH = 4  # one neutral text in so many finds the scale of a control
 
 
@@ -48,8 +48,8 @@ class FitSettings:
     pairs: types, files, "own" (all types of the language), the public "stereoset" and "crows_pairs", or the fitted half
     of "decisions" and "associations" (None: own). data: folder of the public ones' files.
     part: "association", "sentiment", "prior", "guess" or "all", which is the first three.
-    max_kl: nats per token on neutral text. facts, contrasts, texts: how many are read.
-    neurons: how many are changed (None: all). even: as of `problem` (None: by cross-validation). dtype: "auto" is that
+    max_kl: nats per token on neutral text. facts, contrasts, texts: numbers to use.
+    neurons: number to change (None: all). even: as of `problem` (None: by cross-validation). dtype: "auto" is that
     of the weights.
     """
 
@@ -71,8 +71,8 @@ class FitSettings:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is lowered; public pairs always are."""
-        # Not guesses: they cost so little KL that at equal weight they take what the others would have had.
+        """The parts to lower; the part of public pairs always is."""
+        # Not guesses: they cost so little KL that with equal weight they would use up the bound.
         parts = PARTS if self.part == "all" else (self.part,)
         return (*parts, "pair") if self.public else parts
 
@@ -93,7 +93,7 @@ class FitSettings:
         return None if "own" in names else names
 
     def check(self) -> None:
-        """Raise InputError for values that cannot be meant."""
+        """Raise InputError for invalid values."""
         if self.part not in (*PARTS, "guess", "all"):
             raise InputError(f"--part {self.part} is unknown: use {', '.join(PARTS)}, guess or all")
         if self.site not in SITES:
@@ -202,7 +202,7 @@ class _Run:
         )
 
     def _others(self, best: Scaled, texts: tuple[Neutral, Neutral], measure: Measure, fisher: Tensor) -> list[Control]:
-        """Controls that need no labels: other neurons, the inverse, a flattening, each at the KL of `best`."""
+        """Controls without labels: other neurons, the inverse, a flattening, each at the KL of `best`."""
         changes = best.factors - 1
         elsewhere = matched(changes, fisher, self.sizes, self.settings.seed)
         temperature = flattening(texts[0], best.kl)
@@ -257,7 +257,7 @@ class _Run:
 
 
 def chosen_units(settings: FitSettings) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
-    """(units, contrasts): as many as the settings ask for, drawn by the seed, of every type the same share."""
+    """(units, contrasts): seeded samples of the sizes in the settings, with equal shares of all types."""
     units = tuple(unit for name in settings.measures for unit in measure_units(name, settings.language))
     if settings.own == ():
         return _drawn(units, settings.facts, settings.seed), ()
@@ -269,7 +269,7 @@ def chosen_units(settings: FitSettings) -> tuple[tuple[Unit, ...], tuple[Unit, .
 
 
 def _drawn(units: Sequence[Unit], count: int, seed: int) -> tuple[Unit, ...]:
-    """Types take turns, so that the shares are the same as long as a type has any left."""
+    """Types take turns, so that shares are equal until a type is exhausted."""
     rng = np.random.default_rng(seed)
     by_type: dict[str, list[int]] = {}
     for i in rng.permutation(len(units)).tolist():
@@ -279,6 +279,6 @@ def _drawn(units: Sequence[Unit], count: int, seed: int) -> tuple[Unit, ...]:
 
 
 def _digest(rows: Sequence[UnitRows], texts: Sequence[Sequence[int]], kinds: Sequence[str]) -> str:
-    """Of everything that the model is asked: other units, another tokenizer or template ask something else."""
+    """SHA-256 of everything that the model reads: it differs for other units, another tokenizer or template."""
     content = [[(s.ids, s.weights) for s in unit.sentences] for unit in rows], [list(ids) for ids in texts], list(kinds)
     return hashlib.sha256(repr(content).encode()).hexdigest()

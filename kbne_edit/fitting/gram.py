@@ -1,16 +1,16 @@
 """Inner products of all rows in a cheap metric, from which every fit is small algebra.
 
 To second order KL(base || edited) per token is 1/2 d' S d, where S is the Fisher information of the factors d = f - 1.
-With fewer rows than factors S has directions that seem to cost nothing, so it is measured against its diagonal:
+With fewer rows than factors some directions seem to cost nothing, so S is mixed with its diagonal:
 
     D = (1 - a) diag(S) + b mean(diag(S)) I
 
-Rows are divided by sqrt(D), and their Gram matrix G is all that is kept. Any metric D + X' W X, with X some of the rows
+Rows are divided by sqrt(D), and only their Gram matrix G is kept. Any metric D + X' W X, with X some of the rows
 (Fisher rows, and rows of units whose change is to be even), is inverted by Woodbury's identity within G:
 
     (D + X' W X)^-1 y = D^-1 (y - X' (W^-1 + G_XX)^-1 G_Xy)
 
-so that a direction d is a coefficient vector over the rows, and what it does to row i is (G c)_i.
+so that a direction d is a vector c of coefficients over the rows, and its effect on row i is (G c)_i.
 
 Legend: N rows, P factors.
 """
@@ -29,7 +29,7 @@ _COLUMNS = 8192  # of one block: bounds memory
 
 @dataclass(frozen=True)
 class Shrinkage:
-    """share a of the Fisher information is taken as measured, 1 - a as its diagonal; floor b: a constant beside it."""
+    """share a: weight of the measured Fisher information, 1 - a of its diagonal; floor b: of the constant term."""
 
     share: float = 0.5
     floor: float = 0.5
@@ -63,7 +63,7 @@ class Gram:
         return result
 
     def changes(self, coefficients: np.ndarray) -> np.ndarray:
-        """What the direction does to every row, [N]."""
+        """The effect of the direction on every row, [N]."""
         return self.matrix @ coefficients
 
 

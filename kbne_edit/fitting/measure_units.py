@@ -1,6 +1,6 @@
-"""Units of the measures' fitted halves, so that a fit can aim at decisions and associations themselves.
+"""Units from the fitted halves of the measures, so that a fit can aim at decisions and associations themselves.
 
-The other halves are reported. `forbid_reported` refuses units that hold a sentence of theirs, wherever they come from.
+The other halves are reported. `forbid_reported` refuses any unit with a sentence of a reported half.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from .units import Fact, Sentence, Square, Unit
 def measure_units(name: str, language: str = "en") -> tuple[Unit, ...]:
     """Units of the half of a measure that may be fitted.
 
-    associations: a twin is a unit as it stands: x of the group that it is stereotyped of, y of the other.
-    decisions: a scenario, a polarity, and a group beside its reference. a: the reference, b: the group; x: the answer
-    that is favourable, y: the other one. A unit's association is then half of how much more favourable the decision on
-    the reference is.
-    Raises InputError for another measure, NoDataError if the package has it not in the language.
+    associations: each twin is a unit: x is a stereotype of group a, y of group b.
+    decisions: a scenario, a polarity, and a group beside its reference. a: the reference, b: the group; x: the
+    favourable answer, y: the other one. A unit's association is then half the advantage of the reference.
+    Raises InputError for another measure, NoDataError if the package lacks it in the language.
     """
     if name == "associations":
         return tuple(_twin_unit(twin, language) for twin in twin_halves(language).fitted)

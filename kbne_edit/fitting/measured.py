@@ -1,4 +1,4 @@
-"""What factors really do: margins of units by their own pass, at factors that meet a KL on texts set aside."""
+"""Measured effects of factors: margins of units, at factors scaled to a KL on texts set aside."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Scaled:
 
 
 def scaled(neutral: Neutral, d: Tensor, kl: float, first: float) -> Scaled:
-    """1 + s d, clipped, with the largest s tried at which the real KL is at most `kl`. first: where s begins.
+    """1 + s d, clipped, with the largest s tried whose measured KL is at most `kl`. first: initial s.
 
-    The KL grows about as s squared, so the square root of what is missing is the next step.
+    The KL grows about as s squared, so s is multiplied by the square root of the ratio of the KLs.
     """
     s, best = first, Scaled(torch.ones_like(d), 0.0, neutral.measure().perplexity)
     for _ in range(_STEPS):
@@ -56,7 +56,7 @@ def matching(neutral: Neutral, some: Neutral, best: Scaled, d: Tensor, first: fl
 
 
 def flattening(neutral: Neutral, kl: float) -> float:
-    """The temperature above 1 at which the base is `kl` away from itself, by bisection."""
+    """The temperature above 1 at which the flattened base has this KL from the base, by bisection."""
     low, high = 1.0, 1.1
     while neutral.measure(temperature=high).kl < kl and high < 100:
         low, high = high, high**2
@@ -75,13 +75,13 @@ class Held:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What any of the units tells of."""
+        """The parts that at least one unit has."""
         there = np.array([~np.isnan(unit.mixture[:, 0]) for unit in self.rows]).any(0)
         present = {KINDS[i] for i in np.flatnonzero(there)} - (set() if aimed(self.units).any() else {"prior"})
         return tuple(part for part in MEASURED if part in present or (part == "sentiment" and "tone" in present))
 
     def margins(self, model: nn.Module, site: Site, at: Tensor | None = None, temperature: float = 1.0) -> np.ndarray:
-        """[U, K], NaN where a unit has no such row."""
+        """[U, K], NaN if a unit has no such row."""
         sentences = [sentence for unit in self.rows for sentence in unit.sentences]
         values = np.split(
             objectives(model, sentences, site, at, temperature), np.cumsum([len(u.sentences) for u in self.rows])[:-1]
@@ -107,7 +107,7 @@ class Held:
         return tuple(interval(self.of(part, after)[1] - self.of(part, before)[1]) for part in self.parts)
 
     def gains(self, before: np.ndarray, after: np.ndarray) -> tuple[Gain, ...]:
-        """Of all units, then by type and by format where there are at least five."""
+        """For all units, then by type and by format if there are at least five."""
         result = []
         names = {"all": np.ones(len(self.units), bool)}
         for label in sorted({unit.type for unit in self.units}):
@@ -125,7 +125,7 @@ class Held:
 
 
 class Measure:
-    """The base on units that were not fitted, and others beside it."""
+    """Measures the base, and compares others with it, on units that were not fitted."""
 
     def __init__(self, model: nn.Module, site: Site, held: Held):
         self._model, self._site, self._held = model, site, held

@@ -1,7 +1,7 @@
 """Gradients of log-probabilities with respect to the factors of all feed-forward neurons.
 
-A leaf [B, F] of factors multiplies the neurons of each layer, one row per sequence of a batch. The sequences of a batch
-do not see each other, so one backward pass of the summed objectives leaves each sequence's own gradient in its row.
+A leaf [B, F] of factors multiplies the neurons of each layer, one row per sequence of a batch. Sequences of a batch are
+independent, so one backward pass of the summed objectives leaves each sequence's gradient in its row.
 
 Legend: N sequences, B sequences of a batch, T positions, L layers, F neurons of a layer, P = sum of F over the layers,
 K scored positions, V vocabulary.
@@ -30,7 +30,7 @@ _LOGITS = 1 << 23  # of one block of the head: it makes [K, V] logits, and reads
 
 @dataclass(frozen=True)
 class Scored:
-    """Token ids [T] and what each prediction counts, [T - 1]: the objective is sum_t weights[t] log p(ids[t + 1])."""
+    """Token ids [T] and weights [T - 1] of the objective sum_t weights[t] log p(ids[t + 1])."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -44,7 +44,7 @@ class Scored:
 class Batch:
     """Gradients of some sequences.
 
-    index: which they are, [B]; values: their objectives, [B]; gradients: [B, P], or [B, T, P] by position.
+    index: of the sequences, [B]; values: their objectives, [B]; gradients: [B, P], or [B, T, P] by position.
     """
 
     index: np.ndarray
@@ -67,12 +67,10 @@ def gradients(
 ) -> Iterator[Batch]:
     """Value and gradient of every sequence's objective, batch by batch, in order of length.
 
-    model: causal language model of transformers, in eval mode, no weight of which wants a gradient.
-    at: the factors at which the gradient is taken, [P] float32 (None: all 1). draw: if given, the
-    tokens whose log-probabilities are taken are drawn from the model instead of read from the sequence, as the Fisher
-    information wants them. by_position: one gradient for the
-    factors at each position; they sum to the sequence's.
-    Gradients are float32 on the CPU.
+    model: a causal language model of transformers, in eval mode, with requires_grad False for all weights.
+    at: the factors at which the gradient is taken, [P] float32 (None: all 1). draw: draw the target tokens from the
+    model, as the Fisher information requires, instead of reading them from the sequence. by_position: a separate
+    gradient for the factors at each position; they sum to the sequence's. Gradients are float32 on the CPU.
     """
     layers = places(model, site)
     sizes = [end(layer) for layer in layers]
@@ -88,7 +86,7 @@ def gradients(
 
 
 def batches(lengths: Sequence[int], most: int = _BATCH_TOKENS) -> list[list[int]]:
-    """Which sequences go together: of about one length, `most` tokens with the padding (but one sequence at least)."""
+    """Batches of sequences of similar length, at most `most` tokens with padding (but at least one sequence)."""
     result: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not result or (len(result[-1]) + 1) * lengths[i] > most:
@@ -108,7 +106,7 @@ class _Padded:
 
     def __init__(self, batch: Sequence[Scored], device: torch.device):
         self.width = max(len(s.ids) for s in batch)
-        # Padding stands at the end, where causal attention hides it from every token that counts.
+        # Padding is at the end, where causal attention hides it from all scored tokens.
         ids = [[*s.ids, *[s.ids[-1]] * (self.width - len(s.ids))] for s in batch]
         weights = [[*s.weights, *[0.0] * (self.width - len(s.ids))] for s in batch]
         self.ids, table = torch.tensor(ids, device=device), torch.tensor(weights, device=device)
@@ -123,7 +121,7 @@ def _hidden(
     layers, site = where
     with ExitStack() as stack:
         for layer, leaf in zip(layers, leaves, strict=True):
-            at = leaf[0].detach()  # every row begins at the same factors
+            at = leaf[0].detach()  # all rows begin with the same factors
             tap = _tap(leaf, count, padded.width, None if bool((at == 1).all()) else at)
             stack.enter_context(tapped(layer, site, tap))
         return last_hidden(model, padded.ids)[padded.row, padded.position]
@@ -138,7 +136,8 @@ def _backward(
 ) -> tuple[np.ndarray, tuple[Tensor, ...]]:
     """Each sequence's objective [B] and the leaves' gradients of their sum.
 
-    The head goes block by block, forwards and back, before the layers go back: its logits never stand there together.
+    The head runs in blocks, forward and backward, before the backward pass of the layers, so its logits are never held
+    together.
     """
     padded = _Padded(batch, leaves[0].device)
     hidden = _hidden(model, where, padded, len(batch), leaves)
@@ -189,7 +188,7 @@ class Divergence:
 
 
 class Neutral:
-    """Texts on which the real cost of factors is measured. Of the base only the last layer's output is kept."""
+    """Texts on which the cost of factors is measured. For the base, only the last layer's output is kept."""
 
     def __init__(self, model: nn.Module, texts: Sequence[Sequence[int]], site: Site = "down"):
         self._model, self._site = model, site
@@ -224,7 +223,7 @@ class Neutral:
 
 
 def _block(model: nn.Module) -> int:
-    """How many positions go through the head at once."""
+    """Number of positions that go through the head at once."""
     return max(64, _LOGITS // model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
@@ -251,16 +250,16 @@ def last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A token from each distribution, by its cumulative sum: multinomial takes no vocabulary of any size. [K]."""
+    """A token from each distribution, [K], by its cumulative sum: torch.multinomial limits the vocabulary's size."""
     mass = logits.softmax(-1).cumsum(-1)
     level = torch.rand(len(mass), 1, generator=generator).to(mass.device) * mass[:, -1:]
     return torch.searchsorted(mass, level)[:, 0].clamp(max=mass.shape[-1] - 1)
 
 
 class _Times(torch.autograd.Function):
-    """Neurons [B, T, F] times factors [B, F], [B, T, F] or None (all 1), of which only the gradient is wanted.
+    """Neurons [B, T, F] times factors [B, F], [B, T, F] or None (all 1), where only the factors' gradient is needed.
 
-    By autograd alone the product would be taken in the factors' float32, forwards and back, and cost a sixth of a pass.
+    Plain autograd would compute the product in the factors' float32, forward and backward, and cost a sixth of a pass.
     """
 
     @staticmethod
@@ -279,7 +278,7 @@ class _Times(torch.autograd.Function):
 
 
 def _tap(leaf: Tensor, count: int, width: int, at: Tensor | None) -> Tap:
-    """leaf: [B, F] or [B T, F]. count, width: B and T of the padded batch, which tell an expert's tokens apart.
+    """leaf: [B, F] or [B T, F]. count, width: B and T of the padded batch, which identify an expert's tokens.
 
     at: the layer's factors, [F]; None: all 1.
     """

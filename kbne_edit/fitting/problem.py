@@ -1,4 +1,4 @@
-"""What is asked of the factors, as small algebra over the rows of a Gram matrix.
+"""The optimisation problem of a fit, as small algebra over the rows of a Gram matrix.
 
     d = -s (D + X' W X)^-1 y
 
@@ -28,17 +28,16 @@ from .sampling import SAMPLES
 from .units import Unit
 
 _TONES = {"bad": 1.0, "neutral": 0.0, "good": -1.0}
-_HOLD = 1e3  # how firmly the likelihood of everyday texts is held, against the metric D
+_HOLD = 1e3  # weight of the constraint on the likelihood of everyday texts, relative to the metric D
 
 
 @dataclass(frozen=True)
 class System:
-    """Rows and what is known of them.
+    """Rows and their properties.
 
-    units: U, the contrasts and public pairs last. margins: [U, K], NaN where a unit has no such row. index: [U, K], a
-    row's place in the Gram matrix (-1: none), where the Fisher rows follow, and last `held` rows: the likelihood of
-    each kind of everyday texts, which is held. fisher: what each Fisher row counts, [R]; share: how much of the Fisher
-    information is taken as measured.
+    units: U, the contrasts and public pairs last. margins: [U, K], NaN if a unit has no such row. index: [U, K], of the
+    rows in the Gram matrix (-1: none). The Fisher rows follow there, and last `held` rows: the likelihood of each kind
+    of everyday texts, which is held constant. fisher: weights of the Fisher rows, [R]; share: as of `gram.Shrinkage`.
     """
 
     units: tuple[Unit, ...]
@@ -51,15 +50,15 @@ class System:
 
     @property
     def start(self) -> int:
-        """Where the Fisher rows begin."""
+        """Index of the first Fisher row."""
         return len(self.gram.matrix) - len(self.fisher) - self.held
 
     def having(self, kind: str, chosen: np.ndarray) -> np.ndarray:
-        """Those of the units that have a row of this kind."""
+        """The indices of units with a row of this kind."""
         return chosen[self.index[chosen, KINDS.index(kind)] >= 0]
 
     def rows(self, kind: str, chosen: np.ndarray) -> np.ndarray:
-        """Places of the rows of a kind, of units that have them."""
+        """Indices of the rows of a kind, of units that have them."""
         return self.index[chosen, KINDS.index(kind)]
 
     def solve(self, aim: np.ndarray, chosen: np.ndarray, even: float, fisher: np.ndarray | None = None) -> np.ndarray:
@@ -78,7 +77,7 @@ class System:
         return -self.gram.solve(aim, np.concatenate(among), np.concatenate(weights))
 
     def cost(self, coefficients: np.ndarray, fisher: np.ndarray) -> float:
-        """Quadratic KL per token, by Fisher rows that count `fisher`, [R]."""
+        """Quadratic KL per token, with weights `fisher` of the Fisher rows, [R]."""
         changes = self.gram.changes(coefficients)[self.start : self.start + len(fisher)]
         return 0.5 * float((fisher * changes**2).sum())
 
@@ -146,7 +145,7 @@ def _prior(meant: _Chosen) -> np.ndarray:
 
 
 def _balance(meant: _Chosen, part: str) -> np.ndarray:
-    """Rows of a part, each type's mean times what is left of its mean margin."""
+    """Rows of a part, each type's mean times its mean margin."""
     system, kind = meant.system, KINDS.index(part)
     result = np.zeros(len(system.gram.matrix))
     chosen, like = system.having(part, meant.units), system.having(part, meant.like)
@@ -186,7 +185,7 @@ def aimed(units: Sequence[Unit]) -> np.ndarray:
 
 
 def tones(units: Sequence[Unit]) -> np.ndarray:
-    """1 where X is worse than Y, -1 the other way round, 0 if they are alike, [U]."""
+    """1 if X is worse than Y, -1 if it is better, 0 if they are alike, [U]."""
     return np.array([np.sign(_TONES[u.fact.tone_x] - _TONES[u.fact.tone_y]) for u in units])
 
 
@@ -275,7 +274,7 @@ def _held(
 
 
 def part_changes(system: System, part: str, chosen: np.ndarray, changes: np.ndarray) -> np.ndarray:
-    """Of each unit that tells of a part; of sentiment the contrasts. changes: of every row, [N]."""
+    """Changes of the units that have a part; for sentiment of the contrasts. changes: of every row, [N]."""
     rows, signs = telling(system, part, chosen)
     return signs * changes[rows]
 
@@ -292,5 +291,5 @@ def telling(system: System, part: str, chosen: np.ndarray) -> tuple[np.ndarray, 
 
 
 def best_of(validations: Sequence[Validation], parts: Sequence[str]) -> Validation:
-    """The one whose fall of all parts together, each in standard errors, is largest on facts not fitted."""
+    """The `even` with the largest fall of all parts together, each in standard errors, on facts not fitted."""
     return min(validations, key=lambda v: sum(h.change / max(h.error, 1e-12) for h in v.held if h.part in parts))

@@ -1,5 +1,5 @@
-"""Pairs of public benchmarks, to which a fit may also be made: of StereoSet its dev split alone, of CrowS-Pairs the
-stories of one half, so that what is left can judge the edit.
+"""Pairs of public benchmarks for a fit: only the dev split of StereoSet, and the stories of one half of CrowS-Pairs, so
+that the rest can test the edit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NAMES = ("stereoset", "crows_pairs")
 
 
 def public_pairs(names: Sequence[str], data: Path | None) -> tuple[Unit, ...]:
-    """Units of which only ax (stereotyped) and ay are read. data: folder of the files.
+    """Units with only ax (stereotyped) and ay. data: folder of the files.
 
     Raises InputError if no folder is named, NoDataError if it does not hold the files.
     """

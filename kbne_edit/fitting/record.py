@@ -1,4 +1,4 @@
-"""What an edit keeps of the fit that made it, for the report: written into `edit.found`, and read with distrust."""
+"""The record of a fit in its edit, for the report: written into `edit.found`, and validated when it is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ControlMoved:
 
 @dataclass(frozen=True)
 class FitRecord:
-    """part: what was asked for; moved: the parts that fell beyond shuffled labels; set_aside: units not fitted."""
+    """part: the setting; moved: the parts that fell beyond shuffled labels; set_aside: number of units not fitted."""
 
     part: str
     max_kl: float

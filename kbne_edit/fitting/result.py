@@ -1,4 +1,4 @@
-"""What a fit found: typed, written as JSON by `to_dict`, worded by the command."""
+"""The result of a fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .problem import Held
 from .record import ControlMoved, FitRecord, Moved
 
 VERSION = 1
-FEWEST = 20  # units set aside from which on a part may be said to have moved: an interval of two units is none
+FEWEST = 20  # units set aside that a part needs to be reported as moved
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Gain:
-    """Margin of a part before, and its change with a 95 % interval over facts, in nats per token, measured.
+    """Measured margin of a part before, and its change with a 95 % interval over facts, in nats per token.
 
     of: "all", or the type or format of the units.
     """
@@ -63,7 +63,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Control:
-    """Another edit of the same real KL. changes: by part, in the order of `Fit.gains` of "all"."""
+    """A control edit with the same measured KL. changes: by part, in the order of `Fit.gains` of "all"."""
 
     name: str
     kl: float
@@ -72,7 +72,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Cost:
-    """On neutral texts that nothing was fitted to: KL(base || edited) per token, and perplexities."""
+    """On neutral texts that were not fitted: KL(base || edited) per token, and perplexities."""
 
     kl: float
     perplexity_base: float
@@ -113,7 +113,7 @@ class Fit:
 
     @property
     def moved(self) -> tuple[str, ...]:
-        """Parts that fell, beyond every draw of shuffled labels, on enough units to tell."""
+        """Parts that fell beyond every draw of shuffled labels, on enough units."""
         overall = [gain for gain in self.gains if gain.of == "all"]
         draws = [control for control in self.controls if control.name.startswith("shuffled")]
         result = []

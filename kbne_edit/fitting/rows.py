@@ -3,21 +3,21 @@
 For two groups A, B and two attributes X, Y a unit's four sentences AX, AY, BX, BY have log-probabilities per token, and
 
     association = (AX - AY - BX + BY) / 2     the stereotype itself: the interaction of group and attribute
-    sentiment   = (AX - AY + BX - BY) / 2     X against Y, whoever
-    prior       = (AX + AY - BX - BY) / 2     A against B, whatever
-    level       = (AX + AY + BX + BY) / 4     how likely the unit is at all
+    sentiment   = (AX - AY + BX - BY) / 2     X against Y, for either group
+    prior       = (AX + AY - BX - BY) / 2     A against B, for either attribute
+    level       = (AX + AY + BX + BY) / 4     the likelihood of the unit
 
-and a contrast (`contrasts`), of which two sentences are read, has
+and a contrast (`contrasts`), which has two sentences, has
 
     tone        =  AX - AY                    a bad attribute against a good one
 
 and a public pair (`public`) has `pair`, the stereotyped sentence against the other one. All are divided by the mean
-number of scored tokens. What the sentences begin with in common cancels in all but the level, so it is not scored. An
-answer is scored without its question. A unit that is a question also has
+number of scored tokens. A common prefix of the sentences cancels in all but the level, so it is not scored. An answer
+is scored without its question. A unit that is a question also has
 
-    guess       = the two answers that name a group or an attribute, against that it cannot be told
+    guess       = the two answers that name a group or an attribute, against "it cannot be told"
 
-each divided by its own number of tokens: answers differ in length.
+each divided by its own number of tokens, because answers differ in length.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MEASURED = (*PARTS, "guess", "pair")  # sentiment also by tone
 _SQUARE = np.array([[1, -1, -1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [0.5, 0.5, 0.5, 0.5]]) / 2
 
 _SECONDS = 120  # of CPU time for all units
-_UNREAD = 0.1  # share of unknown tokens from which on a tokenizer cannot read a text
+_UNREAD = 0.1  # share of unknown tokens above which a tokenizer cannot read a text
 
 Encode = Callable[
     [Sentence], tuple[list[int], list[int]]
@@ -49,7 +49,7 @@ Encode = Callable[
 
 @dataclass(frozen=True)
 class UnitRows:
-    """A unit's scored sentences, and how the kinds of rows are made of them.
+    """A unit's scored sentences, and the weights of its kinds of rows.
 
     sentences: ax, ay, bx, by; of a contrast ax, ay. mixture: [kinds, sentences], per token; a kind that the unit does
     not have is a row of NaN.

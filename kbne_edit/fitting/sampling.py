@@ -1,11 +1,11 @@
 """Fisher rows: gradients of log-probabilities of tokens drawn from the model after everyday sentences.
 
-A text gives one row for all its tokens, summed with random signs so that unlike tokens cancel on average, and a row for
-the factors at some single positions. The first is unbiased and noisy; the second leaves out what the factors do across
-positions, but many of them cost no more than one. Half of the Fisher information is taken from each: measured on rows
-set aside, the mean change bought per KL was twice that of either alone.
+A text gives one row for all its tokens, summed with random signs so that products of different tokens cancel on
+average, and rows for the factors at some single positions. The first is unbiased and noisy. The others ignore effects
+across positions, but many of them cost no more than one pass. Half of the Fisher information is taken from each: on
+rows set aside, the mean change per KL was twice that of either alone.
 
-The sentences are made of a small grammar of the project's own: they speak of no group of people.
+The sentences come from a small grammar of the project, and mention no group of people.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _ENDS = (
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Different everyday sentences. Raises ValueError if the grammar has not as many."""
+    """Different everyday sentences. Raises ValueError if the grammar has too few."""
     most = len(_SUBJECTS) * len(_VERBS) * len(_PLACES) * len(_ENDS)
     chosen = np.random.default_rng(seed).choice(most, count, replace=False).tolist()
     return [_sentence(number) for number in chosen]
@@ -66,7 +66,7 @@ def _sentence(number: int) -> str:
 
 
 def signed(ids: Sequence[Sequence[int]], seed: int) -> list[Scored]:
-    """Texts whose predictions count 1 or -1, at random."""
+    """Texts whose predictions have random weights 1 or -1."""
     rng = np.random.default_rng(seed)
     return [Scored(tuple(row), tuple(rng.choice([-1.0, 1.0], len(row) - 1).tolist())) for row in ids]
 
@@ -74,7 +74,7 @@ def signed(ids: Sequence[Sequence[int]], seed: int) -> list[Scored]:
 def samples(by_position: Tensor, tokens: int, number: int, seed: int) -> Tensor:
     """A text's rows [SAMPLES, P]: the sum, then some positions. by_position: [T, P]; tokens: predictions made.
 
-    number: the text's place among all; it seeds the choice. Too short a text has rows of 0.
+    number: index of the text, which seeds the choice. Rows of a too short text are 0.
     """
     chosen = _chosen(tokens, number, seed)
     rows = torch.zeros(SAMPLES, by_position.shape[1])
@@ -84,7 +84,7 @@ def samples(by_position: Tensor, tokens: int, number: int, seed: int) -> Tensor:
 
 
 def weights(tokens: Sequence[int]) -> np.ndarray:
-    """What each row counts in S, the Fisher information per token, [texts * SAMPLES]."""
+    """The weight of each row in S, the Fisher information per token, [texts * SAMPLES]."""
     total = sum(tokens)
     result = np.zeros((len(tokens), SAMPLES))
     result[:, 0] = 0.5 / total

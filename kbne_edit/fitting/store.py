@@ -1,9 +1,9 @@
-"""gradients.safetensors: what a fit needs of the model, so that it can be resumed, and repeated without the model.
+"""gradients.safetensors: what a fit needs of the model, so that a fit can be resumed, and repeated without the model.
 
-The file is laid out in full before the first pass. An entry's values are written before its `done` flag, so whatever
-moment a run is killed at, the next one goes on with the entries that have no flag. Tensors: rows [N, P] BF16; place
-[U, K] I32, where a unit's row of a kind lies among them (-1: it has none); values [U, K] F32, NaN where there is no
-row; fisher [R, S, P] BF16; likelihood [H, P] BF16, by kind of text; done [U + R + H] U8.
+The file has its full size before the first pass. An entry's values are written before its `done` flag, so a run that is
+killed at any moment can be resumed with the entries that have no flag. Tensors: rows [N, P] BF16; place [U, K] I32, the
+index of a unit's row of a kind (-1: none); values [U, K] F32, NaN where there is no row; fisher [R, S, P] BF16;
+likelihood [H, P] BF16, by kind of text; done [U + R + H] U8.
 
 Legend: U units, K kinds of rows, N rows that there are, R Fisher texts, S rows of each, H kinds of texts, P factors.
 """
@@ -56,9 +56,8 @@ class Sizes:
 class GradientFile:
     """Writes and reads the file in place; locked until `close`.
 
-    place: [U, K], where the rows of each unit lie, in order; -1 for a row that it does not have. done: [U + R + H],
-    which entries are finished. Raises OutputError if it cannot be written or another run is writing it, ScoresError if
-    it was begun with other settings.
+    place: [U, K], indices of each unit's rows, in order; -1: none. done: [U + R + H], True for finished entries. Raises
+    OutputError if it cannot be written or another run is writing it, ScoresError if it was begun with other settings.
     """
 
     def __init__(self, path: Path, sizes: Sizes, place: np.ndarray, settings: dict):
@@ -122,7 +121,7 @@ class GradientFile:
         self.done[entry] = True
 
     def _put(self, name: str, offset: int, raw: bytes) -> None:
-        """Not through a memory map: on a full disk that would end the process by a signal. offset: in bytes."""
+        """Write at a byte offset. Rejected: a memory map, which on a full disk would kill the process by a signal."""
         position = self._tensors[name].start + offset
         with write_errors(self.path):
             while raw:
@@ -152,7 +151,7 @@ class Gradients:
 
 
 def load_gradients(path: Path) -> Gradients:
-    """Raises ScoresError for a file that is unfinished or is none."""
+    """Open a file. Raises ScoresError if it is unfinished, or not a gradients file."""
     tensors, settings = _opened(path)
     done = _mapped(path, tensors["done"])
     if not done.all():
@@ -171,7 +170,7 @@ _NUMPY = {"BF16": "<i2", "F32": "<f4", "I32": "<i4", "U8": "u1"}
 
 
 def _mapped(path: Path, tensor: TensorInfo) -> np.ndarray:
-    # "c": pages are read on demand and nothing is written back; torch wants memory that may be written to.
+    # "c": pages are read on demand and never written back; torch needs writable memory.
     return np.memmap(path, _NUMPY[tensor.dtype], "c", tensor.start, tensor.shape)
 
 

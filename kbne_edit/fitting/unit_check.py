@@ -1,7 +1,7 @@
-"""What units are made of: balance, lengths, duplicates, and overlap with public benchmarks.
+"""Checks units: balance, lengths, duplicates, and overlap with public benchmarks.
 
-A fit is judged on StereoSet, CrowS-Pairs and BBQ, which it must not have seen: no sentence of theirs may be ours. That
-some facts are the same cannot be avoided, since well-known stereotypes are well known; so these are counted.
+A fit is tested on StereoSet, CrowS-Pairs and BBQ, so no unit may contain one of their sentences. Some common facts
+cannot be avoided, because well-known stereotypes are well known; they are counted.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _FUNCTION_WORDS = frozenset(
     "more much never no not of off on one or other others out over own people person put so some take that the their "
     "them they to too up very who with without".split()
 )
-# Plurals that their stem does not lead back to the singular.
+# Plurals whose stem differs from that of the singular.
 _SINGULARS = {"women": "woman", "men": "man", "wives": "wife", "children": "child"}
 _WORD = re.compile(r"[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+(?:['’][^\W_]+)?")
 
 
 @dataclass(frozen=True)
 class TypeCount:
-    """What one type of a language holds. tones: facts by the tones of x and y, such as "bad bad"."""
+    """The facts of one type in a language. tones: number of facts by the tones of x and y, such as "bad bad"."""
 
     language: str
     type: str
@@ -50,7 +50,7 @@ class TypeCount:
 
 @dataclass(frozen=True)
 class GroupBalance:
-    """How often a group stands as A and as B."""
+    """How often a group is A and is B."""
 
     language: str
     type: str
@@ -67,10 +67,10 @@ class GroupBalance:
 class Overlap:
     """What units share with one benchmark.
 
-    sentences: of the benchmark. verbatim: our sentences that are also its. grams: distinct sequences of five words
-    that both have. units: those with such a sequence. facts: stereotypes of which one of its sentences holds the group
-    and every content word of the attribute, as texts. near_facts: how many there are with the group and two content
-    words (one, if there is but one), whatever the sentence says.
+    sentences: number in the benchmark. verbatim: sentences of units that are also in the benchmark. grams: number of
+    distinct sequences of five words in both. units: number with such a sequence. facts: stereotypes for which one of
+    its sentences has the group and every content word of the attribute, as texts. near_facts: number with the group and
+    two content words (one, if there is only one).
     """
 
     benchmark: str
@@ -94,7 +94,7 @@ class ReportKeys(TypedDict):
 class UnitsReport:
     """Lengths are characters, means over facts. first_a, first_b: contexts of both groups by which comes first.
 
-    repeated: stereotypes (group and attribute) that stand in several facts. long_pairs: facts one of whose attributes
+    repeated: stereotypes (group and attribute) that are in several facts. long_pairs: facts one of whose attributes
     is more than twice as long as the other.
     """
 
@@ -120,7 +120,7 @@ class UnitsReport:
 
     @property
     def faults(self) -> list[str]:
-        """What must not be: duplicate sentences, a benchmark's sentence, a group that stands mostly on one side."""
+        """Faults: duplicate sentences, a benchmark's sentence, a group that is mostly A or mostly B."""
         faults = [f"sentence appears twice: {text}" for text in self.duplicates]
         faults += [f"sentence of {o.benchmark}: {text}" for o in self.overlaps for text in o.verbatim]
         faults += [
@@ -135,7 +135,7 @@ class UnitsReport:
 
 
 def check_units(units: Sequence[Unit], benchmarks_dir: str | Path | None = None) -> UnitsReport:
-    """Count what units hold, and what they share with the benchmarks whose files lie in a folder."""
+    """Check units, and their overlap with the benchmarks whose files are in a folder."""
     facts = list(dict.fromkeys(unit.fact for unit in units))
     stereotypes = Counter(
         chain.from_iterable(((f.language, f.type, f.a, f.x), (f.language, f.type, f.b, f.y)) for f in facts)
@@ -174,7 +174,7 @@ def _groups(facts: Sequence[Fact]) -> tuple[GroupBalance, ...]:
 
 
 def _duplicates(units: Sequence[Unit]) -> tuple[str, ...]:
-    """Sentences of squares that stand in several units."""
+    """Sentences of squares that are in several units."""
     texts = Counter(chain.from_iterable({s.text for s in unit.sentences[:4]} for unit in units))
     return tuple(text for text, count in texts.items() if count > 1)
 
@@ -243,7 +243,7 @@ def _overlap(benchmark: str, sentences: list[str], units: Sequence[Unit], facts:
 
 
 def _known_facts(sentences: list[set[str]], facts: Sequence[Fact]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Stereotypes of which one sentence holds the group and all content words of the attribute; the group and two."""
+    """(stereotypes for which one sentence has the group and all content words of the attribute; the group and two)."""
     where: dict[str, set[int]] = defaultdict(set)
     for index, stems in enumerate(sentences):
         for word in stems:

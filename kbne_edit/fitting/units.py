@@ -1,11 +1,11 @@
 """Units to which factors are fitted: facts about two groups and two attributes, put into sentences.
 
-A fact says which attribute is the stereotype of which group: X of group A, Y of group B. A unit puts one fact into one
-format, as the full square of four sentences, so that its margin splits into sentiment (X against Y, whoever), prior
-(A against B, whatever) and association (their interaction).
+A fact says which attribute is the stereotype of which group: X of group A, Y of group B. A unit is a fact in one
+format, as the full square of four sentences, so that its margin splits into sentiment (X against Y, for either group),
+prior (A against B, for either attribute) and association (their interaction).
 
-Facts are lists, one file per type and language (`recipes/pairs/en/gender.yaml`), apart from the templates that make
-sentences of them (`recipes/pairs/en.yaml`).
+Facts are lists, one file per type and language (`recipes/pairs/en/gender.yaml`), separate from the templates that turn
+them into sentences (`recipes/pairs/en.yaml`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _KEYS = ("kbne_pairs", "language", "type", "description", "groups", "targeted", 
 class Fact:
     """Group a is stereotyped with attribute x, group b with attribute y.
 
-    a, b: the groups' plurals. x, y: verb phrases in the language's base form. tone_x, tone_y: good, neutral or bad,
-    as most readers would take the attribute. filler: a senseless attribute. aim: 1 if prejudice is usually aimed at a
+    a, b: the groups' plurals. x, y: verb phrases in the language's base form. tone_x, tone_y: good, neutral or bad, as
+    most readers would judge the attribute. filler: a nonsensical attribute. aim: 1 if prejudice is usually aimed at a
     rather than b, -1 the other way round, 0 if at both or neither.
     """
 
@@ -51,8 +51,8 @@ class Fact:
 class Sentence:
     """A continuation after its context (which may be empty); `text` is the whole.
 
-    question: for a unit in the format question, what a chat model is asked; `continuation` is then its answer, which
-    begins with a blank in languages that separate words.
+    question: for the format question, the user's message to a chat model; `continuation` is then the answer, which
+    begins with a space in languages that separate words.
     """
 
     context: str
@@ -78,10 +78,10 @@ class Square:
 class Unit:
     """One fact in one format.
 
-    template: which of the format's templates. unrelated: two sentences that make no sense, in the context of ax and of
-    by; empty in the units of a measure. unknown: the two questions of the square, answered that it cannot be told;
-    empty in other formats. Each shares its context with two sentences of the square. a_first: whether group a is
-    mentioned before group b; None where the context does not name both.
+    template: index of the format's template. unrelated: two nonsensical sentences, in the context of ax and of by;
+    empty in the units of a measure. unknown: the two questions of the square with the answer "it cannot be told"; empty
+    in other formats. Each shares its context with two sentences of the square. a_first: True if group a is mentioned
+    before group b; None if the context does not name both.
     """
 
     fact: Fact
@@ -104,7 +104,7 @@ class Unit:
 
 
 class UnitsJSON(TypedDict):
-    """What `recipes show --json` prints of pairs."""
+    """What `recipes show --json` prints for pairs."""
 
     name: str
     units: list[Annotated[dict[str, Any], Unit]]
@@ -112,7 +112,7 @@ class UnitsJSON(TypedDict):
 
 @dataclass(frozen=True)
 class Pairs:
-    """The facts of one file, with what is needed to put them into sentences. groups: forms by plural."""
+    """The facts of one file, and what turns them into sentences. groups: forms by plural."""
 
     type: str
     language: str
@@ -141,9 +141,9 @@ def load_units(
 ) -> tuple[Unit, ...]:
     """Units of the named types or files (None: all types that come with the package in a language).
 
-    Each fact is put into `per_fact` of the formats, so that every format takes the same share of every file; templates
-    rotate within a format, and so does which of the two groups is mentioned first. Adding facts at the end of a file
-    leaves the earlier units as they are. Raises RecipeError with all faults of a file.
+    Each fact is used in `per_fact` formats, so that all formats have the same share of every file. Templates rotate
+    within a format, and so does the group that is mentioned first. Facts that are added at the end of a file do not
+    change earlier units. Raises RecipeError with all faults of a file.
     """
     if unknown := [name for name in formats if name not in FORMATS]:
         raise InputError(f"{shown(unknown[0])} is not a format of units: use {', '.join(FORMATS)}")
@@ -179,7 +179,7 @@ def _by_name_or_path(source: str | Path, language: str) -> Pairs:
 
 
 def _folder() -> Path:
-    """Inside the wheel the pairs lie in the package, in a checkout beside it."""
+    """The folder of pairs: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "recipes" / "pairs"
     return inside if inside.is_dir() else package.parent / "recipes" / "pairs"
@@ -187,7 +187,7 @@ def _folder() -> Path:
 
 @lru_cache(maxsize=128)
 def _packaged(path: Path) -> Pairs:
-    """Kept, since its file does not change and YAML is slow to read."""
+    """Cached, because YAML is slow to read."""
     return _load(str(path))
 
 
@@ -304,7 +304,7 @@ def _fact(row: object, of: tuple, number: int, wording: Wording, reader: Reader,
 
 
 def unit_of(pairs: Pairs, fact: Fact, name: str, number: int) -> Unit:
-    """The unit of a fact in a format; number: of the format's earlier units, which chooses the template."""
+    """The unit of a fact in a format; number: of earlier units in the format, which selects the template."""
     templates = pairs.wording.templates[name]
     index = number % len(templates)
     writer = _Writer(pairs, fact, templates[index], number)
@@ -333,7 +333,7 @@ class _Writer:
 
     @property
     def a_first(self) -> bool:
-        """Turns round from one context of both groups to the next, and for each template from one use to the next."""
+        """Alternates between contexts of both groups, and between uses of each template."""
         both = [template.names_both for template in self.pairs.wording.templates[self.template.format]]
         cycle, index = divmod(self.number, len(both))
         turns = cycle * sum(both) + sum(both[:index])
@@ -343,7 +343,7 @@ class _Writer:
         return self.answer(group, attribute, self.template.continuation)
 
     def unrelated(self, group: str, attribute: str) -> Sentence:
-        """Senseless: an answer of its own, or the filler in the attribute's place."""
+        """A nonsensical sentence: the template's own, or with the filler in place of the attribute."""
         if self.template.unrelated:
             return self.answer(group, attribute, self.template.unrelated)
         return self.sentence(group, self.fact.filler)

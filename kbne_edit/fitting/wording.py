@@ -1,4 +1,4 @@
-"""How the facts of a language become sentences: forms of verbs, templates, senseless attributes.
+"""How facts become sentences in a language: forms of verbs, templates, nonsensical attributes.
 
 One file per language, `recipes/pairs/LANGUAGE.yaml`; `recipes/pairs/en.yaml` is the annotated example.
 """
@@ -27,11 +27,11 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Template:
-    """One wording of a format. `unknown` and `wrappers` are empty but for questions.
+    """One wording of a format. `unknown` and `wrappers` are empty except for questions.
 
     context, continuation: texts with slots `{group.FORM}`, `{first.FORM}`, `{second.FORM}` (both groups in the order in
     which they are mentioned), `{attribute.FORM}`, `{thing}`; a capital letter in the slot's name capitalises.
-    unrelated: a senseless continuation; empty where the attribute is replaced by a senseless one instead.
+    unrelated: a nonsensical continuation; empty if the attribute is replaced by a nonsensical one instead.
     """
 
     format: str
@@ -43,7 +43,7 @@ class Template:
 
     @property
     def names_both(self) -> bool:
-        """Whether the context names both groups."""
+        """True if the context names both groups."""
         return {"first", "second"} <= _slots(self.context)
 
 
@@ -90,7 +90,7 @@ def fill(text: str, values: Mapping[tuple[str, str], str]) -> str:
 
 @dataclass
 class Reader:
-    """Checks values of a foreign document and collects faults instead of stopping at the first."""
+    """Checks the values of a document and collects all faults."""
 
     where: str
     faults: list[str] = field(default_factory=list)
@@ -124,7 +124,7 @@ _KEYS = ("kbne_pairs", "language", "space", "attributes", "verbs", "fillers", "t
 
 
 def parse_wording(data: object, reader: Reader) -> Wording | None:
-    """A language's wording out of a document; None, with the reader's faults, if it is not in order."""
+    """A language's wording from a document; None if it has faults, which are in the reader."""
     before = len(reader.faults)
     data = reader.mapping(data, "wording")
     reader.keys(data, _KEYS, "wording")
