@@ -21,7 +21,7 @@ from kbne_edit.evaluation.benchmark import sample
 from kbne_edit.evaluation.datafiles import rows
 from kbne_edit.evaluation.public import PUBLIC
 from kbne_edit.evaluation.scoring import Scorer, quiet_lm_eval
-from kbne_edit.models.loading import load_model, load_tokenizer
+from kbne_edit.models.loading import load_model, read_tokenizer
 
 
 def main():
@@ -36,7 +36,7 @@ def main():
     every = rows(name, arguments.data, PUBLIC[name].patterns)
     items = [every[i] for i in sample(len(every), arguments.items)]
     requests = [("", item[key]) for item in items for key in ("stereotype", "anti_stereotype", "unrelated")]
-    model, tokenizer = load_model(arguments.model, torch.float32), load_tokenizer(arguments.model)
+    model, tokenizer = load_model(arguments.model, torch.float32), read_tokenizer(arguments.model)
     with quiet_lm_eval():
         scorers = {"this package": Scorer(model, tokenizer)}
         for size in arguments.batch_sizes:

@@ -11,6 +11,7 @@ from .attribution.answers import AttributionJSON, AttributionSummary
 from .disk.checkpoint import Checkpoint, private_files
 from .disk.manifest import Manifest, Origin, RecipeRecord
 from .disk.publishing import check_out, staged
+from .disk.slots import layers_beyond
 from .distributed import RANK
 from .edit import Edit
 from .errors import CheckpointError, EditError, InputError, ProofError, shown
@@ -236,6 +237,12 @@ def _say_notes(checkpoint: Checkpoint) -> None:
         say(f"note: {kind} is not in the table of architectures; its neurons were inferred from its modules")
     for note in checkpoint.notes:
         say(f"note: {note}")
+    if beyond := [] if checkpoint.quantised else layers_beyond(checkpoint.shapes, checkpoint.config):
+        say(
+            f"note: the weights have layers {', '.join(map(str, beyond[:3]))}{' …' if len(beyond) > 3 else ''}, beyond "
+            "those that config.json counts: transformers does not load them (is config.json of this model?), and they "
+            "are copied as they are"
+        )
     if left := private_files(checkpoint.path):
         say(f"note: not carried over, since it is not part of the model: {', '.join(left[:8])}")
 

@@ -142,6 +142,8 @@ def push(
     )
     if dry_run:
         return result
+    if not result.proven:
+        say(f"note: nothing was proven here; if {directory} is not of your own making, stop and give --in BASE")
     for notice in result.notices:
         say(f"note: {notice}")
     with talking(name, OutputError, writing=True):

@@ -29,7 +29,7 @@ from kbne_edit.evaluation.result import FigureResult, loss_of, results_of
 from kbne_edit.evaluation.runs import Run, Runs
 from kbne_edit.evaluation.scoring import Scorer, quiet_lm_eval
 from kbne_edit.evaluation.tasks import benchmarks
-from kbne_edit.models.loading import load_model, load_tokenizer
+from kbne_edit.models.loading import load_model, load_tokenizer, read_tokenizer
 from kbne_edit.models.trees import Tree, cut
 from kbne_edit.recipe import Question
 from kbne_edit.statistics import beyond_draws
@@ -246,7 +246,7 @@ def lm_eval_results(demo, data):
     names = ("stereoset_intrasentence", "crows_pairs", "bbq", "arc_easy")
     with quiet_lm_eval():
         tasks = {n: lm_eval_task(n, rows(n, data, PUBLIC[n].patterns)) for n in names}
-        model = HFLM(pretrained=demo[0], tokenizer=demo[1], batch_size=4)
+        model = HFLM(pretrained=demo[0], tokenizer=read_tokenizer(DEMO), batch_size=4)
         found = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)["results"]
     return {n: {k.split(",")[0]: v for k, v in found[n].items()} for n in names}
 

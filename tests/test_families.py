@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kbne_edit import Edit, fold, hooked, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
-from kbne_edit.disk.slots import slots
+from kbne_edit.disk.slots import layers_beyond, slots
 from kbne_edit.errors import FamilyError
 from kbne_edit.families import family_of
 from kbne_edit.folding.plan import Plan
@@ -224,3 +224,15 @@ def test_slots_take_time_in_proportion_to_the_layers():
         )
         counts.append(Counted.reads)
     assert counts[1] == 2 * counts[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({}, [2, 3]), ({"num_nextn_predict_layers": 1}, [3]), ({"num_nextn_predict_layers": 2}, [])],
+)
+def test_layers_that_config_does_not_count_are_known(config, expected):
+    names = [f"model.layers.{n}.mlp.{part}_proj.weight" for n in range(4) for part in ("gate", "up", "down")]
+    shapes = {name: (6, 4) for name in (*names, "vision.layers.7.mlp.down_proj.weight", "lm_head.weight")}
+    base = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 4}
+    assert layers_beyond(shapes, base | config) == expected
+    assert layers_beyond(shapes, base | {"num_hidden_layers": 4}) == []

@@ -1,5 +1,6 @@
 """Answers to tokens, with tokenizers that are made here."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from kbne_edit.errors import CheckpointError, InputError
 from kbne_edit.models.confined import confined
 from kbne_edit.models.loading import load_tokenizer, read_tokenizer
 from kbne_edit.models.prompts import answer_tokens, ask, render
+from kbne_edit.models.tokenizers import Tokenizer as Confined
 
 
 def _tokenizer(*words):
@@ -207,3 +209,73 @@ def test_the_same_tokenizer_is_loaded_once(chatty, monkeypatch):
     first = load_tokenizer(chatty)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", _raise)
     assert load_tokenizer(chatty) is first
+
+
+def test_the_tokenizer_of_the_child_is_that_of_transformers(chatty):
+    ours, theirs = load_tokenizer(chatty), read_tokenizer(chatty)
+    for text in ("Is it fair?", "Äöü 为什么", ""):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"] == ours.encode(text)
+        plain = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours(text, add_special_tokens=False)["input_ids"] == plain
+        assert ours.decode(plain) == theirs.decode(plain)
+        assert ours.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.convert_ids_to_tokens(5) == theirs.convert_ids_to_tokens(5)
+    assert render(ours, "Is it?") == render(theirs, "Is it?")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "eos_token", "vocab_size"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_a_tokenizer_that_explodes_after_its_first_texts(tmp_path):
+    double = {"type": "Replace", "pattern": {"String": "zq"}, "content": "zqzq"}
+    path = _with_normalizer(save_chat(tmp_path / "m"), {"type": "Sequence", "normalizers": [double] * 40})
+    tokenizer = Confined(path, read_tokenizer, seconds=2, memory=300 << 20)
+    expected = tokenizer("Is it fair?")
+    for _ in range(2):  # and the next text is read by another child
+        with pytest.raises(CheckpointError, match="takes more than .*, the limit: use another model"):
+            tokenizer("Is it zq?")
+        assert tokenizer("Is it fair?") == expected
+
+
+def test_a_tokenizer_that_makes_much_of_little(tmp_path):
+    many = {"type": "Replace", "pattern": {"String": "q"}, "content": "ab " * 999}
+    tokenizer = load_tokenizer(_with_normalizer(save_chat(tmp_path / "m"), many))
+    assert tokenizer("Is it?")["input_ids"]
+    with pytest.raises(CheckpointError, match=r"makes \d{4} tokens of 1 characters \(the limit is 100 a character\)"):
+        tokenizer("q")
+
+
+def test_a_fork_has_a_tokenizer_of_its_own(chatty):
+    tokenizer = load_tokenizer(chatty)
+    expected = tokenizer("Is it fair?")
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(write, json.dumps(tokenizer("Is it fair?")).encode())
+        os._exit(0)
+    assert json.loads(os.read(read, 1 << 16)) == expected
+    os.waitpid(child, 0)
+    os.close(read)
+    os.close(write)
+    assert tokenizer("Is it fair?") == expected
+
+
+def test_the_child_ends_with_its_tokenizer_and_holds_no_lock(chatty, tmp_path):
+    """What a bake locks, the next one in the same process can lock again."""
+    children = set(_children())
+    with open(tmp_path / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        tokenizer = Confined(chatty, read_tokenizer)
+    with open(tmp_path / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert set(_children()) - children
+    del tokenizer
+    assert not set(_children()) - children
+
+
+def _children():
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tmp_path):
+    path = save_chat(tmp_path / "m", "{{ strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}")
+    assert render(load_tokenizer(path), "Is it?") == "01 Jan 2025: Is it?"

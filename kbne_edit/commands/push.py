@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from ..pushing import PushJSON
 
 
+# Hashes show damage, not forgery: without the base nothing can.
+UNPROVEN = "which whoever wrote the directory could have made up (--in MODEL proves them here)"
+
+
 @click.command("push")
 @click.argument("baked", type=click.Path(path_type=Path))
 @click.argument("name", metavar="ORG/NAME")
@@ -47,5 +51,5 @@ def _sound(result: PushJSON) -> str:
     if result["proofs"] == "computed":
         return "proven again against its base"
     if result["form"] == "checkpoint":
-        return "both proofs are on record (--in MODEL proves again)"
-    return "on record: read back when it was written (--in MODEL proves again)"
+        return f"both proofs are on record, {UNPROVEN}"
+    return f"on record: read back when it was written, {UNPROVEN}"

@@ -113,6 +113,20 @@ def _decoder(shapes: Iterable[str], family: Family, count: int) -> dict[int, dic
     return stacks.get(best, {})
 
 
+def layers_beyond(shapes: Iterable[str], config: dict[str, Any]) -> list[int]:
+    """Layers of the decoder's stack on disk that config.json does not count: transformers does not load them.
+
+    Those that it counts as further prediction heads are left out.
+    """
+    family, count = family_of(config), num_layers(config)
+    stack = _decoder(shapes, family, count)
+    first = next((name.removesuffix(f"0.{below}") for below, name in stack.get(0, {}).items()), None)
+    numbers = {name.removeprefix(first).partition(".")[0] for name in shapes if first and name.startswith(first)}
+    heads = config.get("num_nextn_predict_layers")
+    known = count + (heads if isinstance(heads, int) else 0)
+    return sorted(int(number) for number in numbers if number.isdecimal() and int(number) >= known)
+
+
 def layer_sizes(by_layer: dict[int, list[Slot]]) -> list[int]:
     """How many neurons each layer has, [L]. by_layer: of `slots`."""
     return [end(by_layer[layer]) for layer in sorted(by_layer)]

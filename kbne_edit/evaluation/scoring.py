@@ -44,6 +44,10 @@ class Scorer(HFLM):
         self.temperature = 1.0
         self._tokens = min(tokens_of_a_pass(self.model), self.max_length)
 
+    def _create_tokenizer(self, model: Any, tokenizer: Any, **_: Any) -> None:
+        """lm-eval's takes transformers' own classes alone, and ours works in another process (`load_tokenizer`)."""
+        self.tokenizer = tokenizer
+
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

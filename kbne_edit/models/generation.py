@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, KbneError, short
+from .prompts import through_template
 
 Turn = dict[str, str]  # of a conversation, as transformers' chat templates take it: {"role": …, "content": …}
 
@@ -32,9 +33,14 @@ def encode_turns(tokenizer: Any, turns: Sequence[Turn], plain: bool = False) -> 
     Through the chat template where the tokenizer has one; else, or if `plain`, the turns' texts one below the other.
     """
     if getattr(tokenizer, "chat_template", None) and not plain:
-        text = tokenizer.apply_chat_template(
-            list(turns), add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
+        try:
+            text = through_template(tokenizer, turns)
+        except (MemoryError, KbneError):
+            raise
+        except Exception as error:  # Jinja raises nearly anything for a template from outside
+            raise InputError(
+                f"the chat template fails ({short(error)}): use --prompt plain, or correct the template"
+            ) from None
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"]
 

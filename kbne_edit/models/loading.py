@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..disk.checkpoint import Checkpoint
 from ..disk.refusals import gguf_file
-from ..errors import CheckpointError, InputError, KbneError, one_line, short, shown
+from ..errors import CheckpointError, KbneError, one_line, short, shown
 from ..families import TEXT_ALONE, text_part
 from ..files import open_input, read_json
 from .devices import SPREAD, chosen_device
+from .tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -213,26 +214,18 @@ def auto_class(config: dict) -> str:
     return "AutoModelForImageTextToText" if together else "AutoModelForCausalLM"
 
 
-# What a tokenizer has to read before it may work in this process: letters, digits, signs, other scripts.
-_SAMPLE = (
-    "Is it fair to judge 3 people by the group they come from? Yes, no: “maybe” — äöüß, почему, 为什么, لماذا.\n" * 8
-)
-_loaded: dict[tuple, object] = {}  # tokenizers that worked within the limits, by their files
+_loaded: dict[tuple, Tokenizer] = {}  # the last one that was asked for, by its files
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a directory. Never runs code from it.
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a directory, at work in a child process within limits. Never runs code from the directory.
 
-    Its files are foreign: it is tried in a child process with limits first (`confined`). Raises CheckpointError.
+    Raises CheckpointError where there is none that works.
     """
-    from .confined import confined
-
     prepare()
     key = _files(path)
     if key not in _loaded:
-        confined(path, _try, path)
-        with foreign(path):
-            tokenizer = read_tokenizer(path)
+        tokenizer = Tokenizer(path, read_tokenizer)
         _loaded.clear()  # one is enough: base and output have the same
         _loaded[key] = tokenizer
     return _loaded[key]
@@ -244,7 +237,7 @@ def prepare() -> None:
 
 
 def read_tokenizer(path: Path) -> Any:
-    """The tokenizer of a directory, without a limit: see `load_tokenizer`."""
+    """transformers' tokenizer of a directory, without a limit: see `load_tokenizer`."""
     from transformers import AutoTokenizer
 
     from .gguf import gguf_tokenizer
@@ -267,17 +260,6 @@ def read_tokenizer(path: Path) -> Any:
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "chat_template.json")
-
-
-def _try(path: Path) -> None:
-    from .prompts import render
-
-    tokenizer = read_tokenizer(path)
-    if getattr(tokenizer, "chat_template", None):
-        with suppress(InputError):  # that a template drops the question is said where one is asked
-            render(tokenizer, _SAMPLE)
-    ids = tokenizer(_SAMPLE)["input_ids"]
-    tokenizer.decode(ids)
 
 
 def _files(path: Path) -> tuple:

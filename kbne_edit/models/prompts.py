@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, short, shown
+from ..errors import CheckpointError, InputError, short, shown
 
 if TYPE_CHECKING:
     from ..recipe import Question, Recipe
@@ -53,30 +53,20 @@ def ask(
     The tokenizer and its chat template work in a child process, within limits of time and memory. Raises InputError
     where questions cannot be told apart, CheckpointError where the files are at fault.
     """
-    from .confined import confined
-    from .loading import prepare, read_tokenizer
+    from .loading import load_tokenizer
 
-    prepare()
-    prompts = Prompts(**confined(path, lambda: _asked(read_tokenizer(path), recipe, questions, plain, before, fixed)))
-    prompts.check()
-    return prompts
+    return ask_with(load_tokenizer(path), recipe, questions, plain=plain, before=before, fixed=fixed)
 
 
 def ask_with(
     tokenizer: Any, recipe: Recipe, questions: Sequence[Question], *, plain: bool, before: str, fixed: dict | None
 ) -> Prompts:
-    """`ask` with a tokenizer of transformers that is loaded already."""
-    prompts = Prompts(**_asked(tokenizer, recipe, questions, plain, before, fixed))
-    prompts.check()
-    return prompts
-
-
-def _asked(
-    tokenizer: Any, recipe: Recipe, questions: Sequence[Question], plain: bool, before: str, fixed: dict | None
-) -> dict:
+    """`ask` with a tokenizer that is loaded already, transformers' or `load_tokenizer`'s."""
     answers = answer_tokens(tokenizer, recipe.answers, fixed, recipe.also)
     ids = [list(map(int, encode(tokenizer, recipe, question, plain, before))) for question in questions]
-    return {"ids": ids, "answers": answers, "ending": _ending(tokenizer, ids[0], questions[0].text) if ids else ""}
+    prompts = Prompts(ids, answers, _ending(tokenizer, ids[0], questions[0].text) if ids else "")
+    prompts.check()
+    return prompts
 
 
 def why_small(path: Path, prompts: Prompts, likeliest: int) -> str:
@@ -84,11 +74,9 @@ def why_small(path: Path, prompts: Prompts, likeliest: int) -> str:
 
     likeliest: the token that is the most probable there instead.
     """
-    from .confined import confined
-    from .loading import prepare, read_tokenizer
+    from .loading import load_tokenizer
 
-    prepare()
-    text = confined(path, lambda: read_tokenizer(path).decode([likeliest]))
+    text = load_tokenizer(path).decode([likeliest])
     instead = f"the likeliest next token is {shown(text)}"
     opened = re.search(r"<(think|thinking|reasoning|thought)>(?!.*</\1>)", prompts.ending, re.DOTALL)
     if opened or re.search(r"think|reason|thought|channel|analysis", text):
@@ -133,15 +121,8 @@ def render(tokenizer: Any, message: str) -> str:
     reason = "the message is not in what it renders"
     for content in (message, [{"type": "text", "text": message}]):
         try:
-            # Templates read the variables that they know: Qwen and SmolLM the first, DeepSeek and Granite the second.
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=False,
-                enable_thinking=False,
-                thinking=False,
-            )
-        except MemoryError:
+            text = through_template(tokenizer, [{"role": "user", "content": content}])
+        except (MemoryError, CheckpointError):
             raise
         except Exception as error:  # Jinja raises nearly anything for a template from outside
             reason = short(error)
@@ -158,6 +139,18 @@ def render(tokenizer: Any, message: str) -> str:
             f"the chat template ends the prompt with {shown(end)}, where no answer can follow: use --prompt plain"
         )
     return text
+
+
+def through_template(tokenizer: Any, messages: Sequence[Mapping]) -> str:
+    """Messages as the chat template renders them, up to where the model's turn begins."""
+    # Templates read the variables that they know: Qwen and SmolLM the first, DeepSeek and Granite the second.
+    return tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=False,
+        thinking=False,
+    )
 
 
 def _words(text: str) -> str:
@@ -185,11 +178,13 @@ def answer_tokens(
     words = {answer: (answer, *also.get(answer, ())) for answer in answers}
     wanted = {text.strip().casefold(): answer for answer, texts in words.items() for text in texts}
     shortest = min(map(len, wanted))
-    for token, index in sorted(vocabulary.items(), key=lambda item: item[1]):
-        if len(token) < shortest:
-            continue
-        text = token if token.isascii() and token.isalpha() else tokenizer.decode([index])
-        if answer := wanted.get(text.strip().casefold()):
+    long_enough = {
+        token: index for token, index in sorted(vocabulary.items(), key=lambda item: item[1]) if len(token) >= shortest
+    }
+    coded = [token for token in long_enough if not (token.isascii() and token.isalpha())]
+    read = dict(zip(coded, tokenizer.batch_decode([[long_enough[token]] for token in coded]), strict=True))
+    for token, index in long_enough.items():
+        if answer := wanted.get(read.get(token, token).strip().casefold()):
             result[answer][token] = index
     for answer, surfaces in _beginnings(tokenizer, result, words).items():
         result[answer] |= surfaces

@@ -38,7 +38,8 @@ def summary(report: Report) -> list[str]:
         "<h3>On record, and checked again</h3>",
         paragraph(
             f"Proofs and figures are on record: {words(report.provenance.baked_with)} computed them in the run that "
-            f"made these files. {checked_in_words(report)} This page was made by {words(report.tool)}."
+            f"made these files. {checked_in_words(report)} Hashes show damage, not forgery: whoever wrote the files "
+            f"could have written these figures as well. This page was made by {words(report.tool)}."
         ),
         "<h3>In more words</h3>",
         f'<ul class="verdicts">{items}</ul>',
