@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from .contrasts import contrast_units
 from .directions import Directions, matched
 from .everyday import everyday
 from .measure_units import forbid_reported, measure_units
-from .measured import Held, Measure, Scaled, flattening, matching, scaled
+from .measured import Held, Matching, Measure, Scaled, scaled
 from .passes import Neutral
 from .problem import Validation, aimed, best_of, folds, shuffled, validate
 from .public import NAMES as PUBLIC
@@ -163,15 +164,15 @@ class _Run:
         if best.kl == 0:
             raise InputError(f"no factors were found whose KL is at most {settings.max_kl:g}: give a larger --max-kl")
         say(f"fit: {len(self.fitted)} units and contrasts, even {by.even:g}, KL {best.kl:.4f}; measuring the controls")
-        shuffles = []
+        alike, shuffles = Matching(neutral, some, best), []
         for seed in range(settings.draws):
             other = directions.solve(self.parts, self.fitted, by, shuffled(self.every, seed))
             start = best.s * (direction.cost / max(other.cost, 1e-30)) ** 0.5
-            shuffles.append(matching(neutral, some, best, other.d, start))
+            shuffles.append(alike.scaled(other.d, start))
         measure = Measure(model, settings.site, Held([self.every[i] for i in self.aside], self._rows_aside()))
         controls = [measure.control(f"shuffled labels {i}", edit) for i, edit in enumerate(shuffles, 1)]
-        controls += self._others(best, (neutral, some), measure, directions.fisher)
-        cost = Cost(best.kl, neutral.measure().perplexity, best.perplexity)
+        controls += self._others(best, alike, measure, directions.fisher)
+        cost = Cost(best.kl, neutral.base.perplexity, best.perplexity)
         result = self._result(by, best, cost, measure.gains(best), controls)
         return replace(result, edit=self._edit(best.factors, result))
 
@@ -201,17 +202,15 @@ class _Run:
             controls=tuple(controls),
         )
 
-    def _others(self, best: Scaled, texts: tuple[Neutral, Neutral], measure: Measure, fisher: Tensor) -> list[Control]:
-        """Controls without labels: other neurons, the inverse, a flattening, each at the KL of `best`."""
+    def _others(self, best: Scaled, alike: Matching, measure: Measure, fisher: Tensor) -> list[Control]:
+        """Controls that need no labels: other neurons, the inverse, a flattening, each at the KL of `best`."""
         changes = best.factors - 1
         elsewhere = matched(changes, fisher, self.sizes, self.settings.seed)
-        temperature = flattening(texts[0], best.kl)
-        flat = texts[0].measure(temperature=temperature)
-        bare = Scaled(torch.ones_like(changes), flat.kl, flat.perplexity)
+        temperature, kl = alike.flattening()
         return [
-            measure.control("matched neurons", matching(*texts, best, elsewhere, 1.0)),
-            measure.control("inverse", matching(*texts, best, -changes, 1.0)),
-            measure.control("flattening", bare, temperature),
+            measure.control("matched neurons", alike.scaled(elsewhere)),
+            measure.control("inverse", alike.scaled(-changes)),
+            measure.control("flattening", Scaled(torch.ones_like(changes), kl, math.nan), temperature),
         ]
 
     @property

@@ -36,7 +36,7 @@ def scaled(neutral: Neutral, d: Tensor, kl: float, first: float) -> Scaled:
 
     The KL grows about as s squared, so s is multiplied by the square root of the ratio of the KLs.
     """
-    s, best = first, Scaled(torch.ones_like(d), 0.0, neutral.measure().perplexity)
+    s, best = first, Scaled(torch.ones_like(d), 0.0, neutral.base.perplexity)
     for _ in range(_STEPS):
         factors = (1 + s * d).clamp(*CLIP)
         measured = neutral.measure(factors)
@@ -48,22 +48,36 @@ def scaled(neutral: Neutral, d: Tensor, kl: float, first: float) -> Scaled:
     return best
 
 
-def matching(neutral: Neutral, some: Neutral, best: Scaled, d: Tensor, first: float) -> Scaled:
-    """1 + s d with the KL of `best`. some: part of the texts, on which s is found; all of them measure it."""
-    factors = scaled(some, d, some.measure(best.factors).kl, first).factors
-    measured = neutral.measure(factors)
-    return Scaled(factors, measured.kl, measured.perplexity)
+class Matching:
+    """Controls of an edit's KL. Their scale is found on part of the texts, `some`, and measured on all, `whole`."""
+
+    def __init__(self, whole: Neutral, some: Neutral, edit: Scaled):
+        self._whole, self._some, self._kl = whole, some, some.measure(edit.factors).kl
+
+    def scaled(self, d: Tensor, first: float = 1.0) -> Scaled:
+        """1 + s d. first: where s begins."""
+        factors = scaled(self._some, d, self._kl, first).factors
+        measured = self._whole.measure(factors)
+        return Scaled(factors, measured.kl, measured.perplexity)
+
+    def flattening(self) -> tuple[float, float]:
+        """(temperature above 1, KL) of a flattening of the base."""
+        temperature = flattening(self._some, self._kl)
+        return temperature, self._whole.measure(temperature=temperature).kl
 
 
 def flattening(neutral: Neutral, kl: float) -> float:
-    """The temperature above 1 at which the flattened base has this KL from the base, by bisection."""
-    low, high = 1.0, 1.1
-    while neutral.measure(temperature=high).kl < kl and high < 100:
-        low, high = high, high**2
+    """The temperature T above 1 at which the flattened base has this KL from the base.
+
+    The KL grows about as (T - 1) squared, so T - 1 is multiplied by the square root of the ratio of the KLs.
+    """
+    excess = 0.1
     for _ in range(_STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if neutral.measure(temperature=middle).kl < kl else (low, middle)
-    return high
+        measured = neutral.measure(temperature=1 + excess).kl
+        if abs(measured - kl) <= _CLOSE / 5 * kl:
+            break
+        excess *= min(max((kl / max(measured, 1e-12)) ** 0.5, 0.1), 10.0)
+    return 1 + excess
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,11 @@ class Neutral:
             leaves = [leaf.detach() for leaf in _leaves(start, sizes, len(batch), self._model)]
             padded = _Padded(batch, leaves[0].device)
             yield _hidden(self._model, (layers, self._site), padded, len(batch), leaves), padded.target
+
+    @cached_property
+    def base(self) -> Divergence:
+        """Of the model itself."""
+        return self.measure()
 
     @torch.no_grad()
     def measure(self, at: Tensor | None = None, temperature: float = 1.0) -> Divergence:
