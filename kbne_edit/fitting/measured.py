@@ -52,13 +52,19 @@ class Matching:
     """Controls of an edit's KL. Their scale is found on part of the texts, `some`, and measured on all, `whole`."""
 
     def __init__(self, whole: Neutral, some: Neutral, edit: Scaled):
-        self._whole, self._some, self._kl = whole, some, some.measure(edit.factors).kl
+        self._whole, self._some, self._edit = whole, some, edit
+        self._kl = some.measure(edit.factors).kl
 
     def scaled(self, d: Tensor, first: float = 1.0) -> Scaled:
         """1 + s d. first: where s begins."""
-        factors = scaled(self._some, d, self._kl, first).factors
-        measured = self._whole.measure(factors)
-        return Scaled(factors, measured.kl, measured.perplexity)
+        s = scaled(self._some, d, self._kl, first).s
+        for _ in range(3):  # the part's KL and the whole's are not in the same ratio for every direction
+            factors = (1 + s * d).clamp(*CLIP)
+            measured = self._whole.measure(factors)
+            if abs(measured.kl - self._edit.kl) <= _CLOSE * self._edit.kl:
+                break
+            s *= (self._edit.kl / max(measured.kl, 1e-12)) ** 0.5
+        return Scaled(factors, measured.kl, measured.perplexity, s)
 
     def flattening(self) -> tuple[float, float]:
         """(temperature above 1, KL) of a flattening of the base."""
