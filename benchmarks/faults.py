@@ -27,7 +27,7 @@ import forgery  # noqa: E402
 
 import faults  # noqa: E402
 import mutants  # noqa: E402
-from kbne_edit import Edit, bake, locate  # noqa: E402
+from kbne_edit import Checks, Edit, Output, bake, locate  # noqa: E402
 from kbne_edit.locating import Settings  # noqa: E402
 from mutants import DEMO, contents  # noqa: E402
 
@@ -106,8 +106,9 @@ def forgeries(seed, folder, count):
     start, pairs = time.monotonic(), []
     edit = Edit("down", {1: {5: 2.0, 9: 0.3}, 2: {7: 3.5}})
     with contextlib.redirect_stderr(io.StringIO()):
-        for name, options in (("plain", {}), ("cut", {"shard_size": "200KB"})):
-            bake("demo", folder / f"forged-{name}", edit=edit, behaviour=False, **options)
+        for name, size in (("plain", None), ("cut", "200KB")):
+            output, checks = Output(shard_size=size), Checks(behaviour=False)
+            bake("demo", folder / f"forged-{name}", edit=edit, output=output, checks=checks)
             pairs.append((DEMO, folder / f"forged-{name}"))
         bake("demo", folder / "forged-whole", Settings(questions=9))
         pairs.append((DEMO, folder / "forged-whole"))
@@ -135,14 +136,16 @@ def works(folder):
         return run
 
     def old(target):
-        bake(str(inputs), target / "out", edit=first, behaviour=False)
+        bake(str(inputs), target / "out", edit=first, checks=Checks(behaviour=False))
 
     found = {
         "locate": (lambda t: locate(str(inputs), t / "scores.safetensors", settings), lambda t: None),
         "bake": (lambda t: bake(str(inputs), t / "out", settings), lambda t: None),
         "bake --edit": (lambda t: bake(str(inputs), t / "out", edit=first), lambda t: None),
         "bake --edit --overwrite": (
-            lambda t: bake(str(inputs), t / "out", edit=second, overwrite=True, behaviour=False),
+            lambda t: bake(
+                str(inputs), t / "out", edit=second, output=Output(overwrite=True), checks=Checks(behaviour=False)
+            ),
             quietly(old),
         ),
     }

@@ -8,10 +8,10 @@ from pathlib import Path
 from .disk.checkpoint import Checkpoint
 from .disk.manifest import FileRecord, Manifest, Origin, RecipeRecord
 from .disk.publishing import staged
-from .errors import EditError, ProofError, shown
+from .errors import EditError, InputError, ProofError, shown
 from .evaluation.impact import NOT_MEASURED, Impact, ImpactJSON, impact_of, recipe_of
 from .evaluation.verdict import Verdict, VerdictJSON, verdict_of
-from .files import forbid_overlap, parse_size
+from .files import forbid_overlap
 from .folding.columns import Columns, delta_path
 from .folding.delta import DeltaRecord, fold_hashes, weights_hashes
 from .folding.fold import fold_into
@@ -23,6 +23,7 @@ from .proofs.files import file_proof
 from .proofs.outcome import Proofs, ProofsJSON
 from .recipe import load_recipe
 from .reporting.card import add_card
+from .settings import Checks, Output
 
 VERSION = 1
 
@@ -80,46 +81,47 @@ def apply(
     source: str | Path,
     out: str | Path,
     *,
-    shard_size: int | str | None = None,
-    behaviour: bool = True,
-    overwrite: bool = False,
-    measure: bool = True,
     recipe: str | Path | None = None,
+    output: Output | None = None,
+    checks: Checks | None = None,
 ) -> ApplyResult:
     """Write the base of a delta, with the delta's columns, to the directory `out`, as `bake` would have written it.
 
     source: the base, as a directory, ORG/NAME[@REVISION], or "demo".
-    shard_size: as in `fold`; the tensors are those of `bake`, in other files.
-    behaviour: False skips the second proof. Both proofs must hold before the output appears. It can be verified,
-    reverted and pushed like an output of `bake`. Figures that the delta's own run measured are not copied.
-    measure: False skips effect and cost. recipe: its probes and questions measure them (default: the edit's recipe if
-    it is in the package, else social-bias).
+    recipe: its probes and questions measure effect and cost (default: the edit's recipe if it is in the package, else
+    social-bias).
+    output: `shard_size` and `overwrite` alone. checks: which of proof, effect and cost are left out.
+    The proofs must hold before the output appears. It can be verified, reverted and pushed like an output of `bake`.
+    Figures that the delta's own run measured are not copied.
     Raises CheckpointError for a damaged delta, EditError for another base, ProofError, OutputError.
     """
     source, path = str(source), delta_path(delta)
+    output = output or Output()
+    checks = checks or Checks()
+    if output != Output(shard_size=output.shard_size, overwrite=output.overwrite):
+        raise InputError("apply writes a checkpoint: its output takes shard_size and overwrite alone")
     forbid_overlap(out, delta, *filter(None, [local_path(source)]))
     record = DeltaRecord.read(path)  # before the base is downloaded
-    if isinstance(shard_size, str):
-        parse_size(shard_size, "--shard-size")
+    output.check()
     probed = load_recipe(recipe or recipe_of(record.edit) or "social-bias")
     with resolved(source, say) as base:
         forbid_overlap(out, base.origin)
         checkpoint = Checkpoint.open(base.path)
         if checkpoint.fingerprint() != record.edit.base:
             raise EditError(f"{path} was made for another model than {source}: apply it to {shown(str(record.source))}")
-        plan = Plan.of(checkpoint, record.edit, shard_size)
+        plan = Plan.of(checkpoint, record.edit, output.shard_size)
         origin = Origin(base.label, base.commit)
-        with staged(out, overwrite, base.origin) as part:
-            manifest, proofs = _folded(plan, path, record, part, behaviour)
+        with staged(out, output.overwrite, base.origin) as part:
+            manifest, proofs = _folded(plan, path, record, part, checks.behaviour)
             if not proofs.ok:
                 raise ProofError(f"the {proofs.failed} proof failed, {out} was not written: {proofs.fault}", proofs)
             result = ApplyResult(origin, Path(out), plan, proofs)
-            if measure:
+            if checks.measure:
                 result = replace(result, impact=impact_of(checkpoint, plan.edit, probed))
             manifest = replace(
                 manifest,
                 source=origin,
-                recipe=RecipeRecord(probed.name, probed.sha256) if measure else None,
+                recipe=RecipeRecord(probed.name, probed.sha256) if checks.measure else None,
                 proofs=proofs.to_dict(),
                 summary={**result.impact.to_dict(), "verdict": result.verdict.to_dict()},
             )

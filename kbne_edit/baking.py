@@ -14,25 +14,25 @@ from .disk.publishing import check_out, staged
 from .disk.slots import layers_beyond
 from .distributed import RANK
 from .edit import Edit
-from .errors import CheckpointError, EditError, InputError, ProofError, shown
+from .errors import CheckpointError, EditError, ProofError, shown
 from .evaluation.impact import NOT_MEASURED, Impact, ImpactJSON, impact_of, recipe_of
 from .evaluation.verdict import Verdict, VerdictJSON, specific_part, verdict_of
 from .families import Site, family_of
-from .files import forbid_links_out, forbid_overlap, parse_size, work_folder
+from .files import forbid_links_out, forbid_overlap, work_folder
 from .folding.adapter import check_form, load_edit, write_adapter
 from .folding.delta import manifest_of, write_delta
 from .folding.fold import fold_into
 from .folding.plan import Plan, StepJSON
 from .hub.licences import metadata_in
 from .hub.source import Source, local_path, resolved, usual_recipe
-from .locating import Doubt, Doubtful, Subject, choose, locate_in
+from .locating import Subject, choose, locate_in
 from .models.loading import auto_class
 from .progress import progress, say
 from .proofs.outcome import Proofs, ProofsJSON
 from .recipe import Recipe, load_recipe
 from .reporting.card import add_card
 from .selection.summary import SelectionJSON, SelectionSummary
-from .settings import Settings
+from .settings import Checks, Doubt, Doubtful, Output, Settings
 
 VERSION = 1
 
@@ -156,8 +156,7 @@ class _Job:
     out: Path
     recipe: Recipe
     overwrite: bool
-    behaviour: bool
-    measure: bool
+    checks: Checks
 
     @property
     def origin(self) -> Origin:
@@ -171,63 +170,53 @@ def bake(
     settings: Settings | None = None,
     *,
     edit: Edit | str | Path | None = None,
-    form: str = "checkpoint",
-    shard_size: int | str | None = None,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    behaviour: bool = True,
-    work: str | Path | None = None,
-    measure: bool = True,
-    skip_inexact: bool = False,
-    doubtful: Doubtful | None = None,
+    output: Output | None = None,
+    checks: Checks | None = None,
 ) -> BakeResult | None:
     """Locate (unless `edit` is given), fold, prove; publish `out` only if both proofs hold.
 
-    edit: an Edit, an edit.json, or the folder of an IA3 adapter. form: "checkpoint"; "peft", the edit as an IA3
-    adapter; "delta", only the edited columns. The latter two are read back instead of proven.
-    shard_size: reshard the weights into files of at most so many bytes, or "5GB" (default: the base's sharding).
-    work: folder that keeps scores.safetensors and edit.json (default: OUT.work beside the output, resumable).
+    edit: an Edit, an edit.json, or the folder of an IA3 adapter. output: what is written, and how. checks: what is
+    proven and measured of it.
     Of several processes (`torchrun`) the first one folds; the others return None once the questions are done.
-    dry_run: stop before anything is written to `out`. behaviour: False skips the second proof. measure: False skips
-    effect and cost; the verdict then says that they were not measured. skip_inexact: leave out neurons of a quantised
-    checkpoint that cannot take their factor exactly. doubtful: called with each doubt as soon as it arises (about the
-    answers after the first questions, about the selection before the fold); it may raise.
     Raises InputError or a subclass; ProofError, and then nothing is written to `out`.
     """
-    settings, out = settings or Settings(), Path(out)
+    settings = settings or Settings()
+    output = output or Output()
+    checks = checks or Checks()
+    out = Path(out)
     known = _check_settings(source, settings, edit)
-    _check_output(source, out, form, shard_size, overwrite)
+    _check_output(source, out, output)
     if edit is not None and RANK != 0:
         return None
     with resolved(source, say) as base:
         checkpoint = Checkpoint.open(base.path)
         _say_notes(checkpoint)
-        _check_form(form, checkpoint)
-        folder = Path(work) if work else work_folder(out)
+        _check_form(output.form, checkpoint)
+        folder = Path(output.work) if output.work else work_folder(out)
         forbid_overlap(out, base.origin)
         forbid_overlap(folder / "scores.safetensors", base.origin, option="--work")  # it may hold the model
         if isinstance(edit, (str, Path)):
             forbid_overlap(out, edit)
             edit = load_edit(edit, checkpoint)
-        check_out(out, overwrite)
+        check_out(out, output.overwrite)
         recipe = known or load_recipe(recipe_of(edit) or usual_recipe(source))
         located = None
         if edit is None:
-            choice = _locate(Subject(base, checkpoint, recipe), folder, settings, doubtful)
+            choice = _locate(Subject(base, checkpoint, recipe), folder, settings, checks.doubtful)
             if choice is None:
                 return None
             edit, located = choice
         elif settings.factor is not None:
             edit = edit.with_factor(settings.factor)
-        plan = Plan.of(checkpoint, edit, shard_size, "skip" if skip_inexact else "refuse")
+        plan = Plan.of(checkpoint, edit, output.shard_size, "skip" if output.skip_inexact else "refuse")
         if skipped := edit.num_neurons - plan.edit.num_neurons:
             say(f"left out: {skipped} neurons of {edit.num_neurons} cannot take their factor in this format exactly")
         origin = Origin(base.id, base.commit)
-        result = BakeResult(origin, out, form, auto_class(checkpoint.config), plan, located, dry_run)
-        if dry_run:
+        result = BakeResult(origin, out, output.form, auto_class(checkpoint.config), plan, located, output.dry_run)
+        if output.dry_run:
             return result
-        job = _Job(base, out, recipe, overwrite, behaviour, measure)
-        return _write(job, result) if form == "checkpoint" else _write_alone(job, result)
+        job = _Job(base, out, recipe, output.overwrite, checks)
+        return _write(job, result) if output.form == "checkpoint" else _write_alone(job, result)
 
 
 def _say_notes(checkpoint: Checkpoint) -> None:
@@ -263,14 +252,12 @@ def _check_settings(source: str, settings: Settings, edit: Edit | str | Path | N
     return loaded
 
 
-def _check_output(source: str, out: Path, form: str, shard_size: int | str | None, overwrite: bool) -> None:
+def _check_output(source: str, out: Path, output: Output) -> None:
     """Refuse an output that cannot be written, before anything is downloaded or loaded."""
-    if shard_size is not None and form != "checkpoint":
-        raise InputError(f"--shard-size cuts a checkpoint's weights, and --as {form} writes none: leave it out")
-    if isinstance(shard_size, str):
-        parse_size(shard_size, "--shard-size")
+    output.check()
     if out.parent.is_dir() and source != "demo" and local_path(source) is None:
-        check_out(out, overwrite)  # for a local base later, when it is known which folders must not be overwritten
+        # For a local base later, when it is known which folders must not be overwritten.
+        check_out(out, output.overwrite)
 
 
 def _check_form(form: str, checkpoint: Checkpoint) -> None:
@@ -314,7 +301,8 @@ def _write(job: _Job, result: BakeResult) -> BakeResult:
             manifest = fold_into(plan, part, update)
         manifest = replace(manifest, source=job.origin)
         result = replace(result, proofs=_prove(job, plan, manifest, part, 2 * total))
-        result = replace(result, impact=impact_of(checkpoint, plan.edit, job.recipe) if job.measure else NOT_MEASURED)
+        if job.checks.measure:
+            result = replace(result, impact=impact_of(checkpoint, plan.edit, job.recipe))
         _publish(job, result, manifest, part)
     return result
 
@@ -344,7 +332,7 @@ def _prove(job: _Job, plan: Plan, manifest: Manifest, part: Path, total: int) ->
     baked = Checkpoint.open(part)
     with progress("proof 1: the files hold the edit", total, "B") as update:
         proofs = Proofs(file_proof(plan, baked, manifest, "manifest", update, rehash=False))
-    if proofs.ok and job.behaviour:
+    if proofs.ok and job.checks.behaviour:
         say("proof 2: the model behaves as the hooks")
         proofs = replace(proofs, behaviour=behaviour_proof(plan, baked))
     if not proofs.ok:
@@ -363,7 +351,8 @@ def _write_alone(job: _Job, result: BakeResult) -> BakeResult:
                 write_delta(plan, part, job.origin, update)
         result = replace(result, bytes=sum(file.stat().st_size for file in part.iterdir()))
         manifest = manifest_of(result.form, plan, part, job.origin)
-        result = replace(result, impact=impact_of(checkpoint, plan.edit, job.recipe) if job.measure else NOT_MEASURED)
+        if job.checks.measure:
+            result = replace(result, impact=impact_of(checkpoint, plan.edit, job.recipe))
         _publish(job, result, manifest, part, metadata_in(checkpoint.path))
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -17,7 +16,7 @@ from .hub.source import Source, resolved, usual_recipe
 from .models import memory
 from .progress import progress, say
 from .recipe import Question, Recipe, load_recipe
-from .settings import Settings
+from .settings import Doubt, Doubtful, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,17 +31,6 @@ if TYPE_CHECKING:
 
 
 _EACH = 4  # questions for which each answer must be the right one before a constant answer is reported
-
-
-class Doubt(NamedTuple):
-    """A problem that is seen early, while a run can still be stopped. part: of the verdict that will fail; reason: one
-    sentence."""
-
-    part: str
-    reason: str
-
-
-Doubtful = Callable[[Doubt], None]
 
 
 def locate(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from .attribution.names import quadrature_name
 from .errors import InputError, shown
@@ -101,3 +103,56 @@ class Settings:
         if rule.name == "specific" and {"tau", "beta"} & set(given):
             raise InputError("the specific rule has neither --tau nor --beta: choose how many neurons with --top")
         return rule
+
+
+class Doubt(NamedTuple):
+    """What makes a result doubtful, seen while there is time to stop. part: of the verdict that fails; reason: why."""
+
+    part: str
+    reason: str
+
+
+Doubtful = Callable[[Doubt], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is written, and where.
+
+    form: "checkpoint"; "peft", the edit as an IA3 adapter; "delta", only the edited columns. The latter two are read
+    back instead of proven.
+    shard_size: reshard the weights into files of at most so many bytes, or "5GB" (None: the base's sharding).
+    overwrite: replace an existing output. dry_run: stop before anything is written.
+    work: folder that keeps scores.safetensors and edit.json, to resume from (None: OUT.work beside the output).
+    skip_inexact: leave out neurons of a quantised checkpoint that cannot take their factor exactly.
+    """
+
+    form: str = "checkpoint"
+    shard_size: int | str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    work: str | Path | None = None
+    skip_inexact: bool = False
+
+    def check(self) -> None:
+        """Raise InputError for a size that is none, or that would have no use."""
+        if self.shard_size is not None and self.form != "checkpoint":
+            raise InputError(
+                f"--shard-size cuts a checkpoint's weights, and --as {self.form} writes none: leave it out"
+            )
+        if isinstance(self.shard_size, str):
+            parse_size(self.shard_size, "--shard-size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What is checked and measured of an edit.
+
+    behaviour: False skips the second proof. measure: False skips effect and cost; the verdict then says that they were
+    not measured. doubtful: called with each doubt as soon as it arises (about the answers after the first questions,
+    about the selection before the fold); it may raise to stop.
+    """
+
+    behaviour: bool = True
+    measure: bool = True
+    doubtful: Doubtful | None = None

@@ -6,7 +6,7 @@ import torch
 from chat import SURFACES, TEMPLATE, chat_model, save_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kbne_edit import Edit, Settings, bake, load_scores, locate
+from kbne_edit import Checks, Edit, Settings, bake, load_scores, locate
 from kbne_edit.attribution.answers import SMALL, Answers, AttributionSummary, Mass, Tally
 from kbne_edit.attribution.scores import Row, Scores, ScoresWriter
 from kbne_edit.errors import CheckpointError, InputError, ScoresError
@@ -200,7 +200,7 @@ def test_a_proof_of_a_model_that_cannot_be_asked(changes, tmp_path):
     """One line, where the forward pass would end in an IndexError."""
     path = save_chat(tmp_path / "m", **changes)
     with pytest.raises(InputError, match="embeddings for 270 tokens|the model takes (16|64)"):
-        bake(str(path), tmp_path / "out", edit=Edit("down", {0: {1: 2.0}}), measure=False)
+        bake(str(path), tmp_path / "out", edit=Edit("down", {0: {1: 2.0}}), checks=Checks(measure=False))
     assert not (tmp_path / "out").exists()
 
 
@@ -210,7 +210,7 @@ def test_a_proof_of_a_base_that_gives_no_numbers(tmp_path):
         model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
     model.save_pretrained(path)
     with pytest.raises(InputError, match="the base gives NaN in place of logits, in float32: its weights are damaged"):
-        bake(str(path), tmp_path / "out", edit=Edit("down", {1: {1: 2.0}}), measure=False)
+        bake(str(path), tmp_path / "out", edit=Edit("down", {1: {1: 2.0}}), checks=Checks(measure=False))
     assert not (tmp_path / "out").exists()
 
 

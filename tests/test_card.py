@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hub import card_faults
-from kbne_edit import Edit, bake, fold, revert, verify
+from kbne_edit import Checks, Edit, bake, fold, revert, verify
 from kbne_edit.attribution.answers import Answers, AttributionSummary, Tally
 from kbne_edit.disk.manifest import Manifest, Origin, RecipeRecord
 from kbne_edit.errors import CheckpointError
@@ -52,7 +52,7 @@ def _base(weights, folder, card):
 
 
 def _bake(base, out):
-    bake(str(base), out, edit=EDIT, behaviour=False)
+    bake(str(base), out, edit=EDIT, checks=Checks(behaviour=False))
     return json.loads((out / "kbne_edit.json").read_text())
 
 

@@ -15,7 +15,7 @@ from manifests import read_manifest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kbne_edit import Edit, bake, fold, revert, verify
+from kbne_edit import Checks, Edit, bake, fold, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError, EditError, OutputError
 from kbne_edit.files import parse_json
@@ -108,7 +108,7 @@ def test_an_index_beside_a_single_file_is_left_out(base, tmp_path):
     """Loaders that go by the index would look for files that are not there."""
     tiny_model("llama").save_pretrained(base)
     assert (base / INDEX).is_file() and (base / "model.safetensors").is_file()
-    bake(base, tmp_path / "out", edit=EDIT, behaviour=False)
+    bake(base, tmp_path / "out", edit=EDIT, checks=Checks(behaviour=False))
     assert not (tmp_path / "out" / INDEX).exists()
     left_out = read_manifest(tmp_path / "out")["left_out"]
     assert INDEX in left_out and len(left_out) == 1 + len(list(base.glob("model-*.safetensors")))
@@ -138,7 +138,7 @@ def test_neither_keys_nor_clutter_are_carried_over(base, tmp_path):
     for name in PRIVATE + CARRIED:
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text("{}")
-    bake(base, tmp_path / "out", edit=EDIT, behaviour=False)
+    bake(base, tmp_path / "out", edit=EDIT, checks=Checks(behaviour=False))
     held = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert not held & set(PRIVATE) and held >= set(CARRIED)
     assert verify(base, tmp_path / "out", behaviour=False).ok
@@ -150,7 +150,7 @@ def test_other_formats_are_named(base, tmp_path):
     for name in ("pytorch_model.bin", "model.gguf", "extra/weights.npz", "onnx/model.onnx"):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_bytes(b"x")
-    bake(base, tmp_path / "out", edit=EDIT, behaviour=False)
+    bake(base, tmp_path / "out", edit=EDIT, checks=Checks(behaviour=False))
     expected = ["extra/weights.npz", "model.gguf", "onnx/model.onnx", "pytorch_model.bin"]
     assert sorted(read_manifest(tmp_path / "out")["left_out"]) == expected
     assert sorted(revert(tmp_path / "out", tmp_path / "again").left_out) == expected

@@ -17,7 +17,7 @@ from printed import parsed
 from safetensors.torch import load_file, save_file
 
 from hub import card_faults
-from kbne_edit import Edit, Rule, bake, fold, load_scores, locate, select
+from kbne_edit import Edit, Output, Rule, bake, fold, load_scores, locate, select
 from kbne_edit.commands import options
 from kbne_edit.errors import ScoresError
 from kbne_edit.locating import Settings
@@ -147,7 +147,7 @@ def test_help_does_not_import_torch():
 
 def test_scores_of_other_settings_are_kept_and_found_again(tmp_path, capsys, shown):
     def run(**settings):
-        bake("demo", tmp_path / "out", Settings(questions=9, **settings), dry_run=True)
+        bake("demo", tmp_path / "out", Settings(questions=9, **settings), output=Output(dry_run=True))
         return (tmp_path / "out.work" / "scores.safetensors").read_bytes()
 
     first = run()

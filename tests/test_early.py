@@ -11,13 +11,13 @@ from click.testing import CliRunner
 from command import run_command
 from printed import parsed
 
-from kbne_edit import bake, fold
+from kbne_edit import Checks, Output, bake, fold
 from kbne_edit.commands import cli
 from kbne_edit.commands.findings import doubts
 from kbne_edit.edit import Edit
 from kbne_edit.errors import InputError
 from kbne_edit.hub import source
-from kbne_edit.locating import Doubt, Settings
+from kbne_edit.settings import Doubt, Settings
 from mutants import DEMO
 
 REFUSED = [
@@ -132,7 +132,7 @@ def test_a_selection_that_is_not_specific_is_said_before_the_fold(tmp_path, capl
     caplog.set_level("INFO", "kbne_edit")
     told = []
     settings = Settings(questions=9)
-    bake("demo", tmp_path / "out", settings, dry_run=True, doubtful=told.append)
+    bake("demo", tmp_path / "out", settings, output=Output(dry_run=True), checks=Checks(doubtful=told.append))
     assert [doubt.part for doubt in told] == ["specific"] and not (tmp_path / "out").exists()
     assert any(line.startswith("selected: ") for line in caplog.messages)
 

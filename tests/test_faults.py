@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import faults
 import mutants
-from kbne_edit import Edit, bake, fold, locate, verify
+from kbne_edit import Checks, Edit, Output, bake, fold, locate, verify
 from kbne_edit.disk.dtypes import DTYPES, from_float, storage
 from kbne_edit.disk.publishing import staged
 from kbne_edit.errors import OutputError
@@ -80,13 +80,28 @@ def _jobs(inputs):
             lambda f: locate(str(inputs), f / "scores.safetensors", Settings(recipe="demo", questions=9)),
             lambda f: None,
         ),
-        "bake": (lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False, measure=False), lambda f: None),
+        "bake": (
+            lambda f: bake(str(inputs), f / "out", edit=FIRST, checks=Checks(behaviour=False, measure=False)),
+            lambda f: None,
+        ),
         "resharded": (
-            lambda f: bake(str(inputs), f / "out", edit=FIRST, behaviour=False, measure=False, shard_size="200KB"),
+            lambda f: bake(
+                str(inputs),
+                f / "out",
+                edit=FIRST,
+                checks=Checks(behaviour=False, measure=False),
+                output=Output(shard_size="200KB"),
+            ),
             lambda f: None,
         ),
         "overwrite": (
-            lambda f: bake(str(inputs), f / "out", edit=SECOND, behaviour=False, measure=False, overwrite=True),
+            lambda f: bake(
+                str(inputs),
+                f / "out",
+                edit=SECOND,
+                checks=Checks(behaviour=False, measure=False),
+                output=Output(overwrite=True),
+            ),
             old,
         ),
     }

@@ -9,7 +9,7 @@ import torch
 from forgery import FILES, forge_field, forge_file, paths
 from manifests import read_manifest, sha256, write_manifest
 
-from kbne_edit import Edit, KbneError, bake, fold, push, verify
+from kbne_edit import Checks, Edit, KbneError, Output, bake, fold, push, verify
 from kbne_edit.disk.manifest import FileRecord, Manifest
 from kbne_edit.errors import CheckpointError, ProofError
 from kbne_edit.hub.licences import metadata_in
@@ -27,7 +27,13 @@ def cut_anew(tmp_path_factory):
     tiny_model("llama", torch.bfloat16).save_pretrained(folder / "base", max_shard_size="40KB")
     (folder / "base" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
     (folder / "base" / "pytorch_model.bin").write_bytes(b"left out")
-    bake(folder / "base", folder / "out", edit=EDIT, shard_size="25KB", behaviour=False, measure=False)
+    bake(
+        folder / "base",
+        folder / "out",
+        edit=EDIT,
+        output=Output(shard_size="25KB"),
+        checks=Checks(behaviour=False, measure=False),
+    )
     return folder / "base", folder / "out"
 
 
@@ -150,7 +156,7 @@ def test_neither_pushed_nor_reported_with_a_foreign_file(name, debiased, tmp_pat
 @pytest.mark.parametrize("form", ["delta", "peft"])
 def test_push_reads_an_edit_alone_back_again(form, cut_anew, tmp_path):
     base, _ = cut_anew
-    bake(base, tmp_path / "out", edit=EDIT, form=form, measure=False)
+    bake(base, tmp_path / "out", edit=EDIT, output=Output(form=form), checks=Checks(measure=False))
     assert push(tmp_path / "out", "org/other", source=base, dry_run=True).proven
     manifest = read_manifest(tmp_path / "out")
     manifest["edit"]["factors"]["0"]["3"] = 4.0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hub import card_faults
-from kbne_edit import Edit, apply, applying, bake, hooked, revert, verify
+from kbne_edit import Checks, Edit, Output, apply, applying, bake, hooked, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError, EditError, FamilyError, KbneError, OutputError, ProofError
 from kbne_edit.folding.adapter import read_adapter
@@ -59,8 +59,8 @@ def base(tmp_path):
 def test_peft_loads_and_merges_the_adapter(name, site, dtype, factor, tmp_path, recwarn):
     tiny_model(name, dtype).save_pretrained(tmp_path / "base")
     edit = _edit(factor, site)
-    bake(tmp_path / "base", tmp_path / "adapter", edit=edit, form="peft")
-    bake(tmp_path / "base", tmp_path / "baked", edit=edit, behaviour=False)
+    bake(tmp_path / "base", tmp_path / "adapter", edit=edit, output=Output(form="peft"))
+    bake(tmp_path / "base", tmp_path / "baked", edit=edit, checks=Checks(behaviour=False))
     model = _load(name, tmp_path / "base", dtype)
     plain = _logits(model)
     with hooked(model, edit):
@@ -142,7 +142,7 @@ def test_an_adapter_that_scales_nothing_is_refused(base, tmp_path):
 
 def test_half_of_a_packed_projection_is_no_gate(tmp_path):
     tiny_model("phi3").save_pretrained(tmp_path / "base")
-    bake(tmp_path / "base", tmp_path / "adapter", edit=_edit(2.0, "gate"), form="peft")
+    bake(tmp_path / "base", tmp_path / "adapter", edit=_edit(2.0, "gate"), output=Output(form="peft"))
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     vectors = load_file(path)
     next(iter(vectors.values()))[48] = 2  # the first row of the up half
@@ -154,12 +154,12 @@ def test_half_of_a_packed_projection_is_no_gate(tmp_path):
 def test_experts_have_no_ia3(tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path / "base")
     with pytest.raises(FamilyError, match="mixture of experts"):
-        bake(tmp_path / "base", tmp_path / "adapter", edit=_edit(2.0), form="peft")
+        bake(tmp_path / "base", tmp_path / "adapter", edit=_edit(2.0), output=Output(form="peft"))
     assert not (tmp_path / "adapter").exists()
 
 
 def test_an_adapter_knows_its_base(base, tmp_path):
-    bake(base, tmp_path / "adapter", edit=_edit(2.0), form="peft")
+    bake(base, tmp_path / "adapter", edit=_edit(2.0), output=Output(form="peft"))
     tiny_model("llama-tied", torch.bfloat16).save_pretrained(tmp_path / "other")
     with pytest.raises(EditError, match="another model"):
         bake(tmp_path / "other", tmp_path / "out", edit=tmp_path / "adapter")
@@ -189,8 +189,8 @@ def _bytes(folder, pattern="*"):
 def test_a_delta_gives_what_bake_writes(name, site, factor, tmp_path):
     tiny_model(name, torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="20KB")
     base, edit = tmp_path / "base", _edit(factor, site)
-    bake(base, tmp_path / "baked", edit=edit, behaviour=False)
-    bake(base, tmp_path / "delta", edit=edit, form="delta")
+    bake(base, tmp_path / "baked", edit=edit, checks=Checks(behaviour=False))
+    bake(base, tmp_path / "delta", edit=edit, output=Output(form="delta"))
     report = apply(tmp_path / "delta", base, tmp_path / "applied")
     assert (
         report.ok
@@ -206,21 +206,21 @@ def test_a_delta_gives_what_bake_writes(name, site, factor, tmp_path):
 
 def test_what_is_applied_is_what_a_bake_leaves(base, tmp_path):
     """Manifest, card and proofs are as of a bake to which the edit was given, so all that takes one takes the other."""
-    bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
+    bake(base, tmp_path / "delta", edit=_edit(2.0), output=Output(form="delta"))
     bake(base, tmp_path / "baked", edit=_edit(2.0))
     apply(tmp_path / "delta", base, tmp_path / "applied")
     assert _bytes(tmp_path / "applied") == _bytes(tmp_path / "baked")
 
 
 def test_a_second_proof_that_fails_leaves_nothing(base, tmp_path, monkeypatch):
-    bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
+    bake(base, tmp_path / "delta", edit=_edit(2.0), output=Output(form="delta"))
     monkeypatch.setattr(
         applying, "behaviour_proof", lambda *_: (BehaviourProof("float32", "whole model", False, False, 1.0, 0.0, 3),)
     )
     with pytest.raises(ProofError, match="second proof failed"):
         apply(tmp_path / "delta", base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert apply(tmp_path / "delta", base, tmp_path / "out", behaviour=False).proofs.behaviour is None
+    assert apply(tmp_path / "delta", base, tmp_path / "out", checks=Checks(behaviour=False)).proofs.behaviour is None
 
 
 @pytest.mark.parametrize("form", ["peft", "delta"])
@@ -228,7 +228,7 @@ def test_an_edit_alone_says_what_it_is(form, base, tmp_path):
     """The same bytes wherever it is made; the hashes of its files; a card with the licence of the base."""
     (base / "README.md").write_text("---\nlicense: llama3.2\ntags: [chat]\n---\n")
     for out in ("one", "two"):
-        bake(base, tmp_path / out, edit=_edit(3.5), form=form)
+        bake(base, tmp_path / out, edit=_edit(3.5), output=Output(form=form))
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
     manifest = read_manifest(tmp_path / "one")
     assert is_sealed(tmp_path / "one", manifest) and Edit.from_dict(manifest["edit"]).factors == _edit(3.5).factors
@@ -244,15 +244,15 @@ def test_an_edit_alone_says_what_it_is(form, base, tmp_path):
 
 def test_the_columns_of_a_delta_are_the_edited_weights(base, tmp_path):
     """Anyone can put them in by hand: they are plain tensors."""
-    bake(base, tmp_path / "baked", edit=_edit(3.5), behaviour=False)
-    bake(base, tmp_path / "delta", edit=_edit(3.5), form="delta")
+    bake(base, tmp_path / "baked", edit=_edit(3.5), checks=Checks(behaviour=False))
+    bake(base, tmp_path / "delta", edit=_edit(3.5), output=Output(form="delta"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "baked").state_dict()
     for name, columns in load_file(tmp_path / "delta" / "kbne_delta.kbne").items():
         assert torch.equal(columns, model[name.removeprefix("kbne.weight.")][:, list(NEURONS[int(name.split(".")[4])])])
 
 
 def test_a_delta_is_refused_for_another_base(base, tmp_path):
-    bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
+    bake(base, tmp_path / "delta", edit=_edit(2.0), output=Output(form="delta"))
     tiny_model("qwen2", torch.bfloat16).save_pretrained(tmp_path / "other")
     with pytest.raises(EditError, match="another model"):
         apply(tmp_path / "delta", tmp_path / "other", tmp_path / "out")
@@ -261,11 +261,11 @@ def test_a_delta_is_refused_for_another_base(base, tmp_path):
 
 def test_a_delta_is_applied_to_its_base_in_other_files(base, tmp_path):
     """The tensors count, not how they are cut; one value that differs is another base."""
-    bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta", measure=False)
-    bake(base, tmp_path / "baked", edit=_edit(2.0), behaviour=False, measure=False)
+    bake(base, tmp_path / "delta", edit=_edit(2.0), output=Output(form="delta"), checks=Checks(measure=False))
+    bake(base, tmp_path / "baked", edit=_edit(2.0), checks=Checks(behaviour=False, measure=False))
     tiny_model("llama", torch.bfloat16).save_pretrained(tmp_path / "other")
     assert len(list((tmp_path / "other").glob("*.safetensors"))) == 1 < len(list(base.glob("*.safetensors")))
-    apply(tmp_path / "delta", tmp_path / "other", tmp_path / "out", behaviour=False, measure=False)
+    apply(tmp_path / "delta", tmp_path / "other", tmp_path / "out", checks=Checks(behaviour=False, measure=False))
     merged = {k: v for path in (tmp_path / "baked").glob("*.safetensors") for k, v in load_file(path).items()}
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert got.keys() == merged.keys() and all(torch.equal(got[name], merged[name]) for name in got)
@@ -274,7 +274,7 @@ def test_a_delta_is_applied_to_its_base_in_other_files(base, tmp_path):
     state["model.embed_tokens.weight"].view(-1)[0] += 1  # outside the sample of the fingerprint
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(EditError, match="other weights.*apply it to 'base' as published"):
-        apply(tmp_path / "delta", tmp_path / "other", tmp_path / "new", behaviour=False, measure=False)
+        apply(tmp_path / "delta", tmp_path / "other", tmp_path / "new", checks=Checks(behaviour=False, measure=False))
 
 
 def _spoil(delta, change):
@@ -292,7 +292,7 @@ def test_a_base_that_differs_where_no_sample_is_taken(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors") | {"extra": torch.zeros(64, 48)}
     save_file(weights, tmp_path / "base" / "model.safetensors")
-    bake(tmp_path / "base", tmp_path / "delta", edit=_edit(2.0), form="delta")
+    bake(tmp_path / "base", tmp_path / "delta", edit=_edit(2.0), output=Output(form="delta"))
     weights["extra"][0, 0] = 1
     save_file(weights, tmp_path / "base" / "model.safetensors")
     with pytest.raises(EditError, match="SHA-256 differs"):
@@ -312,7 +312,7 @@ def test_a_delta_that_was_tampered_with_proves_nothing(base, tmp_path):
             entry["out"] = entry["in"]
 
     for change in (value, factor, promise):
-        bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta", overwrite=True)
+        bake(base, tmp_path / "delta", edit=_edit(2.0), output=Output(form="delta", overwrite=True))
         _spoil(tmp_path / "delta", change)
         with pytest.raises(ProofError, match="first proof failed"):
             apply(tmp_path / "delta", base, tmp_path / "out")
@@ -322,9 +322,9 @@ def test_a_delta_that_was_tampered_with_proves_nothing(base, tmp_path):
 def test_damaged_deltas_and_adapters_never_pass(base, tmp_path):
     """Bytes changed anywhere: an error of the tool's own, or (in what is not read) the same weights."""
     rng = random.Random(0)
-    bake(base, tmp_path / "baked", edit=_edit(2.0), behaviour=False)
-    bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
-    bake(base, tmp_path / "adapter", edit=_edit(2.0), form="peft")
+    bake(base, tmp_path / "baked", edit=_edit(2.0), checks=Checks(behaviour=False))
+    bake(base, tmp_path / "delta", edit=_edit(2.0), output=Output(form="delta"))
+    bake(base, tmp_path / "adapter", edit=_edit(2.0), output=Output(form="peft"))
     weights, refused = _bytes(tmp_path / "baked", "*.safetensors*"), 0
     for name in ["delta/kbne_delta.kbne", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]:
         sound = (tmp_path / name).read_bytes()
@@ -334,7 +334,13 @@ def test_damaged_deltas_and_adapters_never_pass(base, tmp_path):
             (tmp_path / name).write_bytes(data[: rng.choice([len(data), len(data), rng.randrange(len(data))])])
             try:
                 if name.startswith("delta"):
-                    apply(tmp_path / "delta", base, tmp_path / "out", behaviour=False, overwrite=True)
+                    apply(
+                        tmp_path / "delta",
+                        base,
+                        tmp_path / "out",
+                        checks=Checks(behaviour=False),
+                        output=Output(overwrite=True),
+                    )
                     assert _bytes(tmp_path / "out", "*.safetensors*") == weights
                 else:
                     read_adapter(tmp_path / "adapter", Checkpoint.open(base))
@@ -360,10 +366,10 @@ def test_a_checkpoint_is_no_delta(base, tmp_path):
 
 
 def test_overwrite_replaces_a_delta_and_nothing_else(base, tmp_path):
-    bake(base, tmp_path / "delta", edit=_edit(2.0), form="delta")
+    bake(base, tmp_path / "delta", edit=_edit(2.0), output=Output(form="delta"))
     with pytest.raises(OutputError, match="exists"):
-        bake(base, tmp_path / "delta", edit=_edit(2.0), form="peft")
-    bake(base, tmp_path / "delta", edit=_edit(2.0), form="peft", overwrite=True)
+        bake(base, tmp_path / "delta", edit=_edit(2.0), output=Output(form="peft"))
+    bake(base, tmp_path / "delta", edit=_edit(2.0), output=Output(form="peft", overwrite=True))
     assert set(_bytes(tmp_path / "delta")) == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -373,7 +379,7 @@ def test_overwrite_replaces_a_delta_and_nothing_else(base, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(OutputError, match="replaces nothing else"):
-        bake(base, tmp_path / "mine", edit=_edit(2.0), form="delta", overwrite=True)
+        bake(base, tmp_path / "mine", edit=_edit(2.0), output=Output(form="delta", overwrite=True))
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kbne_edit import Edit, bake, fold, verify
+from kbne_edit import Checks, Edit, bake, fold, verify
 from kbne_edit.architectures import INFERRED as READ_OFF
 from kbne_edit.architectures import NOT_CAUSAL, REASONS
 from kbne_edit.errors import FamilyError
@@ -90,6 +90,6 @@ def test_bake_says_what_was_inferred(tmp_path, caplog):
     caplog.set_level("INFO", "kbne_edit")
     tiny_model("biogpt").save_pretrained(tmp_path / "base")
     edit = Edit("down", {0: {3: 2.0}, 2: {17: 2.0}})
-    result = bake(str(tmp_path / "base"), tmp_path / "out", edit=edit, measure=False)
+    result = bake(str(tmp_path / "base"), tmp_path / "out", edit=edit, checks=Checks(measure=False))
     assert result.proofs.both_held and all(proof.bit_equal for proof in result.proofs.behaviour)
     assert any("'biogpt' is not in the table of architectures" in line for line in caplog.messages)

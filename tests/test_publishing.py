@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kbne_edit import Edit, bake, fold, revert
+from kbne_edit import Checks, Edit, Output, bake, fold, revert
 from kbne_edit.attribution.scores import ScoresWriter
 from kbne_edit.commands import main
 from kbne_edit.disk import publishing
@@ -86,7 +86,9 @@ def test_a_private_base_gets_no_public_copy(size, base, tmp_path):
     base.chmod(0o700)
     (base / "model.safetensors").chmod(0o600)
     (base / "config.json").chmod(0o640)
-    bake(base, tmp_path / "out", edit=EDIT, behaviour=False, shard_size=size, measure=False)
+    bake(
+        base, tmp_path / "out", edit=EDIT, checks=Checks(behaviour=False, measure=False), output=Output(shard_size=size)
+    )
     assert _mode(tmp_path / "out") == 0o700
     assert {_mode(path) for path in (tmp_path / "out").glob("*.safetensors")} == {0o600}
     assert _mode(tmp_path / "out" / "config.json") == 0o640
@@ -149,13 +151,19 @@ def test_a_file_is_made_anew_and_no_link_is_followed(tmp_path):
 def test_the_working_directory_is_filled(base, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    bake(base, ".", edit=EDIT, behaviour=False, measure=False)
+    bake(base, ".", edit=EDIT, checks=Checks(behaviour=False, measure=False))
     names = {path.name for path in Path.cwd().iterdir()}
     assert {"config.json", "model.safetensors", "kbne_edit.json", "kbne_undo.kbne", "README.md"} <= names
     assert ".kbne-partial" not in names and os.path.samefile(tmp_path / "here", Path.cwd())
     with pytest.raises(OutputError, match="exists"):
-        bake(base, ".", edit=EDIT, behaviour=False, measure=False)
-    bake(base, ".", edit=EDIT.with_factor(4.0), behaviour=False, measure=False, overwrite=True)
+        bake(base, ".", edit=EDIT, checks=Checks(behaviour=False, measure=False))
+    bake(
+        base,
+        ".",
+        edit=EDIT.with_factor(4.0),
+        checks=Checks(behaviour=False, measure=False),
+        output=Output(overwrite=True),
+    )
     assert "4.0" in Path("kbne_edit.json").read_text()
     revert(".", tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantised
-from kbne_edit import Settings, apply, bake, fold, load_scores, locate, revert, verify
+from kbne_edit import Checks, Output, Settings, apply, bake, fold, load_scores, locate, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.edit import Edit
 from kbne_edit.errors import EditError, FamilyError, InputError
@@ -243,7 +243,11 @@ def test_what_would_saturate_is_refused_by_name(checkpoints, tmp_path):
     with pytest.raises(EditError):  # nothing is left
         Plan.of(checkpoint, Edit("down", {0: {loud: 2.0}}), inexact="skip")
     result = bake(
-        str(base), tmp_path / "out", edit=Edit("down", {0: {loud: 2.0, calm: 0.5}}), measure=False, skip_inexact=True
+        str(base),
+        tmp_path / "out",
+        edit=Edit("down", {0: {loud: 2.0, calm: 0.5}}),
+        checks=Checks(measure=False),
+        output=Output(skip_inexact=True),
     )
     assert result.edit.factors == {0: {calm: 0.5}} and result.proofs.both_held
 
@@ -262,10 +266,10 @@ def test_static_activations(scale, tmp_path):
     assert codes.min() <= 224
     if scale < 0.1:
         with pytest.raises(EditError, match=rf"static scale, and 1 neurons .*: 0\.{int(codes.argmin())} "):
-            bake(str(base), tmp_path / "out", edit=edit, measure=False)
+            bake(str(base), tmp_path / "out", edit=edit, checks=Checks(measure=False))
         assert not (tmp_path / "out").exists()
         edit = edit.with_factor(0.5)  # takes nothing out of the range
-    assert bake(str(base), tmp_path / "out", edit=edit, measure=False).proofs.both_held
+    assert bake(str(base), tmp_path / "out", edit=edit, checks=Checks(measure=False)).proofs.both_held
 
 
 def test_scales_of_nvfp4(checkpoints, tmp_path):
@@ -374,8 +378,8 @@ def test_there_and_back(kind, checkpoints, tmp_path):
     assert verify(base, tmp_path / "out", behaviour=False).ok
     revert(tmp_path / "out", tmp_path / "back")
     assert filecmp.cmp(base / weights, tmp_path / "back" / weights, shallow=False)
-    bake(str(base), tmp_path / "delta", edit=edit, form="delta", measure=False)
-    apply(tmp_path / "delta", base, tmp_path / "applied", behaviour=False)
+    bake(str(base), tmp_path / "delta", edit=edit, output=Output(form="delta"), checks=Checks(measure=False))
+    apply(tmp_path / "delta", base, tmp_path / "applied", checks=Checks(behaviour=False))
     assert filecmp.cmp(tmp_path / "out" / weights, tmp_path / "applied" / weights, shallow=False)
     data = bytearray((tmp_path / "out" / weights).read_bytes())
     data[-40] ^= 1
@@ -513,7 +517,7 @@ def test_gguf(kind, checkpoints, tmp_path):
     """From a file to a directory with the same file but for some scales, by transformers' own reader of GGUF."""
     pytest.importorskip("gguf")
     base, edit = checkpoints(f"gguf/{kind}"), edit_of(2.0)
-    result = bake(str(base / "model.gguf"), tmp_path / "out", edit=edit, measure=False)
+    result = bake(str(base / "model.gguf"), tmp_path / "out", edit=edit, checks=Checks(measure=False))
     assert result.proofs.both_held and all(proof.bit_equal for proof in result.proofs.behaviour)
     model = by_library(base, torch.float32, gguf_file="model.gguf")
     wanted = logits(model, edit.factors)

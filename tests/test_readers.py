@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kbne_edit import Edit, apply, bake, push, revert, verify
+from kbne_edit import Checks, Edit, Output, apply, bake, push, revert, verify
 from kbne_edit.reporting import contents
 from tiny import tiny_model
 
@@ -80,7 +80,7 @@ def made(request, tmp_path_factory):
     shards, size = LAYOUTS[request.param]
     folder = tmp_path_factory.mktemp("readers")
     tiny_model("llama", torch.bfloat16).save_pretrained(folder / "base", max_shard_size=shards or "5GB")
-    bake(folder / "base", folder / "out", edit=EDIT, shard_size=size)
+    bake(folder / "base", folder / "out", edit=EDIT, output=Output(shard_size=size))
     return folder / "base", folder / "out"
 
 
@@ -99,7 +99,7 @@ def test_a_loader_that_globs_reads_the_edited_model(loader, made):
 
 def test_no_file_but_a_shard_ends_like_weights(made):
     base, out = made
-    bake(base, out.parent / "delta", edit=EDIT, form="delta", overwrite=True)
+    bake(base, out.parent / "delta", edit=EDIT, output=Output(form="delta", overwrite=True))
     shards = (
         {*json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].values()}
         if (out / "model.safetensors.index.json").is_file()
@@ -117,8 +117,8 @@ def _names(path):
 def test_no_tensor_name_stands_in_two_files(made):
     """Not even in files that end otherwise, for loaders that look into all of them."""
     base, out = made
-    bake(base, out.parent / "delta", edit=EDIT, form="delta", overwrite=True)
-    bake(base, out.parent / "adapter", edit=EDIT, form="peft", overwrite=True)
+    bake(base, out.parent / "delta", edit=EDIT, output=Output(form="delta", overwrite=True))
+    bake(base, out.parent / "adapter", edit=EDIT, output=Output(form="peft", overwrite=True))
     adapter, delta = (out.parent / "adapter").glob("*.safetensors"), (out.parent / "delta").glob("*.kbne")
     for files in ([*_globbed(out), *out.glob("*.kbne"), *adapter], [*_globbed(out), *delta]):
         names = [name for path in files for name in _names(path)]
@@ -177,11 +177,11 @@ def test_an_earlier_output_is_proven_reverted_reported_and_pushed(made, tmp_path
 
 def test_an_earlier_delta_is_applied(made, tmp_path):
     base, _ = made
-    bake(base, tmp_path / "delta", edit=EDIT, form="delta")
-    bake(base, tmp_path / "baked", edit=EDIT, behaviour=False)
+    bake(base, tmp_path / "delta", edit=EDIT, output=Output(form="delta"))
+    bake(base, tmp_path / "baked", edit=EDIT, checks=Checks(behaviour=False))
     _as_before(tmp_path / "delta", "kbne_delta.kbne")
     for given in (tmp_path / "delta", tmp_path / "delta" / "kbne_delta.safetensors"):
-        apply(given, base, tmp_path / "out", behaviour=False, overwrite=True)
+        apply(given, base, tmp_path / "out", checks=Checks(behaviour=False), output=Output(overwrite=True))
         for path in _globbed(tmp_path / "baked"):
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
@@ -204,7 +204,13 @@ def served(request, tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "base" / name).write_bytes((DEMO / name).read_bytes())
     edit = Edit("down", {0: {3: 2.0}, 1: {7: 4.0}, 3: {100: 0.5}})
-    bake(folder / "base", folder / "out", edit=edit, shard_size=size, behaviour=False, measure=False)
+    bake(
+        folder / "base",
+        folder / "out",
+        edit=edit,
+        output=Output(shard_size=size),
+        checks=Checks(behaviour=False, measure=False),
+    )
     return folder / "out"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from kbne_edit import Edit, bake, load_recipe
+from kbne_edit import Checks, Edit, bake, load_recipe
 from kbne_edit.errors import InputError, OutputError, RecipeError
 from kbne_edit.locating import Settings
 from kbne_edit.recipe import Recipe, new_recipe, recipe_names
@@ -169,7 +169,13 @@ UNWANTED = """probes:
 
 def test_the_card_names_what_is_to_be_avoided(tmp_path):
     path = _demo_with(tmp_path, UNWANTED)
-    result = bake("demo", tmp_path / "out", Settings(recipe=path), edit=Edit("down", {1: {5: 2.0}}), behaviour=False)
+    result = bake(
+        "demo",
+        tmp_path / "out",
+        Settings(recipe=path),
+        edit=Edit("down", {1: {5: 2.0}}),
+        checks=Checks(behaviour=False),
+    )
     card, effect = (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), result.impact.effect
     assert "how much more probable the unwanted one is" in card and "stereotype" not in card
     assert effect.avoids and effect.change == effect.change_signed
@@ -186,7 +192,13 @@ def test_too_few_probes_are_no_measurement(tmp_path, caplog):
     assert binomtest(6, 6).pvalue < 0.05 < binomtest(5, 5).pvalue
     edit, few = Edit("down", {1: {5: 2.0}}), UNWANTED.rpartition("\n    -")[0] + "\n"
     with caplog.at_level("INFO", "kbne_edit"):
-        result = bake("demo", tmp_path / "out", Settings(recipe=_demo_with(tmp_path, few)), edit=edit, behaviour=False)
+        result = bake(
+            "demo",
+            tmp_path / "out",
+            Settings(recipe=_demo_with(tmp_path, few)),
+            edit=edit,
+            checks=Checks(behaviour=False),
+        )
     assert result.impact.effect is None and result.verdict.effect.state == "NOT MEASURED"
     assert "5 different twins cannot tell an effect from chance" in caplog.text
     assert "it was not measured" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import kbne_edit
-from kbne_edit import Controls, Edit, Measurement, bake, evaluate, verify
+from kbne_edit import Checks, Controls, Edit, Measurement, Output, bake, evaluate, verify
 from kbne_edit.commands import cli
 from kbne_edit.disk.manifest import Manifest
 from kbne_edit.errors import InputError
@@ -112,7 +112,7 @@ def test_a_later_evaluation_gives_no_evidence_that_the_first_one_lacked(measured
 
 @pytest.mark.parametrize("form", ["delta", "peft"])
 def test_an_adapter_and_a_delta_take_one(form, tmp_path):
-    bake("demo", tmp_path / form, edit=EDIT, form=form, measure=False)
+    bake("demo", tmp_path / form, edit=EDIT, output=Output(form=form), checks=Checks(measure=False))
     found = evaluate(
         "demo", baked=tmp_path / form, measurement=Measurement(tasks=["knowledge"], limit=4), controls=Controls(draws=1)
     )

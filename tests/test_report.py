@@ -16,7 +16,7 @@ from manifests import read_manifest, write_manifest
 from printed import parsed
 from safetensors.numpy import save_file
 
-from kbne_edit import Edit, bake, compare, fold, load_scores
+from kbne_edit import Checks, Edit, Output, bake, compare, fold, load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError, InputError
 from kbne_edit.evaluation.effect import Change as Pair
@@ -309,7 +309,7 @@ def test_an_unknown_file_is_a_fault(copy):
 def test_an_adapter_and_a_delta_have_a_report(form, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     edit = Edit("down", {1: {5: 2.0, 9: 2.0}, 2: {1: 4.0}})
-    bake(tmp_path / "base", tmp_path / "out", edit=edit, form=form, measure=False)
+    bake(tmp_path / "base", tmp_path / "out", edit=edit, output=Output(form=form), checks=Checks(measure=False))
     found = contents.report(tmp_path / "out")
     data = valid(found)
     assert (found.form, data["model"]["layers"], data["edit"]["neurons"]) == (form, None, 3)

@@ -15,7 +15,7 @@ from manifests import read_manifest, write_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kbne_edit import Edit, apply, bake, fold, push, revert, verify
+from kbne_edit import Checks, Edit, Output, apply, bake, fold, push, revert, verify
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError, EditError, InputError, KbneError, ProofError
 from kbne_edit.folding import rewrite
@@ -106,8 +106,8 @@ def test_in_many_small_chunks(base, tmp_path, monkeypatch):
 
 
 def test_another_process_computes_the_same_logits(base, tmp_path):
-    bake(str(base), tmp_path / "plain", edit=EDIT, behaviour=False)
-    bake(str(base), tmp_path / "out", edit=EDIT, shard_size="25KB")  # with both proofs
+    bake(str(base), tmp_path / "plain", edit=EDIT, checks=Checks(behaviour=False))
+    bake(str(base), tmp_path / "out", edit=EDIT, output=Output(shard_size="25KB"))  # with both proofs
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A;"
         "a, b = (A.from_pretrained(path).eval()(torch.arange(3, 40)[None]).logits for path in sys.argv[1:]);"
@@ -206,7 +206,7 @@ def test_what_is_no_size(size, base, tmp_path):
 @pytest.mark.parametrize("form", ["peft", "delta"])
 def test_other_forms_have_no_shards(form, base, tmp_path):
     with pytest.raises(InputError, match="--shard-size"):
-        bake(str(base), tmp_path / "out", edit=EDIT, form=form, shard_size="5GB")
+        bake(str(base), tmp_path / "out", edit=EDIT, output=Output(form=form, shard_size="5GB"))
 
 
 # ----------------------------------------------------------------------------------------------- what must be noticed
@@ -319,9 +319,9 @@ def _replace(path, name, content):
 
 
 def test_apply(base, tmp_path):
-    bake(str(base), tmp_path / "delta", edit=EDIT, form="delta")
-    bake(str(base), tmp_path / "baked", edit=EDIT, shard_size="25KB", behaviour=False)
-    assert apply(tmp_path / "delta", base, tmp_path / "out", shard_size="25KB").ok
+    bake(str(base), tmp_path / "delta", edit=EDIT, output=Output(form="delta"))
+    bake(str(base), tmp_path / "baked", edit=EDIT, output=Output(shard_size="25KB"), checks=Checks(behaviour=False))
+    assert apply(tmp_path / "delta", base, tmp_path / "out", output=Output(shard_size="25KB")).ok
     assert {n: d for n, d in _files(tmp_path / "out").items() if n.startswith("model")} == {
         n: d for n, d in _files(tmp_path / "baked").items() if n.startswith("model")
     }
@@ -331,7 +331,7 @@ def test_apply(base, tmp_path):
 
 
 def test_apply_still_compares_with_what_the_delta_promises(base, tmp_path):
-    bake(str(base), tmp_path / "delta", edit=EDIT, form="delta")
+    bake(str(base), tmp_path / "delta", edit=EDIT, output=Output(form="delta"))
     path = tmp_path / "delta" / "kbne_delta.kbne"
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["kbne"])
@@ -340,19 +340,19 @@ def test_apply_still_compares_with_what_the_delta_promises(base, tmp_path):
         entry["out"] = entry["in"]
     save_file(load_file(path), path, metadata={"kbne": json.dumps(promise)})
     with pytest.raises(ProofError, match="promises"):
-        apply(tmp_path / "delta", base, tmp_path / "out", shard_size="25KB")
+        apply(tmp_path / "delta", base, tmp_path / "out", output=Output(shard_size="25KB"))
     for entry in (*about["files"].values(), about["weights"]):
         entry["in"] = entry["out"]
     save_file(load_file(path), path, metadata={"kbne": json.dumps(about)})
     with pytest.raises(EditError, match="SHA-256 differs"):
-        apply(tmp_path / "delta", base, tmp_path / "out", shard_size="25KB")
+        apply(tmp_path / "delta", base, tmp_path / "out", output=Output(shard_size="25KB"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
 def proven(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("proven") / "out"
-    bake(str(base), folder, edit=EDIT, shard_size="25KB")
+    bake(str(base), folder, edit=EDIT, output=Output(shard_size="25KB"))
     return folder
 
 

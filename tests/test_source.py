@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kbne_edit import Edit, bake, fold, revert, verify
+from kbne_edit import Checks, Edit, Output, bake, fold, revert, verify
 from kbne_edit.errors import CheckpointError, SourceError
 from kbne_edit.hub.source import DEMO, resolved
 from tiny import tiny_model
@@ -92,7 +92,7 @@ def _clone(base, secret):
 @pytest.mark.parametrize("link", [_absolute, _relative, _two_steps, _configuration, _clone])
 def test_a_private_file_is_not_carried_over(link, base, secret, tmp_path):
     link(base, secret)
-    for write in (fold, lambda *args: bake(str(args[0]), args[2], edit=args[1], behaviour=False)):
+    for write in (fold, lambda *args: bake(str(args[0]), args[2], edit=args[1], checks=Checks(behaviour=False))):
         with pytest.raises(CheckpointError, match="a link to .*, which is outside") as error:
             write(base, EDIT, tmp_path / "out")
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
@@ -105,7 +105,7 @@ def test_it_is_said_before_the_questions_are_asked(secret, tmp_path):
     with pytest.raises(CheckpointError, match="which is outside"):
         bake(str(tmp_path / "base"), tmp_path / "out")
     assert not (tmp_path / "out.work").exists()
-    bake(str(tmp_path / "base"), tmp_path / "delta", edit=EDIT, form="delta")  # copies nothing
+    bake(str(tmp_path / "base"), tmp_path / "delta", edit=EDIT, output=Output(form="delta"))  # copies nothing
     assert b"hunter2" not in b"".join(_files(tmp_path / "delta").values())
 
 
@@ -113,11 +113,11 @@ def test_nor_through_the_conversion_of_bin_weights(base, secret, tmp_path):
     torch.save({k: v for p in base.glob("*.safetensors") for k, v in load_file(p).items()}, base / "pytorch_model.bin")
     for path in base.glob("model*"):
         path.unlink()
-    bake(str(base), tmp_path / "first", edit=EDIT, behaviour=False)
+    bake(str(base), tmp_path / "first", edit=EDIT, checks=Checks(behaviour=False))
     assert (tmp_path / "first" / "extra" / "notes.txt").is_file()
     _absolute(base, secret)
     with pytest.raises(CheckpointError, match="which is outside"):
-        bake(str(base), tmp_path / "out", edit=EDIT, behaviour=False)
+        bake(str(base), tmp_path / "out", edit=EDIT, checks=Checks(behaviour=False))
 
 
 def _linked_shards(base, tmp_path):

@@ -25,7 +25,19 @@ from printed import parsed
 
 import bench_data
 from bench_data import avoiding
-from kbne_edit import Criteria, Edit, Measurement, Search, bake, hooked, load_recipe, load_scores, locate, select
+from kbne_edit import (
+    Checks,
+    Criteria,
+    Edit,
+    Measurement,
+    Search,
+    bake,
+    hooked,
+    load_recipe,
+    load_scores,
+    locate,
+    select,
+)
 from kbne_edit import tune as public_tune
 from kbne_edit.attribution.scores import Scores
 from kbne_edit.commands import cli
@@ -1029,7 +1041,12 @@ def baked(tuned, scores, tmp_path_factory):
     folder = tmp_path_factory.mktemp("baked")
     shutil.copytree(tuned[0], folder / "debiased.work")
     shutil.copyfile(scores, folder / "debiased.work" / "scores.safetensors")
-    bake("demo", folder / "debiased", edit=folder / "debiased.work" / "edit.json", behaviour=False, measure=False)
+    bake(
+        "demo",
+        folder / "debiased",
+        edit=folder / "debiased.work" / "edit.json",
+        checks=Checks(behaviour=False, measure=False),
+    )
     return folder / "debiased"
 
 
@@ -1085,7 +1102,7 @@ def test_the_selection_by_dimension_is_repeated_from_the_record(scores, tmp_path
     edit = by_dimension(selection(loaded), {"clan": 2.0, "village": 1.0, "guild": 0.5})
     edit.save(tmp_path / "edit.json")
     assert set(edit.distinct_factors) == {0.5, 2.0} and edit.num_neurons < selection(loaded).edit.num_neurons
-    bake("demo", tmp_path / "out", edit=tmp_path / "edit.json", behaviour=False, measure=False)
+    bake("demo", tmp_path / "out", edit=tmp_path / "edit.json", checks=Checks(behaviour=False, measure=False))
     assert report_of(tmp_path / "out", scores).selection.reproduced is True
 
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from printed import parsed
 
-from kbne_edit import Edit, bake, load_recipe
+from kbne_edit import Edit, Output, bake, load_recipe
 from kbne_edit.commands import cli, main
 from kbne_edit.errors import InputError, RequirementError
 from kbne_edit.evaluation.cost import Answered, Balanced, Cost
@@ -196,7 +196,7 @@ def test_the_command_says_it_and_a_requirement_has_a_status(baked, tmp_path, mon
 
 @pytest.mark.parametrize("form", ["peft", "delta"])
 def test_other_forms_and_apply_are_measured_too(form, baked, tmp_path):
-    result = bake("demo", tmp_path / form, edit=EDIT, form=form)
+    result = bake("demo", tmp_path / form, edit=EDIT, output=Output(form=form))
     assert result.impact == baked[1].impact and result.verdict.proofs.state == "NOT MEASURED"
     assert result.verdict.effect == baked[1].verdict.effect
     if form == "delta":

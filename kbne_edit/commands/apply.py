@@ -25,17 +25,11 @@ def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_js
     """Put the edited columns of DELTA, written by `bake --as delta`, into a copy of its base, and prove the result."""
     from ..applying import apply
     from ..evaluation.verdict import next_command
+    from ..settings import Checks, Output
 
-    result = apply(
-        delta,
-        source,
-        out,
-        shard_size=given["shard_size"],
-        behaviour=given["behaviour"],
-        overwrite=given["overwrite"],
-        measure=given["measure"],
-        recipe=given["recipe"],
-    )
+    output = options.taken(Output, given)
+    checks = options.taken(Checks, given)
+    result = apply(delta, source, out, recipe=given["recipe"], output=output, checks=checks)
     keep_results(out)
     purpose, following = next_command(result.verdict, source, str(out))
     data = result.to_dict()

@@ -64,35 +64,23 @@ def command(
     The defaults follow the paper: 48 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
     """
     from ..baking import bake
-    from ..settings import Settings
+    from ..settings import Checks, Output, Settings
 
-    remaining = {name: given.pop(name) for name in _OWN}
+    edit: Path | None = given.pop("edit")
+    output = options.taken(Output, given)
+    checks = options.taken(Checks, given)
     if fitted:
-        remaining["edit"] = _fitted(source, out, remaining["edit"], remaining["work"])
-    result = bake(source, out, Settings(**given), **remaining)
+        edit = _fitted(source, out, edit, output.work)
+    result = bake(source, out, Settings(**given), edit=edit, output=output, checks=checks)
     if result:  # None in all but the first of several processes
         if not result.dry_run:
-            keep_results(result.out, remaining["work"])
+            keep_results(result.out, output.work)
         options.show(result.to_dict(), as_json, _lines(result, verbose))
         if not result.dry_run:
             result.verdict.require(require)
 
 
-_OWN = (
-    "edit",
-    "form",
-    "shard_size",
-    "skip_inexact",
-    "work",
-    "dry_run",
-    "overwrite",
-    "behaviour",
-    "measure",
-    "doubtful",
-)  # the rest says how to locate
-
-
-def _fitted(source: str, out: Path, edit: Path | None, work: Path | None) -> Path:
+def _fitted(source: str, out: Path, edit: Path | None, work: str | Path | None) -> Path:
     """An edit fitted with the defaults of `kbne-edit fit`, in the work folder, where its gradients are kept."""
     from ..errors import InputError
     from ..files import work_folder
@@ -100,7 +88,7 @@ def _fitted(source: str, out: Path, edit: Path | None, work: Path | None) -> Pat
 
     if edit:
         raise InputError("bake takes --fit or --edit, not both")
-    path = (work or work_folder(out)) / "fitted.json"
+    path = Path(work or work_folder(out)) / "fitted.json"
     fit(source, path)
     return path
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..evaluation.impact import Impact
     from ..evaluation.measures.quick import QuickMeasure
     from ..evaluation.verdict import Verdict
-    from ..locating import Doubt, Doubtful
+    from ..settings import Doubt, Doubtful
     from ..statistics import Interval
 
 Command = TypeVar("Command", bound=Callable)

@@ -16,7 +16,7 @@ def keep_run(path: Path) -> None:
     write_text(path, used())
 
 
-def keep_results(edited: Path, folder: Path | None = None, run: str = RUN) -> Path:
+def keep_results(edited: Path, folder: str | Path | None = None, run: str = RUN) -> Path:
     """Write options and results of the run that made (or evaluated) a directory. Returns the results file.
 
     folder: where to; None: the work folder beside the directory. run: name of the file for the options.
@@ -26,7 +26,7 @@ def keep_results(edited: Path, folder: Path | None = None, run: str = RUN) -> Pa
     from ..files import work_folder, write_json
     from ..results import FILE, load_results
 
-    folder = folder or work_folder(edited)
+    folder = Path(folder or work_folder(edited))
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     keep_run(folder / run)

@@ -10,7 +10,7 @@ from .findings import FORCE
 from .kept import keep_run
 
 if TYPE_CHECKING:
-    from ..locating import Doubtful
+    from ..settings import Doubtful
 
 
 @click.command("locate")
