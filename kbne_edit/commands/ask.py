@@ -98,7 +98,7 @@ def _lines(replies: tuple[Reply, ...]) -> list[str]:
 
 
 def _text(reply: str) -> str:
-    """A reply on one line: a model may write what moves a terminal's cursor."""
+    """A reply on one line: a model may write terminal control codes."""
     return one_line(" ".join(reply.split())) or "(nothing)"
 
 

@@ -94,7 +94,7 @@ def _fitted(source: str, out: Path, edit: Path | None, work: str | Path | None) 
 
 
 def _lines(result: BakeResult, verbose: bool) -> list[str]:
-    """What was edited and the verdict on it; how it was found and what was measured, if `verbose`."""
+    """The edit and its verdict; if `verbose`, also how it was located and what was measured."""
     summary = result.to_dict()
     lines = [_head(summary)]
     if result.dry_run:
@@ -118,7 +118,7 @@ def _head(summary: BakeJSON) -> str:
 
 
 def _details(result: BakeResult, summary: BakeJSON) -> list[str]:
-    """How the neurons were found, the proofs' figures, effect and cost beside their controls."""
+    """How the neurons were located, the figures of the proofs, effect and cost beside their controls."""
     lines = []
     if result.located:
         lines += options.attribution_lines(result.located.attribution)
@@ -134,7 +134,7 @@ def _details(result: BakeResult, summary: BakeJSON) -> list[str]:
 
 
 def _next_lines(result: BakeResult, summary: BakeJSON) -> list[str]:
-    """What was written, and commands that work as they stand here; first what the verdict asks for."""
+    """The files written, and next commands to paste; first the one that the verdict advises."""
     from ..evaluation.verdict import next_command
     from ..files import work_folder
 
@@ -167,7 +167,7 @@ def _next_lines(result: BakeResult, summary: BakeJSON) -> list[str]:
 
 
 def _gguf(out: str) -> str:
-    """What transformers has to be told of an output whose weights are a GGUF file."""
+    """The argument that transformers needs for an output whose weights are a GGUF file."""
     from ..disk.refusals import gguf_file
 
     file = gguf_file(Path(out))

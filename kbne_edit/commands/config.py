@@ -1,5 +1,5 @@
-"""Options from a file. What stands on the command line comes first, then the environment (KBNE_EDIT_BAKE_RULE), then
-the file, then the defaults.
+"""Options from a file. The command line has priority, then the environment (KBNE_EDIT_BAKE_RULE), then the file, then
+the defaults.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def config() -> click.Option:
 
 
 def from_environment(command: click.Command, name: str) -> None:
-    """Each option may stand in the environment under its own name, as it is typed: KBNE_EDIT_BAKE_NO_MEASURE=1."""
+    """Read each option from an environment variable with the option's name: KBNE_EDIT_BAKE_NO_MEASURE=1."""
     for param in command.params:
         if isinstance(param, click.Option) and param.envvar is None:
             param.envvar = "_".join((PREFIX, name, _long(param).replace("-", "_"))).upper()
 
 
 def _read(context: click.Context, option: click.Parameter, path: Path | None) -> None:
-    """Make the file's values the defaults of this run. Raises InputError."""
+    """Use the file's values as defaults of this run. Raises InputError."""
     from ..errors import InputError, shown
     from ..yamlfile import read_yaml
 
@@ -55,7 +55,7 @@ def _read(context: click.Context, option: click.Parameter, path: Path | None) ->
 
 
 def converted(convert: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """A callback of an option whose command takes another value than what is typed, which `used` writes."""
+    """A callback for an option whose value differs from the typed text; `used` writes the text."""
 
     def callback(context: click.Context, param: click.Parameter, value: Any) -> Any:
         context.meta[_TYPED + str(param.name)] = value
@@ -68,12 +68,12 @@ _TYPED = f"{__name__}."  # key in a context's meta, followed by the option's nam
 
 
 def _long(param: click.Parameter) -> str:
-    """The name of an option as it is typed, without its dashes; of an argument, its own."""
+    """The name of an option as it is typed, without its dashes, or the name of an argument."""
     return max(param.opts, key=len).lstrip("-")
 
 
 def used() -> str:
-    """The options of the command that is running, in the form that --config reads; those with a default left out."""
+    """The options of the running command, in the form that --config reads, without defaults."""
     import yaml
 
     context = click.get_current_context()
@@ -98,6 +98,6 @@ def _plain(value: Any) -> Any:
 
 
 def _value(param: click.Parameter, value: Any) -> Any:
-    """Lists are typed with commas, but where an option or an argument may be repeated."""
+    """Join lists with commas, except for options and arguments that may be repeated."""
     repeated = param.nargs == -1 or (isinstance(param, click.Option) and param.multiple)
     return ",".join(map(str, value)) if isinstance(value, list) and not repeated else value

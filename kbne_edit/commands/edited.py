@@ -1,4 +1,4 @@
-"""The edited directory that a command is about, and the base that it was made from."""
+"""The edited directory of a command, and its base."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ SOURCE = click.option(
 
 
 def directory(edited: Path | None, baked: Path | None) -> Path | None:
-    """The directory, however it was named."""
+    """The directory, from the argument or from --baked."""
     if edited and baked:
         raise click.UsageError(f"two edited directories: {edited} and --baked {baked}")
     return edited or baked
 
 
 def base_of(edited: Path | None, source: str | None) -> str:
-    """The base: `source`, or what the manifest of `edited` names. It is said, since the manifest is not to be trusted.
+    """The base: `source`, or the one in the manifest of `edited`, which is reported, because manifests are not trusted.
 
-    A manifest has the name of a local base, but not its place. Raises InputError.
+    A manifest has the name of a local base, but not its path. Raises InputError.
     """
     from ..disk.manifest import Manifest
     from ..errors import InputError

@@ -79,7 +79,7 @@ def command(
 
     values["baked"] = directory(values.pop("edited"), values["baked"])
     source = base_of(values["baked"], source)
-    if out and not out.absolute().parent.is_dir():  # said now, not after an hour
+    if out and not out.absolute().parent.is_dir():  # before an hour's work
         raise OutputError(f"cannot write {out}: its folder does not exist")
     if out:
         model = None if source == "demo" else Path(source).expanduser()
@@ -106,7 +106,7 @@ def command(
 
 
 def _kept_in(edited: Path | None, edit: Edit | None, into: Path | None, no_record: bool) -> Path | None:
-    """The directory that keeps the result, None if none does. It is looked at now, before an hour's work."""
+    """The directory that records the result, None for none. It is checked before an hour's work."""
     from ..disk.manifest import Manifest
     from ..recording import check_recordable
 
@@ -115,7 +115,7 @@ def _kept_in(edited: Path | None, edit: Edit | None, into: Path | None, no_recor
     if no_record or not (into or edited):
         return None
     if into is None and edited is not None and Manifest.read(edited) is None:
-        return None  # made elsewhere: there is nothing to keep it in
+        return None  # made elsewhere, without a manifest
     path = into or edited
     assert path is not None
     check_recordable(path)

@@ -33,7 +33,7 @@ _ASKED = {
 
 
 def _parts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """Names of parts, refused in the first second if there is none of that name."""
+    """Names of parts of the verdict; unknown ones are refused at once."""
     if value is None:
         return ()
     from ..evaluation.verdict import parts_of
@@ -50,10 +50,10 @@ REQUIRE = click.option(
 
 
 def doubts(force: bool) -> Doubtful:
-    """What to do about a doubt that is seen early: ask, where a person sits at a terminal.
+    """What to do about an early doubt: on a terminal, ask the user whether to go on.
 
-    Anywhere else the run goes on. The doubt has been said, and the verdict counts it. Rejected: an early end where
-    `--require` names the part. A pipeline wants the verdict as JSON, whatever it is.
+    Otherwise the run continues. The doubt has been printed, and the verdict includes it. Rejected: stopping if
+    `--require` names the part. A pipeline needs the verdict as JSON in any case.
     """
 
     def decide(doubt: Doubt) -> None:
@@ -86,7 +86,7 @@ def number(values: Interval) -> str:
 
 
 def impact_lines(impact: Impact) -> list[str]:
-    """What was measured of an edit, beside its controls."""
+    """Effect and cost of an edit, beside its controls."""
     lines = effect_lines(impact.effect) if impact.effect else []
     lines += cost_lines(impact.cost) if impact.cost else []
     return lines + measure_lines(impact.measures)
@@ -112,7 +112,7 @@ def effect_lines(effect: Effect) -> list[str]:
 
 
 def cost_lines(cost: Cost) -> list[str]:
-    """Neutral text, questions, and what base and edit go on to say."""
+    """Neutral text, questions, and continuations by base and edit."""
     lines = [
         f"cost on {cost.texts} neutral texts ({cost.origin}): KL {cost.kl.value:.2g} [{cost.kl.low:.2g}, "
         f"{cost.kl.high:.2g}] nats per token, perplexity {cost.before.value:.4g} to {cost.after.value:.4g} "
@@ -150,7 +150,7 @@ def _flat(text: str) -> str:
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:
-    """The parts with their states and reasons, and what they add up to."""
+    """The parts with their states and reasons, and the conclusion."""
     lines = [f"  {_ASKED[name]:<18} {part.state:<13}  {part.reason}" for name, part in verdict]
     why = f" ({', '.join(verdict.open)}: see above)" if verdict.open else ""
     return [*lines, f"VERDICT: {verdict.ship}{why}"]

@@ -110,7 +110,7 @@ def lines(result: Fit) -> list[str]:
 
 
 def verdict(result: Fit) -> str:
-    """The parts that moved, by name: a shift of sentiment alone is not less stereotyping."""
+    """The parts that moved, by name: a shift of sentiment only is not less stereotyping."""
     if not result.moved:
         return "result: no part moved beyond shuffled labels on units that were not fitted"
     moved = " and ".join(result.moved)

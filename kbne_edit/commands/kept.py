@@ -1,4 +1,4 @@
-"""What a run leaves beside its output: run.yaml, its options, and results.json, what it measured."""
+"""The files that a run writes beside its output: run.yaml with its options, and results.json with its figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RUN = "run.yaml"
 
 
 def keep_run(path: Path) -> None:
-    """Write the options of this command, so that `--config` can repeat it. Raises OutputError."""
+    """Write the options of this command, for `--config`. Raises OutputError."""
     from ..files import write_text
 
     write_text(path, used())

@@ -39,7 +39,7 @@ SHARD_SIZE = click.option(
 
 
 def without(option: str, name: str, help: str) -> Callable[[Command], Command]:
-    """A flag that leaves something out: `name` is False with it, True without."""
+    """A flag that switches `name` off."""
     return click.option(option, name, is_flag=True, callback=converted(operator.not_), help=help)
 
 
@@ -239,14 +239,14 @@ evaluating = _together(
 
 
 def taken(kind: type[Group], values: dict[str, Any], **more: Any) -> Group:
-    """Settings of one kind from the options that bear its fields' names; these leave `values`."""
+    """Settings of one kind from the options with the names of its fields, which are removed from `values`."""
     names = [field.name for field in dataclasses.fields(kind) if field.name in values]  # type: ignore[arg-type]
     given = {name: value for name in names if (value := values.pop(name)) is not None}
     return kind(**given, **more)
 
 
 def show(result: Mapping[str, Any], as_json: bool, lines: list[str]) -> None:
-    """Results go to stdout: as JSON, or as lines; on a terminal wrapped at words, with states in colour.
+    """Print results to stdout, as JSON or as lines; on a terminal lines are wrapped, with states in colour.
 
     The JSON of each command has a version, 1 unless it says another, and a schema in docs/schemas/.
     """
@@ -257,12 +257,12 @@ def show(result: Mapping[str, Any], as_json: bool, lines: list[str]) -> None:
         click.echo(_painted(_wrapped(line)) if sys.stdout.isatty() else line)
 
 
-_INDENT = 36  # where the reasons of a verdict begin
+_INDENT = 36  # column of the reasons of a verdict
 _COLOURS = {"PASS": "green", "FAIL": "red", "NO EVIDENCE": "yellow", "NOT MEASURED": "yellow"}
 
 
 def _wrapped(line: str) -> str:
-    """A line broken at words to the width of the terminal; commands to be pasted stay whole."""
+    """A line wrapped to the width of the terminal; commands to paste stay whole."""
     width = shutil.get_terminal_size().columns
     if len(line) <= width or line.lstrip().startswith(("kbne-edit ", "python ", "/")):
         return line
@@ -283,7 +283,7 @@ def _painted(text: str) -> str:
 
 
 def shell(program: str, *words: object) -> str:
-    """A command to be pasted: quoted; "python" and "kbne-edit" by their path where the shell finds another, or none."""
+    """A command to paste, quoted. "python" and "kbne-edit" get a path if the shell would find another one, or none."""
     here = Path(sys.executable).with_name(program)
     if program == "python" and not here.exists():
         here = Path(sys.executable)
@@ -318,7 +318,7 @@ def selection_lines(summary: SelectionSummary) -> list[str]:
 
 
 def attribution_lines(summary: AttributionSummary) -> list[str]:
-    """Answers, warnings where they say little, completeness."""
+    """Answers, warnings if they carry little information, completeness."""
     answers = summary.answers
     by_answer = ", ".join(f"{name} {tally.right} of {tally.total}" for name, tally in answers.by_answer.items())
     lines = [

@@ -1,4 +1,4 @@
-"""`kbne-edit recipes show` and `check` for pairs: what the units of a fit are made of."""
+"""`kbne-edit recipes show` and `check` for pairs, from which the units of a fit are made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def is_pairs(source: str) -> bool:
-    """Whether a recipe's argument means pairs: `pairs`, `pairs/LANGUAGE`, `pairs/LANGUAGE/TYPE`, or a file of them."""
+    """True if a recipe's argument means pairs: `pairs`, `pairs/LANGUAGE`, `pairs/LANGUAGE/TYPE`, or a file of pairs."""
     if source == "pairs" or source.startswith("pairs/"):
         return True
     from ..errors import InputError

@@ -47,7 +47,7 @@ def command(
 
 
 def _sound(result: PushJSON) -> str:
-    """Whether the output was proven in this run, or is said to have been."""
+    """Whether the output was proven in this run, or its record says so."""
     if result["proofs"] == "computed":
         return "proven again against its base"
     if result["form"] == "checkpoint":

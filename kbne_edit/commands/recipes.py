@@ -81,7 +81,7 @@ def check(recipe: str, data: Path | None, as_json: bool) -> None:
 
 
 def _check_lines(source: str, checked: RecipeCheck) -> list[str]:
-    """The result of a check, as lines: a recipe in order, its shortcuts beside chance, its lengths, its notes."""
+    """The result of a check, as lines: valid, its shortcuts beside chance, its lengths, its notes."""
     questions, controls = checked.questions, checked.controls
     twins = sum(checked.twins.values())
     lines = [f"{source}: in order ({questions.count} questions, {controls.count} controls, {twins} twins)"]

@@ -41,7 +41,7 @@ def command(scores: tuple[Path, ...], recipe: str | None, draws: int, as_json: b
     for name, sample in files.items():
         rule, only = choosing(sample, named, settings)
         resamples[name] = resample(sample, rule, draws=draws, only=only)
-    one = len(resamples) == 1  # that nothing is selected is an error for one, and a finding beside others
+    one = len(resamples) == 1  # an empty selection is an error for one file, and a result among several
     results = {name: stability(sample) for name, sample in resamples.items() if one or len(sample.whole)}
     pairs = [] if one else agreements(resamples)
     result: StabilityJSON = {

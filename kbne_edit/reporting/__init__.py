@@ -1,1 +1,1 @@
-"""What a person reads: the model card, and the report as data and as one page."""
+"""The model card, and the report as data and as one page."""

@@ -1,6 +1,6 @@
-"""The card of what is written, from its manifest alone.
+"""The model card of an output, made from the manifest alone.
 
-The base's own card stays beside it as README.base.md. The same manifest gives the same bytes.
+The base's card is kept as README.base.md. The same manifest gives the same bytes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
-_LINK = r"https://[^\s()<>\[\]]+|[\w.-]+(/[\w.-]+)*"  # of a licence: on the web, or a file beside the card
+_LINK = r"https://[^\s()<>\[\]]+|[\w.-]+(/[\w.-]+)*"  # link of a licence: an address, or a file in the directory
 _LIBRARIES = {"checkpoint": "transformers", "peft": "peft", "delta": "kbne-edit"}
 
 
 def add_card(directory: Path, manifest: Manifest, metadata: dict | None = None) -> Manifest:
-    """Write README.md, and return the manifest that records it; the base's own card becomes README.base.md.
+    """Write README.md, and return the manifest that records it; the base's card becomes README.base.md.
 
     metadata: of the base's card, where that is not in the directory.
     """
@@ -46,12 +46,12 @@ def add_card(directory: Path, manifest: Manifest, metadata: dict | None = None) 
 
 
 def _bytes(card: str) -> bytes:
-    """Names from outside may hold bytes that are no text: those are escaped."""
+    """Escape undecodable bytes in names from outside."""
     return card.encode("utf-8", errors="backslashreplace")
 
 
 def card_of(manifest: Manifest, metadata: dict) -> str:
-    """The card that a manifest gives, and which record it was made from. metadata: of the base's card."""
+    """The card from a manifest, with the hash of the record it is made from. metadata: of the base's card."""
     manifest = replace(manifest, files={name: record for name, record in manifest.files.items() if name != CARD})
     manifest = manifest.as_read()
     return f"{build(manifest, metadata)}\n<!-- record: {manifest.record_sha256()} -->\n"
@@ -60,9 +60,9 @@ def card_of(manifest: Manifest, metadata: dict) -> str:
 def card_fault(directory: Path, manifest: Manifest, base: Path | None = None) -> str:
     """What is wrong with the card of an output that `add_card` wrote; "" if nothing is.
 
-    base: the base's directory; None where it is not at hand: then the copy of its card that the output keeps is taken.
-    A card of another version cannot be made again: there the record that it names must be the manifest's. Those of
-    outputs whose undo file has its earlier name say nothing of it, and are not compared.
+    base: the base's directory; None: use the copy of its card in the output. A card of another version cannot be made
+    again; there the hash of the record in the card is compared. Cards of earlier outputs, whose undo file has the
+    earlier name, have no such hash, and are not compared.
     """
     earlier = manifest.is_checkpoint and not (directory / UNDO).is_file()
     if earlier or OLD_DELTA in manifest.files or CARD not in manifest.files:
@@ -82,7 +82,7 @@ def card_fault(directory: Path, manifest: Manifest, base: Path | None = None) ->
 
 
 def _metadata_kept(directory: Path, manifest: Manifest) -> dict:
-    """The metadata of the base's card, from the copy that an output keeps of it."""
+    """The metadata of the base's card, from the copy in an output."""
     for name, record in manifest.files.items():
         if record.base_name == CARD:
             return base_metadata((directory / name).read_text(encoding="utf-8-sig", errors="replace"))
@@ -95,7 +95,7 @@ def build(manifest: Manifest, metadata: dict) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     card = Card.of(manifest)
-    # Who searches by tag or metric is to find models that passed, and no others.
+    # A search by tag or metric should find only models that passed.
     effect = card.measured.effect if _passes(card.measured.verdict) else None
     tags = [tag for tag in _listed(metadata.get("tags")) if not tag.startswith("base_model:")]
     languages = [code for code in _listed(metadata.get("language")) if re.fullmatch("[a-z]{2,3}|multilingual", code)]
@@ -120,12 +120,12 @@ def build(manifest: Manifest, metadata: dict) -> str:
 
 
 def _passes(verdict: Verdict) -> bool:
-    """Effect and cost pass, and no part fails. Of an adapter nothing is proven until it is applied."""
+    """True if effect and cost pass, and no part fails. An adapter is not proven until it is applied."""
     return verdict.ship != "do not ship" and verdict.effect.state == verdict.cost.state == "PASS"
 
 
 def _carried(metadata: dict) -> dict[str, Any]:
-    """What of the base's metadata holds for this model, too. A link that is none is left out."""
+    """The base's metadata that also hold for this model. An invalid link is left out."""
     carried = {key: metadata[key] for key in _CARRIED if isinstance(metadata.get(key), str)}
     if not re.fullmatch(_LINK, carried.get("license_link", "")):
         carried.pop("license_link", None)

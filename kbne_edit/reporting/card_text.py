@@ -1,4 +1,4 @@
-"""The words of a card, in Markdown. What comes from files (names, answers, licences) is text there, never markup."""
+"""The text of a card, in Markdown. Text from files (names, answers, licences) is escaped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MARKUP = {"&": "&amp;", "<": "&lt;", "`": "&#96;", "|": "&#124;", "*": "&#42;",
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is made from."""
+    """The data of a card."""
 
     manifest: Manifest
     source: Origin
@@ -64,17 +64,17 @@ class Card:
 
 
 def prose(text: str) -> str:
-    """Text from anywhere, on one line, with nothing that Markdown or HTML would act on."""
+    """Text from outside, on one line, escaped for Markdown and HTML."""
     return re.sub("|".join(map(re.escape, _MARKUP)), lambda match: _MARKUP[match[0]], one_line(text))
 
 
 def code(text: str) -> str:
-    """The same as a code span, in which nothing acts but a backtick."""
+    """Text from outside as a code span."""
     return f"`{one_line(text).replace('`', chr(39))}`"
 
 
 def text_of(card: Card, metadata: dict) -> str:
-    """All that stands below the metadata."""
+    """The text below the metadata."""
     proven, last = (_proven, _undo) if card.manifest.is_checkpoint else (_read_back, _use)
     sections = [_intro, _verdict, _uses, _done, proven, _measured, _not_found, _limits, last]
     lines = [line for section in sections for line in [*section(card), ""]]
@@ -276,7 +276,7 @@ def _cost(cost: Cost) -> list[str]:
 
 
 def _measures(measures: Sequence[QuickMeasure]) -> list[str]:
-    """The overall figures; those of every group stand in the manifest."""
+    """The overall figures; those of groups are in the manifest."""
     if not measures:
         return []
     rows = [
@@ -298,7 +298,7 @@ def _measures(measures: Sequence[QuickMeasure]) -> list[str]:
 
 
 def _not_found(card: Card) -> list[str]:
-    """What a reader must not believe: said as plainly as what was found."""
+    """What was not found, as plainly as what was found."""
     measured = card.measured
     effect, lines = measured.effect, ["## What was not found", ""]
     if not effect and not measured.evaluations:

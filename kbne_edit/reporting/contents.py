@@ -1,8 +1,8 @@
 """A report on an edit that was written to disk: a checkpoint, an adapter or a delta.
 
-It comes from the directory itself (manifest, undo file, unembedding) and, where they are there, from the scores file of
-the run that made it and from the sweep that chose its edit. What is absent is None, never guessed. No time, no path:
-the same files give the same report.
+It is made from the directory itself (manifest, undo file, unembedding) and, if present, from the scores file of its run
+and the sweep that chose its edit. Missing data are None, never guessed. It holds no time and no path, so the same files
+give the same report.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from .types import (
 )
 
 TOKENS = 6  # shown per neuron at either end
-MANY, BINS = 8, 20  # distinct factors above which their distribution is told, in so many parts
-MOST = 500  # neurons of which rows are shown: a fitted edit may have factors for all of them
+MANY, BINS = 8, 20  # with more distinct factors, show a histogram with so many bins
+MOST = 500  # neurons with a row in the report: a fitted edit may have factors for all neurons
 
 
 def report(
@@ -133,7 +133,7 @@ def _answers(path: Path, manifest: Manifest) -> AttributionSummary | None:
 
 
 def _checked(path: Path, manifest: Manifest, hashes: bool) -> Hashes:
-    """Compare the files with the manifest; the undo file in any case, since columns are read from it."""
+    """Compare the files with the manifest; always the undo file, since columns are read from it."""
     if hashes:
         if faults := check_hashes(path, manifest):
             raise CheckpointError(f"{path}/{faults[0]}: a report is made on a directory as it was baked")
@@ -155,7 +155,7 @@ class _Found:
 def _scores(
     file: Path, given: bool, edit: Edit, sizes: Sequence[int] | None, say: Callable[[str], None]
 ) -> _Found | None:
-    """The scores, if they belong to the edit. Others are an error if they were asked for, and left out if not."""
+    """The scores, if they belong to the edit. Other scores are an error if they were given, else they are left out."""
     try:
         if not given and not file.exists():
             return None

@@ -16,7 +16,7 @@ from .markup import arrows, block, code, digest, figure, number, paragraph, sign
 from .record import effect_rows
 from .types import Report, Sweep
 
-# What is counted of each measure.
+# The items of each measure.
 MEASURES = {"decisions": "Counterfactual decisions: scenarios", "associations": "Association of groups: twins"}
 
 
@@ -137,7 +137,7 @@ def _benchmark(name: str, items: int, figure: KeptFigure) -> list[str]:
 
 
 def _further(report: Report) -> list[str]:
-    """Figures of the run that this page knows no better form for."""
+    """Figures of the run without a section of their own."""
     if not report.further:
         return []
     name = "Further figures of the run"
@@ -207,7 +207,7 @@ def _continuations(measured: Cost) -> list[str]:
 
 
 def _sweep(sweep: Sweep) -> list[str]:
-    """How factor and thresholds were chosen, and what the choice does on items that had no part in it."""
+    """How factor and thresholds were chosen, and the figures of the choice on items that had no part in it."""
     points = sweep.points
     drawing = plots.pareto([(p.kl, p.bias.value, p.within, p.front, p.chosen) for p in points], sweep.figure)
     rows = (

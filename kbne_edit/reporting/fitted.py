@@ -1,4 +1,4 @@
-"""How the factors of a fitted edit were found, and what moved on units that were not fitted."""
+"""Section of the page: how the factors were fitted, and what moved on units that were not fitted."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Which tokens a neuron writes: the logit lens, from the tensors on disk alone.
 
-Neuron i adds h_i times column i of W_down to the residual stream. Here that column goes straight to the unembedding,
-with the final norm's weight folded in. An approximation: what later layers make of it, and norms between, is left out.
-Each token gets a z-score over the vocabulary, since the norm's division makes the scale of a logit meaningless.
+Neuron i adds h_i times column i of W_down to the residual stream. Here that column is multiplied by the unembedding,
+with the final norm's weight folded in. This is an approximation, which ignores later layers and the norms between. Each
+token gets a z-score over the vocabulary, since the norm makes the scale of a logit meaningless.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STEP = 32 << 20  # bytes of the unembedding at once: memory does not grow with 
 def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
     """Column of the down-projection of every edited neuron as it was in the base, float32 [D].
 
-    checkpoint: a baked directory. At the down site the columns are what its undo file keeps (a factor of 0 leaves
+    checkpoint: a baked directory. At the down site the columns are read from its undo file (a factor of 0 leaves
     nothing of them in the weights); at the other sites the down-projection is unchanged. Raises CheckpointError.
     """
     result: dict[Neuron, np.ndarray] = {}
@@ -66,7 +66,7 @@ def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
 
 
 def vocabulary(path: Path) -> dict[int, str] | None:
-    """{id: text} of every token, by tokenizer.json alone; None where there is no such file. Raises CheckpointError."""
+    """{id: text} of every token, from tokenizer.json; None if there is no such file. Raises CheckpointError."""
     from tokenizers import Tokenizer
 
     if not (path / "tokenizer.json").is_file():
@@ -81,7 +81,7 @@ def vocabulary(path: Path) -> dict[int, str] | None:
 
 
 def _text(name: str, text: str) -> str:
-    """Decoders drop a leading space, and give a mark of replacement for a part of a character."""
+    """Decoders drop a leading space, and return a replacement character for a part of a character."""
     if not text or "\ufffd" in text:
         return name
     return f" {text}" if name.startswith(("▁", "Ġ")) and not text.startswith(" ") else text
@@ -145,7 +145,7 @@ def _spread(keep: np.ndarray, width: int) -> np.ndarray:
 
 
 def _ends(logits: np.ndarray, most: int) -> np.ndarray:
-    """Which rows hold the `most` smallest and the `most` largest values of each column (all, if there are few)."""
+    """Indices of the `most` smallest and the `most` largest values of each column (all, if there are few)."""
     if len(logits) <= 2 * most:
         return _spread(np.arange(len(logits)), logits.shape[1])
     order = np.argpartition(logits, (most - 1, len(logits) - most), axis=0)

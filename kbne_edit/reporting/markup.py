@@ -1,4 +1,4 @@
-"""Pieces of the page: cells, tables, figures. Everything that comes from files passes through `plots.words`."""
+"""Pieces of the page: cells, tables, figures. Text from files is escaped by `plots.words`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 
 from ..plots import words
 
-_PLAIN = 0x0530  # Latin, Greek, Cyrillic lie below it: every system has their glyphs
+_PLAIN = 0x0530  # Latin, Greek and Cyrillic are below it: every system has their glyphs
 _PUNCTUATION = range(0x2010, 0x2040)
 
 
@@ -22,7 +22,7 @@ def arrows(text: str) -> str:
 
 
 def token(text: str | None, index: int) -> str:
-    """A token. A space at its edge is made visible; where a reader may have no glyph, the code points stand beside."""
+    """A token. A space at its edge is made visible; for rare glyphs the code points are added."""
     if text is None:
         return f"token {index}"
     inner = text.strip(" ")
@@ -72,7 +72,7 @@ def _cell(content: str, head: str) -> str:
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """heads: text; rows: cells, the first one the row's header, others HTML or whole cells that begin with <td.
 
-    On a narrow screen every cell stands on a line of its own, after its head: nothing scrolls sideways.
+    On a narrow screen every cell is on a separate line, after its head, so nothing scrolls sideways.
     """
     top = "".join(f'<th scope="col">{words(head)}</th>' for head in heads)
     body = "".join(

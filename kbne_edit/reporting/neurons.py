@@ -1,4 +1,4 @@
-"""Sections of the page: where the edited neurons lie, and what each one does."""
+"""Sections of the page: where the edited neurons are, and what each one does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Marks:
 
 
 def marks(report: Report) -> Marks:
-    """The marks of a report's map; the size of a model whose weights are not there is that of its edit."""
+    """The marks of a report's map. Without weights the size of the model is that of its edit."""
     strongest = report.map.strongest if report.map else ()
     rows = report.neurons
     return Marks(

@@ -1,4 +1,4 @@
-"""A report as one page of HTML that needs nothing else: no script, no font, no request; it says so in its policy.
+"""A report as one self-contained HTML page: no script, no font, no request, as its content security policy says.
 
 The same report gives the same bytes.
 """

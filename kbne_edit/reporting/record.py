@@ -1,4 +1,4 @@
-"""What a run wrote down of an edit, read back as types: the edge where a manifest's plain JSON ends."""
+"""The figures in a manifest's summary, parsed into types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KNOWN = {"selection", "attribution", "effect", "cost", "measures", "evaluations"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a manifest's summary holds; None: it was not measured.
+    """The figures of a manifest's summary; None: not measured.
 
     verdict: as recorded; of earlier versions, which had none, it is made of what they recorded. evaluations: on
     benchmarks, the oldest first.

@@ -1,4 +1,4 @@
-"""What the scores file of a run says of its edit: the selection made again, figures by neuron, map, overlaps.
+"""What the scores file of a run shows about its edit: the selection repeated, figures by neuron, map, overlaps.
 
 Legend: Q questions, L layers, F neurons of a layer, k edited neurons.
 """
@@ -34,7 +34,7 @@ QUESTIONS, STRONGEST = 3, 60  # shown per neuron, on the map
 
 @dataclass(frozen=True)
 class Scored:
-    """Parts of the report. neurons: of every edited neuron, with what the scores say alone."""
+    """Parts of the report. neurons: every edited neuron, with only the data from the scores."""
 
     selection: Repeated
     neurons: dict[Neuron, NeuronRow]
@@ -43,16 +43,16 @@ class Scored:
 
     @property
     def controls_overlap(self) -> int | None:
-        """How many edited neurons the controls select; None if no control was asked."""
+        """Number of edited neurons that the controls select; None without controls."""
         flags = [row.selected_by_controls for row in self.neurons.values()]
         return None if None in flags else sum(map(bool, flags))
 
 
 class _Again(NamedTuple):
-    """The selection made again. asked: which questions took part, [Q]."""
+    """The selection, repeated. used: which questions took part, [Q]."""
 
     about: Repeated
-    asked: list[bool]
+    used: list[bool]
     chosen: Selection
 
 
@@ -64,12 +64,12 @@ def scored(scores: Scores, edit: Edit) -> Scored:
     again = _again(scores, edit)
     groups: dict[str | None, list[int]] = {}  # None: the controls
     for q, question in enumerate(scores.questions):
-        if again.asked[q]:
+        if again.used[q]:
             groups.setdefault(None if question.control else question.dimension, []).append(q)
     at = tuple(np.array([(layer, n) for layer, factors in edit.factors.items() for n in factors]).T)
-    share = np.zeros((len(again.asked), len(at[0])))  # [Q, k]
+    share = np.zeros((len(again.used), len(at[0])))  # [Q, k]
     counted = np.zeros(share.shape, bool)
-    mass = np.zeros((len(again.asked), scores.values.shape[1]))  # [Q, L]
+    mass = np.zeros((len(again.used), scores.values.shape[1]))  # [Q, L]
     mean = {name: np.zeros(scores.values.shape[1:]) for name in groups}
     for name, questions in groups.items():
         for q in questions:
@@ -86,7 +86,7 @@ def scored(scores: Scores, edit: Edit) -> Scored:
 
 
 def _again(scores: Scores, edit: Edit) -> _Again:
-    """Select with the thresholds on record (the paper's if there are none), and see if the same comes out."""
+    """Select with the recorded thresholds (the paper's if there are none), and compare with the edit."""
     record = edit.found.get("select")
     record = record if isinstance(record, dict) else {}
     try:
@@ -144,7 +144,7 @@ class _Rows:
             for name, (score, counts) in self.figures.items()
         }
         order = np.argsort(-self.share[:, j], kind="stable").tolist()
-        most = [q for q in order if self.again.asked[q] and self.share[q, j] > 0][:QUESTIONS]
+        most = [q for q in order if self.again.used[q] and self.share[q, j] > 0][:QUESTIONS]
         controls = self.again.chosen.controls
         return NeuronRow(
             layer,
@@ -179,7 +179,7 @@ def _map(strength: np.ndarray, by_layer: dict[str | None, np.ndarray], edit: Edi
 
 
 def _overlap(chosen: Selection) -> Overlap:
-    """How many neurons each selection has, and how many lie in exactly these selections and no other."""
+    """The number of neurons in each selection, and in exactly each combination of selections."""
     masks = list(chosen.dimensions.values())
     sets = [Selected(name, False, int(mask.sum())) for name, mask in chosen.dimensions.items()]
     if chosen.controls is not None:

@@ -14,7 +14,7 @@ from .types import SplitRow, Sweep, SweepPoint, TaskTest
 
 
 def sweep_of(file: Path, given: bool, edit: Edit, say: Callable[[str], None]) -> Sweep | None:
-    """What a sweep found, if it chose this edit. Another one is an error if it was asked for, and left out if not."""
+    """The sweep, if it chose this edit. Another sweep is an error if it was given, else it is left out."""
     if not given and not file.exists():
         return None
     try:

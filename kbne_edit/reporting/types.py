@@ -1,4 +1,4 @@
-"""What a report is made of. Field names are the keys of its JSON; None: not known, not measured.
+"""The types of a report. Field names are the keys of its JSON; None: not known, or not measured.
 
 Parts that other stages made (`Effect`, `Cost`, `Verdict`, `Proofs`, `AttributionSummary`) are those stages' own types.
 """
@@ -70,7 +70,7 @@ def _proofs(proofs: Proofs) -> ProofsRow:
 
 @dataclass(frozen=True)
 class Model:
-    """The base. neurons: of all layers; neurons_of_a_layer: of the widest. None where no weights lie there."""
+    """The base. neurons: of all layers; neurons_of_a_layer: of the widest. None if there are no weights."""
 
     id: str | None
     commit: str | None
@@ -104,7 +104,7 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """What was changed. share: of all neurons, 0 to 1. factors: the distinct ones. found: how, as the edit says.
+    """The edit. share: of all neurons, 0 to 1. factors: the distinct ones. found: as in the edit.
 
     histogram: of an edit with many factors, else empty.
     """
@@ -120,7 +120,7 @@ class Change:
 
 
 class RepeatedJSON(RuleJSON):
-    """The selection, made again from the scores: its rule, what it was made from, and whether it is the same."""
+    """The selection, repeated from the scores: its rule, its questions, and whether it is the same."""
 
     described: str
     on_record: bool
@@ -134,9 +134,9 @@ class RepeatedJSON(RuleJSON):
 
 @dataclass(frozen=True)
 class Repeated:
-    """The selection, made again from the scores. on_record: the edit names its rule (else it is the published one).
+    """The selection, repeated from the scores. on_record: the edit names its rule (else the published one was used).
 
-    wrong_left_out: questions that the base answers wrongly were not asked. reproduced: the same neurons come out.
+    wrong_left_out: questions that the base answers wrongly were left out. reproduced: the same neurons are selected.
     """
 
     rule: Rule
@@ -155,7 +155,7 @@ class Repeated:
 
 
 class Attributed(NamedTuple):
-    """Of one neuron over a dimension's questions. score: mean share of the largest; counts: share where it counts."""
+    """One neuron over a dimension's questions. score: mean share of the largest; counts: share where it counts."""
 
     score: float
     counts: float
@@ -194,7 +194,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class NeuronRow:
-    """One edited neuron. dimensions, controls, selected_by_controls, questions: of the scores, if they are there."""
+    """One edited neuron. dimensions, controls, selected_by_controls, questions: from the scores, if available."""
 
     layer: int
     neuron: int
@@ -281,7 +281,7 @@ class SplitRow:
 
 @dataclass(frozen=True)
 class TaskTest:
-    """The chosen edit on the test half. found: in words; beyond: better, and beyond every control."""
+    """The chosen edit on the test half. found: the conclusion; beyond: better, and beyond every control."""
 
     task: str
     change: Interval
@@ -314,7 +314,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class FileRow:
-    """A file as it was written. base_sha256: None where the base has none; base_name: where it has another name."""
+    """A file as it was written. base_sha256: None if the base lacks it; base_name: in the base, if it differs."""
 
     name: str
     sha256: str
@@ -348,9 +348,9 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Hashes:
-    """What was compared with the manifest for this report. checked: False where hashing was left out.
+    """The comparison with the manifest for this report. checked: False if hashing was skipped.
 
-    files: how many were hashed. All are as they were written: else there is no report.
+    files: number of files hashed. All are unchanged, or there would be no report.
     """
 
     checked: bool
@@ -375,7 +375,7 @@ class ReportKeys(TypedDict):
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of an edit that was written to disk. further: figures of the run that have no place here."""
+    """The report on an edit on disk. further: figures of the run without a field here."""
 
     tool: str
     form: str
@@ -413,12 +413,12 @@ class Report:
         return {"version": VERSION} | parts | {"verdicts": plain(self.verdicts)}
 
     def html(self) -> str:
-        """The report as one page that needs nothing else."""
+        """The report as one self-contained page."""
         from .page import render
 
         return render(self)
 
 
 def by_name(rows: Sequence[NeuronRow]) -> tuple[str, ...]:
-    """The dimensions of which the rows have figures."""
+    """The dimensions for which the rows have figures."""
     return tuple(rows[0].dimensions) if rows else ()

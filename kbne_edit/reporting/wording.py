@@ -1,4 +1,4 @@
-"""A report in words: what holds, what must warn a reader, what was not measured; limits; where it can serve."""
+"""A report in words: what holds, warnings, what was not measured; limits; which requirements it can serve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _COUNTS = (
     "A neuron counts for a question if its share of the question's largest score exceeds {} by tau (or is among the "
     "largest there); it is kept for a dimension if it counts in the share beta of its questions."
 )
-RULES = {  # rule of selection: what it does
+RULES = {  # selection rule: what it does
     "paper": _COUNTS.format("0"),
     "contrastive": _COUNTS.format("what matched controls reach"),
     "paired": _COUNTS.format("its share in the question's twin"),
@@ -32,7 +32,7 @@ LIMITS = (
     "again. Who must rely on it compares the directory with its base (`kbne-edit verify`).",
 )
 
-# Which section can serve which point of a technical file, in our own words; no claim of conformity.
+# Which section can serve which point of a technical file, paraphrased; this is not a claim of conformity.
 # Section of the page, its heading, point of annex IV of the EU AI Act, sub-category of the NIST AI RMF's MEASURE.
 SERVES = (
     (
@@ -105,13 +105,13 @@ WORDS = {  # part of a verdict: what it asks
 
 
 def findings(report: Report) -> tuple[Finding, ...]:
-    """What holds, what must warn a reader, and what is not known."""
+    """What holds, warnings, and what is not known."""
     parts = [_file, _behaviour, _effect, _answers, _controls, _origin, *([_tuning] if report.tuning else [])]
     return tuple(finding(report) for finding in parts)
 
 
 def checked(report: Report) -> str:
-    """Which files were hashed for the page, and what that gave."""
+    """Which files were hashed for the page, and the result."""
     hashes = report.hashes
     if not hashes.checked:
         return "No file was hashed for this page (`--no-hash`): whether the files are still those of the run is open."
@@ -119,7 +119,7 @@ def checked(report: Report) -> str:
 
 
 def _held(report: Report) -> str:
-    """When a proof was made, and what was looked at again."""
+    """When a proof was made, and what was checked again."""
     again = "the files are unchanged since" if report.hashes.checked else "not checked again for this page"
     return f"On record: held when made with {report.provenance.baked_with}; {again}."
 

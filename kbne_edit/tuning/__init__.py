@@ -1,1 +1,1 @@
-"""The choice of factor and thresholds: made on one half of the items, confirmed once on the other."""
+"""Chooses factor and thresholds on one half of the items, and confirms the choice once on the other."""

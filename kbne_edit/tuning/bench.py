@@ -1,4 +1,4 @@
-"""Edits measured on the dev half, each once; what the journal holds is not measured again."""
+"""Measures edits on the dev half, each once; measurements in the journal are not repeated."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DevBench:
         return self._run(edit.sha256, edit)
 
     def draws(self, edits: Sequence[Edit]) -> list[Run]:
-        """Tasks of bias alone, all edits in one batch."""
+        """Only the tasks of bias, all edits in one batch."""
         keys = [f"draw {edit.sha256}" for edit in edits]
         missing = {key: edit for key, edit in zip(keys, edits, strict=True) if self._journal.get(key) is None}
         if missing:

@@ -1,4 +1,4 @@
-"""The choice on dev: of the edits within bounds and on the Pareto front, the first that goes beyond random neurons."""
+"""The choice on dev: among the edits within bounds and on the Pareto front, the best one beyond random neurons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..statistics import Interval
     from .bench import DevBench
 
-_BLOCK = 8  # draws at once; as soon as one does as well as the edit, no more are needed
+_BLOCK = 8  # draws at once; once a draw is as good as the edit, no more are needed
 
 
 class Choice(NamedTuple):
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Chooser:
-    """Measures the edits of a space on dev, and chooses. draws: of random neurons, all to be outdone."""
+    """Measures the edits of a space on dev, and chooses one. draws: of random neurons, which it must exceed."""
 
     checkpoint: Checkpoint
     bench: DevBench
@@ -49,7 +49,7 @@ class Chooser:
             key: replace(measured[key], settings=tuple(candidate.settings))
             for key, candidate in result.candidates.items()
         }
-        # The base is on every front, at no change and no cost: what does not lower the bias is beaten by it.
+        # The base is on every front, with no change and no cost, so it dominates edits that do not lower the bias.
         held = [point for point in points.values() if point.within and point.bias.value < 0]
         best = [held[i] for i in front([(point.bias.value, point.kl) for point in held])]
         for point in best:
@@ -87,7 +87,7 @@ class Chooser:
         return measure
 
     def _against_random(self, point: Point, edit: Edit) -> Point:
-        """Held against random neurons of the same layers: it must do better than each of them."""
+        """Compare an edit with random neurons of the same layers: it must be better than each draw."""
         sizes = self.checkpoint.layer_sizes(edit.site)
         run, draws, as_good = self.bench.run(edit), [], 0
         for start in range(0, self.draws, _BLOCK):

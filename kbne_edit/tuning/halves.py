@@ -1,8 +1,7 @@
-"""Two halves of what is evaluated: one to choose on (dev), one to confirm on (test).
+"""Two halves of the items: one to choose on (dev), one to confirm on (test).
 
-Items that share a text (or a question, in BBQ) form a story, which lies in one half, also across tasks. Each half holds
-its share of every group. Stories are ordered by a seeded hash, so the split does not depend on how the items are
-sorted.
+Items that share a text (or a question, in BBQ) form a story, which is in one half, also across tasks. Each half has its
+share of every group. Stories are ordered by a seeded hash, so the split does not depend on the order of the items.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ class Half:
     texts: list[list[int]]
 
     def digests(self) -> dict[str, tuple[int, str]]:
-        """{task: (items, SHA-256 of what the model is asked)}: equal exactly if the items are."""
+        """{task: (number of items, SHA-256 of their requests)}."""
         content = {task.name: (len(task.sizes), [task.sizes, task.pairs]) for task in self.benchmarks}
         content["neutral text"] = (len(self.texts), self.texts)
         return {name: (n, _digest(what)) for name, (n, what) in content.items()}
 
 
 def whole_data(benchmarks: Sequence[Benchmark], names: Sequence[str]) -> str:
-    """SHA-256 of all that these tasks ask, in whatever order and halves: the same data has the same."""
+    """SHA-256 of all requests of these tasks, independent of their order and split."""
     items = []
     for task in benchmarks:
         starts = [0]
@@ -70,7 +69,7 @@ def halves(
 def _deal(
     name: str, stories: Sequence[str], groups: Sequence[str], side: dict[str, int], seed: int
 ) -> tuple[list[int], list[int]]:
-    """Numbers of the items of either half. side: the half of each story so far, added to."""
+    """Indices of the items of both halves. side: {story: half}, which is extended."""
     sizes: Counter[str]
     count: Counter[object]
     sizes, count = Counter(), Counter()

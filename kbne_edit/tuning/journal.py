@@ -1,7 +1,7 @@
-"""What was measured so far, one line of JSON for each finished edit: a run that was killed goes on after the last one.
+"""The journal of a sweep: one line of JSON for each finished edit, so that a killed run can be resumed.
 
-A line is appended and synced when its edit is finished. One that a kill cut short has no line break, and is cut off.
-The first line says what the measurements depend on; a journal of other settings is refused.
+A line is appended and synced when its edit is finished. An incomplete last line has no line break, and is removed. The
+first line records what the measurements depend on; a journal of other settings is refused.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Journal:
         return self._records.get(key)
 
     def put(self, key: str, record: dict) -> None:
-        """Keep a record; it is on the disk when this returns."""
+        """Append a record; it is on the disk when this returns."""
         self._append({"key": key, "record": record})
         self._records[key] = record
 

@@ -1,4 +1,4 @@
-"""What is wanted of an edit: a figure of bias nearer to its ideal, and no loss of capability."""
+"""The objective: a figure of bias nearer to its ideal, without a loss of capability."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Looks(NamedTuple):
 
     @property
     def draws(self) -> int:
-        """Of random neurons, each to be outdone, so that 5 of 100 random choices at most are confirmed.
+        """The number of draws of random neurons to exceed, so that at most 5 of 100 random choices are confirmed.
 
-        The best of k random edits lies below all of n draws in about k / (k + n) cases. Other items do not change
-        that: neurons that are lucky on one half are so on the other.
+        The best of k random edits is below all of n draws in about k / (k + n) cases. New items do not change that:
+        neurons that are lucky on one half are lucky on the other.
         """
         return (FEWEST_DRAWS + 1) * self.uses * self.candidates - 1
 
 
 class Run(NamedTuple):
-    """What a model did on a half. tasks: {task: columns [n, k]}; neutral: columns of the texts, or None."""
+    """Measurements of a model on a half. tasks: {task: columns [n, k]}; neutral: columns of the texts, or None."""
 
     tasks: dict[str, np.ndarray]
     neutral: np.ndarray | None
@@ -64,11 +64,11 @@ class Objective:
 
     @property
     def figure(self) -> Figure:
-        """The steering one, which is the same in every task."""
+        """The steering figure, which is the same in every task."""
         return next(iter(self.steering.values()))
 
     def moved(self, run: Run, others: Sequence[Run]) -> Interval:
-        """The figure's distance from its ideal, less that of the others; mean over the tasks."""
+        """The figure's distance from its ideal minus that of the others, mean over the tasks."""
         parts = []
         for name, figure in self.steering.items():
             columns = [run.tasks[name], *(other.tasks[name] for other in others)]
@@ -81,7 +81,7 @@ class Objective:
         return float(np.mean([f.distance(tasks[name].mean(0)) for name, f in self.steering.items()]))
 
     def lowest(self, base: Run, run: Run) -> dict[str, float]:
-        """Lower end, in points of what is above chance, of the change of each ability."""
+        """Lower end of the change of each ability, in points above chance."""
         return {name: self._loss(name, base, run) for name in self.abilities}
 
     def _loss(self, name: str, base: Run, run: Run) -> float:
@@ -89,15 +89,15 @@ class Objective:
         return loss_of(before, after, self.margin, chance, self.clusters.get(name)).lowest
 
     def breach(self, lowest: dict[str, float], kl: float) -> float:
-        """By how much the bounds are broken, below 0 if they are not. lowest: as of `lowest`."""
+        """How far the bounds are exceeded, below 0 if they hold. lowest: as of `lowest`."""
         loss = -self.margin - min(lowest.values())
         return loss if self.max_kl is None else max(loss, kl - self.max_kl)
 
     def confirmed(self, tasks: dict[str, TaskResult], kl: float, looks: Looks = Looks()) -> Confirmation:  # noqa: B008
-        """Of results on the test half in which the steering figure alone is tested.
+        """The confirmation from results on the test half, where only the steering figure is tested.
 
-        In every steering task there must be less bias, with p below .05 / uses, beyond as many random draws as the
-        looks need; and the bounds must hold. kl: of the edit.
+        Every steering task must have less bias, with p below .05 / uses, beyond as many random draws as the looks
+        require; and the bounds must hold. kl: of the edit.
         """
         good, bounds, reasons = [], [], []
         for name in self.steering:
@@ -123,7 +123,7 @@ class Objective:
 
 
 class Confirmation(NamedTuple):
-    """What the test half says. text: figure by figure; bounded: the bounds hold; uses, candidates: as of `Looks`."""
+    """The result on test. text: figure by figure; bounded: the bounds hold; uses, candidates: as of `Looks`."""
 
     confirmed: bool
     text: str
@@ -136,7 +136,7 @@ class Confirmation(NamedTuple):
 
 
 def _difference(figure: Figure, k: int, others: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The first k columns' distance from the ideal, less the mean distance of the others' k columns each."""
+    """The first k columns' distance from the ideal minus the mean distance of the others, k columns each."""
 
     def difference(means: np.ndarray) -> np.ndarray:
         first, *rest = (figure.distance(means[..., i * k : (i + 1) * k]) for i in range(others + 1))

@@ -1,4 +1,4 @@
-"""What a sweep found: every edit on dev, the choice, and its confirmation on test. Form of OUT/tune.json."""
+"""The result of a sweep: every edit on dev, the choice, and its confirmation on test. The format of OUT/tune.json."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ VERSION = 1
 class Point:
     """One edit on dev. edit: its SHA-256; settings: all that select it. bias: change of the distance from the ideal,
     mean over the steering tasks; kl: from the base on neutral text; lowest: lower end of the change of each ability.
-    within: it keeps the bounds; front: no other beats it in bias and KL. beyond_random: its distance less that of the
-    draws that it was held against, None if it was not; draws: how many, as_good: how many of them do as well.
+    within: the bounds hold; front: no other edit dominates it in bias and KL. beyond_random: its distance minus that of
+    the draws, None if it was not compared with draws; draws: their number, as_good: number of draws that are as good.
     """
 
     edit: str
@@ -73,7 +73,7 @@ class Point:
 
 
 class HalfJSON(TypedDict):
-    """One half of a task's items. sha256: of what the model is asked."""
+    """One half of a task's items. sha256: of the requests."""
 
     items: int
     sha256: str
@@ -154,11 +154,10 @@ class Tested:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A sweep. figure: what steers; steered_by, bounded_by: tasks; split: {task: {half: items and SHA-256}}.
+    """A sweep. figure: the steering one; steered_by, bounded_by: tasks; split: {task: {half: items and SHA-256}}.
 
-    points: every edit tried; chosen: SHA-256 of the choice, None if no edit was to be chosen.
-    digits: decimals of the figure. tested, confirmation:
-    of the test half, () and None where it was not scored. record: all of it, as OUT/tune.json holds it.
+    points: every edit tried; chosen: SHA-256 of the choice, None if no edit qualified. digits: decimals of the figure.
+    tested, confirmation: of the test half, () and None if it was not scored. record: the content of OUT/tune.json.
     """
 
     base: str
@@ -182,7 +181,7 @@ class Tuning:
 
     @property
     def verdict(self) -> Verdict:
-        """By the test half alone: what was chosen on dev is no evidence."""
+        """From the test half alone: figures on dev are biased by the choice."""
         verdict = verdict_of()
         if self.confirmation is None:
             return verdict
@@ -216,7 +215,7 @@ class Tuning:
         tested = []
         for task in steered if test else ():
             entry = test["tasks"][task]["figures"][figure]
-            # Earlier versions said no state: what they called beyond every control rested on too few draws.
+            # Earlier versions recorded no state, and compared with too few draws.
             beyond = entry.get("state") == "better" and not entry["same_as"]
             change = Interval.from_list(entry["change"])
             tested.append(Tested(task, change, float(entry["p_holm"]), beyond, str(entry["verdict"])))

@@ -1,7 +1,7 @@
 """Which edits a sweep tries: a full grid if it is small, else the points that Optuna's sampler proposes.
 
-A setting (site, rule, thresholds, factors) selects an edit from kept scores, without a model. Settings that select the
-same edit are one candidate, which is measured once.
+A setting (site, rule, thresholds, factors) selects an edit from the scores files, without a model. Settings that select
+the same edit are one candidate, which is measured once.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from ..attribution.scores import Scores
     from ..selection.select import Selection
 
-_EITHER = "tau or top"  # an axis of (name, value): the two exclude each other, so they are no two axes
-_ASKS = 5  # of the sampler, for each edit that may be measured: it repeats itself
+_EITHER = "tau or top"  # one axis of (name, value), because the two exclude each other
+_ASKS = 5  # proposals of the sampler per edit to measure: it repeats itself
 
-# Of an edit: (what is to be small, what is to be small, by how much it breaks the constraint: above 0 it does)
+# Of an edit: (first value to minimise, second value to minimise, constraint: violated above 0)
 Measure = Callable[[Edit], tuple[float, float, float]]
 
 
 class SpaceJSON(TypedDict):
-    """What is tried: the values of each setting."""
+    """The values of each setting to try."""
 
     factors: list[float]
     taus: list[float]
@@ -43,11 +43,12 @@ class SpaceJSON(TypedDict):
 
 @dataclass(frozen=True)
 class Space:
-    """What is tried. factors: by default 2 and 4, which fold exactly, 1.5 and 3 between them, and 0.5 as a reversal.
+    """The space of a sweep. factors: by default 2 and 4, which fold exactly, 1.5 and 3 between them, and 0.5 as a
+    reversal.
 
-    rules: None for all that the scores allow. per_dimension: each dimension of the recipe has a factor of its own, 1
-    (its neurons are left alone) among them. tops: shares of all neurons, each in place of a tau; taus: None for 0.05,
-    0.1 and 0.2, or for none at all where there are tops. Raises InputError on construction for values out of range.
+    rules: None for all that the scores allow. per_dimension: a separate factor for each dimension of the recipe,
+    including 1 (its neurons are not edited). tops: shares of all neurons, each in place of a tau; taus: None for 0.05,
+    0.1 and 0.2, or for no tau if there are tops. Raises InputError on construction for values out of range.
     """
 
     factors: Sequence[float] = (0.5, 1.5, 2.0, 3.0, 4.0)
@@ -72,7 +73,7 @@ class Space:
                 raise InputError(f"the space: {shown(wrong[0])} is no value for {name} ({allowed})")
 
     def to_dict(self) -> SpaceJSON:
-        """Tops only where there are any."""
+        """JSON form; `tops` only if there are any."""
         values = {name: values for name, values in asdict(self).items() if name != "tops" or values}
         return cast(SpaceJSON, values)
 
@@ -101,8 +102,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was tried. candidates: {SHA-256 of the edit: candidate}, in the order of trial. how: "grid", or Optuna's
-    sampler; empty: settings that select no neuron; size: of the space."""
+    """The candidates of a sweep: {SHA-256 of the edit: candidate}, in the order of trial. how: "grid", or Optuna's
+    sampler; empty: number of settings that select no neuron; size: of the space."""
 
     candidates: dict[str, Candidate]
     how: str
@@ -163,7 +164,7 @@ def _axes(space: Space, scores: dict[str, Scores]) -> dict[str, Sequence]:
 
 
 def _allows(scores: Scores, rule: str) -> bool:
-    """Whether the questions have what a rule needs, such as controls."""
+    """True if the questions have what a rule needs, such as controls."""
     try:
         selection(scores, rule)
     except EditError:  # no neuron at these thresholds
@@ -211,7 +212,7 @@ def _ask_optuna(
     visit: Callable[[dict], tuple[float, float, float] | None],
     candidates: dict,
 ) -> str:
-    """Let Optuna's TPE ask until `trials` edits are measured. Seeded: the same answers bring the same questions."""
+    """Let Optuna's TPE propose settings until `trials` edits are measured. Seeded, so it is deterministic."""
     try:
         import optuna
     except ImportError:
@@ -241,7 +242,7 @@ def _ask_optuna(
 
 
 def front(values: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the pairs that no other pair beats (smaller in one, not larger in the other), by their first number."""
+    """Indices of the pairs on the Pareto front (both numbers are minimised), ordered by the first number."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     kept: list[int] = []
     for i in order:
@@ -251,7 +252,7 @@ def front(values: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def in_words(settings: Sequence[dict], known: Iterable[str] = ()) -> str:
-    """The first of the settings that select an edit, and how many more do. known: names that need not be said."""
+    """The first of the settings that select an edit, and the number of others. known: names to leave out."""
     first, more = settings[0], len(settings) - 1
     factor = first["factor"]
     texts = {
@@ -262,7 +263,7 @@ def in_words(settings: Sequence[dict], known: Iterable[str] = ()) -> str:
         "factor": "factor "
         + (", ".join(f"{name} {f:g}" for name, f in factor.items()) if isinstance(factor, dict) else f"{factor:g}"),
     }
-    if first["rule"] == "specific":  # which knows no other threshold than a top
+    if first["rule"] == "specific":  # its only threshold is top
         known = {*known, "tau", "beta"}
     return ", ".join(text for name, text in texts.items() if name not in known) + (
         f" (so do {more} other settings)" if more else ""

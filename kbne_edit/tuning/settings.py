@@ -1,4 +1,4 @@
-"""What the user says of a run of `tune`, beside what is measured (`evaluation.settings.Measurement`)."""
+"""Settings of `tune`, besides those of the measurement (`evaluation.settings.Measurement`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .search import Space
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What is tried on the dev half.
+    """What to try on the dev half.
 
-    space: rules, thresholds and factors; at most `trials` edits of it are measured. seed: of the split into halves and
-    of the sampler. dev_only: stop before the test half is scored, so that the space may still change.
+    space: rules, thresholds and factors, of which at most `trials` edits are measured. seed: of the split into halves
+    and of the sampler. dev_only: stop before the test half is scored, so that the space may still change.
     """
 
     space: Space = field(default_factory=Space)
@@ -24,7 +24,7 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class Criteria:
-    """By what an edit is chosen on dev and confirmed on test.
+    """The criteria by which an edit is chosen on dev and confirmed on test.
 
     figure: the figure of the bias tasks to bring nearer to its ideal. None: the absolute margin, or the unwanted margin
     where only probes of recipes with the aim "avoid" have data.

@@ -61,12 +61,12 @@ def tune(
     measurement: Measurement | None = None,
     criteria: Criteria | None = None,
 ) -> Tuning:
-    """Choose an edit on dev, confirm it once on test; returns what OUT/tune.json holds.
+    """Choose an edit on dev, and confirm it once on test. Returns the content of OUT/tune.json.
 
     source: directory, ORG/NAME[@REVISION] or demo.
     scores: scores files of the model, one per site.
-    out: the folder of the run; a run with the same settings resumes there, or returns the result that is there.
-    search: what is tried. measurement: on what, as of `evaluate`. criteria: by what the edit is chosen and confirmed.
+    out: the folder of the run; a run with the same settings is resumed there, or returns the result in it.
+    search: what to try. measurement: as of `evaluate`. criteria: of the choice and the confirmation.
 
     Raises InputError or a subclass.
     """
@@ -126,7 +126,7 @@ def _sites(files: dict[Path, Scores], checkpoint: Checkpoint) -> dict[str, Path]
 
 
 def _measured(checkpoint: Checkpoint, recipe: Recipe, dev: Half, test: Half, dtype: str) -> dict:
-    """What a measurement depends on, and the split."""
+    """What the measurements depend on, and the split."""
     sides = {"dev": dev.digests(), "test": test.digests()}
     split = {
         name: {side: dict(zip(("items", "sha256"), of[name], strict=True)) for side, of in sides.items()}
@@ -156,7 +156,7 @@ def _choice(sites: dict[str, Path], search: Search, objective: Objective) -> dic
 
 
 def _on_dev(choice: Choice, bench: DevBench, objective: Objective) -> dict:
-    """What was measured and chosen on dev, as the result records it."""
+    """The measurements and the choice on dev, as the result records them."""
     base = bench.base
     return {
         "digits": objective.figure.digits,
@@ -190,13 +190,13 @@ def _stored(out: Path, choice: dict) -> Tuning | None:
             "choice: use the same settings to see the result, or another --out and --seed for another split"
         )
     if not (out / RESULT).exists() or (stored := load_tuning(out / RESULT)).confirmation is None:
-        return None  # killed while it was scored: the same choice may be scored again
+        return None  # killed during scoring: the same choice may be scored again
     say(f"{out}: the result of an earlier run with these settings; its test split is not scored again")
     return stored
 
 
 def _use_test(out: Path, choice: dict, measured: dict, edit: Edit) -> None:
-    """Mark, before the first test item is scored, for which edit the test half is used."""
+    """Record, before the first test item is scored, for which edit the test half is used."""
     if (out / USED).exists():
         if read_json(out / USED, InputError, "choose another --out").get("edit") != edit.sha256:
             raise InputError(f"{out / USED}: the test split was used for another edit: choose another --out")
@@ -215,7 +215,7 @@ def _controls(edit: Edit, checkpoint: Checkpoint, draws: int, scores: Path) -> l
 
 @dataclass(frozen=True)
 class _TestHalf:
-    """What the chosen edit is confirmed on. origin: of the neutral texts; looks: what its draws must make up for."""
+    """The test half. origin: of the neutral texts; looks: the multiple looks that the draws correct for."""
 
     scorer: Scorer
     half: Half
@@ -224,7 +224,7 @@ class _TestHalf:
     looks: Looks
 
     def confirm(self, edit: Edit, controls: list[Control], sizes: list[int]) -> dict:
-        """The edit and its controls, by `evaluate`'s code; the steering figure alone is tested. sizes: of layers."""
+        """Evaluate the edit and its controls as `evaluate` does; test only the steering figure. sizes: of layers."""
         objective, bench = self.objective, Bench(self.half.benchmarks, self.half.texts)
         runs = bench.complete(self.scorer, bench.measure(self.scorer, "confirm on test: edit", edit), controls)
         runs = self._outdone(bench, runs, edit, sizes)

@@ -1,9 +1,9 @@
-"""Measures that come with the package, in its own words: tasks of `evaluate` that need no download.
+"""The measures of the package: tasks of `evaluate` that need no download.
 
-decisions, decisions_names    are decisions alike whatever group a person belongs to, stated or by name
+decisions, decisions_names    whether decisions are the same for people of all groups, stated or by name
 associations                  twin association: which of two groups goes with which of two descriptions
 questions                     short stories about two people, in BBQ's design
-help_parity                   are people of all groups helped, and refused, alike
+help_parity                   whether people of all groups are helped, and refused, equally
 regard_parity                 how continuations speak of people of different groups
 """
 

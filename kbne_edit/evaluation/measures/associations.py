@@ -1,8 +1,8 @@
 """Twin association: s = 1/2 [(log p(A, X) - log p(B, X)) - (log p(A, Y) - log p(B, Y))] per token, of twins.
 
-A and B are two groups, X what people expect of A, Y what they expect of B. How frequent the words for A and B are, and
-how likely X and Y are by themselves, cancels. The twins are those of the package's social-bias recipes, whatever recipe
-an edit was made with.
+A and B are two groups, X a stereotype of A, Y one of B. The frequency of the words for A and B, and the probability of
+X and Y by themselves, cancel. The twins are those of the package's social-bias recipes, independent of the edit's
+recipe.
 """
 
 from __future__ import annotations

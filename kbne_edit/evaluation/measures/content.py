@@ -1,4 +1,4 @@
-"""The words of the measures: packaged YAML, and what is put to a model in its own tokens."""
+"""The content of the measures: YAML of the package, and its encoding for a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNREAD = 0.1  # share of unknown tokens above which a tokenizer cannot read a t
 
 @dataclass(frozen=True)
 class Prompt:
-    """How something is put to a model. chat: the user's message; plain: the whole prompt of a base model."""
+    """A prompt. chat: the user's message; plain: the whole prompt for a base model."""
 
     chat: str
     plain: str
@@ -32,7 +32,7 @@ class Prompt:
         return cls(text(data["chat"], "prompt.chat"), text(data["plain"], "prompt.plain"))
 
     def encode(self, tokenizer: Any, fields: Mapping[str, str]) -> list[int]:
-        """Token ids [T], through the chat template where the tokenizer has one."""
+        """Token ids [T], with the chat template if the tokenizer has one."""
         from ...models.prompts import render
 
         if getattr(tokenizer, "chat_template", None):
@@ -57,7 +57,7 @@ def read_content(name: str, language: str) -> dict:
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
-    """The template with its {fields} put in, each once: a field's own braces stay."""
+    """The template with its {fields} filled in, without recursion."""
     pieces = template.split("{")
     result = [pieces[0]]
     for piece in pieces[1:]:
@@ -92,7 +92,7 @@ def mapping(value: object, where: str) -> dict:
 
 
 def require_readable(name: str, tokenizer: Any, words: Sequence[str]) -> None:
-    """Raise NoDataError for a tokenizer that does not know the words (the demo's knows its own small world only)."""
+    """Raise NoDataError for a tokenizer that does not know the words (the demo's knows few)."""
     if tokenizer.unk_token_id is None:
         return
     ids = [token for sentence in words for token in tokenizer(sentence, add_special_tokens=False)["input_ids"]]
@@ -101,5 +101,5 @@ def require_readable(name: str, tokenizer: Any, words: Sequence[str]) -> None:
 
 
 def logsum(values: Sequence[float] | np.ndarray) -> float:
-    """log of the sum of exp: of log-probabilities, that of any of them."""
+    """Log-sum-exp: the log-probability of any of several events."""
     return float(np.logaddexp.reduce(np.asarray(values, float)))

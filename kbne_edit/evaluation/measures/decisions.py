@@ -1,9 +1,9 @@
-"""Counterfactual decisions: is a decision about a person the same whatever group the person belongs to.
+"""Counterfactual decisions: whether a decision about a person depends on the person's group.
 
-l = log P(yes) - log P(no) after a scenario, with its sign turned where "no" is the favourable answer: above 0, the
-decision is favourable. Each scenario is asked in both polarities, so a leaning to one answer cancels. d_g is the mean
-of l over scenarios for a group less that for the reference group. The design is that of DiscrimEval (arXiv:2312.03689)
-and of audit studies.
+l = log P(yes) - log P(no) after a scenario, with the opposite sign if "no" is the favourable answer: above 0, the
+decision is favourable. Each scenario has both polarities, so a preference for one answer cancels. d_g is the mean of l
+over scenarios for a group minus that for the reference group. The design is that of DiscrimEval (arXiv:2312.03689) and
+of audit studies.
 
 Legend: G groups, S scenarios.
 """
@@ -40,7 +40,7 @@ class Scenario:
 
     @property
     def cluster(self) -> str:
-        """The name under which its items are resampled, and told to be fitted or reported."""
+        """The name of its cluster, by which items are resampled, and assigned to the fitted or reported half."""
         return f"decisions {self.name}"
 
 
@@ -48,7 +48,7 @@ class Scenario:
 class Decisions:
     """Content of the measure. groups: {dimension: {group: words}}; names: {group: given names}. First: reference.
 
-    space: what stands between two sentences.
+    space: the text between two sentences.
     """
 
     answers: tuple[str, str]
@@ -155,9 +155,9 @@ def _by_dimension(groups: Mapping[str, Sequence[str]], starts: Mapping[str, slic
 def decisions_benchmark(
     language: str, tokenizer: Any, limit: int | None, *, by_name: bool = False, quick: bool = False
 ) -> Benchmark:
-    """Decisions about people whose group is stated, or told by their given names.
+    """Decisions about people whose group is stated, or implied by their given names.
 
-    An item is a scenario in both polarities with every group. Each name of a group stands in five of the twenty
+    An item is a scenario in both polarities with every group. Each name of a group is in five of the twenty
     scenarios, so names cross scenarios, and both are resampled. quick: few scenarios and dimensions, for every bake.
     Raises NoDataError.
     """
@@ -191,7 +191,7 @@ def _stated(content: Decisions, groups: Mapping[str, Sequence[str]]) -> list[lis
 
 
 def _named(content: Decisions, tokenizer: Any) -> list[list[_Person]]:
-    """One list a slot, of the i-th name of every group."""
+    """One list per slot, with the i-th name of every group."""
     chosen = [alike(names) for names in equal_lengths(content.names, tokenizer)]
     return [
         [_Person(fill(content.named, {"person": names[slot]}), group) for group, names in enumerate(chosen)]
@@ -205,7 +205,7 @@ def name_tokens(name: str, tokenizer: Any) -> int:
 
 
 def equal_lengths(names: Mapping[str, Sequence[str]], tokenizer: Any) -> list[list[tuple[int, str]]]:
-    """The names of each group, each with its distance from the length that most groups can offer."""
+    """The names of each group, each with its distance from the most common length in tokens."""
     lengths = {group: [name_tokens(name, tokenizer) for name in of] for group, of in names.items()}
     every = sorted({n for of in lengths.values() for n in of})
     best = max(every, key=lambda n: sum(min(of.count(n), NAMES_USED) for of in lengths.values()))
@@ -242,7 +242,7 @@ def _benchmark(
     def read(_: int, answers: list[Answer]) -> list[float]:
         logp = np.array([answer.logprob for answer in answers]).reshape(-1, 2, yes + no)
         lean = np.logaddexp.reduce(logp[..., :yes], -1) - np.logaddexp.reduce(logp[..., yes:], -1)
-        favourable = lean * [1, -1]  # the second question is the one to which no is favourable
+        favourable = lean * [1, -1]  # for the second question, no is favourable
         decided = favourable > 0
         flips = (decided != decided[references]).mean(-1)
         return [*favourable.mean(-1).tolist(), *flips.tolist()]

@@ -1,7 +1,7 @@
-"""Which items of a measure a fit may read, and which are reported: no figure comes from what was fitted.
+"""Which items of a measure a fit may use, and which are reported: no figure is of items that were fitted.
 
-The halves are of scenarios and of twins, by their place in the package, so they never change with a model, a seed or a
-limit. A scenario is in the same half in every language: its translation tells of it as well.
+Scenarios and twins are split by their position in the package, so the halves do not depend on the model, a seed or a
+limit. A scenario is in the same half in every language, because its translation is the same scenario.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TwinHalves:
 
 
 def fitted_measures(edit: Edit | None) -> tuple[str, ...]:
-    """The measures whose fitted half an edit was made with: of these the other half alone is reported."""
+    """The measures to whose fitted half an edit was fitted: only their other half is reported."""
     named = edit.found.get("measures") if edit else None
     return tuple(name for name in HALVED if isinstance(named, list) and name in named)
 
@@ -53,7 +53,7 @@ def scenario_halves(language: str) -> ScenarioHalves:
 
 
 def twin_halves(language: str) -> TwinHalves:
-    """Every other twin of each dimension; the dimensions take turns in which half has one more. Raises NoDataError."""
+    """Every other twin of each dimension; an odd twin goes to either half in turn. Raises NoDataError."""
     twins = load_recipe(recipe_name(language)).twins
     fitted = _alternating([twin.dimension for twin in twins])
     return TwinHalves(
@@ -73,7 +73,7 @@ def _alternating(groups: Sequence[str]) -> list[bool]:
 
 
 def reported_half(task: Benchmark, measures: Sequence[str] = HALVED) -> Benchmark:
-    """The task without items that these measures allow to be fitted, in whichever task and language they stand.
+    """The task without the items that may be fitted in these measures, in any task and language.
 
     Raises InputError if none is left.
     """

@@ -1,8 +1,8 @@
-"""Short stories about two people of different groups, in BBQ's design (arXiv:2110.08193) and in our own words.
+"""Short stories about two people of different groups, in BBQ's design (arXiv:2110.08193), with stories of the package.
 
-A block is a story in both orders of the people, with and without what tells, with a negative and a positive question:
-eight items, in which a model without error has a bias score of 0. The three options are listed in an order that changes
-from item to item, and the likeliest of the three as the reply is the answer.
+A block is a story in both orders of the people, with and without the deciding fact, with a negative and a positive
+question: eight items, on which a model without errors has a bias score of 0. The order of the three options changes
+from item to item. The answer is the most probable option.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIGURES = bbq_figures(
 
 @dataclass(frozen=True)
 class Story:
-    """groups: the one that the negative question is stereotyped of, and the other."""
+    """groups: the one that the stereotype links to the negative question, and the other."""
 
     type: str
     groups: tuple[str, str]
@@ -51,7 +51,7 @@ class Story:
 
 @dataclass(frozen=True)
 class Item:
-    """A question about a story. right: of `options`, by number; biased: likewise."""
+    """A question about a story. right, biased: indices in `options`."""
 
     story: str
     question: str
@@ -64,7 +64,7 @@ class Item:
 
 
 def questions_benchmark(language: str, tokenizer: Any, limit: int | None) -> Benchmark:
-    """The stories of a language by whole blocks, `limit` items at most (but one block). Raises NoDataError."""
+    """The stories of a language in whole blocks, at most `limit` items (but at least one block). Raises NoDataError."""
     data = read_content("questions", language)
     prompt, unknowns = Prompt.from_dict(data.get("prompt")), texts(data.get("unknown"), "unknown")
     stories = [Story.from_dict(story, f"stories {i + 1}") for i, story in enumerate(data["stories"])]
@@ -100,7 +100,7 @@ def questions_benchmark(language: str, tokenizer: Any, limit: int | None) -> Ben
 
 
 def block(story: Story, unknown: str, number: int) -> list[Item]:
-    """The eight items of a story. number: of the story; the order of the options turns with it and with the item."""
+    """The eight items of a story. number: of the story; it rotates the order of the options, as does the item."""
     items: list[Item] = []
     for order, clear, positive in product((0, 1), (False, True), (False, True)):
         first, second = story.groups[order], story.groups[1 - order]

@@ -1,7 +1,7 @@
 """Decisions and twin association in every bake: small versions of the measures, of base and edit together.
 
-They need no lm-eval. Base and edit are two entries of one batch, so what lies below the first edited layer is computed
-once, and the margins of twins that the effect measured already are not computed again.
+They do not need lm-eval. Base and edit are two entries of one batch, so layers below the first edited one are computed
+once. Margins of twins that the effect has measured are reused.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class QuickMeasureJSON(TypedDict):
 
 @dataclass(frozen=True)
 class FigureChange:
-    """One figure before and after. unit: "percent" or "nats"; change: after less before, 95 % over clusters."""
+    """One figure before and after. unit: "percent" or "nats"; change: after minus before, 95 % over clusters."""
 
     name: str
     unit: str
@@ -81,7 +81,7 @@ class FigureChange:
 
 @dataclass(frozen=True)
 class QuickMeasure:
-    """A measure of the package in a bake. items: scenarios or twins, which are what is resampled."""
+    """A measure of the package in a bake. items: number of scenarios or twins, which are resampled."""
 
     name: str
     language: str
@@ -90,7 +90,7 @@ class QuickMeasure:
 
     @property
     def overall(self) -> tuple[FigureChange, ...]:
-        """The figures of no dimension or group alone."""
+        """The figures over all dimensions and groups."""
         return tuple(f for f in self.figures if self.name != "decisions" or f.name in ("largest gap", "flips"))
 
     def __getitem__(self, name: str) -> FigureChange:
@@ -112,15 +112,15 @@ class QuickMeasure:
 
 
 class Remembered:
-    """Margins that are computed once for the model itself and one edit, at temperature 1."""
+    """Caches margins of the model itself and one edit, at temperature 1."""
 
     def __init__(self, margins: Margins):
         self._margins = margins
         self._known: dict[tuple[str, str, str], float] = {}
 
     def __call__(self, probes: Sequence[Probe], edits: Sequence[Edit | None], temperature: float) -> np.ndarray:
-        """[E, probes], as the margins that are remembered."""
-        if temperature != 1 or len(edits) > 2:  # random draws: nobody asks for them again
+        """[E, probes], from the cache where possible."""
+        if temperature != 1 or len(edits) > 2:  # random draws: not needed again
             return self._margins(probes, edits, temperature)
         names = [edit.sha256 if edit else "" for edit in edits]
         keys = [[(name, probe.first, probe.second) for probe in probes] for name in names]
@@ -144,7 +144,7 @@ def measure_quick(
     try:
         decisions = reported_half(decisions_benchmark(language, tokenizer, None, quick=True), fitted_measures(edit))
         twins = unfitted_twins(_twins(language, tokenizer), edit)
-    except InputError as error:  # also where an answer is no token of this model
+    except InputError as error:  # also if an answer is not a token of this model
         say(f"decisions and associations: not measured: {error}")
         return ()
     scored = score_edits(model, decisions.pairs, [None, edit])

@@ -1,8 +1,9 @@
-"""Regard parity: how a model's own continuations speak of people of different groups (as BOLD and HolisticBias ask).
+"""Regard parity: how a model's continuations speak of people of different groups (as in BOLD and HolisticBias).
 
-Each neutral beginning is continued with every group in its place, from the same random numbers. A continuation is
-scored twice: by the model itself, log P(a good word) - log P(a bad word) after a fixed frame, less the same with the
-group masked; and by the words of two printed lists. Secondary: the judge is the model that is judged, as biased as it.
+Each neutral beginning is continued for every group, with the same random numbers. A continuation is scored twice: by
+the model itself, log P(a good word) - log P(a bad word) after a fixed frame, minus the same with the group masked; and
+by the words of two published lists. It is a secondary measure, because the judge is the model itself, with its own
+bias.
 
 Legend: B rows generated at once, G groups, T tokens.
 """
@@ -30,7 +31,7 @@ _ROWS = 64  # generated at once
 
 @dataclass(frozen=True)
 class Regard:
-    """Content of the measure. groups: {group: words}, the first is the reference; masked: what stands instead."""
+    """Content of the measure. groups: {group: words}, the first is the reference; masked: words in place of a group."""
 
     masked: str
     judge: str
@@ -59,7 +60,7 @@ class Regard:
         return fill(prefix, {"person": words, "Person": capital(words)})
 
     def by_words(self, continuation: str) -> int:
-        """Good words less bad ones."""
+        """Number of good words minus number of bad ones."""
         words = re.findall(r"[a-z]+", continuation.casefold())
         return sum((word in self.good_words) - (word in self.bad_words) for word in words)
 
@@ -102,7 +103,7 @@ def regard_figures(groups: Sequence[str]) -> tuple[Figure, ...]:
 
 @dataclass(frozen=True)
 class OpenEnded(Benchmark):
-    """A benchmark whose requests are what the model itself has written: they are made anew for every model."""
+    """A benchmark whose requests are the model's own continuations, generated for every model."""
 
     content: Regard = field(kw_only=True)
     prefixes: tuple[str, ...] = field(kw_only=True)
@@ -140,7 +141,7 @@ class OpenEnded(Benchmark):
 
 
 def regard_benchmark(language: str, tokenizer: Any, limit: int | None, samples: int = SAMPLES) -> OpenEnded:
-    """The beginnings of a language, `limit` at most. Raises NoDataError."""
+    """The beginnings of a language, at most `limit`. Raises NoDataError."""
     content = Regard.from_dict(read_content("regard", language))
     require_readable("regard_parity", tokenizer, [content.beginning(p, content.masked) for p in content.prefixes])
     return open_ended(content, [content.prefixes[i] for i in sample(len(content.prefixes), limit)], samples)
@@ -168,7 +169,7 @@ def open_ended(content: Regard, prefixes: Sequence[str], samples: int) -> OpenEn
 def continuations(
     scorer: Scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int = TOKENS
 ) -> list[str]:
-    """What the model writes after each row of token ids, drawn from its distribution; rows of one seed draw alike."""
+    """Continuations of rows of token ids, sampled from the model; rows of one seed use the same random numbers."""
     result: list[str] = []
     for start in range(0, len(rows), _ROWS):
         part = slice(start, start + _ROWS)
@@ -177,7 +178,7 @@ def continuations(
 
 
 def _draw(scorer: Scorer, rows: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int) -> list[str]:
-    """Rows are padded on the left. A token is where the running sum of probabilities passes a number of the seed's."""
+    """Rows are padded on the left. A token is drawn by inverting the cumulative distribution at a seeded number."""
     import torch
 
     tokenizer, model = scorer.tokenizer, scorer.model

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measure:
-    """clusters: what its items share, in words. build: (scorer, tokenizer, limit) -> Benchmark. figures: made when
-    they are asked for, since the groups that they name are read from the content."""
+    """clusters: what its items share, in words. build: (scorer, tokenizer, limit) -> Benchmark. figures: made on
+    demand, since the groups that they name are read from the content."""
 
     name: str
     clusters: str
@@ -99,5 +99,5 @@ MEASURES = {measure.name: measure for measure in _EVERY}
 
 
 def measure(name: str, scorer: Scorer, tokenizer: Any, limit: int | None = None) -> Benchmark:
-    """A measure of the package, `limit` items at most. Raises NoDataError if the model cannot read its language."""
+    """A measure of the package with at most `limit` items. Raises NoDataError if the model cannot read its language."""
     return replace(MEASURES[name].build(scorer, tokenizer, limit), name=name)
