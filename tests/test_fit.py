@@ -119,15 +119,17 @@ def test_what_moved_is_said_of_enough_units_and_beyond_every_shuffle(fitted):
     assert found.moved == ()  # a handful of units was set aside
     fall, small, rise = Interval(-0.2, -0.3, -0.1), Interval(-0.1, -0.2, -0.01), Interval(0.1, -0.1, 0.3)
 
-    def told(units, change, shuffles):
+    def told(units, change, shuffles, uses=1):
         gains = tuple(Gain(part, "all", units, 0.1, rise) for part in ("sentiment", "prior"))
         gains = (Gain("association", "all", units, 0.1, change), *gains)
         controls = [Control(f"shuffled labels {i}", 0.01, (c, fall, fall)) for i, c in enumerate(shuffles, 1)]
-        return replace(found, gains=gains, controls=tuple(controls)).moved
+        return replace(found, gains=gains, controls=tuple(controls), uses=uses).moved
 
     assert told(20, fall, [small, rise]) == ("association",)
     assert told(19, fall, [small, rise]) == told(20, rise, [rise]) == told(20, small, [rise, fall]) == ()
     assert told(20, fall, []) == ()
+    near = Interval(-0.1, -0.19, -0.01)  # below 0 by 2.18 standard errors; 5 % one-sided: 2.13 of 3, 2.39 of 6
+    assert told(20, near, [rise]) == ("association",) and told(20, near, [rise], uses=2) == ()
 
 
 def test_few_neurons_of_one_part(model, fitted, tmp_path):
@@ -135,6 +137,7 @@ def test_few_neurons_of_one_part(model, fitted, tmp_path):
     settings = FitSettings(**vars(SETTINGS) | {"neurons": 9, "part": "association", "even": 1.0})
     few = fit(str(model), tmp_path / "few.json", settings, out.with_name("edit.gradients.safetensors"))
     assert few.factors.changed == few.edit.num_neurons and 1 <= few.edit.num_neurons <= 9
+    assert found.uses == 1 < few.uses  # the same facts have judged another edit
     assert few.cost.kl <= SETTINGS.max_kl and few.parts == ("association",) and few.even == 1.0
 
 

@@ -17,7 +17,7 @@ progress files families plots rule
 yamlfile
 edit recipe
 disk
-hub models folding
+hub models folding used
 proofs attribution
 selection
 evaluation

@@ -66,7 +66,7 @@ from kbne_edit.tuning.objective import Looks, Objective, Run, objective_of
 from kbne_edit.tuning.result import load_tuning
 from kbne_edit.tuning.search import Space, front, in_words, sweep
 from kbne_edit.tuning.tune import USED
-from kbne_edit.tuning.used import count_use, record_of
+from kbne_edit.used import count_use, record_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "kbne_edit" / "demo"

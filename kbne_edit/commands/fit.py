@@ -94,7 +94,7 @@ def lines(result: Fit) -> list[str]:
     factors, cost = result.factors, result.cost
     return [
         f"fitted to {result.fitted} facts, {result.contrasts} contrasts and {result.public} public pairs; "
-        f"{result.set_aside} units set aside",
+        f"{result.set_aside} units set aside" + (f", which have judged {result.uses} edits" if result.uses > 1 else ""),
         f"factors: {factors.changed} of {factors.total} changed, {factors.least:.3f} to {factors.largest:.3f}, "
         f"root mean square change {factors.rms:.4f}",
         f"cost on neutral text: KL {cost.kl:.4f}, perplexity {cost.perplexity_base:.2f} to {cost.perplexity:.2f}",

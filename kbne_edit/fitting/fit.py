@@ -22,6 +22,7 @@ from ..files import forbid_overlap
 from ..hub.source import Source, resolved
 from ..models.loading import load_model
 from ..progress import say
+from ..used import count_use
 from .collect import Reading, collect
 from .contrasts import contrast_units
 from .directions import Directions, matched
@@ -173,8 +174,11 @@ class _Run:
         controls = [measure.control(f"shuffled labels {i}", edit) for i, edit in enumerate(shuffles, 1)]
         controls += self._others(best, alike, measure, directions.fisher)
         cost = Cost(best.kl, neutral.base.perplexity, best.perplexity)
-        result = self._result(by, best, cost, measure.gains(best), controls)
-        return replace(result, edit=self._edit(best.factors, result))
+        edit = self._edit(best.factors)
+        aside = "".join(map(repr, (self.every[i] for i in self.aside)))
+        uses = count_use([kept], hashlib.sha256(aside.encode()).hexdigest(), edit.sha256)
+        result = replace(self._result(by, best, cost, measure.gains(best), controls), edit=edit, uses=uses)
+        return replace(result, edit=self._recorded(result))
 
     def _validated(self, directions: Directions) -> Validation:
         """Settings by cross-validation on what is fitted."""
@@ -243,16 +247,19 @@ class _Run:
         finally:
             file.close()
 
-    def _edit(self, factors: Tensor, fitted: Fit) -> Edit:
-        """The edit of a fit, with a record of the fit."""
+    def _edit(self, factors: Tensor) -> Edit:
         parts = factors.split(self.sizes)
         changed = {
             layer: {i: float(part[i]) for i in torch.nonzero(part != 1)[:, 0].tolist()}
             for layer, part in enumerate(parts)
         }
+        return Edit(self.settings.site, changed, self.checkpoint.fingerprint())
+
+    def _recorded(self, fitted: Fit) -> Edit:
+        """The edit of a fit, with a record of the fit."""
         record = fitted.record(self.settings.part, self.settings.max_kl, self.settings.seed)
         measures = {"measures": list(self.settings.measures)} if self.settings.measures else {}
-        return replace(fitted.edit, factors=changed, found={"fit": record.to_dict()} | measures)
+        return replace(fitted.edit, found={"fit": record.to_dict()} | measures)
 
 
 def chosen_units(settings: FitSettings) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:

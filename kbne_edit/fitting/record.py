@@ -32,7 +32,8 @@ class ControlMoved:
 
 @dataclass(frozen=True)
 class FitRecord:
-    """part: the setting; moved: the parts that fell beyond shuffled labels; set_aside: number of units not fitted."""
+    """part: the setting; moved: the parts that fell beyond shuffled labels; set_aside: number of units not fitted; uses: number
+    of edits that these units have judged."""
 
     part: str
     max_kl: float
@@ -49,6 +50,7 @@ class FitRecord:
     gains: tuple[Moved, ...]
     controls: tuple[ControlMoved, ...]
     moved: tuple[str, ...]
+    uses: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

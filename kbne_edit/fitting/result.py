@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
@@ -14,6 +15,7 @@ from .problem import Held
 from .record import ControlMoved, FitRecord, Moved
 
 VERSION = 1
+_LEVEL = 0.05
 FEWEST = 20  # units set aside that a part needs to be reported as moved
 
 
@@ -94,7 +96,7 @@ class Fit:
 
     even: chosen by cross-validation, whose figures `held` are. carried: for each of the parts, how much of its fall in
     facts that were fitted others show; it weighs them against each other. moved: the parts that moved towards less of
-    them, with an interval that excludes 0, and further than under shuffled labels.
+    them, and further than under shuffled labels. uses: number of edits that these facts have judged, this one included.
     """
 
     edit: Edit = field(metadata={"json": False})
@@ -110,16 +112,23 @@ class Fit:
     cost: Cost
     gains: tuple[Gain, ...]
     controls: tuple[Control, ...]
+    uses: int = 1
 
     @property
     def moved(self) -> tuple[str, ...]:
-        """Parts that fell beyond every draw of shuffled labels, on enough units."""
+        """Parts that fell beyond every draw of shuffled labels, on enough units.
+
+        The fall of one of them by chance has at most _LEVEL, over all parts and all edits that the units have judged.
+        """
         overall = [gain for gain in self.gains if gain.of == "all"]
         draws = [control for control in self.controls if control.name.startswith("shuffled")]
+        looks = max(1, len(overall) * self.uses)
+        widths = NormalDist().inv_cdf(1 - _LEVEL / looks) / NormalDist().inv_cdf(0.975)  # of half a 95 % interval
         result = []
         for number, gain in enumerate(overall):
+            fell = gain.change.value + widths * (gain.change.high - gain.change.value) < 0
             beyond = all(gain.change.value < control.changes[number].value for control in draws)
-            if gain.units >= FEWEST and gain.change.high < 0 and draws and beyond:
+            if gain.units >= FEWEST and fell and draws and beyond:
                 result.append(gain.part)
         return tuple(result)
 
@@ -142,6 +151,7 @@ class Fit:
             gains=tuple(Moved(g.part, g.units, g.before, g.change.value, g.change.low, g.change.high) for g in overall),
             controls=tuple(ControlMoved(c.name, tuple(change.value for change in c.changes)) for c in self.controls),
             moved=self.moved,
+            uses=self.uses,
         )
 
     def to_dict(self) -> Annotated[dict[str, Any], FitKeys]:

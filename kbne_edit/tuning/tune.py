@@ -35,13 +35,13 @@ from ..files import forbid_overlap, read_json, write_json, write_text
 from ..hub.source import resolved
 from ..progress import say
 from ..recipe import Recipe, load_recipe
+from ..used import count_use
 from .bench import DevBench
 from .choose import Choice, Chooser
 from .journal import Journal
 from .objective import Looks, Objective, objective_of
 from .result import VERSION, Tuning, load_tuning
 from .settings import Criteria, Search
-from .used import count_use
 
 if TYPE_CHECKING:
     from ..evaluation.scoring import Scorer

@@ -10,10 +10,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..disk.publishing import write_errors
-from ..errors import InputError, OutputError
-from ..files import open_input
-from ..progress import say
+from .disk.publishing import write_errors
+from .errors import InputError, OutputError
+from .files import open_input
+from .progress import say
 
 SUFFIX = ".tested.jsonl"
 
