@@ -32,8 +32,10 @@ class ControlMoved:
 
 @dataclass(frozen=True)
 class FitRecord:
-    """part: the setting; moved: the parts that fell beyond shuffled labels; set_aside: number of units not fitted; uses: number
-    of edits that these units have judged."""
+    """part: the setting; moved: the parts that fell beyond shuffled labels; set_aside: number of units not fitted.
+
+    uses: number of edits that these units have judged.
+    """
 
     part: str
     max_kl: float
