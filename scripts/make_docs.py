@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that are made: commands.md from the commands' own help,
+"""Writes the pages of docs/ that are made: commands.md and options.md from the commands' own help,
 architectures.md from the table of families, map.svg from map.json, schemas/ from the types of what is printed as JSON.
 
     python scripts/make_docs.py              # a test fails if one of them is out of date
@@ -28,6 +28,7 @@ _WIDTH = 100  # of the help, in characters
 
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from option_table import page as options  # noqa: E402
 from schemas import outputs, schema_of  # noqa: E402
 
 
@@ -116,7 +117,7 @@ def schema(name: str, kind: Any) -> str:
     return json.dumps(schema_of(name, kind), indent=2) + "\n"
 
 
-PAGES = {"commands.md": commands, "architectures.md": architectures, "map.svg": picture}
+PAGES = {"commands.md": commands, "options.md": options, "architectures.md": architectures, "map.svg": picture}
 PAGES |= {f"schemas/{name}.json": partial(schema, name, kind) for name, kind in outputs().items()}
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kbne_edit.commands import _COMMANDS
+from kbne_edit.commands import _COMMANDS, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 # As the installed script starts it: click reads the name of the variable off the program's.
@@ -22,6 +22,19 @@ def test_a_page_that_is_made_is_up_to_date(name):
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "run scripts/make_docs.py"
     if name == "commands.md":
         assert all(f"\n## kbne-edit {command}\n" in text for command in [*_COMMANDS, "recipes new"])
+
+
+def test_an_option_means_one_thing():
+    table = runpy.run_path(str(ROOT / "scripts" / "option_table.py"))
+    every = list(table["uses"](cli))
+    assert len(every) > 200 and table["doubles"](every) == []
+    wrong = [*every, every[0]._replace(command="x", option="--tau", text="A temperature.")]
+    wrong += [use._replace(command="y", value="list") for use in every if use.option == "--margin"][:1]
+    assert [fault.partition(" (")[0] for fault in table["doubles"](wrong)] == [
+        "--margin takes list and number",
+        "--tau takes number and text" if every[0].value == "text" else "--tau takes flag and number",
+        "--tau means 2 things",
+    ]
 
 
 def _completed(words, program=PROGRAM):
@@ -45,6 +58,11 @@ def _completed(words, program=PROGRAM):
         ("kbne-edit recipes ", ["list", "show", "check", "new"]),
         ("kbne-edit bake --as ", ["checkpoint", "peft", "delta"]),
         ("kbne-edit select --dr", ["--drop-wrong"]),
+        ("kbne-edit bake --in de", ["demo", "de"]),  # and folders, which the shell lists itself
+        ("kbne-edit bake --recipe social-bias-t", ["social-bias-true-false", "social-bias-t"]),
+        ("kbne-edit recipes show hi", ["hiring", "hi"]),
+        ("kbne-edit evaluate --tasks copa,arc", ["copa,arc_easy", "copa,arc_challenge"]),
+        ("kbne-edit bake --require effect,co", ["effect,cost"]),
     ],
 )
 def test_completion(words, found):

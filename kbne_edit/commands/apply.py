@@ -5,28 +5,37 @@ from typing import Any
 
 import click
 
-from . import options
+from . import completing, options
+from .edited import SOURCE, base_of
 from .findings import impact_lines, measuring, verdict_lines
 from .kept import keep_results
 
 
 @click.command("apply")
 @click.argument("delta", type=click.Path(path_type=Path))
-@options.SOURCE
-@options.out("Directory of the new checkpoint.")
+@SOURCE
+@options.out("Directory of the new checkpoint.", "DELTA-applied")
 @options.SHARD_SIZE
 @options.NO_BEHAVIOUR
-@click.option("--recipe", help="Recipe whose probes measure the effect.  [default: that of the delta, or social-bias]")
+@click.option(
+    "--recipe",
+    shell_complete=completing.recipe,
+    help="Recipe whose probes measure the effect.  [default: that of the delta, or social-bias]",
+)
 @measuring
 @options.JSON
 @options.VERBOSE
 @options.OVERWRITE
-def command(delta: Path, source: str, out: Path, require: tuple[str, ...], as_json: bool, **given: Any) -> None:
+def command(
+    delta: Path, source: str | None, out: Path | None, require: tuple[str, ...], as_json: bool, **given: Any
+) -> None:
     """Put the edited columns of DELTA, written by `bake --as delta`, into a copy of its base, and prove the result."""
     from ..applying import apply
     from ..evaluation.verdict import next_command
     from ..settings import Checks, Output
 
+    out = out or options.beside(delta, "-applied")
+    source = base_of(delta if delta.is_dir() else delta.parent, source)
     output = options.taken(Output, given)
     checks = options.taken(Checks, given)
     result = apply(delta, source, out, recipe=given["recipe"], output=output, checks=checks)

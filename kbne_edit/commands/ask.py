@@ -18,7 +18,7 @@ _MOST_BYTES = 1 << 20  # of a file of prompts
 
 
 @click.command("ask")
-@click.argument("directory", required=False)
+@click.argument("edited", required=False)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option(
     "--against", metavar="MODEL", help="The base, to show its replies too: a directory, ORG/NAME[@REVISION], or demo."
@@ -35,7 +35,7 @@ _MOST_BYTES = 1 << 20  # of a file of prompts
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed for sampling at a temperature above 0.")
 @click.option("--plain", is_flag=True, help="Leave out the chat template: the model continues the prompt.")
 @options.JSON
-def command(directory: str | None, prompts: tuple[str, ...], plain: bool, as_json: bool, **given: Any) -> None:
+def command(edited: str | None, prompts: tuple[str, ...], plain: bool, as_json: bool, **given: Any) -> None:
     """Show the replies of an edited model, beside those of its base.
 
     \b
@@ -49,13 +49,13 @@ def command(directory: str | None, prompts: tuple[str, ...], plain: bool, as_jso
 
     source, against, file = given["source"], given["against"], given["file"]
     edit = Edit.load(given["edit_path"]) if given["edit_path"] else None
-    if edit is None and (directory is None or source is not None):
+    if edit is None and (edited is None or source is not None):
         raise click.UsageError("give the edited directory, or --in MODEL with --edit edit.json")
     if edit is not None:
         if source is None:
             raise click.UsageError("--edit needs --in MODEL, the model that the edit is for")
-        prompts = prompts if directory is None else (directory, *prompts)
-    model = str(directory if edit is None else source)
+        prompts = prompts if edited is None else (edited, *prompts)
+    model = str(edited if edit is None else source)
     sampling = Sampling(given["max_tokens"], given["temperature"], given["seed"])
     every = [*prompts, *(_prompts_in(file) if file else [])]
     if not every and not as_json and sys.stdin.isatty():

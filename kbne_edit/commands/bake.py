@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("bake")
 @options.SOURCE
-@options.out("Directory of the new checkpoint.")
+@options.out("Directory of the new checkpoint.", "./debiased")
 @options.locating
 @options.selecting
 @click.option(

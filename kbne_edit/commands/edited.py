@@ -6,11 +6,14 @@ from pathlib import Path
 
 import click
 
+from . import completing
+
 EDITED = click.argument("edited", required=False, type=click.Path(path_type=Path))
 BAKED = click.option("--baked", hidden=True, type=click.Path(path_type=Path))  # how earlier versions named it
 SOURCE = click.option(
     "--in",
     "source",
+    shell_complete=completing.model,
     metavar="MODEL",
     help="The base: directory, ORG/NAME[@REVISION], or demo.  [default: that of EDITED, if it is on the Hub]",
 )

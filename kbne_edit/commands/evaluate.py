@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from . import completing, options
 from .edited import BAKED, EDITED, SOURCE, base_of, directory
 from .explain import EXPLAIN
 from .findings import REQUIRE, impact_lines, verdict_lines
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 @options.evaluating
 @EXPLAIN
 @click.option(
-    "--recipe", help="Recipe that supplies questions and probes.  [default: social-bias; the demo has its own]"
+    "--recipe",
+    shell_complete=completing.recipe,
+    help="Recipe that supplies questions and probes.  [default: social-bias; the demo has its own]",
 )
 @click.option(
     "--scores",
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     help="Directory whose manifest and card keep the result.  [default: EDITED]",
 )
 @click.option("--no-record", is_flag=True, help="Leave EDITED as it is: keep nothing of the result in it.")
+@options.OVERWRITE
 @REQUIRE
 @options.JSON
 def command(
@@ -82,8 +85,10 @@ def command(
     if out and not out.absolute().parent.is_dir():  # before an hour's work
         raise OutputError(f"cannot write {out}: its folder does not exist")
     if out:
+        options.check_free(out, values["overwrite"])
         model = None if source == "demo" else Path(source).expanduser()
         forbid_overlap(out, *filter(None, [model, edit_path, values["baked"], values["scores"]]))
+    del values["overwrite"]
     edit = Edit.load(edit_path) if edit_path else None
     into = _kept_in(values["baked"], edit, values.pop("into"), values.pop("no_record"))
     measurement = options.taken(Measurement, values)

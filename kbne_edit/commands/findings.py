@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from ..progress import paused
+from . import completing
 from .config import converted
 from .options import without
 
@@ -44,6 +45,7 @@ def _parts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 REQUIRE = click.option(
     "--require",
     metavar="PARTS",
+    shell_complete=completing.parts,
     callback=_parts,
     help="Exit with status 4 unless these parts of the verdict pass, e.g. effect,specific,cost,answers,proofs.",
 )

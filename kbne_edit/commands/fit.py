@@ -18,7 +18,7 @@ PART = click.Choice(["association", "sentiment", "prior", "guess", "all"])
 
 @click.command("fit")
 @options.SOURCE
-@options.out("Edit to write, e.g. edit.json. The gradients are kept beside it.")
+@options.out("Edit to write. The gradients are kept beside it.", "edit.json")
 @click.option(
     "--pairs",
     multiple=True,
@@ -60,6 +60,7 @@ PART = click.Choice(["association", "sentiment", "prior", "guess", "all"])
 )
 @click.option("--device", default="cpu", show_default=True, help="Torch device.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of every draw.")
+@options.OVERWRITE
 @options.JSON
 def command(
     source: str, out: Path, pairs: tuple[str, ...], gradients: Path | None, as_json: bool, **values: Any
@@ -78,6 +79,7 @@ def command(
     """
     from ..fitting.fit import FitSettings, fit
 
+    options.check_free(out, values.pop("overwrite"))
     result = fit(source, out, FitSettings(pairs=pairs or None, **values), gradients)
     keep_run(out.with_suffix(".run.yaml"))
     shell = options.shell

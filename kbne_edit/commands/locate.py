@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.command("locate")
 @options.SOURCE
-@options.out("Scores file to write, e.g. scores.safetensors; an interrupted one is continued.")
+@options.out("Scores file to write; an interrupted one is continued.", "scores.safetensors")
 @options.locating
 @FORCE
 @options.JSON

@@ -20,6 +20,7 @@ import click
 from ..errors import one_line
 from ..families import SITES
 from ..rule import COMBINE, RULES
+from . import completing
 from .config import converted
 
 if TYPE_CHECKING:
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable)
 Group = TypeVar("Group")
 
-SOURCE = click.option("--in", "source", required=True, metavar="MODEL", help="Directory, ORG/NAME[@REVISION], or demo.")
+SOURCE = click.option(
+    "--in",
+    "source",
+    shell_complete=completing.model,
+    required=True,
+    metavar="MODEL",
+    help="Directory, ORG/NAME[@REVISION], or demo.",
+)
 SHARD_SIZE = click.option(
     "--shard-size",
     metavar="SIZE",
@@ -54,8 +62,25 @@ DEVICE = click.option(
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 
-def out(help: str) -> Callable[[Command], Command]:
-    return click.option("--out", required=True, type=click.Path(path_type=Path), help=help)
+def out(help: str, default: str) -> Callable[[Command], Command]:
+    """--out. default: a path, or what it is made of (EDITED.html); then the command makes it."""
+    path = click.Path(path_type=Path)
+    if re.search("[A-Z]", default):
+        return click.option("--out", type=path, help=f"{help}  [default: {default}]")
+    return click.option("--out", default=default, show_default=True, type=path, help=help)
+
+
+def beside(edited: Path, suffix: str) -> Path:
+    """The default output of a command about EDITED, in the same folder."""
+    return edited.parent / f"{edited.absolute().name}{suffix}"
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise OutputError if a file is there that must not be replaced: asked before work that takes long."""
+    from ..errors import OutputError
+
+    if path.is_file() and not overwrite:
+        raise OutputError(f"{path} exists: choose another --out, or pass --overwrite")
 
 
 def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -89,7 +114,11 @@ def _answers(text: str | None) -> dict[str, list[str]] | None:
 
 # What is asked, and how it is attributed.
 locating = _together(
-    click.option("--recipe", help="Recipe by name or path.  [default: social-bias; the demo has its own]"),
+    click.option(
+        "--recipe",
+        shell_complete=completing.recipe,
+        help="Recipe by name or path.  [default: social-bias; the demo has its own]",
+    ),
     click.option(
         "--questions",
         type=int,
@@ -202,7 +231,12 @@ selecting = _together(
 
 # What is measured, and beside which controls.
 evaluating = _together(
-    click.option("--tasks", callback=_names, help="Names, separated by commas.  [default: all that have data]"),
+    click.option(
+        "--tasks",
+        shell_complete=completing.tasks,
+        callback=_names,
+        help="Names, separated by commas.  [default: all that have data]",
+    ),
     click.option(
         "--data",
         type=click.Path(path_type=Path),

@@ -16,15 +16,15 @@ UNPROVEN = "which whoever wrote the directory could have made up (--in MODEL pro
 
 
 @click.command("push")
-@click.argument("baked", type=click.Path(path_type=Path))
+@click.argument("edited", type=click.Path(path_type=Path))
 @click.argument("name", metavar="ORG/NAME")
-@click.option("--in", "base", metavar="MODEL", help="The base of BAKED: prove BAKED against it again before sending.")
+@click.option("--in", "base", metavar="MODEL", help="The base: prove EDITED against it again before sending.")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request in an existing repository.")
 @click.option("--dry-run", is_flag=True, help="Check and list the files; send nothing.")
 @options.JSON
 def command(
-    baked: Path, name: str, base: str | None, private: bool, create_pr: bool, dry_run: bool, as_json: bool
+    edited: Path, name: str, base: str | None, private: bool, create_pr: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Publish on the Hub what `bake` or `apply` wrote. Files and proofs are checked first."""
     from ..pushing import push
@@ -33,7 +33,7 @@ def command(
         raise click.UsageError(
             "--create-pr needs an existing repository, and --private creates one: leave one of them out"
         )
-    pushed = push(baked, name, source=base, private=private, create_pr=create_pr, dry_run=dry_run)
+    pushed = push(edited, name, source=base, private=private, create_pr=create_pr, dry_run=dry_run)
     result = pushed.to_dict()
     lines = [f"  {file}: {size:,} bytes" for file, size in result["files"].items()]
     lines.append(f"{len(result['files'])} files, {result['bytes']:,} bytes, all as the manifest says; {_sound(result)}")

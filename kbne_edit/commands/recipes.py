@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import options
+from . import completing, options
 
 if TYPE_CHECKING:
     from ..recipe import RecipeCheck
@@ -43,7 +43,7 @@ def list_(as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=completing.recipe)
 @click.option("--questions", type=int, help="Show only this many questions, or units of pairs.")
 @options.JSON
 def show(recipe: str, questions: int | None, as_json: bool) -> None:
@@ -60,7 +60,7 @@ def show(recipe: str, questions: int | None, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=completing.recipe)
 @click.option("--data", type=click.Path(path_type=Path), help="For pairs: folder of benchmarks to compare with.")
 @options.JSON
 def check(recipe: str, data: Path | None, as_json: bool) -> None:

@@ -5,16 +5,21 @@ from typing import Any
 
 import click
 
-from . import options
+from . import completing, options
 
 
 @click.command("select")
 @click.argument("scores", type=click.Path(path_type=Path))
-@options.out("Edit file to write, e.g. edit.json.")
-@click.option("--recipe", help="Recipe that supplies the default thresholds.  [default: the recipe of the scores]")
+@options.out("Edit file to write.", "edit.json")
+@click.option(
+    "--recipe",
+    shell_complete=completing.recipe,
+    help="Recipe that supplies the default thresholds.  [default: the recipe of the scores]",
+)
 @options.selecting
+@options.OVERWRITE
 @options.JSON
-def command(scores: Path, out: Path, recipe: str | None, as_json: bool, **values: Any) -> None:
+def command(scores: Path, out: Path, recipe: str | None, overwrite: bool, as_json: bool, **values: Any) -> None:
     """Choose neurons from a scores file, with other thresholds or another rule. Needs no model."""
     from ..attribution.scores import load_scores
     from ..files import forbid_overlap
@@ -23,6 +28,7 @@ def command(scores: Path, out: Path, recipe: str | None, as_json: bool, **values
     from ..settings import Settings
 
     forbid_overlap(out, scores)
+    options.check_free(out, overwrite)
     loaded = load_scores(scores)
     chosen = choose(loaded, load_recipe(recipe or loaded.settings["recipe"]), Settings(**values))
     chosen.edit.save(out)

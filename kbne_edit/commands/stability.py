@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from . import completing, options
 
 if TYPE_CHECKING:
     from ..selection.stability import Agreement, Resamples, Stability, StabilityJSON
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 @click.command("stability")
 @click.argument("scores", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--recipe", help="Recipe that supplies the default thresholds.  [default: the recipe of the first scores]"
+    "--recipe",
+    shell_complete=completing.recipe,
+    help="Recipe that supplies the default thresholds.  [default: the recipe of the first scores]",
 )
 @click.option(
-    "--draws", type=click.IntRange(1), default=200, show_default=True, help="Number of resamples of the questions."
+    "--resamples", type=click.IntRange(1), default=200, show_default=True, help="Number of resamples of the questions."
 )
 @options.selecting
 @options.JSON
-def command(scores: tuple[Path, ...], recipe: str | None, draws: int, as_json: bool, **values: Any) -> None:
+def command(scores: tuple[Path, ...], recipe: str | None, resamples: int, as_json: bool, **values: Any) -> None:
     """Show how far a selection depends on which questions are asked. Of several SCORES, also show how far they agree.
 
     To compare wordings, prompts, languages or contexts, make one scores file of each with `locate`.
@@ -37,24 +39,24 @@ def command(scores: tuple[Path, ...], recipe: str | None, draws: int, as_json: b
     files = {str(path): load_scores(path) for path in scores}
     first, settings = next(iter(files.values())), Settings(**values)
     named = load_recipe(recipe or first.settings["recipe"])
-    resamples = {}
+    drawn = {}
     for name, sample in files.items():
         rule, only = choosing(sample, named, settings)
-        resamples[name] = resample(sample, rule, draws=draws, only=only)
-    one = len(resamples) == 1  # an empty selection is an error for one file, and a result among several
-    results = {name: stability(sample) for name, sample in resamples.items() if one or len(sample.whole)}
-    pairs = [] if one else agreements(resamples)
+        drawn[name] = resample(sample, rule, draws=resamples, only=only)
+    one = len(drawn) == 1  # an empty selection is an error for one file, and a result among several
+    results = {name: stability(sample) for name, sample in drawn.items() if one or len(sample.whole)}
+    pairs = [] if one else agreements(drawn)
     result: StabilityJSON = {
         "files": {name: sample.to_dict() for name, sample in results.items()},
-        "nothing": [name for name, sample in resamples.items() if not len(sample.whole)],
+        "nothing": [name for name, sample in drawn.items() if not len(sample.whole)],
         "pairs": [pair.to_dict() for pair in pairs],
     }
     lines = [line for name, sample in results.items() for line in _file_lines(name, sample)]
     lines += [f"{name}: nothing is selected" for name in result["nothing"]]
     lines += [_pair_line(pair) for pair in pairs]
-    if len(resamples) > 2:
-        result["in_files"] = _in_files(list(resamples.values()))
-        lines.append(_in_files_line(result["in_files"], len(resamples)))
+    if len(drawn) > 2:
+        result["in_files"] = _in_files(list(drawn.values()))
+        lines.append(_in_files_line(result["in_files"], len(drawn)))
     if pairs:
         lines.append("intervals: 95 % of the draws; the same questions are drawn where files have as many of each kind")
     options.show(result, as_json, lines)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from . import completing, options
 from .findings import REQUIRE, verdict_lines
 from .kept import RUN, keep_run
 
@@ -34,7 +34,7 @@ class _Values(click.ParamType):
 @click.command("tune")
 @options.SOURCE
 @click.argument("scores", nargs=-1, required=True, type=click.Path(path_type=Path))
-@options.out("Folder for journal, tune.json, pareto.svg and edit.json. An interrupted run resumes from it.")
+@options.out("Folder for journal, tune.json, pareto.svg and edit.json. An interrupted run resumes from it.", "./tuned")
 @click.option("--factors", type=_Values(float), help="Factors to try.  [default: 0.5,1.5,2,3,4]")
 @click.option(
     "--taus",
@@ -44,7 +44,7 @@ class _Values(click.ParamType):
 @click.option("--tops", type=_Values(float), help="Values of top to try, each instead of a tau.")
 @click.option("--betas", type=_Values(float), help="Values of beta to try.  [default: 0.1]")
 @click.option("--rules", type=_Values(str), help="Selection rules to try.  [default: all that the scores allow]")
-@click.option("--combine", "combines", type=_Values(str), help="Ways to combine dimensions.  [default: union]")
+@click.option("--combines", type=_Values(str), help="Ways to combine dimensions.  [default: union]")
 @click.option(
     "--per-dimension", is_flag=True, help="Try a separate factor for each dimension; 1 (no change) is one of them."
 )
@@ -71,7 +71,11 @@ class _Values(click.ParamType):
 @click.option(
     "--dev-only", is_flag=True, help="Stop before the test half is scored, so that the space may still change."
 )
-@click.option("--recipe", help="Recipe that supplies questions and probes.  [default: the recipe of the scores]")
+@click.option(
+    "--recipe",
+    shell_complete=completing.recipe,
+    help="Recipe that supplies questions and probes.  [default: the recipe of the scores]",
+)
 @options.evaluating
 @REQUIRE
 @options.JSON
