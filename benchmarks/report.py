@@ -41,7 +41,7 @@ def main():
         _scores(folder / "baked.work", json.loads((baked / "kbne_edit.json").read_text())["edit"]["base"], rng)
         page = folder / "report.html"
         start = time.perf_counter()
-        command = [sys.executable, "-c", _RUN, "report", str(baked), "--out", str(page)]
+        command = [sys.executable, "-c", _RUN, "report", str(baked), "--out", str(page), "--overwrite"]
         memory = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
         seconds, size = time.perf_counter() - start, page.stat().st_size
         print(

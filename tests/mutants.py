@@ -400,7 +400,7 @@ def mutant(seed, number, folder, case):
         return kind, lambda: _recipe(case, path), ["recipes", "check", path]
     if kind == "scores":
         path = change("scores.safetensors", rng.choice((spoil_header, spoil_meta, spoil_bytes)))
-        command = ["select", path, "--recipe", "demo", "--out", area / "edit.json"]
+        command = ["select", path, "--recipe", "demo", "--out", area / "edit.json", "--overwrite"]
         return kind, lambda: _scores(case, path), command
     base, baked, do = _spoil_directory(kind, rng, folder, case, change)
     if do == "fold":

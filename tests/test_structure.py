@@ -28,6 +28,7 @@ settings
 locating
 verifying
 baking folded applying pushing asking debiasing comparing diagnosing recording results
+tracking serving
 commands
 """
 METHODS = {("edit.py", "models")}  # Edit.hooks and Edit.apply_, which import when they are called

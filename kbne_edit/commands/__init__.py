@@ -29,6 +29,7 @@ _COMMANDS = {
     "apply": "put a delta into a copy of its base",
     "report": "write one page about an edited directory, for reviewers and auditors",
     "ask": "show the replies of an edited model, beside those of its base",
+    "serve": "show base and edit side by side in a browser",
     "compare": "put two or more edits side by side",
     "revert": "restore the base from an edited directory alone",
     "push": "publish an edited directory on the Hub, after checking its hashes and proofs",

@@ -8,7 +8,7 @@ import click
 
 from . import options
 from .findings import FORCE, impact_lines, measuring, verdict_lines
-from .kept import keep_results
+from .kept import TRACK, keep_results, log_results
 
 if TYPE_CHECKING:
     from ..baking import BakeJSON, BakeResult
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 @options.NO_BEHAVIOUR
 @measuring
 @FORCE
+@TRACK
 @options.JSON
 @options.VERBOSE
 @options.OVERWRITE
@@ -64,8 +65,10 @@ def command(
     The defaults follow the paper: 48 questions, tau 0.1, beta 0.1, union over dimensions, factor 2.
     """
     from ..baking import bake
+    from ..results import load_results
     from ..settings import Checks, Output, Settings
 
+    track = given.pop("track")
     edit: Path | None = given.pop("edit")
     output = options.taken(Output, given)
     checks = options.taken(Checks, given)
@@ -74,7 +77,7 @@ def command(
     result = bake(source, out, Settings(**given), edit=edit, output=output, checks=checks)
     if result:  # None in all but the first of several processes
         if not result.dry_run:
-            keep_results(result.out, output.work)
+            log_results(track, load_results(keep_results(result.out, output.work)), result.out.name)
         options.show(result.to_dict(), as_json, _lines(result, verbose))
         if not result.dry_run:
             result.verdict.require(require)

@@ -10,7 +10,7 @@ from . import completing, options
 from .edited import BAKED, EDITED, SOURCE, base_of, directory
 from .explain import EXPLAIN
 from .findings import REQUIRE, impact_lines, verdict_lines
-from .kept import keep_results, keep_run
+from .kept import TRACK, keep_results, keep_run, log_results
 
 if TYPE_CHECKING:
     from ..edit import Edit
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 @click.option("--no-record", is_flag=True, help="Leave EDITED as it is: keep nothing of the result in it.")
 @options.OVERWRITE
 @REQUIRE
+@TRACK
 @options.JSON
 def command(
     source: str | None,
@@ -89,6 +90,7 @@ def command(
         model = None if source == "demo" else Path(source).expanduser()
         forbid_overlap(out, *filter(None, [model, edit_path, values["baked"], values["scores"]]))
     del values["overwrite"]
+    trackers = values.pop("track")
     edit = Edit.load(edit_path) if edit_path else None
     into = _kept_in(values["baked"], edit, values.pop("into"), values.pop("no_record"))
     measurement = options.taken(Measurement, values)
@@ -102,9 +104,12 @@ def command(
     if out:
         write_json(out, record)
         keep_run(out.with_suffix(".run.yaml"))
-        if result.edit:
-            write_json(out.with_suffix(".results.json"), Results.of_evaluation(result, measurement.recipe).to_dict())
         lines.append(f"written: {out}")
+    if result.edit and (out or trackers):
+        figures = Results.of_evaluation(result, measurement.recipe)
+        if out:
+            write_json(out.with_suffix(".results.json"), figures.to_dict())
+        log_results(trackers, figures, f"evaluate {(into or edit_path or Path(source)).name}")
     options.show(record, as_json, lines)
     if result.verdict:
         result.verdict.require(require)

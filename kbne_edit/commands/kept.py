@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
 
 from .config import used
 
+if TYPE_CHECKING:
+    from ..results import Results
+
 RUN = "run.yaml"
+
+
+def _trackers(_: click.Context, __: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refused in the first second where a client is not installed."""
+    if names:
+        from ..tracking import check_trackers
+
+        check_trackers(names)
+    return names
+
+
+TRACK = click.option(
+    "--track",
+    type=click.Choice(["mlflow", "wandb", "tensorboard"]),
+    multiple=True,
+    callback=_trackers,
+    help="Log the results with this tracker, too; its own settings say where to. Repeatable.",
+)
+
+
+def log_results(trackers: Sequence[str], results: Results, run: str) -> None:
+    """Hand the results to the trackers, under the name of the run."""
+    if trackers:
+        from ..tracking import track
+
+        track(trackers, results, run)
 
 
 def keep_run(path: Path) -> None:
