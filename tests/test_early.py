@@ -141,7 +141,7 @@ def test_a_selection_that_is_not_specific_is_said_before_the_fold(tmp_path, capl
     "arguments, kind",
     [
         (["bake", "--in", "nowhere", "--out", "o"], "CheckpointError"),
-        (["bake", "--in", "demo"], "MissingParameter"),
+        (["bake", "--out", "o"], "MissingParameter"),
         (["verify", "nowhere"], "InputError"),
         (["verify", "nowhere", "--baked", "other"], "UsageError"),
     ],
