@@ -28,7 +28,7 @@ from transformers import AutoConfig, logging  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL  # noqa: E402
 
 import tiny  # noqa: E402
-from kbne_edit import Edit, attribute, fold, hooked, revert, verify  # noqa: E402
+from kbne_edit import Edit, Integral, attribute, fold, hooked, revert, verify  # noqa: E402
 from kbne_edit.attribution import gradients  # noqa: E402
 from kbne_edit.evaluation.batched import score_edits  # noqa: E402
 from kbne_edit.families import FAMILIES, end, family_of  # noqa: E402
@@ -91,9 +91,9 @@ def check_attribution(model: torch.nn.Module) -> str:
     if is_recurrent(model):
         residual = max(result.residual.max() for result in gradients.attributions(model, PROMPTS, ANSWERS))
         return f"whole prompts, residual {residual:.1%}"
-    packed = attribute(model, PROMPTS, ANSWERS, quadrature="gauss-8")
+    packed = attribute(model, PROMPTS, ANSWERS, Integral(quadrature="gauss-8"))
     with patch.object(gradients, "is_recurrent", lambda _: True):
-        whole = attribute(model, PROMPTS, ANSWERS, quadrature="gauss-8")
+        whole = attribute(model, PROMPTS, ANSWERS, Integral(quadrature="gauss-8"))
     difference = float((packed - whole).abs().max() / packed.abs().max())
     assert difference < 2e-5, f"packed rows and whole prompts differ by {difference:.1e}"
     return f"packed rows, {difference:.0e} from whole prompts"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kbne_edit import Integral
 from kbne_edit.attribution.gradients import Resident, attributions, sweep
 from kbne_edit.attribution.rows import Pack
 from kbne_edit.models.loading import load_model, load_tokenizer
@@ -41,7 +42,7 @@ def main():
     results = {}
     for quadrature in ("gauss", "riemann-20"):
         start = time.perf_counter()
-        results[quadrature] = list(attributions(model, ids, answers, quadrature=quadrature))
+        results[quadrature] = list(attributions(model, ids, answers, Integral(quadrature=quadrature)))
         seconds = (time.perf_counter() - start) / len(asked)
         print(
             f"{quadrature}: {seconds:.2f} s per question, {len(asked)} questions, "

@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, logging  # noqa: E402
 
+from kbne_edit import Integral  # noqa: E402
 from kbne_edit.attribution.gradients import Resident, attributions  # noqa: E402
 from kbne_edit.disk.checkpoint import Checkpoint  # noqa: E402
 from kbne_edit.models.loading import load_model  # noqa: E402
@@ -108,7 +109,7 @@ def _layer(model: Any, ids: list[int], answer: list[int], projection: Any) -> Te
 
 
 def scores(layers: Any, ids: list, answers: list, quadrature: str = "gauss") -> Tensor:
-    return torch.stack([found.scores for found in attributions(layers, ids, answers, quadrature=quadrature)])
+    return torch.stack([found.scores for found in attributions(layers, ids, answers, Integral(quadrature=quadrature))])
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -30,6 +30,7 @@ _PUBLIC = {
     "hooked": "models.hooks",
     "Scores": "attribution.scores",
     "Settings": "settings",
+    "Integral": "attribution.names",
     "Measurement": "evaluation.settings",
     "Output": "settings",
     "Search": "tuning.settings",

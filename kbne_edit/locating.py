@@ -144,6 +144,7 @@ class _Job:
     def rows(self, layers: Layers, todo: list[int], processes: Processes) -> Iterator[tuple[int, Row]]:
         """(question, entry) of those to do, on the first process. Each of n processes computes every n-th pack."""
         from .attribution.gradients import attributions, packs
+        from .attribution.names import Integral
         from .models.places import is_recurrent
 
         settings, total = self.settings, len(self.questions)
@@ -152,18 +153,19 @@ class _Job:
         shares = [sum(wanted[rank :: processes.size], []) for rank in range(processes.size)]
         share = set(shares[processes.rank])
         order = [q for pack in ready if not share.isdisjoint(pack) for q in pack]  # a pack is computed whole
+        watch = _Watch(self, shares[0] if is_recurrent(layers.model) else order) if processes.rank == 0 else None
         stream = attributions(
             layers,
             self.prompts.ids,
             [list(self.prompts.answers[question.answer].values()) for question in self.questions],
-            site=settings.site,
-            quadrature=settings.quadrature,
+            Integral(
+                site=settings.site,
+                positions=settings.positions,
+                other_ids=self._others() if settings.objective == "log-odds" else None,
+                quadrature=settings.quadrature,
+            ),
             only=shares[processes.rank],
-            other_ids=self._others() if settings.objective == "log-odds" else None,
-            positions=settings.positions,
-            on_next_token=_Watch(self, shares[0] if is_recurrent(layers.model) else order)
-            if processes.rank == 0
-            else None,
+            on_next_token=watch,
         )
         with progress("attribution", total, "question", total - len(todo)) as update:
             for turn in zip_longest(*shares):

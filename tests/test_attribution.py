@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from kbne_edit import attribute
+from kbne_edit import Integral, attribute
 from kbne_edit.attribution.gradients import attributions
 from kbne_edit.attribution.quadrature import NodeValues, Path, quadrature
 from kbne_edit.errors import InputError
@@ -27,8 +27,7 @@ def test_published_scores(shared):
         model,
         [p["input_ids"] for p in prompts],
         [[p["target_id"]] for p in prompts],
-        site="gate",
-        quadrature="riemann-20",
+        Integral(site="gate", quadrature="riemann-20"),
     )
     for i, got in enumerate(scores):
         want = expected[f"scores_{i}"]
@@ -45,7 +44,7 @@ def test_captum(name, positions):
 
     model = tiny_model(name)
     prompts = [PROMPT, PROMPT[2:]]  # the other one stands beside it, and makes no difference
-    scores = attribute(model, prompts, [ANSWER, ANSWER], quadrature="gauss-16", positions=positions)[0]
+    scores = attribute(model, prompts, [ANSWER, ANSWER], Integral(quadrature="gauss-16", positions=positions))[0]
     for layer, ((module, *_),) in enumerate(places(model, "down")):
         seen = []
         handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach()))
@@ -73,9 +72,9 @@ def test_completeness_reaches_the_tolerance():
     model = tiny_model("llama")
     with torch.no_grad():  # a first layer that dominates the residual stream: the hard case
         decoder_layers(model)[0].mlp.down_proj.weight.mul_(300)
-    (fixed,) = attributions(model, [PROMPT], [ANSWER], quadrature="gauss-4")
-    (refined,) = attributions(model, [PROMPT], [ANSWER], tolerance=1e-3)
-    (reference,) = attributions(model, [PROMPT], [ANSWER], quadrature="gauss-256")
+    (fixed,) = attributions(model, [PROMPT], [ANSWER], Integral(quadrature="gauss-4"))
+    (refined,) = attributions(model, [PROMPT], [ANSWER], Integral(tolerance=1e-3))
+    (reference,) = attributions(model, [PROMPT], [ANSWER], Integral(quadrature="gauss-256"))
     assert fixed.residual.max() > 1e-2  # the case is hard indeed
     assert refined.residual.max() <= 1e-3
     assert refined.nodes[0] > refined.nodes[-1]
@@ -108,8 +107,8 @@ def test_blocks_that_end_in_a_norm(name, scale):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
                 parameter.mul_(scale if "down_proj" in key else 1.0)
     (result,) = attributions(model, [PROMPT], [ANSWER])
-    (reference,) = attributions(model, [PROMPT], [ANSWER], quadrature="gauss-512")
-    (published,) = attributions(model, [PROMPT], [ANSWER], quadrature="riemann-20")
+    (reference,) = attributions(model, [PROMPT], [ANSWER], Integral(quadrature="gauss-512"))
+    (published,) = attributions(model, [PROMPT], [ANSWER], Integral(quadrature="riemann-20"))
     largest = reference.scores.abs().max()
     assert (published.scores - reference.scores).abs().max() > 2 * largest  # the case is hard indeed
     assert (result.scores - reference.scores).abs().max() <= 0.01 * largest
@@ -157,7 +156,7 @@ def test_log_odds_against_captum():
     from captum.attr import IntegratedGradients
 
     model, other = tiny_model("llama"), [20, 21]
-    scores = attribute(model, [PROMPT], [ANSWER], quadrature="gauss-16", other_ids=[other])[0]
+    scores = attribute(model, [PROMPT], [ANSWER], Integral(quadrature="gauss-16", other_ids=[other]))[0]
     module, seen = model.model.layers[1].mlp.down_proj, []
     with module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())), torch.no_grad():
         model(torch.tensor([PROMPT]))
@@ -176,27 +175,27 @@ def test_log_odds_against_captum():
 
 def test_more_positions_than_the_prompt_has():
     with pytest.raises(InputError, match="7 positions are to be scaled, and question 0 has 6 tokens"):
-        attribute(tiny_model("llama"), [PROMPT], [ANSWER], positions=7)
+        attribute(tiny_model("llama"), [PROMPT], [ANSWER], Integral(positions=7))
 
 
 def test_a_scale_that_goes_by_the_place_in_the_row():
     """Llama 4 scales queries from a token on; prompts that end before it must not meet it, whatever stands beside."""
     model = tiny_model("llama4_text")
     prompts, answers = [PROMPT, PROMPT[2:], PROMPT[:3]], [ANSWER] * 3
-    want = attribute(model, prompts, answers, quadrature="gauss-4")
+    want = attribute(model, prompts, answers, Integral(quadrature="gauss-4"))
     for layer in model.model.layers:
         layer.self_attn.floor_scale, layer.self_attn.attn_scale = 16, 5.0
     model.config.floor_scale = 16
-    got = attribute(model, prompts, answers, quadrature="gauss-4")
+    got = attribute(model, prompts, answers, Integral(quadrature="gauss-4"))
     assert (got - want).abs().max() <= 1e-6 * want.abs().max()
     model.config.floor_scale = 11
     with pytest.raises(InputError, match="fit into 10 tokens"):
-        attribute(model, prompts, answers, quadrature="gauss-4")
+        attribute(model, prompts, answers, Integral(quadrature="gauss-4"))
 
 
 def test_completeness_at_several_positions():
     model = tiny_model("llama")
-    for found in attributions(model, [PROMPT, PROMPT[1:]], [ANSWER, ANSWER], positions=4):
+    for found in attributions(model, [PROMPT, PROMPT[1:]], [ANSWER, ANSWER], Integral(positions=4)):
         assert found.residual.max() <= 0.01
 
 
@@ -221,7 +220,7 @@ def test_a_model_that_a_dispatcher_has_wrapped():
 @pytest.mark.parametrize("bad", ["gauss-0", "simpson", "riemann", "gauss-x"])
 def test_unknown_quadrature(bad):
     with pytest.raises(InputError, match="quadrature"):
-        attribute(tiny_model("llama"), [PROMPT], [ANSWER], quadrature=bad)
+        attribute(tiny_model("llama"), [PROMPT], [ANSWER], Integral(quadrature=bad))
 
 
 def test_an_interval_is_exact_up_to_the_fifth_degree():
@@ -248,9 +247,9 @@ def test_half_the_rows_where_memory_runs_out(monkeypatch):
         return whole(model, hidden, *rest)
 
     monkeypatch.setattr(rows, "objective", small_device)
-    got = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], quadrature="gauss-4")
+    got = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], Integral(quadrature="gauss-4"))
     monkeypatch.setattr(rows, "objective", whole)
-    want = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], quadrature="gauss-4")
+    want = attribute(model, [PROMPT, PROMPT[:3]], [ANSWER, ANSWER], Integral(quadrature="gauss-4"))
     assert failed == sorted(failed, reverse=True) and len(set(failed)) == len(failed)  # no size is tried twice
     assert max(sizes) == 12 and (got - want).abs().max() <= 1e-6 * want.abs().max()
     monkeypatch.setattr(rows, "objective", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
@@ -301,7 +300,7 @@ def test_the_value_at_zero_and_the_residual(quadrature, other):
     from kbne_edit.models.places import places
 
     model = tiny_model("llama")
-    (result,) = attributions(model, [PROMPT], [ANSWER], quadrature=quadrature, other_ids=other)
+    (result,) = attributions(model, [PROMPT], [ANSWER], Integral(quadrature=quadrature, other_ids=other))
 
     def value():
         with torch.no_grad():
@@ -359,9 +358,11 @@ def test_locate_attributes_what_its_settings_say(settings, tmp_path):
         model,
         prompts,
         [tokens[q.answer] for q in scores.questions],
-        quadrature=settings.get("quadrature", "gauss"),
-        positions=settings.get("positions", 1),
-        other_ids=[tokens[other[q.answer]] for q in scores.questions] if "objective" in settings else None,
+        Integral(
+            quadrature=settings.get("quadrature", "gauss"),
+            positions=settings.get("positions", 1),
+            other_ids=[tokens[other[q.answer]] for q in scores.questions] if "objective" in settings else None,
+        ),
     )
     assert torch.equal(torch.tensor(scores.values), want)
     plain = attribute(model, prompts, [tokens[q.answer] for q in scores.questions])

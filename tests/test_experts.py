@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
-from kbne_edit import Edit, attribute, fold, hooked, revert, verify
+from kbne_edit import Edit, Integral, attribute, fold, hooked, revert, verify
 from kbne_edit.attribution.gradients import attributions
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import FamilyError
@@ -85,7 +85,9 @@ def test_verify_with_and_without_manifest(name, tmp_path):
 def test_scores_equal_gradients_of_the_weights(name, positions):
     """h_i dP/dh_i is the sum over j of W_ji dP/dW_ji: plain transformers on the last tokens, W scaled by gamma."""
     model = tiny_model(name)
-    scores = attribute(model, [PROMPT, PROMPT[2:]], [ANSWER, ANSWER], quadrature="gauss-8", positions=positions)[0]
+    scores = attribute(
+        model, [PROMPT, PROMPT[2:]], [ANSWER, ANSWER], Integral(quadrature="gauss-8", positions=positions)
+    )[0]
     prefix = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
         model(torch.tensor([PROMPT[:-positions]]), past_key_values=prefix, use_cache=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kbne_edit import Edit, attribute, fold, hooked, revert, verify
+from kbne_edit import Edit, Integral, attribute, fold, hooked, revert, verify
 from kbne_edit.attribution import gradients
 from kbne_edit.attribution.gradients import attributions
 from kbne_edit.evaluation.batched import score_edits
@@ -72,7 +72,7 @@ def test_attribution_is_complete(hybrid):
     """In a mixture of experts a router's choice turns along the path, and no quadrature is complete across a jump."""
     model, _ = hybrid
     dense = not any(place.experts for layer in places(model, "down") for place in layer)
-    found = attributions(model, PROMPTS, ANSWERS, quadrature="gauss" if dense else "gauss-4")
+    found = attributions(model, PROMPTS, ANSWERS, Integral(quadrature="gauss" if dense else "gauss-4"))
     for result, ids, answer in zip(found, PROMPTS, ANSWERS, strict=True):
         assert result.residual.max() < 0.01 or not dense
         with torch.inference_mode():
@@ -87,8 +87,15 @@ def test_whole_prompts_give_what_packed_rows_give(name, positions, monkeypatch):
     model = tiny_model(name)
     others = [[20, 21], [22]]
     for other_ids in (None, others):
-        packed = attribute(model, PROMPTS, ANSWERS, quadrature="gauss-8", positions=positions, other_ids=other_ids)
+        packed = attribute(
+            model, PROMPTS, ANSWERS, Integral(quadrature="gauss-8", positions=positions, other_ids=other_ids)
+        )
         with monkeypatch.context() as patch:
             patch.setattr(gradients, "is_recurrent", lambda _: True)
-            whole = attribute(model, PROMPTS, ANSWERS, quadrature="gauss-8", positions=positions, other_ids=other_ids)
+            whole = attribute(
+                model,
+                PROMPTS,
+                ANSWERS,
+                Integral(quadrature="gauss-8", positions=positions, other_ids=other_ids),
+            )
         torch.testing.assert_close(whole, packed, atol=2e-5 * float(packed.abs().max()), rtol=0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kbne_edit import Integral
 from kbne_edit.attribution.gradients import attributions, packs
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import InputError
@@ -23,7 +24,7 @@ def test_same_scores_as_in_memory(name, positions, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     streamed = Streamed(Checkpoint.open(tmp_path), PLENTY)
-    both = (attributions(layers, PROMPTS, ANSWERS, positions=positions) for layers in (streamed, model))
+    both = (attributions(layers, PROMPTS, ANSWERS, Integral(positions=positions)) for layers in (streamed, model))
     for got, want in zip(*both, strict=True):
         assert (got.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()
         assert got.p == pytest.approx(want.p, rel=1e-6)
@@ -37,7 +38,7 @@ def test_layers_that_are_sent_to_a_device_give_the_same_scores(name, tmp_path):
     model.save_pretrained(tmp_path)
     sent = Streamed(Checkpoint.open(tmp_path), PLENTY, "cpu:0")
     assert (sent.model.lm_head.weight is sent.model.model.embed_tokens.weight) == model.config.tie_word_embeddings
-    both = (attributions(layers, PROMPTS, ANSWERS, quadrature="gauss-4") for layers in (sent, model))
+    both = (attributions(layers, PROMPTS, ANSWERS, Integral(quadrature="gauss-4")) for layers in (sent, model))
     for got, want in zip(*both, strict=True):
         assert (got.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()
 
@@ -64,7 +65,7 @@ def test_weights_are_read_twice_for_all_questions(tmp_path):
     checkpoint = Checkpoint.open(tmp_path)
     streamed = Streamed(checkpoint, PLENTY)
     outer = streamed.bytes_read
-    list(attributions(streamed, PROMPTS, ANSWERS, quadrature="gauss-4"))
+    list(attributions(streamed, PROMPTS, ANSWERS, Integral(quadrature="gauss-4")))
     total = sum(t.end - t.start for _, t in checkpoint.tensors.values())
     assert streamed.bytes_read - outer == 2 * (total - outer)
     assert all(p.is_meta for layer in streamed.model.model.layers for p in layer.parameters())

@@ -82,13 +82,8 @@ def test_one_thing_has_one_name():
     assert {name for name, names in parameters.items() if "out" in names} == writers
 
 
-# Their further settings are named in the call. Rejected: an object of settings for each, which every call would have to
-# make first. `attributions` is `attribute` as a stream; options of a command arrive by name.
-BY_NAME = {*kbne_edit.__all__, "attributions", "command", "margins_of_edits", "score_edits"}
-
-
 def test_a_function_fits_on_a_screen_and_takes_six_parameters():
-    """At most 60 lines without the docstring; six parameters, or five and others by name where BY_NAME allows it."""
+    """At most 60 lines without the docstring, and six parameters, by position and by name together."""
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -97,8 +92,8 @@ def test_a_function_fits_on_a_screen_and_takes_six_parameters():
             first = node.body[0]
             docstring = ast.get_docstring(node) is not None
             lines = node.end_lineno - node.lineno + 1 - (first.end_lineno - first.lineno + 1 if docstring else 0)
-            positional = [a.arg for a in [*node.args.posonlyargs, *node.args.args] if a.arg not in ("self", "cls")]
-            count = len(positional) + (0 if node.name in BY_NAME else len(node.args.kwonlyargs))
-            if lines > 60 or count > (8 if node.name == "command" else 6):
+            named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(argument.arg not in ("self", "cls") for argument in named)
+            if lines > 60 or count > 6:
                 wrong.append(f"{path.relative_to(PACKAGE)}, {node.name}: {lines} lines, {count} parameters")
     assert not wrong

@@ -26,16 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..families import Site
 from ..models.masks import longest
 from ..models.memory import GRAPHS, ROWS
 from ..models.places import decoder_layers, is_recurrent, post_norm
 from ..progress import say
+from .names import TOLERANCE, Integral
 from .quadrature import Adaptive, Fixed, NodeValues, Path, quadrature
 from .rows import Pack, Rows, Segment, TokenPrompts, shared_prefix
 from .whole import Question, integrate, uses
-
-TOLERANCE = 0.01  # completeness residual of a layer, relative to the question's largest score
 
 
 @dataclass(frozen=True)
@@ -95,35 +93,16 @@ def attribute(
     model: nn.Module,
     input_ids: Sequence[Sequence[int]],
     answer_ids: Sequence[Sequence[int]],
-    *,
-    site: Site = "down",
-    quadrature: str = "gauss",
-    tolerance: float = TOLERANCE,
-    other_ids: Sequence[Sequence[int]] | None = None,
-    positions: int = 1,
+    integral: Integral | None = None,
 ) -> Tensor:
     """Integrated-gradient scores of every neuron for every question, float32 [Q, L, F] on the CPU.
 
     model: a causal language model of transformers; use float32 weights (scores inherit the model's precision).
     input_ids: Q prompts as token ids. answer_ids: Q lists with the ids of the right answer's surface forms; P(a*) is
-    the sum of their probabilities. quadrature: "gauss" (Gauss-Lobatto, refined per layer until the completeness
-    residual is below `tolerance`), "gauss-N" (Gauss-Legendre, N nodes), "riemann-N" (N nodes linspace(0, 1, N), sum
-    / N; the published code uses N = 20). other_ids: Q lists with the ids of the wrong answers' surface forms; with
-    them the log-odds log P(a*) / P(others) are attributed instead of P(a*): they do not saturate. positions: the
-    number N of last positions to scale. Raises InputError for an empty answer, a prompt shorter than N or an unknown
-    quadrature.
+    the sum of their probabilities. integral: what is integrated, where, and how. Raises InputError for an empty
+    answer, a prompt shorter than the positions to scale or an unknown quadrature.
     """
-    stream = attributions(
-        model,
-        input_ids,
-        answer_ids,
-        site=site,
-        quadrature=quadrature,
-        tolerance=tolerance,
-        other_ids=other_ids,
-        positions=positions,
-    )
-    results = [result.scores for result in stream]
+    results = [result.scores for result in attributions(model, input_ids, answer_ids, integral)]
     if not results:
         raise InputError("attribute: no questions given")
     return torch.stack(results)
@@ -133,13 +112,9 @@ def attributions(
     layers: Layers | Any,
     input_ids: Sequence[Sequence[int]],
     answer_ids: Sequence[Sequence[int]],
+    integral: Integral | None = None,
     *,
-    site: Site = "down",
-    quadrature: str = "gauss",
-    tolerance: float = TOLERANCE,
     only: Sequence[int] | None = None,
-    other_ids: Sequence[Sequence[int]] | None = None,
-    positions: int = 1,
     on_next_token: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Attribution]:
     """`attribute`, yielding each question when it is finished.
@@ -150,6 +125,8 @@ def attributions(
     [n, V] of n prompts as soon as it is known, before any gradient.
     """
     layers = Resident(layers) if isinstance(layers, nn.Module) else layers
+    integral = integral or Integral()
+    site, positions, other_ids = integral.site, integral.positions, integral.other_ids
     _check(input_ids, answer_ids, positions)
     prompts = TokenPrompts(input_ids, answer_ids, other_ids, positions)
     wanted = range(len(input_ids)) if only is None else only
@@ -159,13 +136,12 @@ def attributions(
             for q in wanted
         )
         count = positions * uses(layers.model, site)
-        yield from _unpacked(
-            layers, questions, partial(_rule, quadrature, layers.model, tolerance, count), on_next_token
-        )
+        rule = partial(_rule, integral.quadrature, layers.model, integral.tolerance, count)
+        yield from _unpacked(layers, questions, rule, on_next_token)
         return
-    every = packs(layers.model, input_ids, quadrature, positions)
+    every = packs(layers.model, input_ids, integral.quadrature, positions)
     todo = [pack for pack in every if not set(pack).isdisjoint(wanted)]
-    rule = partial(_rule, quadrature, layers.model, tolerance, positions)
+    rule = partial(_rule, integral.quadrature, layers.model, integral.tolerance, positions)
     rows = [positions * len(gammas) for gammas in rule().request().values()]
     shared = _shared(input_ids, positions)
     with _frozen(layers.model):

@@ -72,18 +72,16 @@ def margins_of_edits(
     edits: Sequence[Edit | None],
     *,
     temperature: float = 1.0,
-    update: Callable[[int], None] = lambda _: None,
     kept: BaseStates | None = None,
 ) -> np.ndarray:
     """m of every probe under every edit (None: the model itself), [E, probes], nats per token.
 
     m = mean log-probability per token of a probe's first sentence minus that of its second.
-    temperature: divides the logits. update: called with the number of texts done since, times edits. kept: as of
-    `score_edits`. Raises EditError if an edit does not fit the model.
+    temperature: divides the logits. kept: as of `score_edits`. Raises EditError if an edit does not fit the model.
     """
     rows = [sentence_ids(tokenizer, text) for probe in probes for text in (probe.first, probe.second)]
     pairs = [(row[:1], row[1:]) for row in rows]
-    scored = score_edits(model, pairs, edits, temperature=temperature, update=update, kept=kept).per_token
+    scored = score_edits(model, pairs, edits, temperature=temperature, kept=kept).per_token
     return scored[:, ::2] - scored[:, 1::2]
 
 
@@ -94,16 +92,16 @@ def score_edits(
     edits: Sequence[Edit | None],
     *,
     temperature: float = 1.0,
-    longest_row: int | None = None,
     update: Callable[[int], None] = lambda _: None,
     kept: BaseStates | None = None,
 ) -> Scored:
     """Log-probability of each continuation after its context under each edit, and whether it is the greedy one.
 
-    longest_row: context length of the model; longer rows lose their beginning. kept: a cache of the unedited model's
-    outputs, so that a flattened base needs no second pass.
+    pairs: short enough for the model (`shortened`). temperature: divides the logits. update: called with the number of
+    pairs done since, times edits. kept: a cache of the unedited model's outputs, so that a flattened base needs no
+    second pass.
     """
-    rows, lookups = unique_rows(pairs, longest_row)
+    rows, lookups = unique_rows(pairs)
     shape = (len(edits), len(pairs))
     total, greedy = np.zeros(shape), np.ones(shape, bool)
     for part in cut(rows, int(min(TREE_TOKENS, longest(model)))):
@@ -167,20 +165,31 @@ class TokenLookups:
         return result
 
 
-def unique_rows(
-    pairs: Sequence[Pair], longest_row: int | None = None
-) -> tuple[list[tuple[int, ...]], list[list[Lookup]]]:
+def shortened(pairs: Sequence[Pair], longest_row: int) -> list[Pair]:
+    """The pairs as a model of this context length can read them: a context that is too long loses its beginning.
+
+    Raises InputError for a continuation that is too long by itself.
+    """
+    result: list[Pair] = []
+    for pair, (context, continuation) in enumerate(pairs):
+        room = longest_row + 1 - len(continuation)  # the continuation's last token is not read
+        if room < 1:
+            raise InputError(f"request {pair}: its continuation is longer than {longest_row} tokens: leave it out")
+        result.append((context[-room:], continuation))
+    return result
+
+
+def unique_rows(pairs: Sequence[Pair]) -> tuple[list[tuple[int, ...]], list[list[Lookup]]]:
     """The distinct rows that a model has to read, sorted, and the lookups of each.
 
-    A row is context + continuation without the last token, so answers of one token share a row. Longer rows than
-    `longest_row` lose their beginning. Raises InputError for an empty context or continuation, or a continuation that
-    is too long.
+    A row is context + continuation without the last token, so answers of one token share a row. Raises InputError for
+    an empty context or continuation.
     """
     by_row: dict[tuple[int, ...], list[Lookup]] = {}
     for pair, (context, continuation) in enumerate(pairs):
-        if not len(context) or not len(continuation) or (longest_row and len(continuation) > longest_row):
-            raise InputError(f"request {pair}: context and continuation need a token each, and at most {longest_row}")
-        row = tuple([*context, *continuation[:-1]][-longest_row if longest_row else 0 :])
+        if not len(context) or not len(continuation):
+            raise InputError(f"request {pair}: context and continuation need a token each")
+        row = (*context, *continuation[:-1])
         by_row.setdefault(row, []).append(Lookup(pair, len(row) - len(continuation), continuation))
     rows = sorted(by_row)
     return rows, [by_row[row] for row in rows]

@@ -103,13 +103,13 @@ class Bench:
 
     def measure_draws(self, scorer: Scorer, edits: Sequence[Edit], label: str = "random neurons") -> list[Columns]:
         """Measure the tasks of bias under each of these edits, in one batch."""
-        from .batched import score_edits
+        from .batched import score_edits, shortened
 
         tasks = [task for task in self.tasks if task.kind == "bias"]
         result: list[Columns] = [{} for _ in edits]
         with progress(f"{label} ({len(edits)})", sum(len(task.pairs) for task in tasks) * len(edits), "request") as up:
             for task in tasks if edits else ():
-                scored = score_edits(scorer.model, task.pairs, edits, longest_row=scorer.max_length, update=up)
+                scored = score_edits(scorer.model, shortened(task.pairs, scorer.max_length), edits, update=up)
                 for columns, logp, greedy in zip(result, scored.logprobs, scored.greedy, strict=True):
                     columns[task.name] = task.columns(list(zip(logp.tolist(), greedy.tolist(), strict=True)))
         return result

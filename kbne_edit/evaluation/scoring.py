@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..models.loading import load_model, load_tokenizer
 from ..models.trees import Tree, cut, logits_at, tokens_of_a_pass
 from ..progress import say
-from .batched import Lookup, Pair, TokenLookups, unique_rows
+from .batched import Lookup, Pair, TokenLookups, shortened, unique_rows
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -74,7 +74,7 @@ class Scorer(HFLM):
 
     def score(self, pairs: Sequence[Pair], update: Callable[[int], None] | None = None) -> list[tuple[float, bool]]:
         """(log-probability, is the greedy continuation) of each pair. update: called with the number of pairs since."""
-        rows, lookups = unique_rows(pairs, self.max_length)
+        rows, lookups = unique_rows(shortened(pairs, self.max_length))
         total, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
         for part in cut(rows, self._tokens):
             self._score_pack(rows[part], lookups[part], total, greedy)
