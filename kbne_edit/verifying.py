@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .disk.checkpoint import Checkpoint
 from .disk.manifest import Manifest
 from .edit import Edit
 from .folding.plan import Plan
-from .folding.rewrite import Progress
 from .hub.source import resolved
-from .progress import say
+from .progress import progress, say
 from .proofs.outcome import Proofs
 from .proofs.verify import verify as prove
 from .reporting.card import card_fault
@@ -21,7 +21,6 @@ def verify(
     *,
     edit: Edit | None = None,
     behaviour: bool = True,
-    progress: Progress | None = None,
 ) -> Proofs:
     """Both proofs that `baked` is the base `source` with an edit folded in; also for a directory made elsewhere.
 
@@ -38,5 +37,7 @@ def verify(
         fault = card_fault(Path(baked), manifest, plan.checkpoint.path)
         return (fault,) if fault else ()
 
-    with resolved(str(source), say) as base:
-        return prove(base.path, baked, edit=edit, behaviour=behaviour, progress=progress, also=card)
+    with resolved(str(source), say) as origin:
+        base = Checkpoint.open(origin.path)
+        with progress("verify", 2 * sum(shard.size for shard in base.shards), "B") as update:
+            return prove(base, baked, edit=edit, behaviour=behaviour, progress=update, also=card)

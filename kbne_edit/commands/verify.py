@@ -32,10 +32,7 @@ def command(
 
     The exit status is 1 if it is not.
     """
-    from ..disk.checkpoint import Checkpoint
     from ..edit import Edit
-    from ..hub.source import resolved
-    from ..progress import progress, say
     from ..verifying import verify
 
     path = directory(edited, baked)
@@ -43,10 +40,7 @@ def command(
         raise click.UsageError("Missing argument 'EDITED'.")
     source = base_of(path, source)
     edit = Edit.load(edit_path) if edit_path else None
-    with resolved(source, say) as base:
-        total = 2 * sum(shard.size for shard in Checkpoint.open(base.path).shards)
-        with progress("verify", total, "B") as update:
-            proofs = verify(base.path, path, edit=edit, behaviour=behaviour, progress=update)
+    proofs = verify(source, path, edit=edit, behaviour=behaviour)
     proven = proofs.edit
     factors = ", ".join(f"{factor:g}" for factor in proven.distinct_factors)
     head = f"edit: {proven.num_neurons} neurons, site {proven.site}, factor {factors}"

@@ -18,7 +18,7 @@ from .recovery import recover
 
 
 def verify(
-    base_dir: str | Path,
+    base: Checkpoint,
     baked_dir: str | Path,
     *,
     edit: Edit | None = None,
@@ -26,13 +26,13 @@ def verify(
     progress: Progress | None = None,
     also: Callable[[Plan, Manifest], Sequence[str]] | None = None,
 ) -> Proofs:
-    """Both proofs that `baked_dir` is `base_dir` with an edit folded in; also for a directory made elsewhere.
+    """Both proofs that `baked_dir` is `base` with an edit folded in; also for a directory made elsewhere.
 
     The edit is `edit`, or the manifest's, or else recovered from the weights. behaviour: False skips the second proof.
     also: further checks of an output with a manifest, run if the first proof holds; they return faults. Raises
     CheckpointError if a directory cannot be read; a failed proof does not raise, it is in the result.
     """
-    base, baked = Checkpoint.open(base_dir), Checkpoint.open(baked_dir)
+    baked = Checkpoint.open(baked_dir)
     manifest = Manifest.read(baked_dir)
     plan = Plan.of(base, edit or (manifest.edit if manifest else recover(base, baked)))
     edit_from: EditFrom = "given" if edit else "manifest" if manifest else "recovered from the weights"
