@@ -26,6 +26,7 @@ from .folding.plan import Plan, StepJSON
 from .hub.licences import metadata_in
 from .hub.source import Source, local_path, resolved, usual_recipe
 from .locating import Subject, choose, locate_in
+from .models import memory
 from .models.loading import auto_class
 from .progress import progress, say
 from .proofs.outcome import Proofs, ProofsJSON
@@ -188,7 +189,7 @@ def bake(
     _check_output(source, out, output)
     if edit is not None and RANK != 0:
         return None
-    with resolved(source, say) as base:
+    with memory.limited(settings.memory), resolved(source, say) as base:
         checkpoint = Checkpoint.open(base.path)
         _say_notes(checkpoint)
         _check_form(output.form, checkpoint)

@@ -15,7 +15,8 @@ from .models.devices import AUTO, check_device
 from .recipe import Recipe
 from .rule import Rule
 
-_FOR_ANY_EDIT = {"recipe", "factor"}  # settings that still apply if an edit is given: the probes, another factor
+# Settings that still apply if an edit is given: the probes, another factor, the memory of proofs and measures.
+_FOR_ANY_EDIT = {"recipe", "factor", "memory"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Settings:
     objective: "probability" of the right answer (as in the paper) or its "log-odds" against the others.
     positions: how many of a prompt's last positions are scaled (in the paper 1).
 
-    memory: limit for attribution, e.g. "8GB" (None: most of the free memory); a model that does not fit is read layer
-    by layer. device: of torch; "auto": the accelerator if there is one.
+    memory: limit for attribution, proofs and measures, e.g. "8GB" (None: most of the free memory); a model that does
+    not fit is read layer by layer. device: of torch; "auto": the accelerator if there is one.
     """
 
     recipe: str | Path | None = None

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kbne_edit import Edit, fold, hooked, verify
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.disk.dtypes import from_float
+from kbne_edit.errors import InputError
 from kbne_edit.folding.plan import Plan
+from kbne_edit.models import memory
 from kbne_edit.models.loading import load_model
-from kbne_edit.models.widening import float32_model
+from kbne_edit.models.widening import float32_model, widened
 from kbne_edit.proofs import behaviour
 from kbne_edit.proofs.behaviour import behaviour_proof
 from kbne_edit.proofs.noise import rounding_noise
@@ -126,6 +129,47 @@ def test_a_widened_model_is_one_loaded_in_float32(name, tmp_path):
     with torch.inference_mode(), float32_model(Checkpoint.open(tmp_path)) as model, hooked(model, edit):
         with hooked(wanted, edit):
             assert torch.equal(model(ids).logits, wanted(ids).logits)
+
+
+@pytest.mark.parametrize("rows", [1, 127, 128, 200])
+def test_a_widened_projection_of_many_blocks_is_the_product_in_float32(rows):
+    """A head, and projections within a layer, of more blocks than one; few rows and many."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=1024, intermediate_size=1100, vocab_size=1200, num_hidden_layers=1)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8)).bfloat16().eval()
+    ids = torch.randint(3, 90, (1, rows), generator=torch.Generator().manual_seed(rows))
+    with torch.no_grad():
+        with widened(model):
+            found = model(ids, use_cache=False).logits
+        assert model.lm_head.weight.dtype == torch.bfloat16 and found.dtype == torch.float32
+        wanted = model.double()(ids, use_cache=False).logits
+    assert float((found - wanted).abs().max() / wanted.std()) < 1e-5
+
+
+def test_a_limit_of_memory_says_how_models_run(tmp_path):
+    """The limit is of the whole process; it ends with its context, and the inner one counts."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=48, vocab_size=90, num_hidden_layers=6, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    checkpoint = Checkpoint.open(tmp_path / "base")
+    whole, layers = memory.OVERHEAD + memory.forward(checkpoint), memory.OVERHEAD + memory.forward_by_layer(checkpoint)
+    assert layers < whole and memory.way(checkpoint) == "whole model"
+    fold(tmp_path / "base", Edit("down", {0: {3: 2.0}}), tmp_path / "out")
+    with memory.limited(whole + 1):
+        assert memory.way(checkpoint) == "whole model"
+        with memory.limited(whole - 1), memory.limited(None):
+            assert memory.way(checkpoint) == "layer by layer"
+            proof, *_ = verify(tmp_path / "base", tmp_path / "out").behaviour
+            assert proof.holds and proof.how == "whole model, layer by layer"
+        with memory.limited("1MB"):
+            assert memory.way(checkpoint) == "too large"
+            assert verify(tmp_path / "base", tmp_path / "out").behaviour[0].how == "site by site"
+            with pytest.raises(InputError, match=r"--memory allows 0\.0 GB: pass a larger --memory"):
+                memory.require_room(checkpoint, 4)
+        assert memory.way(checkpoint) == "whole model"
+    memory.require_room(checkpoint, 4)
+    with pytest.raises(InputError, match="--memory 'much' is not a size"), memory.limited("much"):
+        pass
 
 
 @pytest.mark.parametrize("site", ["down", "gate"])

@@ -17,6 +17,7 @@ from .kept import keep_results
 @options.out("Directory of the new checkpoint.", "DELTA-applied")
 @options.SHARD_SIZE
 @options.NO_BEHAVIOUR
+@options.MEMORY
 @click.option(
     "--recipe",
     shell_complete=completing.recipe,

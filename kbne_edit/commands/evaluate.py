@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @BAKED
 @click.option("--edit", "edit_path", type=click.Path(path_type=Path), help="Evaluate this edit.json, applied by hooks.")
 @options.evaluating
+@options.MEMORY
 @EXPLAIN
 @click.option(
     "--recipe",

@@ -58,6 +58,7 @@ PART = click.Choice(["association", "sentiment", "prior", "guess", "all"])
     show_default=True,
     help="Data type of the model.",
 )
+@options.MEMORY
 @click.option("--device", default="cpu", show_default=True, help="Torch device.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of every draw.")
 @options.OVERWRITE

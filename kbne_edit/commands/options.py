@@ -59,6 +59,23 @@ VERBOSE = click.option(
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="Torch device; auto: the accelerator, if any."
 )
+
+
+def _limit_memory(context: click.Context, option: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        from ..models.memory import limited
+
+        context.with_resource(limited(value))
+
+
+MEMORY = click.option(
+    "--memory",
+    metavar="SIZE",
+    expose_value=False,
+    callback=_limit_memory,
+    help="Memory for models, e.g. 8GB. A model that does not fit is read layer by layer, or refused.  "
+    "[default: most of the free memory]",
+)
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 
@@ -181,7 +198,7 @@ locating = _together(
     click.option(
         "--memory",
         metavar="SIZE",
-        help="Memory for the attribution, e.g. 8GB. A model that does not fit "
+        help="Memory for attribution, proofs and measures, e.g. 8GB. A model that does not fit "
         "is read layer by layer.  [default: most of the free memory]",
     ),
 )

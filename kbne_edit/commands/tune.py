@@ -77,6 +77,7 @@ class _Values(click.ParamType):
     help="Recipe that supplies questions and probes.  [default: the recipe of the scores]",
 )
 @options.evaluating
+@options.MEMORY
 @REQUIRE
 @options.JSON
 def command(

@@ -19,6 +19,7 @@ from .edited import BAKED, EDITED, SOURCE, base_of, directory
     help="The edit to prove.  [default: that of the manifest, or recovered from the weights]",
 )
 @options.NO_BEHAVIOUR
+@options.MEMORY
 @options.JSON
 def command(
     edited: Path | None,

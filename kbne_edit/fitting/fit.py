@@ -20,6 +20,7 @@ from ..evaluation.neutral import packaged
 from ..families import SITES, Site
 from ..files import forbid_overlap
 from ..hub.source import Source, resolved
+from ..models import memory
 from ..models.loading import load_model
 from ..progress import say
 from ..used import count_use
@@ -150,7 +151,9 @@ class _Run:
 
     def fit(self, kept: Path) -> Fit:
         settings = self.settings
-        model = load_model(self.checkpoint.path, getattr(torch, self._dtype()), settings.device)
+        dtype = getattr(torch, self._dtype())
+        memory.require_room(self.checkpoint, dtype.itemsize)
+        model = load_model(self.checkpoint.path, dtype, settings.device)
         self._collect(model, kept)
         directions = Directions(self.every, load_gradients(kept), [len(ids) - 1 for ids in self.texts])
         by = self._validated(directions)

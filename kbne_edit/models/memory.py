@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..disk.checkpoint import Checkpoint
 from ..disk.dtypes import DTYPES
+from ..errors import InputError
 from ..families import family_of, hidden_size, num_layers, owners
+from ..files import parse_size
 
 OVERHEAD = 0.7e9  # the interpreter, torch, activations, and what the allocator holds
 SHARE = 0.7  # of the free memory that a model may take: activations, the allocator and others need some, too
@@ -18,6 +23,41 @@ SHARE = 0.7  # of the free memory that a model may take: activations, the alloca
 ROWS = 512  # that go through a layer side by side: enough for nearly the full rate of matrix products
 GRAPHS = 1e9  # what the graphs of a model's layers may take; those beyond are computed again
 LAYERS_HELD = 2.5  # layer by layer: the one that computes, the next one, and what is read of it
+
+
+_limit: ContextVar[float | None] = ContextVar("limit", default=None)
+
+
+@contextmanager
+def limited(size: str | float | None) -> Iterator[None]:
+    """Within the context, models take at most `size` bytes, e.g. 8e9 or "8GB", all of the process included.
+
+    None: no limit besides the one that holds. Raises InputError for a text that is no size.
+    """
+    if size is None:
+        yield
+        return
+    token = _limit.set(parse_size(size, "--memory") if isinstance(size, str) else size)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def room() -> float:
+    """Bytes that a model may take here: what `limited` leaves of it, else a share of the free memory."""
+    limit = _limit.get()
+    return SHARE * available() if limit is None else limit - OVERHEAD
+
+
+def require_room(checkpoint: Checkpoint, itemsize: int) -> None:
+    """Raise InputError if attribution or a fit, with the whole model in memory, takes more than `limited` allows."""
+    need = needed(checkpoint, itemsize) - OVERHEAD
+    if _limit.get() is not None and need > room():
+        raise InputError(
+            f"{checkpoint.path} takes {(need + OVERHEAD) / 1e9:.1f} GB, and --memory allows "
+            f"{(room() + OVERHEAD) / 1e9:.1f} GB: pass a larger --memory"
+        )
 
 
 def available() -> float:
@@ -103,11 +143,11 @@ Way = Literal["whole model", "layer by layer", "too large"]
 
 
 def way(checkpoint: Checkpoint, free: float | None = None) -> Way:
-    """How forward passes run in so many free bytes; None: those of this machine."""
-    room = SHARE * (available() if free is None else free)
-    if forward(checkpoint) <= room:
+    """How forward passes run in so many free bytes; None: in the `room` of this machine."""
+    most = room() if free is None else SHARE * free
+    if forward(checkpoint) <= most:
         return "whole model"
-    return "layer by layer" if can_stream(checkpoint) and forward_by_layer(checkpoint) <= room else "too large"
+    return "layer by layer" if can_stream(checkpoint) and forward_by_layer(checkpoint) <= most else "too large"
 
 
 def activations(rows: float, size: float, itemsize: int = 4) -> float:

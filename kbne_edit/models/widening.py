@@ -1,8 +1,9 @@
 """A 16-bit model that computes in float32, without a float32 copy of it.
 
 The weights stay as they are loaded, which for safetensors is a view of the file. A layer's are widened while that layer
-runs, the embeddings' row by row, the head's in blocks. Every number of 16 bits is one of float32, so the result is that
-of a model loaded in float32, up to the order in which the head's products are added.
+runs, the embeddings' row by row, the head's in blocks, and so a layer's projections where few rows go through it. Every
+number of 16 bits is one of float32, so the result is that of a model loaded in float32, up to the order in which
+products are added.
 
 Rejected: loading in float32. It reads the file and writes twice its size, for passes that use each weight a few times.
 """
@@ -23,7 +24,10 @@ from .hooks import replaced
 from .loading import load_model
 from .places import decoder_layers, is_recurrent
 
-_BLOCK = 8192  # rows of the head at a time: 32 MB at a hidden size of 1,024
+# Values of a weight that are widened at a time. With few rows the widening is most of the work, and takes half the time
+# where the block stays in the processor's cache until it is used.
+_BLOCK, _CACHED = 1 << 20, 1 << 18
+_FEW = 128  # rows
 _NARROW = (torch.bfloat16, torch.float16)
 _wide: WeakSet[nn.Module] = WeakSet()  # the models that are within `widened`
 
@@ -80,6 +84,9 @@ def widened(model: nn.Module) -> Iterator[nn.Module]:
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(_widened(layer, list(layer.modules())))
+            for module in layer.modules():
+                if type(module) is nn.Linear:
+                    stack.enter_context(_widened(module, [module]))
         for module in model.modules():
             if module not in inside and any(p.dtype in _NARROW for p in module.parameters(recurse=False)):
                 stack.enter_context(_widened(module, [module]))
@@ -100,13 +107,15 @@ def _forward(module: Any, owners: list[nn.Module]) -> Callable[..., Any]:
         scale = torch.tensor(getattr(module, "scalar_embed_scale", 1.0))
         return lambda ids: nn.functional.embedding(ids, module.weight, module.padding_idx).float() * scale
     if type(module) is nn.Linear:
-        return lambda x: _in_blocks(x, module.weight, module.bias)
+        return lambda x: _linear(x, module.weight, module.bias)
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        few = _has_few_rows(args, kwargs)
         narrow = [
             (owner, name, parameter)
             for owner in owners
+            if not (few and type(owner) is nn.Linear)
             for name, parameter in owner._parameters.items()
             if parameter is not None and parameter.dtype in _NARROW
         ]
@@ -121,11 +130,21 @@ def _forward(module: Any, owners: list[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b for x [..., D] in float32 and W [V, D] in 16 bits -> [..., V]."""
+def _has_few_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if a layer is given so few rows that its products take less time than widening it."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    return isinstance(hidden, Tensor) and hidden.numel() < _FEW * hidden.shape[-1]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b for x [..., D] in float32 and W [V, D] -> [..., V]. A weight of 16 bits is widened block by block."""
+    few = x.numel() < _FEW * x.shape[-1]
+    rows = max((_CACHED if few else _BLOCK) // weight.shape[1], 1)
+    if weight.dtype not in _NARROW or len(weight) <= rows:
+        return nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
     result = torch.empty(*x.shape[:-1], len(weight), dtype=torch.float32, device=x.device)
-    for start in range(0, len(weight), _BLOCK):
-        part = slice(start, start + _BLOCK)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
         shift = None if bias is None else bias[part].float()
         result[..., part] = nn.functional.linear(x, weight[part].float(), shift)
     return result
