@@ -52,11 +52,12 @@ REFUSED = [
             ["--site", "gate"],
             ["--objective", "log-odds"],
             ["--before", "Hello."],
-            ["--memory", "8GB"],
         )
     ),
     ("locate", ["--quadrature", "simpson"], "gauss-N"),
     ("locate", ["--memory", "8"], "not a size"),
+    ("bake", ["--edit", "e.json", "--memory", "lots"], "--memory 'lots' is not a size"),
+    ("evaluate", ["--memory", "lots"], "--memory 'lots' is not a size"),
     ("evaluate", ["--device", "warp", "--tasks", "probes"], "no device of torch"),
     ("evaluate", ["--recipe", "nothing.yaml", "--tasks", "probes"], "nothing.yaml"),
 ]
