@@ -17,7 +17,7 @@ from .edit import Edit
 from .errors import CheckpointError, EditError, ProofError, shown
 from .evaluation.impact import NOT_MEASURED, Impact, ImpactJSON, impact_of, recipe_of
 from .evaluation.verdict import Verdict, VerdictJSON, specific_part, verdict_of
-from .families import Site, family_of
+from .families import Site, auto_class, family_of
 from .files import forbid_links_out, forbid_overlap, work_folder
 from .folding.adapter import check_form, load_edit, write_adapter
 from .folding.delta import manifest_of, write_delta
@@ -27,7 +27,6 @@ from .hub.licences import metadata_in
 from .hub.source import Source, local_path, resolved, usual_recipe
 from .locating import Subject, choose, locate_in
 from .models import memory
-from .models.loading import auto_class
 from .progress import progress, say
 from .proofs.outcome import Proofs, ProofsJSON
 from .recipe import Recipe, load_recipe

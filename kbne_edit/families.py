@@ -26,6 +26,7 @@ __all__ = [
     "Extent",
     "Family",
     "Site",
+    "auto_class",
     "end",
     "family_of",
     "hidden_size",
@@ -151,3 +152,9 @@ def owners(config: dict) -> dict[int, int]:
     layers = [layer for layer, other in enumerate(kinds) if other == kind]
     count = config.get("num_mem_blocks") or 1
     return {layer: layers[index % count] for index, layer in enumerate(layers) if index >= count}
+
+
+def auto_class(config: dict) -> str:
+    """The name of the class of transformers that loads a model. config: what config.json holds."""
+    together = text_part(config) and config["model_type"] not in TEXT_ALONE
+    return "AutoModelForImageTextToText" if together else "AutoModelForCausalLM"

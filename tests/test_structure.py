@@ -60,6 +60,38 @@ def test_imports_go_one_way():
     assert not wrong
 
 
+# A method that hands its object to the module that makes or shows it: `Recipe.from_dict`, `Report.html`, `.verdicts`.
+METHODS_THAT_HAND_ON = {
+    ("recipe.types", "recipe.parsing"),
+    ("reporting.types", "reporting.page"),
+    ("reporting.types", "reporting.wording"),
+}
+
+
+def arrows(path: Path, modules: set[str]) -> set[str]:
+    """Modules that a module imports, wherever in the module: in functions and under TYPE_CHECKING, too."""
+    here = list(path.relative_to(PACKAGE).parts[:-1])
+    result = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level + 1] + (node.module.split(".") if node.module else [])
+            named = {".".join([*base, alias.name]) for alias in node.names}
+            result |= (named & modules) or ({".".join(base)} & modules)
+    return result
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    files = {name: path for name, path in names.items() if not name.endswith("__init__")}
+    to = {name: arrows(path, set(files)) for name, path in files.items()}
+    for start, end in METHODS_THAT_HAND_ON:
+        to[start].remove(end)
+    while leaves := [name for name, others in to.items() if not others & set(to)]:
+        for name in leaves:
+            del to[name]
+    assert not to  # what is left stands in a circle, or leads to one
+
+
 def test_no_module_hides_a_public_function():
     """`import kbne_edit.bake` would put the module where the function `kbne_edit.bake` is expected."""
     modules = {path.stem for path in PACKAGE.iterdir()}

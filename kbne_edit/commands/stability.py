@@ -64,7 +64,7 @@ def command(scores: tuple[Path, ...], recipe: str | None, resamples: int, as_jso
 
 def _in_files(resamples: list[Resamples]) -> dict[int, dict[int, Interval]]:
     """{layer: {neuron: share of the files that select it}}, intervals by Wilson."""
-    from ..selection.select import by_layer
+    from ..selection.questions import by_layer
     from ..statistics import Interval, wilson
 
     counted = sorted(Counter(place for resample in resamples for place in resample.whole.tolist()).items())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..disk.checkpoint import Checkpoint
-from ..families import text_part
+from ..families import auto_class, text_part
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,6 @@ def load_dequantised(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) ->
     """The plain model, and transformers' report of what it loaded. config: transformers' configuration."""
     import torch
     from transformers.models.auto import modeling_auto
-
-    from .loading import auto_class
 
     together = auto_class(config.to_dict()) == "AutoModelForImageTextToText"
     classes = (

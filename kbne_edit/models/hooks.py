@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ..edit import Edit
 from ..errors import EditError
 from ..families import Site, end
 from .places import Place, places
@@ -22,8 +21,18 @@ if TYPE_CHECKING:
 Tap = Callable[["Tensor", "Tensor | None", int], "Tensor | None"]
 
 
+class Scaling(Protocol):
+    """What an `Edit` is here: `Edit.hooks` calls this module, so this module does not import it."""
+
+    @property
+    def site(self) -> Site: ...
+    @property
+    def factors(self) -> dict[int, dict[int, float]]: ...
+    def check(self, neurons: Sequence[int], base: str | None = None) -> None: ...
+
+
 @contextmanager
-def hooked(model: nn.Module, edit: Edit) -> Iterator[nn.Module]:
+def hooked(model: nn.Module, edit: Scaling) -> Iterator[nn.Module]:
     """Within the context, `model` computes h_i <- factor_i h_i at every position; afterwards it is as before.
 
     model: a causal language model of transformers. Raises EditError if the edit does not fit it.
@@ -38,7 +47,7 @@ def hooked(model: nn.Module, edit: Edit) -> Iterator[nn.Module]:
         yield model
 
 
-def apply_(model: nn.Module, edit: Edit) -> nn.Module:
+def apply_(model: nn.Module, edit: Scaling) -> nn.Module:
     """Scale the weights of a model in memory, in place, as `fold` does on disk: in float32, rounded once. Returns it.
 
     Raises EditError if the edit does not fit the model, or its weights are quantised.

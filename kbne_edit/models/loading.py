@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..disk.checkpoint import Checkpoint
 from ..disk.refusals import gguf_file
 from ..errors import CheckpointError, KbneError, one_line, short, shown
-from ..families import TEXT_ALONE, text_part
+from ..families import auto_class
 from ..files import open_input, read_json
 from .devices import SPREAD, chosen_device
 from .tokenizers import Tokenizer
@@ -206,12 +206,6 @@ def model_class(config: Any) -> Any:
     import transformers
 
     return getattr(transformers, auto_class(config.to_dict()))
-
-
-def auto_class(config: dict) -> str:
-    """The name of that class. config: what config.json holds."""
-    together = text_part(config) and config["model_type"] not in TEXT_ALONE
-    return "AutoModelForImageTextToText" if together else "AutoModelForCausalLM"
 
 
 _loaded: dict[tuple, Tokenizer] = {}  # the last one that was asked for, by its files

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from ..families import Site
 
 if TYPE_CHECKING:
     from ..attribution.scores import Scores
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,12 @@ class Questions:
         """Mean share over questions, [L, F]. A question that is listed twice counts twice."""
         times = np.bincount(np.asarray(which, int))
         return sum(count * self.share(q) for q, count in enumerate(times.tolist()) if count) / max(times.sum(), 1)
+
+
+def by_layer(values: dict[int, T], neurons: int) -> dict[int, dict[int, T]]:
+    """{layer: {neuron: value}} from {index in [L * F]: value}. neurons: F."""
+    result: dict[int, dict[int, T]] = {}
+    for place, value in values.items():
+        layer, neuron = divmod(place, neurons)
+        result.setdefault(layer, {})[neuron] = value
+    return result

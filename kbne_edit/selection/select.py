@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..edit import Edit
 from ..errors import EditError, InputError
 from ..rule import Rule
-from .questions import Questions
+from .questions import Questions, by_layer
 from .summary import DimensionSummary, SelectionSummary, Shared
 from .votes import votes_of
 
 if TYPE_CHECKING:
     from ..attribution.scores import Scores
     from .stability import Stability
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -166,15 +164,6 @@ def mask_of(edit: Edit, shape: tuple[int, int]) -> np.ndarray:
 def at_factor(mask: np.ndarray, factor: float) -> dict[int, dict[int, float]]:
     """The factors of an edit that scales the neurons of a mask [L, F] by `factor`."""
     return by_layer(dict.fromkeys(np.flatnonzero(mask).tolist(), float(factor)), mask.shape[1])
-
-
-def by_layer(values: dict[int, T], neurons: int) -> dict[int, dict[int, T]]:
-    """{layer: {neuron: value}} from {index in [L * F]: value}. neurons: F."""
-    result: dict[int, dict[int, T]] = {}
-    for place, value in values.items():
-        layer, neuron = divmod(place, neurons)
-        result.setdefault(layer, {})[neuron] = value
-    return result
 
 
 def by_dimension(chosen: Selection, factors: dict[str, float]) -> Edit:

@@ -16,8 +16,7 @@ from ..errors import EditError, InputError
 from ..progress import progress
 from ..rule import Rule
 from ..statistics import Interval
-from .questions import Questions
-from .select import by_layer
+from .questions import Questions, by_layer
 from .votes import votes_of
 
 if TYPE_CHECKING:
