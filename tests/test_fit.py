@@ -103,12 +103,27 @@ def test_a_file_of_gradients_serves_again_and_the_result_is_the_same(model, fitt
     out, found = fitted
     gradients = out.with_name("edit.gradients.safetensors")
     stamp = gradients.stat().st_mtime_ns
-    options = ["--facts", "30", "--contrasts", "36", "--texts", "8", "--max-kl", "0.02", "--draws", "1", "--json"]
+    options = [
+        "--facts",
+        "30",
+        "--contrasts",
+        "36",
+        "--texts",
+        "8",
+        "--max-kl",
+        "0.02",
+        "--draws",
+        "1",
+        "--keep-shuffled",
+        "--json",
+    ]
     command = ["fit", "--in", str(model), "--out", str(tmp_path / "edit.json"), "--gradients", str(gradients)]
     data = parsed("fit", CliRunner().invoke(cli, [*command, *options]).stdout)
     assert gradients.stat().st_mtime_ns == stamp  # nothing was written
     assert data["sha256"] == found.edit.sha256
     assert data == {"version": 1} | json.loads(json.dumps(found.to_dict()))
+    shuffled = Edit.load(tmp_path / "edit.shuffled1.json")
+    assert shuffled.num_neurons == found.edit.num_neurons and shuffled.sha256 != found.edit.sha256
     text = "\n".join(lines(found))
     assert f"KL {found.cost.kl:.4f}" in text and "control, shuffled labels 1" in text
     assert all(part in text.splitlines()[-1] for part in found.moved)

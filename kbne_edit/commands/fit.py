@@ -50,6 +50,11 @@ PART = click.Choice(["association", "sentiment", "prior", "guess", "all"])
     help="File for the gradients, to resume and reuse.  [default: beside --out]",
 )
 @click.option("--draws", type=int, default=3, show_default=True, help="Number of draws of shuffled labels.")
+@click.option(
+    "--keep-shuffled",
+    is_flag=True,
+    help="Also write the edits of shuffled labels, e.g. edit.shuffled1.json, to evaluate them as well.",
+)
 @click.option("--site", type=click.Choice(SITES), default="down", show_default=True, help="Where to scale.")
 @click.option(
     "--dtype",

@@ -53,7 +53,7 @@ class FitSettings:
     part: "association", "sentiment", "prior", "guess" or "all", which is the first three.
     max_kl: nats per token on neutral text. facts, contrasts, texts: numbers to use.
     neurons: number to change (None: all). even: as of `problem` (None: by cross-validation). dtype: "auto" is that
-    of the weights.
+    of the weights. keep_shuffled: also write the edits of shuffled labels beside the edit.
     """
 
     pairs: tuple[str, ...] | None = None
@@ -69,6 +69,7 @@ class FitSettings:
     draws: int = 3
     site: Site = "down"
     seed: int = 0
+    keep_shuffled: bool = False
     dtype: str = "auto"
     device: str = "cpu"
 
@@ -123,6 +124,9 @@ def fit(source: str, out: str | Path, settings: FitSettings | None = None, gradi
         forbid_overlap(kept, base.origin)
         result = _Run(base, Checkpoint.open(base.path), settings).fit(kept)
     result.edit.save(out)
+    if settings.keep_shuffled:
+        for number, edit in enumerate(result.shuffled, 1):
+            edit.save(out.with_name(f"{out.stem}.shuffled{number}.json"))
     return result
 
 
@@ -180,7 +184,12 @@ class _Run:
         edit = self._edit(best.factors)
         aside = "".join(map(repr, (self.every[i] for i in self.aside)))
         uses = count_use([kept], hashlib.sha256(aside.encode()).hexdigest(), edit.sha256)
-        result = replace(self._result(by, best, cost, measure.gains(best), controls), edit=edit, uses=uses)
+        result = replace(
+            self._result(by, best, cost, measure.gains(best), controls),
+            edit=edit,
+            uses=uses,
+            shuffled=tuple(self._edit(control.factors) for control in shuffles),
+        )
         return replace(result, edit=self._recorded(result))
 
     def _validated(self, directions: Directions) -> Validation:

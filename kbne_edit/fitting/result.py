@@ -96,7 +96,8 @@ class Fit:
 
     even: chosen by cross-validation, whose figures `held` are. carried: for each of the parts, how much of its fall in
     facts that were fitted others show; it weighs them against each other. moved: the parts that moved towards less of
-    them, and further than under shuffled labels. uses: number of edits that these facts have judged, this one included.
+    them, and further than under shuffled labels. shuffled: the edits of shuffled labels, without a record. uses: number
+    of edits that these facts have judged, this one included.
     """
 
     edit: Edit = field(metadata={"json": False})
@@ -113,6 +114,7 @@ class Fit:
     gains: tuple[Gain, ...]
     controls: tuple[Control, ...]
     uses: int = 1
+    shuffled: tuple[Edit, ...] = field(default=(), metadata={"json": False})
 
     @property
     def moved(self) -> tuple[str, ...]:
@@ -156,5 +158,5 @@ class Fit:
 
     def to_dict(self) -> Annotated[dict[str, Any], FitKeys]:
         """JSON form, without the factors themselves: those are the edit's."""
-        result = {name: value for name, value in asdict(self).items() if name != "edit"}
+        result = {name: value for name, value in asdict(self).items() if name not in ("edit", "shuffled")}
         return {"kbne_fit": VERSION, "sha256": self.edit.sha256, "moved": list(self.moved)} | result
