@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, TypedDict
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from ..edit import Edit
 from ..errors import InputError
 from ..recipe import Probe, Twin
 from ..statistics import Interval, IntervalJSON, change, interval
+from .dimensions import Change, ChangeJSON, DimensionJSON, OfDimension, by_dimension
 from .twins import twin_scores
 
 if TYPE_CHECKING:
@@ -36,16 +37,6 @@ DRAW_TWINS = 24  # twins on which draws are measured: there the spread of draws,
 _BLOCK = 4  # draws at once; if one draw is as good as the edit and one is worse, no more are needed
 
 State = Literal["less", "more", "none"]
-
-
-class Change(NamedTuple):
-    """A figure before and after. In JSON the list [before, after]."""
-
-    before: float
-    after: float
-
-
-ChangeJSON = Annotated[list[float], Change]
 
 
 @dataclass(frozen=True)
@@ -113,6 +104,7 @@ class EffectJSON(TypedDict):
     random_highest: NotRequired[float]
     temperature: NotRequired[float | None]
     versus_flattened: NotRequired[IntervalJSON]
+    dimensions: NotRequired[list[DimensionJSON]]
     state: State
 
 
@@ -134,6 +126,7 @@ class Effect:
     change_absolute: Interval
     random: RandomDraws
     flattening: Flattening | None = None
+    dimensions: tuple[OfDimension, ...] = ()
 
     def __repr__(self) -> str:
         return f"Effect({self.twins} twins, {self.state}, change {self.change.value:+.4f})"
@@ -195,6 +188,8 @@ class Effect:
         if flat:
             record["temperature"] = flat.temperature
             record["versus_flattened"] = list(flat.versus)
+        if self.dimensions:
+            record["dimensions"] = [part.to_dict() for part in self.dimensions]
         return record
 
     @classmethod
@@ -231,6 +226,7 @@ class Effect:
                 **known,
             ),
             flattening=flat,
+            dimensions=tuple(map(OfDimension.from_dict, record.get("dimensions", ()))),
         )
 
 
@@ -328,6 +324,7 @@ def measure_effect(
         change_absolute=interval(np.abs(after) - np.abs(before)),
         random=measure.random(before[place], after[place], drawn),
         flattening=flattening,
+        dimensions=tuple(by_dimension(twins, before, after, measure.size)),
     )
 
 

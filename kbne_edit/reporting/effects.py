@@ -51,6 +51,7 @@ def _effect(report: Report) -> list[str]:
             table("Change of the score", ["what", "mean", "from", "to"], rows),
         ),
         *_draws(effect),
+        *_dimensions(effect),
     ]
 
 
@@ -120,6 +121,45 @@ def _evaluation(evaluation: KeptEvaluation) -> list[str]:
         table(f"Benchmarks ({len(evaluation.tasks)} tasks)", heads, rows),
         '<p class="note">From, to: 95 % bootstrap interval of the change over items that hang together. Random '
         "neurons: mean change under draws of as many random neurons of the same layers.</p>",
+    ]
+
+
+def _dimensions(effect: Effect) -> list[str]:
+    """The same twins by dimension, and of each the pair that moved most."""
+    if not effect.dimensions:
+        return []
+    side = "unwanted" if effect.avoids else "stereotyped"
+    heads = ["dimension", "change", "from", "to", "twins", "score, base", "with edit", f"{side}, base", "with edit"]
+    rows = (
+        [
+            words(part.dimension),
+            *signed(part.change),
+            number(str(part.twins)),
+            *(number(f"{value:.4f}") for value in part.score),
+            *(number(f"{round(share * part.twins)} of {part.twins}") for share in part.preferred),
+        ]
+        for part in effect.dimensions
+    )
+    pairs = (
+        [
+            words(part.dimension),
+            words(part.example[0]),
+            words(part.example[1]),
+            *(number(f"{value:+.3f}") for value in part.example_score),
+        ]
+        for part in effect.dimensions
+    )
+    return [
+        "<h3>By dimension</h3>",
+        table("Change of the score by dimension", heads, rows),
+        f'<p class="note">Parts of the same twins: they have no controls of their own, and no part of the verdict '
+        f"rests on them. From, to: 95 % bootstrap interval over the twins of the dimension. Last columns: twins in "
+        f"which the {side} side is preferred.</p>",
+        table(
+            "The pair of each dimension whose twin moved most",
+            ["dimension", f"the {side} sentence", "the other one", "score, base", "with edit"],
+            pairs,
+        ),
     ]
 
 
