@@ -17,6 +17,7 @@ from kbne_edit.evaluation.verdict import PARTS, benchmarked
 from kbne_edit.recording import record_evaluation
 from kbne_edit.reporting.card import card_fault
 from kbne_edit.reporting.contents import report
+from kbne_edit.results import load_results
 from kbne_edit.statistics import Interval
 
 DEMO = Path(kbne_edit.__file__).parent / "demo"
@@ -108,6 +109,25 @@ def test_a_later_evaluation_gives_no_evidence_that_the_first_one_lacked(measured
     first = benchmarked(bare, [measured.tasks["probes"]])
     assert benchmarked(bare, [good]).effect.state == "PASS" and first.effect.state == "NO EVIDENCE"
     assert benchmarked(first, [good]).effect == first.effect
+
+
+@pytest.mark.parametrize("factor", [2.0, 100.0])
+def test_one_verdict_from_every_place(factor, debiased, tmp_path):
+    """Of bake, results.json, evaluate, the manifest, the card and the report: of the demo's own edit, and of one that
+    breaks the model."""
+    out = tmp_path / "out"
+    edit = debiased.parent / "debiased.work" / "edit.json"
+    given = ["bake", "--in", "demo", "--edit", edit, "--factor", factor, "--out", out, "--json", "--no-behaviour"]
+    said = json.loads(_run(*given).stdout)["verdict"]
+    places = [report(out).verdict.to_dict(), load_results(out).verdict.to_dict()]
+    places.append(json.loads((tmp_path / "out.work" / "results.json").read_text())["verdict"])
+    measured = ["evaluate", out, "--in", "demo", "--tasks", "probes", "--limit", 2, "--draws", 1, "--json"]
+    places.append(json.loads(_run(*measured).stdout)["verdict"])
+    places += [report(out).verdict.to_dict(), Manifest.read(out).summary["verdict"]]
+    assert all(place == said for place in places)
+    card = (out / "README.md").read_text()
+    assert f"**{said['ship']}**" in card and all(f"| {said[part]} | " in card for part in PARTS)
+    assert said["cost"] == ("PASS" if factor == 2 else "FAIL") and (factor == 2 or said["ship"] == "do not ship")
 
 
 @pytest.mark.parametrize("form", ["delta", "peft"])

@@ -17,8 +17,8 @@ def code(value: object) -> str:
 
 
 def arrows(text: str) -> str:
-    """Words of a terminal, with its arrows drawn."""
-    return words(text.replace(" -> ", " → "))
+    """Words of a terminal, with its arrows drawn; a number and its % stay on one line."""
+    return words(text.replace(" -> ", " → ").replace(" %", "\N{NO-BREAK SPACE}%"))
 
 
 def token(text: str | None, index: int) -> str:
