@@ -21,7 +21,7 @@ _DEEPEST = 50
 LFS_POINTER = b"version https://git-lfs"
 
 
-class _Input(io.FileIO):
+class InputFile(io.FileIO):
     """A file whose read errors name it, so that they are not mistaken for errors of the output."""
 
     def __init__(self, path: Path, kind: type[InputError]):
@@ -53,7 +53,7 @@ class _Input(io.FileIO):
 
 def open_input(path: str | Path, kind: type[InputError] = CheckpointError) -> BinaryIO:
     """Open a regular file for reading. Raises `kind`, now and for later read errors."""
-    return io.BufferedReader(_Input(Path(path), kind))
+    return io.BufferedReader(InputFile(Path(path), kind))
 
 
 def read_json(path: str | Path, kind: type[InputError] = CheckpointError, cure: str = "download it again") -> Any:

@@ -91,7 +91,7 @@ def locate_in(
             for answer, surfaces in prompts.answers.items():
                 say(f"answer {answer!r}: {len(surfaces)} tokens ({', '.join(map(repr, list(surfaces)[:8]))})")
             job = _Job(questions, prompts, settings, checkpoint.path, doubtful)
-            for q, row in job.rows(_supplier(checkpoint, settings), todo, processes):
+            for q, row in job.rows(supplier(checkpoint, settings), todo, processes):
                 writer.write(q, row)  # type: ignore[union-attr]  # only the first process gets rows
     return load_scores(out) if writer else None
 
@@ -257,7 +257,7 @@ class _Watch:
             self._job.doubtful(Doubt("answers", reason))
 
 
-def _supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
+def supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
     """The model in memory, or its layers one by one if it does not fit."""
     import torch
 

@@ -389,7 +389,7 @@ def read_error_trial(work, folder, inputs, moment):
             return super().readinto(buffer)
 
     def doomed():
-        files._Input.__bases__ = (Failing,)
+        files.InputFile.__bases__ = (Failing,)
         return work(folder)
 
     verdict = verdict_of(doomed)

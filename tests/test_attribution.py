@@ -262,7 +262,7 @@ def test_the_head_in_blocks(name, monkeypatch):
     """Value and gradient of both objectives against plain logits and autograd; some models scale or cap logits."""
     from kbne_edit.attribution import head
 
-    monkeypatch.setattr(head, "_BLOCK", 13)
+    monkeypatch.setattr(head, "BLOCK", 13)
     model, generator = tiny_model(name), torch.Generator().manual_seed(2)
     hidden = torch.randn(1, 9, 32, generator=generator)
     owner, answers, others = np.array([0, 1, 1, 0, 2, 2, 0, 1, 2]), [[11, 12, 50], [3], [40, 96]], [[5], [6, 7, 8], [0]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kbne_edit.commands import _COMMANDS, cli
+from kbne_edit.commands import COMMANDS, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 # As the installed script starts it: click reads the name of the variable off the program's.
@@ -21,7 +21,7 @@ def test_a_page_that_is_made_is_up_to_date(name):
     text = MADE["PAGES"][name]()
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "run scripts/make_docs.py"
     if name == "commands.md":
-        assert all(f"\n## kbne-edit {command}\n" in text for command in [*_COMMANDS, "recipes new"])
+        assert all(f"\n## kbne-edit {command}\n" in text for command in [*COMMANDS, "recipes new"])
 
 
 def test_an_option_means_one_thing():
@@ -53,7 +53,7 @@ def _completed(words, program=PROGRAM):
 @pytest.mark.parametrize(
     "words, found",
     [
-        ("kbne-edit ", [*_COMMANDS]),
+        ("kbne-edit ", [*COMMANDS]),
         ("kbne-edit re", ["report", "revert", "recipes"]),
         ("kbne-edit recipes ", ["list", "show", "check", "new"]),
         ("kbne-edit bake --as ", ["checkpoint", "peft", "delta"]),

@@ -31,7 +31,7 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def devices(monkeypatch):
     """One short measurement for all that need none."""
-    monkeypatch.setattr(doctor, "_SECONDS", 0.0)
+    monkeypatch.setattr(doctor, "SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("more, mode", [(1, "in memory"), (-1, "layer by layer")])
@@ -42,13 +42,13 @@ def test_the_mode_is_the_one_that_bake_takes(more, mode, checkpoint, devices, mo
     monkeypatch.setattr(memory, "available", lambda: (taken + more) / memory.SHARE)
     model = doctor.examine(checkpoint).model
     assert model.attribution == mode and model.parameters == count
-    assert isinstance(locating._supplier(checkpoint, locating.Settings()), Streamed) == (mode == "layer by layer")
+    assert isinstance(locating.supplier(checkpoint, locating.Settings()), Streamed) == (mode == "layer by layer")
 
 
 @pytest.mark.parametrize("free", [2e9, 40e9])
 def test_the_largest_model_fills_the_room_of_its_mode(free):
     """Against the sum that `bake` makes, for a model of 12 D^2 parameters in each of 80 layers."""
-    found = doctor._largest(free, 1e12)
+    found = doctor.largest_models(free, 1e12)
     size = (found["in memory"] / 12 / 80) ** 0.5
     graphs = min(80 * memory.activations(memory.ROWS / 2, size), memory.GRAPHS)
     taken = 4 * found["in memory"] + graphs + memory.OVERHEAD
@@ -102,4 +102,4 @@ def test_memory_where_the_kernel_tells_nothing(monkeypatch):
     total = memory.kilobytes("/proc/meminfo", "MemTotal")
     monkeypatch.setattr(memory, "kilobytes", lambda *_: math.inf)
     monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (1000, 1000))
-    assert memory._process() == math.inf and memory._machine() == pytest.approx(total, rel=0.01)
+    assert memory.of_process() == math.inf and memory.of_machine() == pytest.approx(total, rel=0.01)

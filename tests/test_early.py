@@ -70,7 +70,7 @@ def nowhere(monkeypatch, tmp_path):
     def never(*_):
         pytest.fail("a model was looked for before the options were refused")
 
-    monkeypatch.setattr(source, "_download", never)
+    monkeypatch.setattr(source, "download", never)
     monkeypatch.chdir(tmp_path)
     Edit("down", {0: {1: 2.0}}).save("e.json")
     return "org/never"

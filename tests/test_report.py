@@ -177,7 +177,7 @@ def test_tokens_in_pieces_and_of_a_padded_unembedding(monkeypatch, tmp_path):
     whole, known = written(checkpoint, found, None, 5), set(range(0, 97, 2))
     even = written(checkpoint, found, known, 5)
     assert {index for ends in even.values() for pairs in ends for index, _ in pairs} <= known
-    monkeypatch.setattr("kbne_edit.reporting.lens._STEP", 7 * 32 * 4)  # seven rows at once
+    monkeypatch.setattr("kbne_edit.reporting.lens.STEP", 7 * 32 * 4)  # seven rows at once
     assert written(checkpoint, found, None, 5) == whole and written(checkpoint, found, known, 5) == even
 
 

@@ -129,3 +129,29 @@ def test_a_function_fits_on_a_screen_and_takes_six_parameters():
             if lines > 60 or count > 6:
                 wrong.append(f"{path.relative_to(PACKAGE)}, {node.name}: {lines} lines, {count} parameters")
     assert not wrong
+
+
+def test_no_test_uses_a_private_name():
+    """Neither imports one of the package, nor reaches into one of its modules for it."""
+    wrong = []
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        tree, names = ast.parse(path.read_text(encoding="utf-8")), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kbne_edit":
+                names |= {alias.asname or alias.name for alias in node.names}
+                wrong += [f"{path.name}: {alias.name}" for alias in node.names if alias.name.startswith("_")]
+        for node in ast.walk(tree):
+            owner = private = None
+            if isinstance(node, ast.Attribute):
+                owner, private = node.value, node.attr
+            elif isinstance(node, ast.Call) and len(node.args) > 1 and "setattr" in ast.unparse(node.func):
+                owner, private = node.args[0], ast.literal_eval(node.args[1]) if _text(node.args[1]) else ""
+                if _text(owner) and "kbne_edit" in owner.value and "._" in owner.value:
+                    wrong.append(f"{path.name}: {owner.value}")
+            if isinstance(owner, ast.Name) and owner.id in names and private.startswith("_") and private[1:2] != "_":
+                wrong.append(f"{path.name}: {owner.id}.{private}")
+    assert not wrong
+
+
+def _text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)

@@ -22,7 +22,7 @@ from ..models.places import decoder_layers, is_recurrent
 from ..models.widening import computed_in
 from .calls import Output, forward, new_cache, on_device
 
-_BLOCK = 4096  # rows of W at a time: 8 MB of logits with 512 rows
+BLOCK = 4096  # rows of W at a time: 8 MB of logits with 512 rows
 _ROWS = 192  # rows at a time where the model transforms its logits, which needs a tensor [R, V]
 
 
@@ -76,9 +76,9 @@ class LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         largest = torch.full((len(z), 1), -torch.inf, device=z.device)
         total, mean = torch.zeros_like(largest), torch.zeros_like(z)
-        for start in range(0, len(weight), _BLOCK):
-            block = weight[start : start + _BLOCK]
-            logits = nn.functional.linear(z, block, None if bias is None else bias[start : start + _BLOCK])
+        for start in range(0, len(weight), BLOCK):
+            block = weight[start : start + BLOCK]
+            logits = nn.functional.linear(z, block, None if bias is None else bias[start : start + BLOCK])
             new = torch.maximum(largest, logits.amax(1, keepdim=True))
             shrink = (largest - new).exp_()
             logits.sub_(new).exp_()

@@ -19,7 +19,7 @@ from ..errors import ErrorJSON, KbneError, RequirementError, one_line, short
 from ..progress import show_progress
 from .config import PREFIX, config, from_environment
 
-_COMMANDS = {
+COMMANDS = {
     "bake": "locate the neurons, fold the factors, prove the result",
     "locate": "attribute questions to neurons, into a scores file",
     "fit": "fit factors to sentence pairs, to lower the preference for stereotypes",
@@ -44,10 +44,10 @@ class _Lazy(click.Group):
     """Knows its commands by name; imports one only to run it or to show its own help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in _COMMANDS:
+        if name not in COMMANDS:
             return None
         command: click.Command = import_module(f".{name}", __name__).command
         if not isinstance(command, click.Group) and "quiet" not in {param.name for param in command.params}:
@@ -57,7 +57,7 @@ class _Lazy(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 def _quiet() -> click.Option:

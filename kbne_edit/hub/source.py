@@ -85,7 +85,7 @@ def resolved(source: str, say: Callable[[str], None] = lambda _: None) -> Iterat
     local = Source(path, path, source)
     with ExitStack() as stack:
         if not path.exists() and _hub_like(source):
-            local = stack.enter_context(_view(_download(source, say)))
+            local = stack.enter_context(_view(download(source, say)))
         if gguf_file(local.path) is not None:
             yield local
             return
@@ -101,7 +101,7 @@ def _hub_like(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
-def _download(source: str, say: Callable[[str], None]) -> Source:
+def download(source: str, say: Callable[[str], None]) -> Source:
     """Download a model's small files, and its weights in one format, to the Hub's cache."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError
@@ -129,7 +129,7 @@ def _download(source: str, say: Callable[[str], None]) -> Source:
 
 @contextmanager
 def _view(local: Source) -> Iterator[Source]:
-    """A view of a snapshot with only the files of `_download`: other programs may have cached more of the model."""
+    """A view of a snapshot with only the files of `download`: other programs may have cached more of the model."""
     held = {path.relative_to(local.path).as_posix() for path in local.path.rglob("*") if path.is_file()}
     wanted = _wanted(_weights(held, local.path.joinpath), held)
     if held == wanted:
@@ -202,7 +202,7 @@ def _instead(name: str, revision: str, files: Collection[str], say: Callable[[st
     """A replacement for a model without transformers weights: Meta's first releases have a sibling with them."""
     if any(fnmatch(file, "consolidated.*.pth") for file in files) and not name.endswith("-hf"):
         say(f"{name} holds Meta's own .pth files: taking {name}-hf, the same weights for transformers")
-        return _download(f"{name}-hf" + (f"@{revision}" if revision else ""), say)
+        return download(f"{name}-hf" + (f"@{revision}" if revision else ""), say)
     if "adapter_config.json" in files:
         raise SourceError(f"{name} holds an adapter: merge it into its base model first (PEFT: merge_and_unload)")
     if any(file.endswith(".gguf") for file in files):

@@ -26,7 +26,7 @@ NEEDED = ("torch", "transformers", "safetensors", "huggingface-hub")
 OPTIONAL = {"accelerate": "--device auto", "peft": "loading what --as peft writes"}
 # A large model's proportions, those of Llama 3.1 70B: parameters outside the layers, and how many layers there are.
 _OUTSIDE, _LAYERS = 0.03, 80
-_SIZE, _SECONDS = 1024, 0.2  # of the matrices, and of one measurement
+_SIZE, SECONDS = 1024, 0.2  # of the matrices, and of one measurement
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def examine(checkpoint: Checkpoint | None = None) -> Diagnosis:
         free,
         disk,
         _devices(),
-        _largest(free, disk["here"]),
+        largest_models(free, disk["here"]),
         _model(checkpoint, free) if checkpoint else None,
     )
 
@@ -134,13 +134,13 @@ def _rate(product: Callable[[], Tensor]) -> float:
     """Operations per second of a product of two matrices, after one to warm up."""
     product().sum().item()  # reading a value waits for the device
     count, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < _SECONDS or not count:
+    while (passed := time.perf_counter() - start) < SECONDS or not count:
         product()[0, 0].item()
         count += 1
     return 2 * _SIZE**3 * count / passed
 
 
-def _largest(free: float, disk: float) -> dict[str, float]:
+def largest_models(free: float, disk: float) -> dict[str, float]:
     """Parameters of the largest model for each mode. Folding takes no memory to speak of, but room for the output."""
     usable = max(memory.SHARE * free - memory.OVERHEAD, 0)
     part = _OUTSIDE + (1 - _OUTSIDE) * memory.LAYERS_HELD / _LAYERS

@@ -62,15 +62,15 @@ def require_room(checkpoint: Checkpoint, itemsize: int) -> None:
 
 def available() -> float:
     """Free memory: the machine's, or what a control group or the process's own limit leaves of it."""
-    return min(_machine(), _group(), _process())
+    return min(of_machine(), of_group(), of_process())
 
 
-def _machine() -> float:
+def of_machine() -> float:
     free = kilobytes("/proc/meminfo", "MemAvailable")
     return free if free < math.inf else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS
 
 
-def _group() -> float:
+def of_group() -> float:
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{what}").read_text().strip() for what in ("max", "current"))
         return math.inf if limit == "max" else int(limit) - int(used)
@@ -78,7 +78,7 @@ def _group() -> float:
         return math.inf
 
 
-def _process() -> float:
+def of_process() -> float:
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     used = kilobytes("/proc/self/status", "VmData")
     return math.inf if limit == resource.RLIM_INFINITY or used == math.inf else limit - used

@@ -25,7 +25,7 @@ from ..folding.plan import Plan
 
 Neuron = tuple[int, int]  # layer, index in the layer
 
-_STEP = 32 << 20  # bytes of the unembedding at once: memory does not grow with the vocabulary
+STEP = 32 << 20  # bytes of the unembedding at once: memory does not grow with the vocabulary
 
 
 def columns(checkpoint: Checkpoint, edit: Edit) -> dict[Neuron, np.ndarray]:
@@ -132,7 +132,7 @@ def _rows(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, np.ndarray]]
         return
     shard, tensor = checkpoint.tensors[name]
     kind, (count, width) = storage(tensor.dtype, name), tensor.shape
-    step = max(_STEP // (width * kind.itemsize), 1)
+    step = max(STEP // (width * kind.itemsize), 1)
     with open_input(shard.path) as file:
         file.seek(tensor.start)
         for first in range(0, count, step):
