@@ -260,7 +260,7 @@ def _known(baked: Path, base: Checkpoint) -> Known:
             raise InputError(f"{baked} was made for another model than {base.path}: pass its base with --in")
         return _recorded(baked, manifest, manifest.edit)
     say(f"reading the edit of {baked}")
-    proof = verify(base.path, baked, behaviour=False).files
+    proof = verify(base, baked, behaviour=False).files
     if not proof.holds:
         fault = proof.faults[0]
         raise InputError(f"{baked} is not {base.path} with an edit alone ({fault}): `kbne-edit verify` lists all")
