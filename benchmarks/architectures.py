@@ -52,13 +52,13 @@ def checked(name: str) -> str:
         model = load_model(base, torch.float32)  # ties what its configuration ties
         for site in sites:
             check_fold(model, base, site)
-    edit = Edit("down", {layer: {3: 2.0} for layer, found in enumerate(places(model, "down")) if end(found)})
+    edit = Edit("down", {layer: {3: 2.0} for layer, result in enumerate(places(model, "down")) if end(result)})
     check_scores(model, edit)
     return f"{', '.join(sites)}; {check_attribution(model)}"
 
 
 def check_fold(model: torch.nn.Module, base: Path, site: str) -> None:
-    sizes = [end(found) for found in places(model, site)]
+    sizes = [end(result) for result in places(model, site)]
     edit = Edit(site, {layer: {3: 2.0, size - 1: 4.0} for layer, size in enumerate(sizes) if size})
     out, again = base.parent / site, base.parent / f"{site}-again"
     fold(base, edit, out)
@@ -68,8 +68,8 @@ def check_fold(model: torch.nn.Module, base: Path, site: str) -> None:
         with hooked(model, edit):
             expected = model(input_ids=ids, use_cache=False).logits
         assert not torch.equal(before, expected), f"{site}: the edit changes nothing"
-        found = load_model(out, torch.float32)(input_ids=ids, use_cache=False).logits
-    assert torch.equal(found, expected), f"{site}: fold and hooks differ by {(found - expected).abs().max():.1e}"
+        result = load_model(out, torch.float32)(input_ids=ids, use_cache=False).logits
+    assert torch.equal(result, expected), f"{site}: fold and hooks differ by {(result - expected).abs().max():.1e}"
     assert verify(base, out).ok, f"{site}: verify fails"
     revert(out, again)
     name = "model.safetensors"

@@ -35,28 +35,28 @@ def main():
     tokenizer = load_tokenizer(arguments.model)
     model = load_model(arguments.model, torch.float32)
     tokens = answer_tokens(tokenizer, recipe.answers)
-    asked = recipe.questions[: arguments.questions]
-    ids = [encode(tokenizer, recipe, q) for q in asked]
-    answers = [list(tokens[q.answer].values()) for q in asked]
+    requests = recipe.questions[: arguments.questions]
+    ids = [encode(tokenizer, recipe, q) for q in requests]
+    answers = [list(tokens[q.answer].values()) for q in requests]
     next(attributions(model, ids, answers))  # warm-up
     results = {}
     for quadrature in ("gauss", "riemann-20"):
         start = time.perf_counter()
         results[quadrature] = list(attributions(model, ids, answers, Integral(quadrature=quadrature)))
-        seconds = (time.perf_counter() - start) / len(asked)
+        seconds = (time.perf_counter() - start) / len(requests)
         print(
-            f"{quadrature}: {seconds:.2f} s per question, {len(asked)} questions, "
+            f"{quadrature}: {seconds:.2f} s per question, {len(requests)} questions, "
             f"{np.mean(list(map(len, ids))):.0f} tokens"
         )
     print(f"matrix products alone: {_products(model, ids, answers):.0%} of the time")
     references = [
-        _reference(model, prompt_ids, answer, found.nodes)
-        for prompt_ids, answer, found in zip(ids, answers, results["gauss"], strict=True)
+        _reference(model, prompt_ids, answer, actual.nodes)
+        for prompt_ids, answer, actual in zip(ids, answers, results["gauss"], strict=True)
     ]
-    for name, found in results.items():
+    for name, actual in results.items():
         values = [
             ((result.scores - exact).abs().max() / exact.abs().max()).item()
-            for result, exact in zip(found, references, strict=True)
+            for result, exact in zip(actual, references, strict=True)
         ]
         print(
             f"{name}: largest error {max(values):.2%} of the question's largest score (each: "
@@ -76,10 +76,10 @@ def _reference(model, ids, answer, nodes):
     for number in range(max(map(len, parts.values()))):
         wanted = {la: p[number] for la, p in parts.items() if number < len(p)}
         request = {la: a + (b - a) * x for la, (a, b) in wanted.items()}
-        ((found,),) = sweep(resident, climbing, [(pack, [request])], bare=False)
+        ((result,),) = sweep(resident, climbing, [(pack, [request])], bare=False)
         climbing = []
         for la, (a, b) in wanted.items():
-            scores[la] += (b - a) * pack.h[la, 0, 0] * (w @ found[la].gradient)
+            scores[la] += (b - a) * pack.h[la, 0, 0] * (w @ result[la].gradient)
     return scores
 
 

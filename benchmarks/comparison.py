@@ -31,7 +31,7 @@ def main():
         save_file(before, base / "model.safetensors", metadata={"format": "pt"})
         for name, edit in {"kbne-edit": ours, "PEFT": peft, "mergekit": mergekit}.items():
             try:
-                said = edit(base, Path(folder) / name)
+                reply = edit(base, Path(folder) / name)
             except ImportError as error:
                 print(f"{name}: left out, {error}")
                 continue
@@ -39,7 +39,7 @@ def main():
             others = [tensor for tensor in before if "down_proj" not in tensor and tensor != UNKNOWN]
             equal = sum(torch.equal(before[tensor], after[tensor]) for tensor in others)
             kept = "kept" if UNKNOWN in after else "lost"
-            print(f"{name} {said}; {equal} of {len(others)} other tensors equal, the unknown one {kept}")
+            print(f"{name} {reply}; {equal} of {len(others)} other tensors equal, the unknown one {kept}")
 
 
 def ours(base, out):

@@ -55,21 +55,21 @@ def measure(kind: str, correlation: float, runs: int) -> dict:
     draw, clusters = KINDS[kind], [i // EACH for i in range(CLUSTERS * EACH)]
     shift = 0.3
     truth = NormalDist().cdf(shift) - 0.5 if kind == "share of items" else shift
-    held, blind, said, blind_said = [], [], [], []
+    held, blind, reply, blind_said = [], [], [], []
     for run in range(runs):
         rng = np.random.default_rng([run, int(100 * correlation)])
         before, after = draw(rng, correlation, shift)
-        for found, by in ((held, clusters), (blind, None)):
+        for result, by in ((held, clusters), (blind, None)):
             interval = change([before], [after], clusters=by)
-            found.append(interval.low <= truth <= interval.high)
+            result.append(interval.low <= truth <= interval.high)
         before, after = draw(rng, correlation, 0.0)
-        said.append(permutation(before, after, clusters=clusters) <= 0.05)
+        reply.append(permutation(before, after, clusters=clusters) <= 0.05)
         blind_said.append(permutation(before, after) <= 0.05)
     return {
         "figure": kind,
         "correlation": correlation,
         "coverage": float(np.mean(held)),
-        "level": float(np.mean(said)),
+        "level": float(np.mean(reply)),
         "coverage_by_item": float(np.mean(blind)),
         "level_by_item": float(np.mean(blind_said)),
     }
@@ -88,8 +88,8 @@ def few(count: int, runs: int) -> dict:
 def beyond(figures: int, runs: int, draws: int = 24) -> dict:
     """How often an edit that is no other than its draws is said to go beyond them in one figure or more."""
     rng = np.random.default_rng(figures)
-    said = [beyond_draws(rng.standard_t(4, (1 + draws, figures))).any() for _ in range(runs)]
-    return {"figures": figures, "draws": draws, "said": float(np.mean(said))}
+    reply = [beyond_draws(rng.standard_t(4, (1 + draws, figures))).any() for _ in range(runs)]
+    return {"figures": figures, "draws": draws, "said": float(np.mean(reply))}
 
 
 def main() -> None:

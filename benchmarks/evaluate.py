@@ -48,9 +48,9 @@ def main():
     seconds, answers = {n: [] for n in scorers}, {n: [] for n in scorers}
     for start in range(0, len(requests), step):
         for n, scorer in scorers.items():
-            taken, found = run(scorer, requests[start : start + step])
+            taken, result = run(scorer, requests[start : start + step])
             seconds[n].append(taken)
-            answers[n] += found
+            answers[n] += result
     reference = run(exact, requests)[1]
     tokens = [len(pair[1]) for pair in scorers["this package"].encode_pairs(requests)]
     ours = "this package"
@@ -65,8 +65,8 @@ def run(scorer, requests):
     """(seconds, [(log-probability, greedy)])."""
     instances = [Instance("loglikelihood", {}, request, i) for i, request in enumerate(requests)]
     start = time.perf_counter()
-    found = scorer.loglikelihood(instances, disable_tqdm=True)
-    return time.perf_counter() - start, found
+    result = scorer.loglikelihood(instances, disable_tqdm=True)
+    return time.perf_counter() - start, result
 
 
 def compared(ours, theirs, tokens):

@@ -138,7 +138,7 @@ def works(folder):
     def old(target):
         bake(str(inputs), target / "out", edit=first, checks=Checks(behaviour=False))
 
-    found = {
+    result = {
         "locate": (lambda t: locate(str(inputs), t / "scores.safetensors", settings), lambda t: None),
         "bake": (lambda t: bake(str(inputs), t / "out", settings), lambda t: None),
         "bake --edit": (lambda t: bake(str(inputs), t / "out", edit=first), lambda t: None),
@@ -150,7 +150,7 @@ def works(folder):
         ),
     }
     jobs = {}
-    for number, (name, (work, prepare)) in enumerate(found.items()):
+    for number, (name, (work, prepare)) in enumerate(result.items()):
         target = folder / f"undisturbed-{number}"
         target.mkdir()
         prepare(target)

@@ -109,7 +109,9 @@ def _layer(model: Any, ids: list[int], answer: list[int], projection: Any) -> Te
 
 
 def scores(layers: Any, ids: list, answers: list, quadrature: str = "gauss") -> Tensor:
-    return torch.stack([found.scores for found in attributions(layers, ids, answers, Integral(quadrature=quadrature))])
+    return torch.stack(
+        [result.scores for result in attributions(layers, ids, answers, Integral(quadrature=quadrature))]
+    )
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -121,39 +123,39 @@ def in_memory(
 ) -> tuple[dict, Tensor]:
     """Seconds of the plain loop and of the resident model, and the latter's scores."""
     ids, answers = asked
-    found: dict[str, Any] = {}
-    found["seconds to load"], model = clock.seconds(lambda: load_model(folder, dtype, device))
+    result: dict[str, Any] = {}
+    result["seconds to load"], model = clock.seconds(lambda: load_model(folder, dtype, device))
     few = 1
     first, loop = clock.seconds(lambda: plain_loop(model, ids[:few], answers[:few]))
     if first * 2 < clock.left / 8:  # the first run warms up
         few = 2
         first, loop = clock.seconds(lambda: plain_loop(model, ids[:few], answers[:few]))
-    found |= {"plain loop, questions run": few, "plain loop": first * len(ids) / few}
+    result |= {"plain loop, questions run": few, "plain loop": first * len(ids) / few}
     same = scores(Resident(model), ids[:few], answers[:few], f"riemann-{NODES}")
-    found["plain loop against ours with its nodes, difference"] = difference(same, loop)
+    result["plain loop against ours with its nodes, difference"] = difference(same, loop)
     # In bfloat16 rounding hides the residual that refinement goes by, so the nodes are fixed there.
     rule = "gauss" if dtype == torch.float32 else "gauss-4"
-    found["quadrature"] = rule
-    found["resident"], resident = clock.seconds(lambda: scores(Resident(model), ids, answers, rule))
-    found["plain loop / resident"] = found["plain loop"] / found["resident"]
-    return found, resident
+    result["quadrature"] = rule
+    result["resident"], resident = clock.seconds(lambda: scores(Resident(model), ids, answers, rule))
+    result["plain loop / resident"] = result["plain loop"] / result["resident"]
+    return result, resident
 
 
 def measured(folder: Path, device: str, dtype: torch.dtype, clock: Clock, asked: tuple[list, list]) -> dict:
     """Seconds and differences of one dtype."""
-    found, resident = in_memory(folder, device, dtype, clock, asked)
+    result, resident = in_memory(folder, device, dtype, clock, asked)
     if device != "cpu":
         getattr(torch, torch.device(device).type).empty_cache()
     if dtype != torch.float32:
-        return found | {"streamed": "computes in float32: see there"}
-    if clock.left < 4 * found["seconds to load"] + found["resident"]:
-        return found | {"streamed": "left out: no time"}
+        return result | {"streamed": "computes in float32: see there"}
+    if clock.left < 4 * result["seconds to load"] + result["resident"]:
+        return result | {"streamed": "left out: no time"}
     supplier = Streamed(Checkpoint.open(folder), 64e9, device)
-    found["streamed"], streamed = clock.seconds(lambda: scores(supplier, *asked))
-    found["streamed / resident"] = found["streamed"] / found["resident"]
-    found["gigabytes read while streaming"] = supplier.bytes_read / 1e9
-    found["streamed against resident, difference"] = difference(streamed, resident)
-    return found
+    result["streamed"], streamed = clock.seconds(lambda: scores(supplier, *asked))
+    result["streamed / resident"] = result["streamed"] / result["resident"]
+    result["gigabytes read while streaming"] = supplier.bytes_read / 1e9
+    result["streamed against resident, difference"] = difference(streamed, resident)
+    return result
 
 
 def main() -> None:
@@ -167,7 +169,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     clock, shape = Clock(options.device, 60 * options.minutes), TINY if options.tiny else SHAPE
-    asked = prompts(options.questions, shape["vocab_size"])
+    requests = prompts(options.questions, shape["vocab_size"])
     result: dict[str, Any] = {"device": options.device, "torch": torch.__version__, "questions": options.questions}
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         folder = Path(name)
@@ -180,7 +182,7 @@ def main() -> None:
                 result[kind] = "left out: no time"
                 continue
             try:
-                result[kind] = measured(folder, options.device, dtype, clock, asked)
+                result[kind] = measured(folder, options.device, dtype, clock, requests)
             except torch.OutOfMemoryError as error:
                 result[kind] = f"out of memory: {error}"
             print(json.dumps({kind: result[kind]}, indent=1), flush=True)

@@ -61,7 +61,7 @@ def steps(model: Path, folder: Path, questions: int | None) -> dict[str, list[st
     """{step: its command line}, in the order in which they must run."""
     kbne = [sys.executable, "-m", "kbne_edit"]
     edit, baked = folder / "edit.json", folder / "baked"
-    asked = ["--questions", str(questions)] if questions else []
+    requests = ["--questions", str(questions)] if questions else []
     name = "demo" if model.name == "demo" else str(model)
     given = [*kbne, "bake", "--in", name, "--edit", str(edit), "--overwrite"]
     files = sorted(path.name for path in model.glob("*.safetensors"))
@@ -76,7 +76,7 @@ def steps(model: Path, folder: Path, questions: int | None) -> dict[str, list[st
         "fold, proofs, effect, cost": [*given, "--out", str(baked)],
         "verify, first proof": [*kbne, "verify", str(baked), "--in", name, "--no-behaviour"],
         "verify": [*kbne, "verify", str(baked), "--in", name],
-        "attribution": [*kbne, "locate", "--in", name, *asked, "--out", str(folder / "scores.safetensors")],
+        "attribution": [*kbne, "locate", "--in", name, *requests, "--out", str(folder / "scores.safetensors")],
     }
 
 

@@ -72,7 +72,7 @@ def twins(scorer: Scorer, edit: Edit | None) -> str:
 
 def columns_of(mark: Benchmark, scorer: Scorer, edit: Edit | None, keep: Path | None) -> tuple[np.ndarray, float]:
     """Columns of a model, [n, k], and the seconds that they took, a few items at a time."""
-    found, seconds = [], 0.0
+    result, seconds = [], 0.0
     for start in range(0, len(mark.sizes), STEP):
         items = list(range(start, min(start + STEP, len(mark.sizes))))
         name = f"{mark.name}-{len(mark.sizes)}-{edit.sha256[:12] if edit else 'base'}-{start}.npy"
@@ -87,9 +87,9 @@ def columns_of(mark: Benchmark, scorer: Scorer, edit: Edit | None, keep: Path | 
         else:
             part, took = np.split(np.load(file), [-1], 1)
             took = float(took.sum())
-        found.append(part)
+        result.append(part)
         seconds += took
-    return np.concatenate(found), seconds
+    return np.concatenate(result), seconds
 
 
 def table(

@@ -155,16 +155,16 @@ def main() -> int:
     import transformers  # noqa: F401  imported here once, for all forks
 
     torch.set_num_threads(1)
-    found: dict[State, list[Mutation]] = {}
+    result: dict[State, list[Mutation]] = {}
     start = time.perf_counter()
     with copied() as tree:
         runner = Runner(tree)
         for mutation in chosen:
             state = runner.state(mutation)
-            found.setdefault(state, []).append(mutation)
+            result.setdefault(state, []).append(mutation)
             seconds = time.perf_counter() - start
             print(f"{seconds:5.0f} s  {state:16} {mutation}", file=sys.stderr, flush=True)
-    return report(found, len(chosen), arguments.as_json)
+    return report(result, len(chosen), arguments.as_json)
 
 
 def report(found: dict[State, list[Mutation]], count: int, as_json: bool) -> int:

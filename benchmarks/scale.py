@@ -67,19 +67,19 @@ def main():
 def against_memory(folder, count):
     recipe, tokenizer = load_recipe("social-bias"), load_tokenizer(folder)
     tokens = answer_tokens(tokenizer, recipe.answers)
-    asked = recipe.questions[:count]
-    ids = [encode(tokenizer, recipe, q) for q in asked]
-    answers = [list(tokens[q.answer].values()) for q in asked]
-    found, seconds = {}, {}
+    requests = recipe.questions[:count]
+    ids = [encode(tokenizer, recipe, q) for q in requests]
+    answers = [list(tokens[q.answer].values()) for q in requests]
+    actual, seconds = {}, {}
     for name in ("layer by layer", "in memory"):
         start = time.perf_counter()
         layers = (
             Streamed(Checkpoint.open(folder), 64e9) if name == "layer by layer" else load_model(folder, torch.float32)
         )
-        found[name] = [result.scores for result in attributions(layers, ids, answers)]
+        actual[name] = [result.scores for result in attributions(layers, ids, answers)]
         seconds[name] = time.perf_counter() - start
         print(f"{name}: {seconds[name] / count:.2f} s per question, loading included, {count} questions")
-    pairs = zip(*found.values(), strict=True)
+    pairs = zip(*actual.values(), strict=True)
     worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     ratio = seconds["layer by layer"] / seconds["in memory"]
     print(f"layer by layer / in memory: {ratio:.2f}; largest difference {worst:.1e} of a question's largest score")
@@ -109,9 +109,9 @@ def large(arguments):
     if not (folder / "config.json").exists():
         write(folder, arguments.layers)
     recipe = load_recipe("social-bias")
-    asked = recipe.questions[: arguments.questions or 45]
+    requests = recipe.questions[: arguments.questions or 45]
     # One id per word: the plain prompt's length and common beginning, without a tokenizer.
-    texts = [recipe.prompt["plain"].replace("{question}", q.text).split() for q in asked]
+    texts = [recipe.prompt["plain"].replace("{question}", q.text).split() for q in requests]
     words = {word: 100 + n for n, word in enumerate(sorted({w for text in texts for w in text}))}
     ids = [[1, *(words[w] for w in text)] for text in texts]
     layers, start = Streamed(Checkpoint.open(folder), parse_size(arguments.memory)), time.perf_counter()

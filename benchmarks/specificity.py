@@ -70,8 +70,8 @@ def main():
     parser.add_argument("--only", metavar="RULE", help="leave out the rows of other rules")
     arguments = parser.parse_args()
     files = {path: load_scores(path) for path in arguments.scores}
-    with resolved(arguments.model) as found:
-        bench = Bench(found.path, arguments)
+    with resolved(arguments.model) as result:
+        bench = Bench(result.path, arguments)
     print(
         f"base: absolute margin {bench.base['dev'].mean():.4f} on dev, {bench.base['test'].mean():.4f} on test; "
         f"ARC-Easy {bench.base['arc'].mean():.0%}\n\n{row(HEAD)}\n{row(['---'] * len(HEAD))}"
@@ -127,8 +127,8 @@ class Bench:
 
     def kl(self, edit):
         with hooked(self.scorer.model, edit):
-            found = neutral.logits(self.scorer, self.texts)
-        return float(neutral.KL.of(neutral.columns(self.texts, found, self.logits).mean(0)))
+            result = neutral.logits(self.scorer, self.texts)
+        return float(neutral.KL.of(neutral.columns(self.texts, result, self.logits).mean(0)))
 
 
 def measured(bench, scores, rule):
@@ -166,8 +166,8 @@ def figure(found):
     return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found)
 
 
-def share(*found):
-    return "{:.0%} [{:.0%}, {:.0%}]".format(*found)
+def share(*result):
+    return "{:.0%} [{:.0%}, {:.0%}]".format(*result)
 
 
 def row(cells):

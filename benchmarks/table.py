@@ -76,7 +76,7 @@ def main():
 
 def edits(checkpoint, path, contrastive_tau):
     """{row: (edit or None, share of its neurons that the controls select too)}."""
-    scores, found = load_scores(path), {"base": (None, None)}
+    scores, result = load_scores(path), {"base": (None, None)}
     rules = {
         "paper's rule, factor 2": dict(rule="paper", factor=2.0),
         "paper's rule, factor 3.5": dict(rule="paper", factor=3.5),
@@ -91,16 +91,16 @@ def edits(checkpoint, path, contrastive_tau):
         except EditError:
             print(f"{name}: selects nothing")
             continue
-        if twin := next((n for n, (e, _) in found.items() if e and e.factors == chosen.edit.factors), None):
+        if twin := next((n for n, (e, _) in result.items() if e and e.factors == chosen.edit.factors), None):
             print(f"{name}: the same edit as {twin}")
             continue
         summary = chosen.summary()
-        found[name] = chosen.edit, summary.controls_share
-    controls = controls_of(found["paper's rule, factor 2"][0], checkpoint, 1, path)
+        result[name] = chosen.edit, summary.controls_share
+    controls = controls_of(result["paper's rule, factor 2"][0], checkpoint, 1, path)
     others = {control.name: control.edit for control in controls}
-    found["random neurons, factor 2"] = others["random 1"], None
-    found["control questions' neurons, factor 2"] = others["control questions"], None
-    return found
+    result["random neurons, factor 2"] = others["random 1"], None
+    result["control questions' neurons, factor 2"] = others["control questions"], None
+    return result
 
 
 def figures(marks, base, columns):
@@ -132,8 +132,8 @@ def show(result, items):
     line("minutes", [f"{row['minutes']:.1f}" for row in result.values()])
     print("\nStereoSet by type\n")
     head(result)
-    for group, found in result["base"]["figures"]["stereoset_intrasentence"].items():
-        for name in found if group else ():
+    for group, actual in result["base"]["figures"]["stereoset_intrasentence"].items():
+        for name in actual if group else ():
             cells = [row["figures"]["stereoset_intrasentence"][group][name] for row in result.values()]
             line(f"{group}, {name}", [cell(name, values) for values in cells])
 

@@ -62,12 +62,12 @@ class Cell(NamedTuple):
 
     def edits(self, sizes: Sequence[int], count: int) -> list[Edit]:
         """Random edits. sizes: neurons of each layer."""
-        found = []
+        result = []
         for seed in range(count):
             rng = np.random.default_rng([int(100 * self.factor), sum(self.layout.values()), self.twins, seed])
             chosen = {la: rng.choice(sizes[la], n, False).tolist() for la, n in self.layout.items()}
-            found.append(Edit("down", {la: dict.fromkeys(neurons, self.factor) for la, neurons in chosen.items()}))
-        return found
+            result.append(Edit("down", {la: dict.fromkeys(neurons, self.factor) for la, neurons in chosen.items()}))
+        return result
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class Judge:
 
     def evaluate(self, trial: Trial) -> bool:
         """Is any figure better, beyond every control?"""
-        found = self._results(trial, range(len(self._twins)), None)
-        return any(figure.beyond_every_control("better") for figure in found["probes"].figures.values())
+        result = self._results(trial, range(len(self._twins)), None)
+        return any(figure.beyond_every_control("better") for figure in result["probes"].figures.values())
 
     def tune(self, candidates: Sequence[Trial]) -> bool:
         """Chosen among candidates on one half, is one confirmed on the other?"""
@@ -187,24 +187,24 @@ def verdicts(model: Model, twins: Sequence[Twin], cell: Cell, count: int, shares
     base = model.margins(twins, [None])[0]
     judge = Judge(model, twins, base)
     measured = [Trial.measured(model, twins, edit) for edit in cell.edits(model.sizes, count)]
-    said: list[Verdicts] = []
+    reply: list[Verdicts] = []
     for share in shares:
         trials = [trial.shrunk(base, share) for trial in measured]
         rounds = [[trials[(i + j) % count] for j in range(CANDIDATES)] for i in range(count)]
-        said.append(
+        reply.append(
             {
                 "bake": [judge.bake(trial) for trial in trials],
                 "evaluate": [judge.evaluate(trial) for trial in trials],
                 "tune": [judge.tune(candidates) for candidates in rounds],
             }
         )
-    return said
+    return reply
 
 
 def loaded() -> tuple[Model, tuple[Twin, ...]]:
-    with resolved("demo") as found:
-        sizes = Checkpoint.open(found.path).layer_sizes("down")
-        return Model(load_model(found.path, torch.float32), load_tokenizer(found.path), sizes), load_recipe(
+    with resolved("demo") as result:
+        sizes = Checkpoint.open(result.path).layer_sizes("down")
+        return Model(load_model(result.path, torch.float32), load_tokenizer(result.path), sizes), load_recipe(
             "demo"
         ).twins
 
@@ -216,21 +216,21 @@ def measure(factors: Sequence[float], edits: int, power: int) -> dict:
     each = -(-edits // len(layouts))
     result: dict = {name: {} for name in COMMANDS} | {"interval": {name: {} for name in COMMANDS}, "cells": []}
     for factor in factors:
-        said: Verdicts = {name: [] for name in COMMANDS}
+        reply: Verdicts = {name: [] for name in COMMANDS}
         for layout, count in layouts:
-            (found,) = verdicts(model, twins, Cell(factor, layout, count), each, [0.0])
-            shares = {name: float(np.mean(found[name])) for name in COMMANDS}
+            (actual,) = verdicts(model, twins, Cell(factor, layout, count), each, [0.0])
+            shares = {name: float(np.mean(actual[name])) for name in COMMANDS}
             result["cells"].append({"factor": factor, "layout": layout, "twins": count, "edits": each, **shares})
             print(f"factor {factor:g}, {layout}, {count} twins: {shares}", file=sys.stderr, flush=True)
             for name in COMMANDS:
-                said[name] += found[name]
+                reply[name] += actual[name]
         for name in COMMANDS:
-            result[name][f"{factor:g}"] = float(np.mean(said[name]))
-            result["interval"][name][f"{factor:g}"] = wilson(sum(said[name]), len(said[name]))
+            result[name][f"{factor:g}"] = float(np.mean(reply[name]))
+            result["interval"][name][f"{factor:g}"] = wilson(sum(reply[name]), len(reply[name]))
     found_all = verdicts(model, twins, Cell(POWER_FACTOR, LAYOUTS[0], max(TWIN_COUNTS)), power, SHRUNK) if power else []
     result["power"] = {
-        f"{share:g}": {name: float(np.mean(found[name])) for name in COMMANDS}
-        for share, found in zip(SHRUNK, found_all, strict=False)
+        f"{share:g}": {name: float(np.mean(actual[name])) for name in COMMANDS}
+        for share, actual in zip(SHRUNK, found_all, strict=False)
     }
     return result | {"edits": each * len(layouts), "power_edits": power, "draws": DRAWS}
 

@@ -16,13 +16,13 @@ def main(name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(name)
     recipe = "demo" if name == str(DEMO) else "social-bias"
-    found = debias(model, tokenizer, recipe, Settings(questions=9 if recipe == "demo" else None))
-    print(found)
+    result = debias(model, tokenizer, recipe, Settings(questions=9 if recipe == "demo" else None))
+    print(result)
     ids = tokenizer("the clan of the hill", return_tensors="pt")["input_ids"]
     base = model(ids).logits
-    with found.edit.hooks(model):  # scaled while the block runs
+    with result.edit.hooks(model):  # scaled while the block runs
         hooked = model(ids).logits
-    found.edit.apply_(model)  # folded into the weights
+    result.edit.apply_(model)  # folded into the weights
     folded = model(ids).logits
     print("the edit moves the logits by", float((hooked - base).detach().abs().max()))
     print("hooks and fold differ by", float((hooked - folded).detach().abs().max()))

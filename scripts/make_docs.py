@@ -108,8 +108,8 @@ def measure() -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         bake("demo", Path(folder) / "debiased")
-        found = marks(report(Path(folder) / "debiased")).to_dict()
-    return "{\n" + ",\n".join(f' "{key}": {json.dumps(value)}' for key, value in found.items()) + "\n}\n"
+        result = marks(report(Path(folder) / "debiased")).to_dict()
+    return "{\n" + ",\n".join(f' "{key}": {json.dumps(value)}' for key, value in result.items()) + "\n}\n"
 
 
 def schema(name: str, kind: Any) -> str:

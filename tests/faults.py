@@ -61,14 +61,14 @@ def forked(work):
 def attempt(operation):
     """ "right", "found", "refused: …", or "WRONG: …" with where it broke."""
     try:
-        found = operation()
+        result = operation()
     except KbneError as error:
         line = one_line(str(error))
         return f"refused: {line}" if line and len(line) < 4000 else "WRONG: no clear line"
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return one_line(f"WRONG: {type(error).__name__} {str(error)[:80]} at {Path(last.filename).name}:{last.lineno}")
-    return {None: "right", "found": "found"}.get(found, f"WRONG: {found}")
+    return {None: "right", "found": "found"}.get(result, f"WRONG: {result}")
 
 
 def judged(case_of, numbers):
@@ -338,10 +338,10 @@ def _below(files, prefix):
 
 def _unfinished(folder, undisturbed, old):
     """What stands under a result's name without being the result."""
-    found = {k: v for k, v in contents(folder).items() if not k.startswith(".") and "/." not in k}
-    if _below(found, "out/") not in ({}, old, _below(undisturbed, "out/")):
+    result = {k: v for k, v in contents(folder).items() if not k.startswith(".") and "/." not in k}
+    if _below(result, "out/") not in ({}, old, _below(undisturbed, "out/")):
         return "out looks finished and is not"
-    for name, data in found.items():
+    for name, data in result.items():
         if name.endswith("scores.safetensors") and data != undisturbed[name]:
             try:
                 load_scores(folder / name)

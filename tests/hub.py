@@ -81,10 +81,10 @@ class Hub:
 
     def fault(self, line: str) -> Fault | None:
         with self.lock:
-            found = next((f for f in self.faults if f.times and re.search(f.pattern, line)), None)
-            if found:
-                found.times -= 1
-            return found
+            result = next((f for f in self.faults if f.times and re.search(f.pattern, line)), None)
+            if result:
+                result.times -= 1
+            return result
 
 
 @contextmanager
@@ -193,12 +193,12 @@ class _Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------------------- rights
 
     def repo(self, name: str) -> Repo:
-        found, user = self.hub.repos.get(name), self.hub.tokens.get(self.token)
-        if found is None or (found.private and not (user and name.split("/")[0] in (user[0], *user[1]))):
+        result, user = self.hub.repos.get(name), self.hub.tokens.get(self.token)
+        if result is None or (result.private and not (user and name.split("/")[0] in (user[0], *user[1]))):
             if user is None:
                 raise _Refusal(401, "RepoNotFound", "Invalid username or password.")
             raise _Refusal(404, "RepoNotFound", "Repository not found")
-        return found
+        return result
 
     def writer(self, owner: str) -> None:
         user = self.hub.tokens.get(self.token)
@@ -235,13 +235,13 @@ class _Handler(BaseHTTPRequestHandler):
         """What lies in a folder: its files and folders, or with `recursive` all that lies below it."""
         repo, sha = self.at(name, revision)
         start = f"{folder}/" if folder else ""
-        found = {path: data for path, data in sorted(repo.commits[sha].items()) if path.startswith(start)}
-        if folder and not found:
+        result = {path: data for path, data in sorted(repo.commits[sha].items()) if path.startswith(start)}
+        if folder and not result:
             raise _Refusal(404, "EntryNotFound", f"{folder} does not exist")
         if self.query.get("recursive", ["false"])[0].lower() == "true":
-            return 200, [_row(path, data) for path, data in found.items()]
-        inside = {path.removeprefix(start).split("/")[0] for path in found}
-        return 200, [_row(start + name, found.get(start + name)) for name in sorted(inside)]
+            return 200, [_row(path, data) for path, data in result.items()]
+        inside = {path.removeprefix(start).split("/")[0] for path in result}
+        return 200, [_row(start + name, result.get(start + name)) for name in sorted(inside)]
 
     def resolve(self, name: str, revision: str, path: str):
         repo, sha = self.at(name, revision)
@@ -280,16 +280,16 @@ class _Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------------------ writing
 
     def create(self):
-        asked = json.loads(self.body)
-        owner = asked["organization"] or self.hub.tokens[self.token][0]
+        requests = json.loads(self.body)
+        owner = requests["organization"] or self.hub.tokens[self.token][0]
         self.writer(owner)
-        name = f"{owner}/{asked['name']}"
+        name = f"{owner}/{requests['name']}"
         if name in self.hub.repos:
             return 409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
         self.hub.add(
             name,
             {".gitattributes": b"*.safetensors filter=lfs\n"},
-            private=asked.get("visibility") == "private" or bool(asked.get("private")),
+            private=requests.get("visibility") == "private" or bool(requests.get("private")),
         )
         return 200, {"url": f"{self.hub.url}/{name}"}
 
@@ -320,11 +320,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(401, None, "Invalid username or password.")
 
     def batch(self, name: str):
-        asked = json.loads(self.body)
-        if "ref" in asked:
+        requests = json.loads(self.body)
+        if "ref" in requests:
             self.writer(name.split("/")[0])
         objects = []
-        for item in asked["objects"]:
+        for item in requests["objects"]:
             row = {"oid": item["oid"], "size": item["size"]}
             if item["oid"] not in self.hub.store:
                 href = f"{self.hub.url}/store/{item['oid']}?Signature={SIGNATURE}"

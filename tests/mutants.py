@@ -358,19 +358,19 @@ def _edit(case, path, folder):
 
 def _recipe(case, path):
     recipe = load_recipe(path)
-    asked = recipe.ask(len(recipe.questions))
-    fine = all(isinstance(t, str) for q in asked for t in (q.text, q.answer, q.dimension, q.form))
-    fine &= all(q.answer in recipe.answers for q in asked) and -1e6 <= recipe.factor <= 1e6
+    requests = recipe.ask(len(recipe.questions))
+    fine = all(isinstance(t, str) for q in requests for t in (q.text, q.answer, q.dimension, q.form))
+    fine &= all(q.answer in recipe.answers for q in requests) and -1e6 <= recipe.factor <= 1e6
     return None if fine and yaml.safe_load(path.read_text())["name"] == recipe.name else "not what the recipe says"
 
 
 def _scores(case, path):
     scores = load_scores(path)
-    values, asked = load_file(path)["scores"], [i for i, q in enumerate(scores.questions) if not q.control]
-    counts = {i: values[i] > np.float32(0.1) * max(values[i].max(), 0) for i in asked}
+    values, requests = load_file(path)["scores"], [i for i, q in enumerate(scores.questions) if not q.control]
+    counts = {i: values[i] > np.float32(0.1) * max(values[i].max(), 0) for i in requests}
     kept = np.zeros(values.shape[1:], bool)
-    for dimension in {scores.questions[i].dimension for i in asked}:
-        rows = [counts[i] for i in asked if scores.questions[i].dimension == dimension]
+    for dimension in {scores.questions[i].dimension for i in requests}:
+        rows = [counts[i] for i in requests if scores.questions[i].dimension == dimension]
         kept |= np.sum(rows, 0) >= max(0.1 * len(rows), 1)
     got = select(scores).factors
     return (
@@ -495,8 +495,8 @@ def _bin_mutant(rng, case, model):
         with tempfile.TemporaryDirectory(dir=case / "area") as folder:
             tempfile.tempdir = folder
             try:
-                with resolved(str(model)) as found:
-                    got = load_file(found.path / "model.safetensors")
+                with resolved(str(model)) as result:
+                    got = load_file(result.path / "model.safetensors")
             finally:
                 tempfile.tempdir = None
         # torch checks no sums: a flipped bit may be in a name or a weight, but nothing may be invented

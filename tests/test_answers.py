@@ -66,8 +66,8 @@ def test_the_same_answer_to_everything(share, constant):
 
 def test_of_three_answers_a_constant_one_has_a_third():
     answers = ["a", "b", "c"] * 30
-    found = Answers.of(_scores([a == "b" for a in answers], answers, [False] * 90))
-    assert found.balanced.value == pytest.approx(1 / 3) and found.constant == "b"
+    result = Answers.of(_scores([a == "b" for a in answers], answers, [False] * 90))
+    assert result.balanced.value == pytest.approx(1 / 3) and result.constant == "b"
     half = Answers.of(_scores([a == "b" or i % 4 == 0 for i, a in enumerate(answers)], answers, [False] * 90))
     assert half.balanced.value == pytest.approx(0.5, abs=0.02) and half.constant is None
 
@@ -119,8 +119,8 @@ def test_probabilities_are_those_of_a_plain_softmax(chatty, tmp_path):
 def test_a_small_mass_is_said_first(chatty, tmp_path, caplog):
     caplog.set_level("INFO", "kbne_edit")
     locate(str(chatty), tmp_path / "s.safetensors", ASKED)
-    (said,) = [line for line in caplog.messages if "all answers together have a probability of" in line]
-    assert said.startswith("warning: ") and "--prompt plain" in said
+    (reply,) = [line for line in caplog.messages if "all answers together have a probability of" in line]
+    assert reply.startswith("warning: ") and "--prompt plain" in reply
 
 
 def test_a_template_that_leaves_its_thinking_open(tmp_path, caplog):

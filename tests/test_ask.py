@@ -82,9 +82,9 @@ def test_command(edited, tmp_path):
     file.write_text(f"\n{PROMPTS[1]}\n", encoding="utf-8-sig")
     result = run(edited, PROMPTS[0], "--against", "demo", "--file", file, "--max-tokens", 4, "--json")
     assert result.exit_code == 0, result.output
-    found = parsed("ask", result.stdout)
+    actual = parsed("ask", result.stdout)
     expected = ask(str(edited), PROMPTS, against="demo", sampling=Sampling(4))
-    assert found == {"version": 1, "replies": [reply.to_dict() for reply in expected]}
+    assert actual == {"version": 1, "replies": [reply.to_dict() for reply in expected]}
     lines = run(edited, *PROMPTS, "--against", "demo", "--max-tokens", 4).stdout.splitlines()
     assert lines[0] == f"> {PROMPTS[0]}" and lines[1].startswith("  base:") and lines[2].startswith("  edited:")
 

@@ -195,8 +195,8 @@ def test_a_scale_that_goes_by_the_place_in_the_row():
 
 def test_completeness_at_several_positions():
     model = tiny_model("llama")
-    for found in attributions(model, [PROMPT, PROMPT[1:]], [ANSWER, ANSWER], Integral(positions=4)):
-        assert found.residual.max() <= 0.01
+    for result in attributions(model, [PROMPT, PROMPT[1:]], [ANSWER, ANSWER], Integral(positions=4)):
+        assert result.residual.max() <= 0.01
 
 
 def test_the_model_is_left_as_it_was():
@@ -226,10 +226,10 @@ def test_unknown_quadrature(bad):
 def test_an_interval_is_exact_up_to_the_fifth_degree():
     """Gauss-Lobatto of four nodes: a gradient that is such a polynomial of gamma needs no second round."""
     rule, h, one = quadrature("gauss", 2, 1e-6), torch.ones(2, 1), torch.tensor([[6.0], [6.0]])
-    found = {}
+    result = {}
     for layer, gammas in rule.request().items():
-        found[layer] = NodeValues(6 * gammas.double()[:, None] ** 5, gammas.double() ** 6)
-    rule.accept(h.double(), one.double(), 1.0, found)
+        result[layer] = NodeValues(6 * gammas.double()[:, None] ** 5, gammas.double() ** 6)
+    rule.accept(h.double(), one.double(), 1.0, result)
     assert rule.nodes[1] == 3 and rule.request() == {} and rule.gradients.flatten().tolist() == pytest.approx([1, 1])
 
 

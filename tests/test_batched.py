@@ -166,8 +166,8 @@ def test_layers_below_the_first_edited_one_are_computed_once():
 
 def test_the_neuron_after_the_last_is_refused():
     model = tiny_model("llama")  # 3 layers of 48 neurons
-    for factors, said in (({0: {48: 2.0}}, "names neuron 48 of layer 0"), ({3: {0: 2.0}}, "names layer 3")):
-        with pytest.raises(EditError, match=said), hooked(model, Edit("down", factors)):
+    for factors, reply in (({0: {48: 2.0}}, "names neuron 48 of layer 0"), ({3: {0: 2.0}}, "names layer 3")):
+        with pytest.raises(EditError, match=reply), hooked(model, Edit("down", factors)):
             pass
     with hooked(model, Edit("down", {2: {47: 2.0}})):
         pass

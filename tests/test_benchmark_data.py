@@ -123,12 +123,12 @@ def test_letters_and_numbers_name_the_same_choice(tmp_path):
 
 def errorless(docs):
     """Columns of a model that answers every item rightly: (right, biased, answered, clear)."""
-    found = []
+    result = []
     for doc in docs:
         clear = doc["context_condition"] == "disambig"
         biased = clear and doc[f"ans{doc['label']}"] in doc["biased_answers"]
-        found.append([1 - clear, clear, not clear, 0, 0, clear, biased, clear])
-    return np.array(found, float)
+        result.append([1 - clear, clear, not clear, 0, 0, clear, biased, clear])
+    return np.array(result, float)
 
 
 def scores(docs):
@@ -174,8 +174,8 @@ def test_blocks_are_whole_and_biased(caplog):
     docs[19] = docs[19] | {"biased_answers": []}
     del docs[40:44]  # half of a block
     assert bbq_blocks(docs, None) == [*range(8, 16), *range(24, 40), *range(44, 60)]
-    said = caplog.text
-    assert "left out 3 items without a biased answer, and 3 of 8 blocks" in said
+    reply = caplog.text
+    assert "left out 3 items without a biased answer, and 3 of 8 blocks" in reply
     with pytest.raises(InputError, match="no whole block"):
         bbq_blocks(docs[:3], None)
     # A block that is balanced without its items without a biased answer stays.
@@ -193,8 +193,8 @@ def test_both_ways_of_offering_unknown(scorer, tmp_path):
     docs = bench_data.bbq()
     i = next(i for i, doc in enumerate(docs) if doc["context_condition"] == "ambig")
     assert mark.sizes[i] == 12  # two people, ten phrasings; the item's own is the third
-    said = [-3.0, -2.0, -4.0, *[-9.0] * 8, -1.0]  # another phrasing wins; without it the second person
-    columns = mark.read(i, [Answer(value, False, 1) for value in said])
+    reply = [-3.0, -2.0, -4.0, *[-9.0] * 8, -1.0]  # another phrasing wins; without it the second person
+    columns = mark.read(i, [Answer(value, False, 1) for value in reply])
     biased = docs[i]["ans1"] in _biased(docs[i])
     assert columns == [1, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, biased, 1, 0, 0, 0]
     own = [-3.0, -2.0, -1.0, *[-9.0] * 9]
@@ -230,8 +230,8 @@ def test_stereoset_counts_each_comparison_and_each_target(scorer, tmp_path):
     )
     (mark,) = benchmarks(["stereoset_intrasentence"], tmp_path, None, load_recipe("demo"), scorer, scorer.tokenizer)
     # stereotype, anti-stereotype, unrelated: one of them above, none, both, both
-    said = [(-1, -5, -3), (-4, -5, -3), (-2, -1, -3), (-2, -2.5, -3)]
-    answers = [[Answer(value, False, 2) for value in item] for item in said]
+    reply = [(-1, -5, -3), (-4, -5, -3), (-2, -1, -3), (-2, -2.5, -3)]
+    answers = [[Answer(value, False, 2) for value in item] for item in reply]
     columns = np.array([mark.read(i, item) for i, item in enumerate(answers)])
     got = {figure.name: float(figure.of(columns.mean(0))) for figure in STEREOSET}
     ss, lms = np.array([1, 1, 0, 1]), np.array([0.5, 0, 1, 1])

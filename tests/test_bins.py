@@ -84,13 +84,13 @@ def _fp16_safetensors(folder, state):
 def test_what_transformers_loads_is_what_is_taken(arrange, folder, state):
     arrange(folder, state)
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    with resolved(str(folder)) as found:
+    with resolved(str(folder)) as result:
         got = {}
-        for path in found.path.glob("model*.safetensors"):
+        for path in result.path.glob("model*.safetensors"):
             held = load_file(path)
             assert not held.keys() & got.keys()
             got |= held
-        loaded = AutoModelForCausalLM.from_pretrained(found.path).state_dict()
+        loaded = AutoModelForCausalLM.from_pretrained(result.path).state_dict()
     assert all(torch.equal(got[name], value) for name, value in expected.items() if name in got)
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
@@ -98,8 +98,8 @@ def test_what_transformers_loads_is_what_is_taken(arrange, folder, state):
 def test_weights_in_safetensors_come_first(folder, state):
     tiny_model("llama").save_pretrained(folder)
     torch.save({key: value * 0.5 for key, value in state.items()}, folder / "pytorch_model.bin")
-    with resolved(str(folder)) as found:
-        assert found.path == folder
+    with resolved(str(folder)) as result:
+        assert result.path == folder
 
 
 # ------------------------------------------------------------------------------------------------------- hostile files

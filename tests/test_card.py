@@ -108,11 +108,11 @@ def _manifest(**parts):
 
 
 def test_it_says_that_held_out_controls_use_the_neurons_too():
-    found = SelectionSummary("paper", 8, 0.1, (0,), {}, {}, 5, 0, (Shared(1, 8), Shared(2, 7)))
-    said = build(_manifest(selection=found), {})
-    assert "none of the edit's is" in said and "20% are among as many that this half uses most" in said
-    said = build(_manifest(selection=replace(found, unseen=(Shared(0, 8), Shared(0, 7)))), {})
-    assert "uses most" not in said
+    result = SelectionSummary("paper", 8, 0.1, (0,), {}, {}, 5, 0, (Shared(1, 8), Shared(2, 7)))
+    reply = build(_manifest(selection=result), {})
+    assert "none of the edit's is" in reply and "20% are among as many that this half uses most" in reply
+    reply = build(_manifest(selection=replace(result, unseen=(Shared(0, 8), Shared(0, 7)))), {})
+    assert "uses most" not in reply
 
 
 def _effect(aim="balance"):
@@ -142,45 +142,45 @@ def test_tag_and_metrics_need_a_verdict_that_passes(aim, value, change):
     assert [metrics[name] for name in names] == [float(value), float(change)]
     assert "bias-mitigation" in card.data.tags
     for cost in (_cost(kl=0.5), None):  # an effect that costs too much, or of which nobody knows what it costs
-        said = build(_manifest(effect=_effect(aim), cost=cost), {})
-        assert "bias-mitigation" not in said and "model-index" not in said
+        reply = build(_manifest(effect=_effect(aim), cost=cost), {})
+        assert "bias-mitigation" not in reply and "model-index" not in reply
 
 
 def test_use_cost_and_contact_are_said():
-    said = build(_manifest(effect=_effect(), cost=_cost()), {})
-    assert "## Use" in said and "Out of scope: decisions about people" in said and "Community tab" in said
-    assert "KL from the base 0.01 nats per token" in said and "1 of 1 greedy continuations change" in said
+    reply = build(_manifest(effect=_effect(), cost=_cost()), {})
+    assert "## Use" in reply and "Out of scope: decisions about people" in reply and "Community tab" in reply
+    assert "KL from the base 0.01 nats per token" in reply and "1 of 1 greedy continuations change" in reply
     passed = Verdict(*[Part("PASS", "a reason")] * 5)
-    assert "Research on this edit" in said and "Research on this edit" not in build(_manifest(verdict=passed), {})
+    assert "Research on this edit" in reply and "Research on this edit" not in build(_manifest(verdict=passed), {})
 
 
 def test_decisions_and_associations_stand_in_the_card():
     gap = FigureChange("largest gap", "nats", 0.1234, 0.0567, Interval(-0.0667, -0.08, -0.05))
     of_group = FigureChange("woman - man", "nats", 0.1, 0.2, Interval(0.1, 0.0, 0.2))
     measures = (QuickMeasure("decisions", "en|`x`", 12, (gap, of_group)),)  # a manifest's words are not markup
-    said = build(_manifest(effect=_effect(), cost=_cost(), measures=[m.to_dict() for m in measures]), {})
+    reply = build(_manifest(effect=_effect(), cost=_cost(), measures=[m.to_dict() for m in measures]), {})
     assert (
         "| decisions (en&#124;&#96;x&#96;, 12) | largest gap, nats | 0.1234 | 0.0567 | -0.067 | -0.08 to -0.05 |"
-        in said
+        in reply
     )
-    assert "woman - man" not in said and "Further figures" not in said
+    assert "woman - man" not in reply and "Further figures" not in reply
     assert "Decisions about people of different groups" not in build(_manifest(effect=_effect(), cost=_cost()), {})
 
 
 def test_not_measured_never_reads_like_no_effect():
-    said = build(_manifest(), {})
-    assert "That is not “no effect”" in said and "No effect" not in said and "| NOT MEASURED | Is there less" in said
+    reply = build(_manifest(), {})
+    assert "That is not “no effect”" in reply and "No effect" not in reply and "| NOT MEASURED | Is there less" in reply
     assert "Its cost was not measured" in build(_manifest(effect=_effect()), {})
     assert "Its effect on bias was not measured" in build(_manifest(cost=_cost()), {})
 
 
 def test_a_constant_answer_is_warned_of():
     tallies = {"yes": Tally(9, 9), "no": Tally(0, 9)}
-    found = Answers(Tally(9, 18), Tally(9, 18), tallies, {}, Interval(0.5, 0.4, 0.6), "yes", None)
-    said = build(_manifest(attribution=AttributionSummary(found, 0.01, 4.0)), {})
-    assert "> Caution: the base does no better than one answer (yes) to every question" in said
-    found = replace(found, constant=None)
-    assert "Caution" not in build(_manifest(attribution=AttributionSummary(found, 0.01, 4.0)), {})
+    result = Answers(Tally(9, 18), Tally(9, 18), tallies, {}, Interval(0.5, 0.4, 0.6), "yes", None)
+    reply = build(_manifest(attribution=AttributionSummary(result, 0.01, 4.0)), {})
+    assert "> Caution: the base does no better than one answer (yes) to every question" in reply
+    result = replace(result, constant=None)
+    assert "Caution" not in build(_manifest(attribution=AttributionSummary(result, 0.01, 4.0)), {})
 
 
 HOSTILE = "[x](javascript:alert(1)) <img src=x onerror=alert(2)> `|` ![y](//evil) \n# Heading\n<script>"
@@ -198,8 +198,8 @@ def test_names_from_files_are_text_and_nothing_else(where):
     }.get(where, {})
     metadata = {"licence": {"license": HOSTILE}, "link": {"license": "other", "license_link": "javascript:alert(1)"}}
     tallies = {HOSTILE if where == "answer" else "yes": Tally(9, 9)}
-    found = Answers(Tally(9, 18), Tally(9, 18), tallies, {}, Interval(0.5, 0.4, 0.6), next(iter(tallies)), None)
-    parts = {"attribution": AttributionSummary(found, 0.01, 4.0), "effect": _effect(), "about": about}
+    result = Answers(Tally(9, 18), Tally(9, 18), tallies, {}, Interval(0.5, 0.4, 0.6), next(iter(tallies)), None)
+    parts = {"attribution": AttributionSummary(result, 0.01, 4.0), "effect": _effect(), "about": about}
     if where == "reason":
         parts["verdict"] = Verdict(*[Part("NO EVIDENCE", HOSTILE)] * 5)
     card = ModelCard(build(_manifest(**parts), metadata.get(where, {})))
@@ -279,5 +279,5 @@ def test_fold_alone_writes_no_card(weights, tmp_path):
     ],
 )
 def test_licences_are_pointed_out(metadata, name, said):
-    found = notices(metadata, name)
-    assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True)), found
+    result = notices(metadata, name)
+    assert len(result) == len(said) and all(part in line for part, line in zip(said, result, strict=True)), result

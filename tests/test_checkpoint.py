@@ -177,8 +177,8 @@ def test_the_fingerprint_tells_names_dtypes_and_values_and_no_files(base, tmp_pa
         state | {name: state[name] + 1},
         {key: value for key, value in state.items() if key != name},
     ]
-    found = [Checkpoint.open(base).fingerprint(), fingerprint(state), *map(fingerprint, others)]
-    assert found[0] == found[1] and len(set(found)) == 6
+    result = [Checkpoint.open(base).fingerprint(), fingerprint(state), *map(fingerprint, others)]
+    assert result[0] == result[1] and len(set(result)) == 6
 
 
 FEW_FILES = """

@@ -104,15 +104,15 @@ def test_select_again_takes_no_model(baked, tmp_path):
 def test_select_by_other_rules(baked, tmp_path):
     path = baked[0] / "debiased.work" / "scores.safetensors"
     result = run("select", path, "--rule", "specific", "--top", "0.01", "--out", "e.json", "--json", cwd=tmp_path)
-    found, edit = parsed("select", result.stdout), Edit.load(tmp_path / "e.json")
+    actual, edit = parsed("select", result.stdout), Edit.load(tmp_path / "e.json")
     assert edit.factors == select(load_scores(path), Rule("specific", top=0.01)).factors
     assert 0 < edit.num_neurons <= 3 * round(0.01 * 4 * 192)
     again = ["select", path, "--rule", "specific", "--top", "0.01", "--out", "e.json"]
     refused = run(*again, cwd=tmp_path)
     assert refused.returncode == 2 and "e.json exists: choose another --out, or pass --overwrite" in refused.stderr
-    said = run(*again, "--overwrite", cwd=tmp_path).stdout
-    shared, total = (sum(column) for column in zip(*found["unseen"], strict=True))
-    assert f"held-out controls: {shared / total:.0%} [" in said
+    reply = run(*again, "--overwrite", cwd=tmp_path).stdout
+    shared, total = (sum(column) for column in zip(*actual["unseen"], strict=True))
+    assert f"held-out controls: {shared / total:.0%} [" in reply
     assert run("bake", "--in", "demo", "--edit", "e.json", "--no-behaviour", "--out", "o", cwd=tmp_path).returncode == 0
     assert run("report", "o", "--scores", path, "--out", "r.html", cwd=tmp_path).returncode == 0
     assert "rule specific, the largest 1.000% of all neurons, union" in (tmp_path / "r.html").read_text("utf-8")

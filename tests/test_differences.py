@@ -61,15 +61,15 @@ def test_a_shift_of_a_stratum_is_no_difference():
 def test_chance_wins_in_no_more_than_five_of_a_hundred():
     """Skewed columns that hang together, no difference between the groups: how often is any bound above 0?"""
     rng, runs = np.random.default_rng(3), 400
-    found = 0
+    result = 0
     for seed in range(runs):
         x = rng.standard_exponential((24, 1)) * rng.standard_normal((24, 30)) ** 2
         strata, first = np.arange(24) % 2, np.arange(24) % 4 < 2
         difference, error = contrast(x, strata, *_groups(first))
-        found += bool((difference > critical([x[:, :9], x[:, 9:]], strata, first, seed) * error).any())
+        result += bool((difference > critical([x[:, :9], x[:, 9:]], strata, first, seed) * error).any())
     rate = 1 - CONFIDENCE
-    assert found / runs < rate + 3 * (rate * (1 - rate) / runs) ** 0.5
-    assert found > 0  # or the bound would be idle
+    assert result / runs < rate + 3 * (rate * (1 - rate) / runs) ** 0.5
+    assert result > 0  # or the bound would be idle
 
 
 def test_lower_bounds_of_scores():
@@ -79,15 +79,15 @@ def test_lower_bounds_of_scores():
     scores[:8, 1, 650] += 8  # planted in the questions
     first, second = np.array([7, 1, 2, 3, 4, 5, 6, 0]), np.arange(9, 20)
     strata = np.array(["a"] * 4 + ["b"] * 4 + ["a"] * 5 + ["b"] * 6)
-    found = lower_bounds(scores, first, second, strata)(first)
-    assert found.shape == (2, 700) and np.argwhere(found > 0).tolist() == [[1, 650]]
+    result = lower_bounds(scores, first, second, strata)(first)
+    assert result.shape == (2, 700) and np.argwhere(result > 0).tolist() == [[1, 650]]
     rows = np.concatenate([first, second])
     x = (scores / scores.max((1, 2), keepdims=True))[rows].reshape(19, -1)
     belongs = np.arange(19) < 8
     level = critical([x], np.unique(strata, return_inverse=True)[1], belongs)
     for place in (0, 650, 700, 1350):
         difference, error = _by_hand(x[:, place], strata.tolist(), range(8), range(8, 19))
-        assert found.ravel()[place] == pytest.approx(difference - level * error, rel=1e-3, abs=1e-6)
+        assert result.ravel()[place] == pytest.approx(difference - level * error, rel=1e-3, abs=1e-6)
     drawn = np.array([7, 7, 7, 3, 4, 4, 6, 0])
     resampled = lower_bounds(scores, first, second, strata)(drawn)
     column = x[:, 1350][[*(first.tolist().index(q) for q in drawn), *range(8, 19)]]

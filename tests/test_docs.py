@@ -94,10 +94,10 @@ def test_the_map_shows_what_bake_prints():
     shared = int(re.search(rf"FAIL +(\d+) of {edited} neurons are also selected", README)[1])
     assert (len(rows["first"]), len(rows["second"])) == (edited - shared, shared)
     assert len({*rows["first"], *rows["second"]}) == layers
-    said = re.search(r"!\[.*?(\d+) are edited, in layers (\d+) and (\d+) of (\d+); .* select (\d+) of them", README)
-    found = json.loads((DOCS / "map.json").read_text())
-    places = sorted({layer for layer, _, _ in found["edited"]})
-    assert [int(n) for n in said.groups()] == [edited, *places, found["layers"], shared]
+    reply = re.search(r"!\[.*?(\d+) are edited, in layers (\d+) and (\d+) of (\d+); .* select (\d+) of them", README)
+    result = json.loads((DOCS / "map.json").read_text())
+    places = sorted({layer for layer, _, _ in result["edited"]})
+    assert [int(n) for n in reply.groups()] == [edited, *places, result["layers"], shared]
 
 
 @pytest.mark.slow

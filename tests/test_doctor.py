@@ -48,12 +48,12 @@ def test_the_mode_is_the_one_that_bake_takes(more, mode, checkpoint, devices, mo
 @pytest.mark.parametrize("free", [2e9, 40e9])
 def test_the_largest_model_fills_the_room_of_its_mode(free):
     """Against the sum that `bake` makes, for a model of 12 D^2 parameters in each of 80 layers."""
-    found = doctor.largest_models(free, 1e12)
-    size = (found["in memory"] / 12 / 80) ** 0.5
+    result = doctor.largest_models(free, 1e12)
+    size = (result["in memory"] / 12 / 80) ** 0.5
     graphs = min(80 * memory.activations(memory.ROWS / 2, size), memory.GRAPHS)
-    taken = 4 * found["in memory"] + graphs + memory.OVERHEAD
+    taken = 4 * result["in memory"] + graphs + memory.OVERHEAD
     assert taken == pytest.approx(memory.SHARE * free, rel=1e-9)
-    assert found["layer by layer"] > 5 * found["in memory"]
+    assert result["layer by layer"] > 5 * result["in memory"]
 
 
 # One question takes a little less than these bytes here, and half a layer more than them.
@@ -80,13 +80,13 @@ def test_a_model_that_bake_refuses(tmp_path, devices):
 def test_on_the_command_line():
     command = [sys.executable, ROOT / "cli.py", "doctor", "--in", "demo", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = parsed("doctor", result.stdout)
-    assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert found["versions"]["transformers"] == transformers.__version__
-    assert found["cores"] == len(os.sched_getaffinity(0))
-    assert len(found["devices"]) == 1 + torch.cuda.device_count() + torch.backends.mps.is_available()
-    assert all(rate > 1e6 for about in found["devices"].values() for rate in about["rates"].values())
-    assert found["model"]["attribution"] == "in memory" and found["model"]["architecture"] == "llama"
+    actual = parsed("doctor", result.stdout)
+    assert actual["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert actual["versions"]["transformers"] == transformers.__version__
+    assert actual["cores"] == len(os.sched_getaffinity(0))
+    assert len(actual["devices"]) == 1 + torch.cuda.device_count() + torch.backends.mps.is_available()
+    assert all(rate > 1e6 for about in actual["devices"].values() for rate in about["rates"].values())
+    assert actual["model"]["attribution"] == "in memory" and actual["model"]["architecture"] == "llama"
 
 
 def test_the_help_imports_nothing_large():

@@ -81,31 +81,31 @@ def test_figures_by_hand():
     base = _base()
     edit, draws = base * 0.9, _draws(base, 0.0)
     flat = base * 0.98
-    found = measure_effect(Margins(base, edit, draws, flat), _twins(24), EDIT, SIZES, temperature=1.5)
-    assert (found.twins, found.probes, found.random.draws, found.random.twins) == (24, 48, DRAWS, 24)
-    assert found.signed == pytest.approx((base.mean(), edit.mean()))
-    assert found.absolute == pytest.approx((np.abs(base).mean(), np.abs(edit).mean()))
-    assert found.preferred == ((base > 0).mean(), (edit > 0).mean())
-    assert found.change_absolute == pytest.approx(interval(np.abs(edit) - np.abs(base)))
-    assert found.change_signed == pytest.approx(interval(edit - base))
-    assert found.random.absolute.value == pytest.approx((np.abs(draws) - np.abs(base)).mean())
-    assert found.random.signed.value == pytest.approx((draws - base).mean())
-    assert found.random.versus.value == pytest.approx(np.abs(edit).mean() - np.abs(draws).mean())
-    assert (found.random.as_low, found.random.as_high) == (0, DRAWS) and found.random.beyond == -1
+    result = measure_effect(Margins(base, edit, draws, flat), _twins(24), EDIT, SIZES, temperature=1.5)
+    assert (result.twins, result.probes, result.random.draws, result.random.twins) == (24, 48, DRAWS, 24)
+    assert result.signed == pytest.approx((base.mean(), edit.mean()))
+    assert result.absolute == pytest.approx((np.abs(base).mean(), np.abs(edit).mean()))
+    assert result.preferred == ((base > 0).mean(), (edit > 0).mean())
+    assert result.change_absolute == pytest.approx(interval(np.abs(edit) - np.abs(base)))
+    assert result.change_signed == pytest.approx(interval(edit - base))
+    assert result.random.absolute.value == pytest.approx((np.abs(draws) - np.abs(base)).mean())
+    assert result.random.signed.value == pytest.approx((draws - base).mean())
+    assert result.random.versus.value == pytest.approx(np.abs(edit).mean() - np.abs(draws).mean())
+    assert (result.random.as_low, result.random.as_high) == (0, DRAWS) and result.random.beyond == -1
     sizes = np.abs(draws).mean(1) - np.abs(base).mean()
-    assert (found.random.lowest, found.random.highest) == pytest.approx((sizes.min(), sizes.max()))
-    assert found.flattening.versus == pytest.approx(interval(np.abs(edit) - np.abs(flat)))
-    assert found.state == "less" and found.change is found.change_absolute
+    assert (result.random.lowest, result.random.highest) == pytest.approx((sizes.min(), sizes.max()))
+    assert result.flattening.versus == pytest.approx(interval(np.abs(edit) - np.abs(flat)))
+    assert result.state == "less" and result.change is result.change_absolute
 
 
 def test_draws_of_both_signs_are_averaged_in_size():
     """Draws that turn every score round: their mean score is near 0, their mean size is not."""
     base = _base()
     draws = np.resize(np.stack([base, -base]), (DRAWS, len(base))) * 1.1
-    found = measure_effect(Margins(base, base * 0.9, draws), _twins(24), EDIT, SIZES)
-    assert found.random.absolute.value == pytest.approx(0.1 * np.abs(base).mean())
+    result = measure_effect(Margins(base, base * 0.9, draws), _twins(24), EDIT, SIZES)
+    assert result.random.absolute.value == pytest.approx(0.1 * np.abs(base).mean())
     odd = 1.1 * base.mean() / DRAWS if DRAWS % 2 else 0.0  # of an odd number of draws one has no opposite
-    assert found.random.signed.value == pytest.approx(odd - base.mean(), abs=1e-9)
+    assert result.random.signed.value == pytest.approx(odd - base.mean(), abs=1e-9)
 
 
 def test_the_interval_of_the_draws_holds_their_spread():
@@ -113,10 +113,10 @@ def test_the_interval_of_the_draws_holds_their_spread():
     base = np.full(24, 0.4)
     shift = np.linspace(-0.02, 0.02, DRAWS)
     draws = base[None] + shift[:, None]
-    found = measure_effect(Margins(base, base - 0.05, draws), _twins(24), EDIT, SIZES).random
+    result = measure_effect(Margins(base, base - 0.05, draws), _twins(24), EDIT, SIZES).random
     half = 1.96 * shift.std() / DRAWS**0.5
-    assert (found.absolute.low, found.absolute.high) == pytest.approx((-half, half), rel=0.2)
-    assert found.versus.high - found.versus.low == pytest.approx(2 * half, rel=0.2)
+    assert (result.absolute.low, result.absolute.high) == pytest.approx((-half, half), rel=0.2)
+    assert result.versus.high - result.versus.low == pytest.approx(2 * half, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -134,30 +134,30 @@ def test_states(edit, draws, flat, state):
     base = _base()
     noise = np.random.default_rng(5).normal(0, 1e-3, 24)
     stub = Margins(base, base * edit + noise, _draws(base, draws), base * flat)
-    found = measure_effect(stub, _twins(24), EDIT, SIZES, temperature=1.5)
-    assert found.state == state
-    assert replace(found, flattening=None).state in (state, "less" if edit == 0.9 and draws == 0 else state)
+    result = measure_effect(stub, _twins(24), EDIT, SIZES, temperature=1.5)
+    assert result.state == state
+    assert replace(result, flattening=None).state in (state, "less" if edit == 0.9 and draws == 0 else state)
 
 
 def test_what_is_to_be_avoided_goes_by_the_sign():
     """Scores of both signs, all lower by .05: sizes grow where the score is below 0."""
     base = _base()
     stub = Margins(base / 2, base / 2 - 0.05, _draws(base / 2, 0.0), base / 2)
-    found = measure_effect(stub, _twins(24), EDIT, SIZES, aim="avoid", temperature=2.0)
-    assert found.avoids and found.change is found.change_signed and found.change.value == pytest.approx(-0.1)
-    assert found.score.before == pytest.approx(base.mean()) and found.state == "less"
-    assert found.random.versus.value == pytest.approx(-0.1 + base.mean() - 2 * stub.draws.mean())
+    result = measure_effect(stub, _twins(24), EDIT, SIZES, aim="avoid", temperature=2.0)
+    assert result.avoids and result.change is result.change_signed and result.change.value == pytest.approx(-0.1)
+    assert result.score.before == pytest.approx(base.mean()) and result.state == "less"
+    assert result.random.versus.value == pytest.approx(-0.1 + base.mean() - 2 * stub.draws.mean())
 
 
 def test_draws_end_where_no_more_can_change_what_is_said():
     base = _base()
     stub = Margins(base, base * 0.99, _draws(base, 0.0, spread=0.05))
-    found = measure_effect(stub, _twins(24), EDIT, SIZES)
-    assert found.random.draws < 12 and 0 < found.random.as_low < found.random.draws and found.state == "none"
+    result = measure_effect(stub, _twins(24), EDIT, SIZES)
+    assert result.random.draws < 12 and 0 < result.random.as_low < result.random.draws and result.state == "none"
     still = base * np.resize([0.99, 1.01], len(base))
-    found = measure_effect(Margins(base, still, _draws(base, 0.05)), _twins(24), EDIT, SIZES)
-    assert found.random.draws == 4 and found.random.as_low == 0  # below all draws
-    assert found.change.side == 0 and found.state == "none"
+    result = measure_effect(Margins(base, still, _draws(base, 0.05)), _twins(24), EDIT, SIZES)
+    assert result.random.draws == 4 and result.random.as_low == 0  # below all draws
+    assert result.change.side == 0 and result.state == "none"
     whole = Margins(base, base * 0.5, _draws(base, 0.0, spread=0.05))
     assert measure_effect(whole, _twins(24), EDIT, SIZES).random.draws == DRAWS >= FEWEST_DRAWS
     more = measure_effect(Margins(base, base * 1.5, _draws(base, 0.0, spread=0.05)), _twins(24), EDIT, SIZES)
@@ -167,43 +167,43 @@ def test_draws_end_where_no_more_can_change_what_is_said():
 def test_draws_are_measured_on_some_of_many_twins_and_compared_on_these():
     base = _base(60)
     stub = Margins(base, base * 0.9, _draws(base, 0.0))
-    found = measure_effect(stub, _twins(60), EDIT, SIZES)
-    assert found.twins == 60 and found.random.twins == 24
-    assert stub.asked[0] == (120, 2, 1.0) and {asked[0] for asked in stub.asked[1:]} == {48}
+    result = measure_effect(stub, _twins(60), EDIT, SIZES)
+    assert result.twins == 60 and result.random.twins == 24
+    assert stub.asked[0] == (120, 2, 1.0) and {requests[0] for requests in stub.asked[1:]} == {48}
 
 
 def test_a_draw_that_does_just_as_well_counts():
     base = _base()
     draws = _draws(base, 0.0)
     draws[30] = base * 0.9
-    found = measure_effect(Margins(base, base * 0.9, draws), _twins(24), EDIT, SIZES)
-    assert (found.random.as_low, found.random.draws, found.state) == (1, 32, "none")
+    result = measure_effect(Margins(base, base * 0.9, draws), _twins(24), EDIT, SIZES)
+    assert (result.random.as_low, result.random.draws, result.state) == (1, 32, "none")
 
 
 def test_a_model_flattened_for_good_prefers_nothing():
     base = _base()
     stub = Margins(base, base * 0.5, _draws(base, 0.0))
-    found = measure_effect(stub, _twins(24), EDIT, SIZES, temperature=float("inf")).flattening
-    assert found.temperature is None and found.versus.value == pytest.approx(np.abs(base).mean() / 2)
+    result = measure_effect(stub, _twins(24), EDIT, SIZES, temperature=float("inf")).flattening
+    assert result.temperature is None and result.versus.value == pytest.approx(np.abs(base).mean() / 2)
 
 
 def test_too_few_draws_are_no_evidence():
     base = _base()
-    found = measure_effect(Margins(base, base * 0.9, _draws(base, 0.0)), _twins(24), EDIT, SIZES)
-    few = replace(found, random=replace(found.random, draws=FEWEST_DRAWS - 1))
-    assert (found.state, few.state) == ("less", "none")
-    older = replace(found, random=replace(found.random, draws=5, as_low=None, as_high=None))
+    result = measure_effect(Margins(base, base * 0.9, _draws(base, 0.0)), _twins(24), EDIT, SIZES)
+    few = replace(result, random=replace(result.random, draws=FEWEST_DRAWS - 1))
+    assert (result.state, few.state) == ("less", "none")
+    older = replace(result, random=replace(result.random, draws=5, as_low=None, as_high=None))
     assert older.state == "none"
 
 
 @pytest.mark.parametrize("flattened", [False, True])
 def test_a_record_is_read_back(flattened):
     base = _base()
-    found = measure_effect(Margins(base, base * 0.9, _draws(base, 0.0)), _twins(24), EDIT, SIZES)
+    result = measure_effect(Margins(base, base * 0.9, _draws(base, 0.0)), _twins(24), EDIT, SIZES)
     if flattened:
-        found = replace(found, flattening=Flattening(1.25, Interval(-0.1, -0.2, -0.05)))
-    record = json.loads(json.dumps(found.to_dict()))
-    assert Effect.from_dict(record) == found
+        result = replace(result, flattening=Flattening(1.25, Interval(-0.1, -0.2, -0.05)))
+    record = json.loads(json.dumps(result.to_dict()))
+    assert Effect.from_dict(record) == result
     for key in ("twins", "random_twins", "random_as_low", "random_as_high", "state"):
         record.pop(key)  # of an earlier version
     assert Effect.from_dict(record).state == "none" and Effect.from_dict(record).twins == 48
@@ -269,8 +269,8 @@ def _sentence(model, tokenizer, text, temperature=1.0):
 
 def test_effect_equals_a_plain_loop(demo, measured):
     """Every sentence by itself, without hooks and with them, and flattened."""
-    (model, tokenizer), (edit, found) = demo, measured
-    recipe, effect = load_recipe("demo"), found.effect
+    (model, tokenizer), (edit, result) = demo, measured
+    recipe, effect = load_recipe("demo"), result.effect
 
     def scores(temperature=1.0):
         margin = [
@@ -297,8 +297,8 @@ def test_effect_equals_a_plain_loop(demo, measured):
 
 
 def test_cost_equals_a_plain_loop(demo, measured):
-    (model, tokenizer), (edit, found) = demo, measured
-    recipe, cost = load_recipe("demo"), found.cost
+    (model, tokenizer), (edit, actual) = demo, measured
+    recipe, cost = load_recipe("demo"), actual.cost
     text = neutral_text(tokenizer, recipe)
 
     def logp():
@@ -311,8 +311,8 @@ def test_cost_equals_a_plain_loop(demo, measured):
         for question in recipe.ask(None):
             with torch.no_grad():
                 p = model(torch.tensor([encode(tokenizer, recipe, question)])).logits[0, -1].softmax(-1)
-            said = {answer: float(p[list(ids.values())].sum()) for answer, ids in tokens.items()}
-            result.append(max(said, key=said.get) == question.answer)
+            reply = {answer: float(p[list(ids.values())].sum()) for answer, ids in tokens.items()}
+            result.append(max(reply, key=reply.get) == question.answer)
         return np.array(result)
 
     base, answers = logp(), right()
@@ -337,8 +337,8 @@ def test_cost_equals_a_plain_loop(demo, measured):
 
 def test_continuations_are_greedy(demo, measured):
     """Token by token, each time the whole text anew."""
-    (model, tokenizer), (edit, found) = demo, measured
-    assert [item.about for item in found.cost.continuations] == ["neutral"] * 3 + ["probe"] * 3
+    (model, tokenizer), (edit, result) = demo, measured
+    assert [item.about for item in result.cost.continuations] == ["neutral"] * 3 + ["probe"] * 3
 
     def said(prompt):
         ids = tokenizer(prompt)["input_ids"]
@@ -350,11 +350,11 @@ def test_continuations_are_greedy(demo, measured):
                 break
         return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
-    for item in found.cost.continuations:
+    for item in result.cost.continuations:
         assert item.before == said(item.prompt)
         with hooked(model, edit):
             assert item.after == said(item.prompt)
-    assert any(item.before != item.after for item in found.cost.continuations)
+    assert any(item.before != item.after for item in result.cost.continuations)
 
 
 def _cost(kl=(0.01, 0.0, 0.02), rise=(1.0, 0.99, 1.01), **parts):

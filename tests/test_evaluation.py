@@ -199,9 +199,9 @@ def _marks(demo, data, names):
 def test_stereoset_equals_an_independent_scorer(demo, base_report):
     figures = base_report["tasks"]["stereoset_intrasentence"]
     rows = bench_data.stereoset()
-    found = [[sentence(demo, r[k]) for k in ("stereotype", "anti_stereotype", "unrelated")] for r in rows]
-    whole = np.array([[s.sum() for s in of_row] for of_row in found])
-    margin = np.array([s.mean() - a.mean() for s, a, _ in found])
+    result = [[sentence(demo, r[k]) for k in ("stereotype", "anti_stereotype", "unrelated")] for r in rows]
+    whole = np.array([[s.sum() for s in of_row] for of_row in result])
+    margin = np.array([s.mean() - a.mean() for s, a, _ in result])
     ss = 100 * (whole[:, 0] > whole[:, 1]).mean()
     lms = 50 * ((whole[:, 0] > whole[:, 2]).mean() + (whole[:, 1] > whole[:, 2]).mean())
     got = {name: entry["base"] for name, entry in figures["figures"].items()}
@@ -228,10 +228,10 @@ def test_intersentence_scores_the_sentence_and_not_its_context(demo, data):
 
 def test_crows_pairs_equals_an_independent_scorer(demo, base_report):
     figures = base_report["tasks"]["crows_pairs"]["figures"]
-    found = [[sentence(demo, r[k]) for k in ("sent_more", "sent_less")] for r in bench_data.crows_pairs()]
-    more = np.array([[a.sum(), b.sum()] for a, b in found])
+    result = [[sentence(demo, r[k]) for k in ("sent_more", "sent_less")] for r in bench_data.crows_pairs()]
+    more = np.array([[a.sum(), b.sum()] for a, b in result])
     assert figures["SS"]["base"] == pytest.approx(100 * (more[:, 0] > more[:, 1]).mean(), abs=1e-9)
-    assert figures["margin"]["base"] == pytest.approx(np.mean([a.mean() - b.mean() for a, b in found]), abs=PER_TOKEN)
+    assert figures["margin"]["base"] == pytest.approx(np.mean([a.mean() - b.mean() for a, b in result]), abs=PER_TOKEN)
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +247,8 @@ def lm_eval_results(demo, data):
     with quiet_lm_eval():
         tasks = {n: lm_eval_task(n, rows(n, data, PUBLIC[n].patterns)) for n in names}
         model = HFLM(pretrained=demo[0], tokenizer=read_tokenizer(DEMO), batch_size=4)
-        found = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)["results"]
-    return {n: {k.split(",")[0]: v for k, v in found[n].items()} for n in names}
+        result = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)["results"]
+    return {n: {k.split(",")[0]: v for k, v in result[n].items()} for n in names}
 
 
 def test_figures_equal_lm_eval_with_its_own_model(base_report, lm_eval_results):
@@ -299,8 +299,8 @@ def test_knowledge_equals_a_plain_loop(demo, base_report):
         ids = tokenizer(recipe.prompt["plain"].replace("{question}", question.text))["input_ids"]
         with torch.no_grad():
             p = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
-        said = {a: float(p[tokens].sum()) for a, tokens in surfaces.items()}
-        right.append(max(said, key=said.get) == question.answer)
+        reply = {a: float(p[tokens].sum()) for a, tokens in surfaces.items()}
+        right.append(max(reply, key=reply.get) == question.answer)
     assert base_report["tasks"]["knowledge"]["figures"]["accuracy"]["base"] == pytest.approx(100 * np.mean(right))
 
 
@@ -390,8 +390,8 @@ def test_a_directory_with_other_changes_is_refused(tmp_path):
 def test_the_base_is_measured_without_the_edit(data, edit_report, base_report):
     alone = evaluate("demo", data=data, limit=10)
     for name, task in edit_report["tasks"].items():
-        for figure, found in task["figures"].items():
-            assert found["base"] == alone["tasks"][name]["figures"][figure]["base"]
+        for figure, result in task["figures"].items():
+            assert result["base"] == alone["tasks"][name]["figures"][figure]["base"]
     assert edit_report["tasks"]["stereoset_intrasentence"]["items"] == 10
     assert base_report["tasks"]["stereoset_intrasentence"]["items"] == 24
 
@@ -572,10 +572,10 @@ def test_verdicts(draws, of_flattened, verdict, state, beyond):
         flattened=of_flattened * margin,
     )
     figures = _results(PREFERENCE, runs)
-    found = figures["absolute margin"]
-    assert (found.described, found.state, found.beyond_every_control("better")) == (verdict, state, beyond)
+    result = figures["absolute margin"]
+    assert (result.described, result.state, result.beyond_every_control("better")) == (verdict, state, beyond)
     assert figures["SS"].described == "no effect found" and figures["SS"].state == "none"
-    assert found.p_holm <= 0.05 and found.draws == len(draws)
+    assert result.p_holm <= 0.05 and result.draws == len(draws)
 
 
 @pytest.mark.parametrize(
@@ -593,10 +593,10 @@ def test_verdicts_on_what_is_to_be_avoided(shift, of_random, verdict):
     others = np.random.default_rng(1).normal(of_random, 1e-3, (19, 1))
     runs = _runs(_columns, margin, margin + shift + noise, margin + others)
     figures = _results(AVOIDED, runs)
-    found = figures["unwanted margin"]
-    assert found.described == verdict and found.to_dict()["ideal"] == "lowest"
-    assert found.values["base"] == pytest.approx(margin.mean())
-    assert found.beyond["random neurons"].value == pytest.approx(shift - others.mean() + noise.mean())
+    result = figures["unwanted margin"]
+    assert result.described == verdict and result.to_dict()["ideal"] == "lowest"
+    assert result.values["base"] == pytest.approx(margin.mean())
+    assert result.beyond["random neurons"].value == pytest.approx(shift - others.mean() + noise.mean())
     assert figures["unwanted preferred"].figure.ideal == 0
 
 
@@ -604,10 +604,10 @@ def test_a_figure_that_should_rise_is_judged_upwards():
     rng = np.random.default_rng(0)
     margin, noise = rng.normal(10, 1, 200), rng.normal(0, 1e-3, (20, 200))
     figures = (Figure("high", column(1), 100),)
-    found = _results(figures, _runs(_columns, margin, margin + 1, list(margin + noise[:19])))["high"]
-    assert found.beyond_random == -1 and found.beyond_every_control("better")
-    found = _results(figures, _runs(_columns, margin, margin - 1, list(margin + noise[:19])))["high"]
-    assert found.beyond_random == 1 and found.beyond_every_control("worse")
+    result = _results(figures, _runs(_columns, margin, margin + 1, list(margin + noise[:19])))["high"]
+    assert result.beyond_random == -1 and result.beyond_every_control("better")
+    result = _results(figures, _runs(_columns, margin, margin - 1, list(margin + noise[:19])))["high"]
+    assert result.beyond_random == 1 and result.beyond_every_control("worse")
 
 
 def test_a_state_follows_the_corrected_p():
@@ -622,8 +622,8 @@ def test_many_figures_make_no_draw_likelier_to_be_beaten():
     300 of them: 15 expected, 27 or more in 1 of 400 such tests.
     """
     rng = np.random.default_rng(0)
-    said = [beyond_draws(rng.standard_t(3, (20, 12))).any() for _ in range(300)]
-    assert 5 <= sum(said) <= 26
+    reply = [beyond_draws(rng.standard_t(3, (20, 12))).any() for _ in range(300)]
+    assert 5 <= sum(reply) <= 26
     rows = rng.normal(size=(20, 4))
     rows[0, 2] = 50.0
     assert beyond_draws(rows).tolist() == [False, False, True, False]
@@ -635,9 +635,9 @@ def test_an_edit_that_overshoots_is_judged_by_where_it_goes():
     first = np.arange(200) < 160
     base = np.where(first, 1.0, -1.0)
     edit = np.where(np.arange(200) < 60, 1.0, -1.0)
-    found = _results(PREFERENCE, _runs(_columns, base, edit, [base] * 19))["SS"]
-    assert found.values["base"] == 80 and found.values["edit"] == 30 and found.nearer
-    assert found.beyond["random neurons"].value == -50 and found.beyond_every_control("better")
+    result = _results(PREFERENCE, _runs(_columns, base, edit, [base] * 19))["SS"]
+    assert result.values["base"] == 80 and result.values["edit"] == 30 and result.nearer
+    assert result.beyond["random neurons"].value == -50 and result.beyond_every_control("better")
 
 
 def test_clusters_are_exchanged_and_resampled_together():
@@ -645,12 +645,12 @@ def test_clusters_are_exchanged_and_resampled_together():
     rng = np.random.default_rng(3)
     ten = rng.normal(0.3, 0.5, 10)
     base, clusters = np.zeros(40), [f"c{i // 4}" for i in range(40)]
-    found = _results(PREFERENCE, _runs(_columns, base, np.repeat(ten, 4)), clusters, 40)["margin"]
+    result = _results(PREFERENCE, _runs(_columns, base, np.repeat(ten, 4)), clusters, 40)["margin"]
     alone = _results(PREFERENCE, _runs(_columns, np.zeros(10), ten), [f"c{i}" for i in range(10)], 10)["margin"]
-    assert found.p == pytest.approx(alone.p, abs=0.02) and found.change.value == pytest.approx(alone.change.value)
-    assert found.change.high - found.change.low == pytest.approx(alone.change.high - alone.change.low, rel=0.1)
+    assert result.p == pytest.approx(alone.p, abs=0.02) and result.change.value == pytest.approx(alone.change.value)
+    assert result.change.high - result.change.low == pytest.approx(alone.change.high - alone.change.low, rel=0.1)
     blind = _results(PREFERENCE, _runs(_columns, base, np.repeat(ten, 4)), (), 40)["margin"]
-    assert blind.p < found.p and blind.change.high - blind.change.low < 0.7 * (found.change.high - found.change.low)
+    assert blind.p < result.p and blind.change.high - blind.change.low < 0.7 * (result.change.high - result.change.low)
 
 
 @pytest.mark.parametrize("accuracy, chance, scale", [(1.0, 25.0, 1.0), (0.43, 25.0, 75 / 18), (0.2, 25.0, 1.0)])
@@ -658,9 +658,9 @@ def test_a_loss_is_relative_to_what_is_above_chance(accuracy, chance, scale):
     before = (np.arange(400) < 400 * accuracy).astype(float)[:, None]
     after = before.copy()
     after[:4] = 0
-    found = loss_of(before, after, 5.0, chance)
-    assert found.lowest == pytest.approx(found.points * scale) and found.points < -1
-    assert found.excluded == (found.lowest > -5)
+    result = loss_of(before, after, 5.0, chance)
+    assert result.lowest == pytest.approx(result.points * scale) and result.points < -1
+    assert result.excluded == (result.lowest > -5)
 
 
 def _margin(demo, probe):
@@ -702,12 +702,12 @@ def test_non_inferiority_is_the_lower_end_of_the_paired_change():
     before = np.ones((200, 1))
     after = before.copy()
     after[:8] = 0
-    found = {margin: loss_of(before, after, margin, 0.0) for margin in (2.0, 5.0, 8.0)}
+    result = {margin: loss_of(before, after, margin, 0.0) for margin in (2.0, 5.0, 8.0)}
     # 4 points lost, standard error sqrt(.04 * .96 / 200) = 1.4 points: the lower end is near -7.
-    assert {margin: loss.excluded for margin, loss in found.items()} == {2.0: False, 5.0: False, 8.0: True}
-    assert -7.5 < found[5.0].lowest < -6
+    assert {margin: loss.excluded for margin, loss in result.items()} == {2.0: False, 5.0: False, 8.0: True}
+    assert -7.5 < result[5.0].lowest < -6
     four = [i // 4 for i in range(200)]
-    assert loss_of(before, after, 5.0, 0.0, four).lowest < found[5.0].lowest  # two clusters lost: less is known
+    assert loss_of(before, after, 5.0, 0.0, four).lowest < result[5.0].lowest  # two clusters lost: less is known
 
 
 def test_control_neurons_come_from_the_control_questions(data, tmp_path, monkeypatch):
@@ -798,7 +798,7 @@ def test_the_benchmarks_files_are_read(shared):
     if not (shared / "data").is_dir():
         pytest.skip("needs ../shared/data")
     counts = {"stereoset_intrasentence": 1684, "crows_pairs": 1508, "bbq": 4280, "arc_easy": 2365}
-    found = {name: rows(name, shared / "data", PUBLIC[name].patterns) for name in counts}
-    assert {name: len(items) for name, items in found.items()} == counts
-    assert all(row["answerKey"] in row["choices"]["label"] for row in found["arc_easy"])
-    assert {row["category"] for row in found["bbq"]} == {"Religion", "Nationality"}
+    result = {name: rows(name, shared / "data", PUBLIC[name].patterns) for name in counts}
+    assert {name: len(items) for name, items in result.items()} == counts
+    assert all(row["answerKey"] in row["choices"]["label"] for row in result["arc_easy"])
+    assert {row["category"] for row in result["bbq"]} == {"Religion", "Nationality"}

@@ -43,5 +43,5 @@ def test_audit():
 @pytest.mark.slow
 def test_in_memory(capsys):
     runpy.run_path(str(EXAMPLES / "in_memory.py"))["main"](str(EXAMPLES.parent / "kbne_edit" / "demo"))
-    said = capsys.readouterr().out.splitlines()
-    assert float(said[1].rsplit(" ", 1)[1]) > 0.1 and float(said[2].rsplit(" ", 1)[1]) == 0
+    reply = capsys.readouterr().out.splitlines()
+    assert float(reply[1].rsplit(" ", 1)[1]) > 0.1 and float(reply[2].rsplit(" ", 1)[1]) == 0

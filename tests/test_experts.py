@@ -29,8 +29,8 @@ def _edit(model, factor):
     return Edit(
         "down",
         {
-            layer: dict.fromkeys(range(layer, end(found), 11), factor) | {end(found) - 1: factor}
-            for layer, found in enumerate(places(model, "down"))
+            layer: dict.fromkeys(range(layer, end(result), 11), factor) | {end(result) - 1: factor}
+            for layer, result in enumerate(places(model, "down"))
         },
     )
 
@@ -76,8 +76,8 @@ def test_verify_with_and_without_manifest(name, tmp_path):
     assert report.ok and not report.behaviour[0].bit_equal and report.behaviour[0].noise > 0
     for extra in ("kbne_edit.json", "kbne_undo.kbne"):
         (tmp_path / "baked" / extra).unlink()
-    found = verify(tmp_path / "base", tmp_path / "baked", behaviour=False)
-    assert found.ok and found.edit.factors == _edit(model, 3.5).factors
+    result = verify(tmp_path / "base", tmp_path / "baked", behaviour=False)
+    assert result.ok and result.edit.factors == _edit(model, 3.5).factors
 
 
 @pytest.mark.parametrize("positions", [1, 3])
@@ -92,13 +92,13 @@ def test_scores_equal_gradients_of_the_weights(name, positions):
     with torch.no_grad():
         model(torch.tensor([PROMPT[:-positions]]), past_key_values=prefix, use_cache=True)
     nodes, weights = np.polynomial.legendre.leggauss(8)
-    for layer, found in enumerate(places(model, "down")):
-        for place in found:
+    for layer, result in enumerate(places(model, "down")):
+        for place in result:
             parameter = place.module.down_proj if place.experts else place.module.weight
             original = parameter.detach().clone()
             want = 0
             for gamma, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-                parameter_of_others = [(p.module.down_proj if p.experts else p.module.weight) for p in found]
+                parameter_of_others = [(p.module.down_proj if p.experts else p.module.weight) for p in result]
                 kept = [p.detach().clone() for p in parameter_of_others]
                 with torch.no_grad():
                     for p in parameter_of_others:
@@ -120,7 +120,7 @@ def test_gate_and_up_of_experts(name, site, tmp_path):
     """Apart, side by side, interleaved with biases, transposed, beside a shared expert: fold, hooks and apply_."""
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "base")
-    sizes = [end(found) for found in places(model, site)]
+    sizes = [end(result) for result in places(model, site)]
     edit = Edit(site, {layer: {n: 2.0 for n in (3, size // 2, size - 1)} for layer, size in enumerate(sizes)})
     fold(tmp_path / "base", edit, tmp_path / "out")
     ids = torch.tensor([PROMPT])

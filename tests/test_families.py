@@ -94,8 +94,8 @@ def test_the_rounding_of_a_logit_is_a_uniform_error_of_one_step(dtype, bits):
     largest = logits.abs().max()
     after = (largest.view(bits) + 1).view(dtype)
     deviation = float(after.double() - largest.double()) * (1 / 12) ** 0.5
-    found = last_rounding(logits.float().numpy(), dtype)
-    assert found == pytest.approx(deviation / float(logits.float().std(correction=0)), rel=1e-6)
+    result = last_rounding(logits.float().numpy(), dtype)
+    assert result == pytest.approx(deviation / float(logits.float().std(correction=0)), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "gpt2", "phi3"])
@@ -191,8 +191,8 @@ def _stack(prefix, layers):
 def test_more_prediction_heads_are_not_the_decoder(other, layers):
     """They have a layer of the decoder's own shape, under another prefix."""
     config = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": 8}
-    found = slots(_stack(other, 1) | _stack("model.", layers), config, "down")
-    assert [slot.tensor for layer in range(layers) for slot in found[layer]] == [
+    result = slots(_stack(other, 1) | _stack("model.", layers), config, "down")
+    assert [slot.tensor for layer in range(layers) for slot in result[layer]] == [
         f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(layers)
     ]
 

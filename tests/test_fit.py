@@ -48,27 +48,27 @@ def log_probabilities(model, ids):
 
 def test_the_budget_is_met_by_the_real_kl(model, fitted):
     """KL and perplexity by the model's own passes, one text at a time."""
-    out, found = fitted
+    out, result = fitted
     lm, edit = load_model(model, torch.float32), Edit.load(out)
     texts = encode_texts(model, packaged("en"))
     base = [log_probabilities(lm, ids) for ids in texts]
     with hooked(lm, edit):
         edited = [log_probabilities(lm, ids) for ids in texts]
     kl = [(p.exp() * (p - q)).sum(-1) for (p, _), (q, _) in zip(base, edited, strict=True)]
-    assert found.cost.kl == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
-    assert 0.9 * SETTINGS.max_kl < found.cost.kl <= SETTINGS.max_kl
+    assert result.cost.kl == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
+    assert 0.9 * SETTINGS.max_kl < result.cost.kl <= SETTINGS.max_kl
     perplexity = float((-torch.cat([picked for _, picked in edited]).mean()).exp())
-    assert found.cost.perplexity == pytest.approx(perplexity, rel=1e-4)
+    assert result.cost.perplexity == pytest.approx(perplexity, rel=1e-4)
 
 
 def test_margins_are_those_of_the_hooked_model(model, fitted):
     """Of the units set aside, by their own log-probabilities; and the fitted ones fall."""
-    out, found = fitted
+    out, actual = fitted
     lm = load_model(model, torch.float32)
     units, contrasts = chosen_units(SETTINGS)
     every, rows = [*units, *contrasts], encode_units(model, units, contrasts)
     aside = folds(every, 10) == 0
-    assert found.set_aside == aside.sum() and found.fitted + found.contrasts == (~aside).sum()
+    assert actual.set_aside == aside.sum() and actual.fitted + actual.contrasts == (~aside).sum()
 
     def margins():
         result = []
@@ -81,7 +81,7 @@ def test_margins_are_those_of_the_hooked_model(model, fitted):
     with hooked(lm, Edit.load(out)):
         change = margins() - before
     kind = KINDS.index("association")
-    gain = next(g for g in found.gains if (g.of, g.part) == ("all", "association"))
+    gain = next(g for g in actual.gains if (g.of, g.part) == ("all", "association"))
     own = aside & ~np.isnan(change[:, kind])
     assert gain.units == own.sum()
     assert gain.before == pytest.approx(before[own, kind].mean(), abs=1e-5)
@@ -91,16 +91,16 @@ def test_margins_are_those_of_the_hooked_model(model, fitted):
 
 
 def test_controls_have_the_same_kl(fitted):
-    _, found = fitted
-    names = [control.name for control in found.controls]
+    _, result = fitted
+    names = [control.name for control in result.controls]
     assert names == ["shuffled labels 1", "matched neurons", "inverse", "flattening"]
-    for control in found.controls:
-        assert 0.85 * found.cost.kl < control.kl < 1.1 * found.cost.kl
+    for control in result.controls:
+        assert 0.85 * result.cost.kl < control.kl < 1.1 * result.cost.kl
 
 
 def test_a_file_of_gradients_serves_again_and_the_result_is_the_same(model, fitted, tmp_path):
     """By the command; and what it prints without --json is what was found."""
-    out, found = fitted
+    out, result = fitted
     gradients = out.with_name("edit.gradients.safetensors")
     stamp = gradients.stat().st_mtime_ns
     options = [
@@ -120,25 +120,25 @@ def test_a_file_of_gradients_serves_again_and_the_result_is_the_same(model, fitt
     command = ["fit", "--in", str(model), "--out", str(tmp_path / "edit.json"), "--gradients", str(gradients)]
     data = parsed("fit", CliRunner().invoke(cli, [*command, *options]).stdout)
     assert gradients.stat().st_mtime_ns == stamp  # nothing was written
-    assert data["sha256"] == found.edit.sha256
-    assert data == {"version": 1} | json.loads(json.dumps(found.to_dict()))
+    assert data["sha256"] == result.edit.sha256
+    assert data == {"version": 1} | json.loads(json.dumps(result.to_dict()))
     shuffled = Edit.load(tmp_path / "edit.shuffled1.json")
-    assert shuffled.num_neurons == found.edit.num_neurons and shuffled.sha256 != found.edit.sha256
-    text = "\n".join(lines(found))
-    assert f"KL {found.cost.kl:.4f}" in text and "control, shuffled labels 1" in text
-    assert all(part in text.splitlines()[-1] for part in found.moved)
+    assert shuffled.num_neurons == result.edit.num_neurons and shuffled.sha256 != result.edit.sha256
+    text = "\n".join(lines(result))
+    assert f"KL {result.cost.kl:.4f}" in text and "control, shuffled labels 1" in text
+    assert all(part in text.splitlines()[-1] for part in result.moved)
 
 
 def test_what_moved_is_said_of_enough_units_and_beyond_every_shuffle(fitted):
-    _, found = fitted
-    assert found.moved == ()  # a handful of units was set aside
+    _, result = fitted
+    assert result.moved == ()  # a handful of units was set aside
     fall, small, rise = Interval(-0.2, -0.3, -0.1), Interval(-0.1, -0.2, -0.01), Interval(0.1, -0.1, 0.3)
 
     def told(units, change, shuffles, uses=1):
         gains = tuple(Gain(part, "all", units, 0.1, rise) for part in ("sentiment", "prior"))
         gains = (Gain("association", "all", units, 0.1, change), *gains)
         controls = [Control(f"shuffled labels {i}", 0.01, (c, fall, fall)) for i, c in enumerate(shuffles, 1)]
-        return replace(found, gains=gains, controls=tuple(controls), uses=uses).moved
+        return replace(result, gains=gains, controls=tuple(controls), uses=uses).moved
 
     assert told(20, fall, [small, rise]) == ("association",)
     assert told(19, fall, [small, rise]) == told(20, rise, [rise]) == told(20, small, [rise, fall]) == ()
@@ -148,11 +148,11 @@ def test_what_moved_is_said_of_enough_units_and_beyond_every_shuffle(fitted):
 
 
 def test_few_neurons_of_one_part(model, fitted, tmp_path):
-    out, found = fitted
+    out, result = fitted
     settings = FitSettings(**vars(SETTINGS) | {"neurons": 9, "part": "association", "even": 1.0})
     few = fit(str(model), tmp_path / "few.json", settings, out.with_name("edit.gradients.safetensors"))
     assert few.factors.changed == few.edit.num_neurons and 1 <= few.edit.num_neurons <= 9
-    assert found.uses == 1 < few.uses  # the same facts have judged another edit
+    assert result.uses == 1 < few.uses  # the same facts have judged another edit
     assert few.cost.kl <= SETTINGS.max_kl and few.parts == ("association",) and few.even == 1.0
 
 
@@ -181,7 +181,7 @@ def test_shuffled_labels_are_balanced_within_types_and_folds_keep_facts_together
     for unit, number in zip(units, fold, strict=False):
         assert by_fact.setdefault((unit.fact.x, unit.fact.y), number) == number
     for unit, number in zip(contrasts, fold[len(units) :], strict=True):
-        of_facts = {found for (x, y), found in by_fact.items() if unit.fact.x in (x, y)}
+        of_facts = {result for (x, y), result in by_fact.items() if unit.fact.x in (x, y)}
         assert not of_facts or number in of_facts
     assert len(set(fold.tolist())) == 5
 
@@ -209,12 +209,12 @@ def test_bake_folds_what_fit_found(model, fitted, tmp_path, monkeypatch):
 
 
 def test_an_edit_keeps_the_record_of_its_fit_and_the_report_shows_it(fitted):
-    out, found = fitted
+    out, result = fitted
     data = json.loads(out.read_text())["found"]["fit"]
     record = FitRecord.from_dict(data)
     assert record.to_dict() == FitRecord.from_dict(json.loads(json.dumps(record.to_dict()))).to_dict()
-    assert (record.kl, record.facts, record.contrasts) == (found.cost.kl, found.fitted, found.contrasts)
-    overall = [gain for gain in found.gains if gain.of == "all"]
+    assert (record.kl, record.facts, record.contrasts) == (result.cost.kl, result.fitted, result.contrasts)
+    overall = [gain for gain in result.gains if gain.of == "all"]
     assert [row.part for row in record.gains] == [gain.part for gain in overall]
 
     def shown(data):

@@ -80,11 +80,11 @@ def test_gradients_by_position_are_those_of_one_position(name):
     direction = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(4))
     _, rows = collected(model, SEQUENCES)
     for batch in gradients(model, SEQUENCES, by_position=True):
-        for i, found in zip(batch.index, batch.gradients, strict=True):
-            assert torch.allclose(found.sum(0) @ direction, rows[i] @ direction, rtol=1e-4, atol=1e-4)
+        for i, result in zip(batch.index, batch.gradients, strict=True):
+            assert torch.allclose(result.sum(0) @ direction, rows[i] @ direction, rtol=1e-4, atol=1e-4)
             # What stands after a position cannot depend on the factors there, and the last one predicts nothing.
-            assert not found[len(SEQUENCES[i].ids) - 1 :].any()
-            assert found[0].any() and found[len(SEQUENCES[i].ids) - 2].any()
+            assert not result[len(SEQUENCES[i].ids) - 1 :].any()
+            assert result[0].any() and result[len(SEQUENCES[i].ids) - 2].any()
 
 
 def test_a_sequence_has_one_weight_per_prediction():
@@ -104,15 +104,15 @@ def test_gram_solves_the_dense_metric():
     among, w = np.array([0, 1, 2, 3, 4, 5, 6, 8, 9]), np.array([*(0.7 * weights), 3.0, 0.5])
     target = np.zeros(12)
     target[7:] = [0.2, -0.1, 0.4, 0, 1]
-    found = gram([fisher, units], d)
-    c = found.solve(target, among, w)
+    result = gram([fisher, units], d)
+    c = result.solve(target, among, w)
     rows = torch.cat([fisher, units]).double()
     dense = torch.diag(d.double()) + rows[among].T @ torch.diag(torch.from_numpy(w)) @ rows[among]
     expected = torch.linalg.solve(dense, rows.T @ torch.from_numpy(target))
     assert np.allclose(
         direction([fisher, units], d, c).double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
     )
-    assert np.allclose(found.changes(c), rows @ expected, rtol=1e-3, atol=1e-4)
+    assert np.allclose(result.changes(c), rows @ expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kappa", [1e-3, 1e-1, 1e6])
@@ -152,8 +152,8 @@ def test_real_cost_and_values_are_those_of_the_hooked_model():
         expected = [objective(model, sequence) for sequence in SEQUENCES]
         edited = (logits() / 1.5).log_softmax(-1)
     targets = torch.tensor([token for ids in texts for token in ids[1:]])
-    found = Neutral(model, texts).measure(at, temperature=1.5)
-    assert found.kl == pytest.approx(float((base.exp() * (base - edited)).sum(-1).mean()), rel=1e-5)
-    assert found.perplexity == pytest.approx(float((-edited.gather(1, targets[:, None]).mean()).exp()), rel=1e-5)
+    result = Neutral(model, texts).measure(at, temperature=1.5)
+    assert result.kl == pytest.approx(float((base.exp() * (base - edited)).sum(-1).mean()), rel=1e-5)
+    assert result.perplexity == pytest.approx(float((-edited.gather(1, targets[:, None]).mean()).exp()), rel=1e-5)
     assert Neutral(model, texts).measure().kl == pytest.approx(0, abs=1e-12)
     assert objectives(model, SEQUENCES, at=at) == pytest.approx(expected, abs=1e-5)

@@ -44,8 +44,8 @@ def test_prior_is_towards_whom_prejudice_is_not_aimed_at(units):
             expected += sign * row * (1 if unit.fact.a in women else -1)
             count += 1
     assert 0 < count < len(units)
-    found = aims(system, ["prior"], np.arange(len(units)), signs)[:, 0] @ every
-    assert found == pytest.approx(expected / count)
+    result = aims(system, ["prior"], np.arange(len(units)), signs)[:, 0] @ every
+    assert result == pytest.approx(expected / count)
     nobody = np.flatnonzero([unit.type == "profession" for unit in units])
     assert not aims(system, ["prior"], nobody).any()
 
@@ -56,9 +56,9 @@ def test_a_type_at_balance_or_beyond_does_not_count(units):
     margins = np.full((len(units), len(KINDS)), 0.2)
     margins[[unit.type == "profession" for unit in units]] = -0.2
     system, _ = system_of(units, rows, rng, margins)
-    found = aims(system, ["association"], np.arange(len(units)))[: len(units), 0]
+    result = aims(system, ["association"], np.arange(len(units)))[: len(units), 0]
     gender = np.array([unit.type == "gender" for unit in units])
-    assert found[gender] == pytest.approx(0.2 / len(units)) and not found[~gender].any()
+    assert result[gender] == pytest.approx(0.2 / len(units)) and not result[~gender].any()
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +74,14 @@ def shared_and_not(units):
 def test_a_part_counts_by_what_it_carries_over(units, shared_and_not):
     system, _ = shared_and_not
     every = np.arange(len(units))
-    found = validate(system, ("association", "prior"), every, 0.1, 0.01)
-    association, prior = found.carried
+    result = validate(system, ("association", "prior"), every, 0.1, 0.01)
+    association, prior = result.carried
     assert association < 0.3 < 0.6 < prior <= 1.1
-    held = {h.part: h for h in found.held}
+    held = {h.part: h for h in result.held}
     assert held["prior"].change < -3 * held["prior"].error
     assert abs(held["association"].change) < 4 * held["association"].error
     # Each alone is a column of length 1 in the metric of the solution, times what it carries over.
-    for part, carried, weight in zip(("association", "prior"), found.carried, found.weights, strict=True):
+    for part, carried, weight in zip(("association", "prior"), result.carried, result.weights, strict=True):
         falls = []
         for number in range(4):
             train = every[folds(units, 4) != number]

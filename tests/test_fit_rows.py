@@ -41,17 +41,17 @@ def test_kinds_mean_what_they_say(units):
         square += [level + 0.4] * len(unit.unknown)  # that it cannot be told is likelier, per token
         per_sentence = np.array(square) * tokens
         by_length = np.array(square) * [sum(s.weights) for s in rows.sentences]
-        found = dict(zip(KINDS, rows.mixture @ per_sentence, strict=True))
+        result = dict(zip(KINDS, rows.mixture @ per_sentence, strict=True))
         if unit.format == "question":
             guess = rows.mixture[KINDS.index("guess")] @ by_length
             assert guess == pytest.approx(_answers(unit, square) - level - 0.4)
         else:
-            assert np.isnan(found["guess"])
-        assert found["association"] == pytest.approx(2 * both)
-        assert found["sentiment"] == pytest.approx(2 * attribute)
-        assert found["prior"] == pytest.approx(2 * group)
-        assert found["level"] == pytest.approx(level)
-        assert np.isnan(found["tone"])
+            assert np.isnan(result["guess"])
+        assert result["association"] == pytest.approx(2 * both)
+        assert result["sentiment"] == pytest.approx(2 * attribute)
+        assert result["prior"] == pytest.approx(2 * group)
+        assert result["level"] == pytest.approx(level)
+        assert np.isnan(result["tone"])
 
 
 def _answers(unit, values):
@@ -79,9 +79,9 @@ def test_public_pairs_are_the_stereotyped_sentence_against_the_other(tmp_path):
     (tmp_path / "crows_pairs_anonymized.csv").write_text("\n".join([head, *table]) + "\n")
     (unit,) = public_pairs(["stereoset"], tmp_path)
     assert (unit.square.ax.text, unit.square.ay.text, unit.type) == ("A c b.", "A d b.", "stereoset race")
-    found = unit_rows(unit, "pair", words)
-    assert [*found.mixture[KINDS.index("pair")] * sum(found.sentences[0].weights)] == [1, -1]
-    assert np.isnan(found.mixture).sum() == 2 * (len(KINDS) - 1)
+    result = unit_rows(unit, "pair", words)
+    assert [*result.mixture[KINDS.index("pair")] * sum(result.sentences[0].weights)] == [1, -1]
+    assert np.isnan(result.mixture).sum() == 2 * (len(KINDS) - 1)
     crows = [unit.square.ax.text for unit in public_pairs(["crows_pairs"], tmp_path)]
     assert sum("was late" in text for text in crows) in (0, 3)  # a story is read as a whole or not at all
     (tmp_path / "stereoset_intrasentence.jsonl").write_text(json.dumps(rows[1] | rest))
@@ -152,11 +152,11 @@ def test_a_file_is_resumed_to_the_same_bytes(tmp_path):
             fill(file, step)
             file.close()
     assert whole.read_bytes() == parts.read_bytes()
-    found = load_gradients(whole)
-    assert found.rows[:, 0].tolist() == [0, 10, 11, 20, 21] and found.rows.shape == (5, 5)
-    assert found.fisher[1].unique().tolist() == [-5.0] and found.values[1, 0] == 1 and np.isnan(found.values[0, 1])
-    assert found.settings == SETTINGS and found.likelihood[:, 4].tolist() == [5.0, 6.0]
-    assert np.array_equal(found.place, PLACE)
+    result = load_gradients(whole)
+    assert result.rows[:, 0].tolist() == [0, 10, 11, 20, 21] and result.rows.shape == (5, 5)
+    assert result.fisher[1].unique().tolist() == [-5.0] and result.values[1, 0] == 1 and np.isnan(result.values[0, 1])
+    assert result.settings == SETTINGS and result.likelihood[:, 4].tolist() == [5.0, 6.0]
+    assert np.array_equal(result.place, PLACE)
 
 
 def test_what_is_no_finished_file_of_these_settings_is_refused(tmp_path):

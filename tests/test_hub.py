@@ -477,9 +477,9 @@ def test_an_adapter_from_the_hub(alone, hub, cli, content, tmp_path):
     assert adapted.returncode == 0, adapted.stderr
     loaded = _process("-c", LOGITS, alone / "out", "org/tiny", cwd=tmp_path, endpoint=hub.url)
     assert loaded.returncode == 0, loaded.stderr
-    found, again = map(json.loads, adapted.stdout.splitlines())
+    actual, again = map(json.loads, adapted.stdout.splitlines())
     baked, base = map(json.loads, loaded.stdout.splitlines())
-    assert found == again == baked != base
+    assert actual == again == baked != base
 
 
 def test_a_delta_from_the_hub(alone, hub, cli, content, tmp_path):

@@ -121,12 +121,12 @@ def _stereoset(part):
 
 def _choices(rows, stem):
     """Choices as columns; the right one under the label that it has there."""
-    found = []
+    result = []
     for row in rows:
         labels = [choice["label"] for choice in row["question"]["choices"]]
         right = row["answerKey"] if row["answerKey"] in labels else labels["ABCD".index(row["answerKey"])]
         texts = [choice["text"] for choice in row["question"]["choices"]]
-        found.append(
+        result.append(
             {
                 "id": row["id"],
                 stem: row["question"]["stem"],
@@ -134,7 +134,7 @@ def _choices(rows, stem):
                 "answerKey": right,
             }
         )
-    return _parquet(found)
+    return _parquet(result)
 
 
 def _repository(configs):

@@ -28,7 +28,7 @@ def hybrid(request, tmp_path):
 
 def _edit(model):
     """Neurons of the first and the last layer that have a feed-forward block."""
-    sizes = {layer: end(found) for layer, found in enumerate(places(model, "down")) if found}
+    sizes = {layer: end(result) for layer, result in enumerate(places(model, "down")) if result}
     return Edit("down", {min(sizes): {3: 2.0, 17: 4.0}, max(sizes): {sizes[max(sizes)] - 1: 0.5}})
 
 
@@ -55,7 +55,7 @@ def test_texts_side_by_side_are_scored_as_each_alone(hybrid):
     model, _ = hybrid
     pairs = [([5, 9], [40, 7]), ([5, 9], [40, 8, 3]), ([5, 9, 40], [11])]
     changed = _edit(model)
-    found = score_edits(model, pairs, [None, changed])
+    result = score_edits(model, pairs, [None, changed])
     tree = Tree([context + text for context, text in pairs])
     logits = logits_at(model, tree, range(len(tree.tokens)))
     for i, (context, text) in enumerate(pairs):
@@ -63,7 +63,7 @@ def test_texts_side_by_side_are_scored_as_each_alone(hybrid):
             with torch.inference_mode(), hooked(model, edit) if edit else nullcontext():
                 logp = model(input_ids=torch.tensor([context + text]), use_cache=False).logits[0].log_softmax(-1)
             expected = sum(float(logp[len(context) - 1 + k, token]) for k, token in enumerate(text))
-            np.testing.assert_allclose(found.logprobs[row, i], expected, atol=2e-5)
+            np.testing.assert_allclose(result.logprobs[row, i], expected, atol=2e-5)
             if edit is None:
                 torch.testing.assert_close(logits[tree.paths[i]].log_softmax(-1), logp, atol=2e-5, rtol=0)
 
@@ -72,8 +72,8 @@ def test_attribution_is_complete(hybrid):
     """In a mixture of experts a router's choice turns along the path, and no quadrature is complete across a jump."""
     model, _ = hybrid
     dense = not any(place.experts for layer in places(model, "down") for place in layer)
-    found = attributions(model, PROMPTS, ANSWERS, Integral(quadrature="gauss" if dense else "gauss-4"))
-    for result, ids, answer in zip(found, PROMPTS, ANSWERS, strict=True):
+    actual = attributions(model, PROMPTS, ANSWERS, Integral(quadrature="gauss" if dense else "gauss-4"))
+    for result, ids, answer in zip(actual, PROMPTS, ANSWERS, strict=True):
         assert result.residual.max() < 0.01 or not dense
         with torch.inference_mode():
             p = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].softmax(-1)[answer].sum()

@@ -98,24 +98,24 @@ def test_compressed_tensors(scheme, tmp_path):
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     quantised.write(f"compressed-tensors/{scheme}", tmp_path, num_hidden_layers=1)
-    found = layout(tmp_path)
+    result = layout(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
-    assert len(found.matrices) == 7
-    assert found.shapes == {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name in found.shapes:
-        assert torch.equal(rounded(found.read(name), torch.bfloat16), model.get_parameter(name).float()), name
+    assert len(result.matrices) == 7
+    assert result.shapes == {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in result.shapes:
+        assert torch.equal(rounded(result.read(name), torch.bfloat16), model.get_parameter(name).float()), name
 
 
 @pytest.mark.parametrize("kind", ["gptq/w4", "gptq/w8", "gptq/act-order", "awq/gemm", "fp8/block", "fp8/tensor"])
 def test_before_packing(kind, tmp_path):
     """The writer's integers and scales, multiplied before they were packed."""
     wanted = quantised.write(kind, tmp_path, num_hidden_layers=1)
-    found = layout(tmp_path)
-    assert sorted(modules(found)) == sorted(wanted) and len(wanted) == 7
+    result = layout(tmp_path)
+    assert sorted(modules(result)) == sorted(wanted) and len(wanted) == 7
     for name, value in wanted.items():
-        assert torch.equal(torch.tensor(found.read(f"{name}.weight")), value), name
+        assert torch.equal(torch.tensor(result.read(f"{name}.weight")), value), name
 
 
 def test_awq_is_as_another_reader_unpacks_it(tmp_path):
@@ -124,14 +124,14 @@ def test_awq_is_as_another_reader_unpacks_it(tmp_path):
     from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 
     quantised.write("awq/gemm", tmp_path, num_hidden_layers=1)
-    found, converter = layout(tmp_path), AutoAWQConverter(group_size=32)
+    result, converter = layout(tmp_path), AutoAWQConverter(group_size=32)
     tensors = converter.process(load_file(tmp_path / "model.safetensors"))
     (scheme,) = converter.update_config(None).config_groups.values()
     reader = BaseCompressor.get_value_from_registry("pack-quantized")
-    for name in modules(found):
+    for name in modules(result):
         parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         other = reader.decompress(parts, scheme)["weight"]
-        assert torch.equal(rounded(found.read(f"{name}.weight"), torch.float16), other.float())
+        assert torch.equal(rounded(result.read(f"{name}.weight"), torch.float16), other.float())
 
 
 @pytest.mark.parametrize("kind", ["w4", "w8", "act-order"])
@@ -141,16 +141,16 @@ def test_gptq_is_as_its_library_unpacks_it(kind, tmp_path):
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
     quantised.write(f"gptq/{kind}", tmp_path, num_hidden_layers=1)
-    found, tensors = layout(tmp_path), load_file(tmp_path / "model.safetensors")
+    result, tensors = layout(tmp_path), load_file(tmp_path / "model.safetensors")
     bits = 8 if kind == "w8" else 4
     name = "model.layers.0.mlp.up_proj"
-    out, size = found.shapes[f"{name}.weight"]
+    out, size = result.shapes[f"{name}.weight"]
     module = TorchLinear(bits, 32, False, kind == "act-order", size, out)
     parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
     module.load_state_dict(parts, strict=False)
     convert_gptq_v1_to_v2_format_module(module, bits=bits, pack_dtype=torch.int32)
     module.post_init()
-    assert torch.equal(rounded(found.read(f"{name}.weight"), torch.float16), module.dequantize_weight().T.float())
+    assert torch.equal(rounded(result.read(f"{name}.weight"), torch.float16), module.dequantize_weight().T.float())
 
 
 @pytest.mark.parametrize("kind", ["block", "tensor", "static"])
@@ -158,12 +158,12 @@ def test_fp8_is_as_transformers_reads_it(kind, tmp_path):
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     quantised.write(f"fp8/{kind}", tmp_path, num_hidden_layers=1, num_key_value_heads=4)
-    found = layout(tmp_path)
+    result = layout(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
     )
-    for name in found.shapes:
-        assert torch.equal(torch.tensor(found.read(name)), model.get_parameter(name)), name
+    for name in result.shapes:
+        assert torch.equal(torch.tensor(result.read(name)), model.get_parameter(name)), name
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp4", "nf4-double"])
@@ -172,16 +172,16 @@ def test_bitsandbytes(kind, tmp_path):
     from transformers import AutoModelForCausalLM
 
     quantised.write(f"bitsandbytes/{kind}", tmp_path)
-    found = layout(tmp_path)
+    result = layout(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map="cpu")
-    for name in modules(found):
+    for name in modules(result):
         weight = model.get_submodule(name).weight
         if kind == "int8":
             other = functional.int8_vectorwise_dequant(weight.data, weight.SCB)
-            assert np.allclose(found.read(f"{name}.weight"), other.numpy(), rtol=2**-22)  # 1 / 127 is rounded
+            assert np.allclose(result.read(f"{name}.weight"), other.numpy(), rtol=2**-22)  # 1 / 127 is rounded
         else:
             other = functional.dequantize_4bit(weight.data, weight.quant_state)
-            assert torch.equal(rounded(found.read(f"{name}.weight"), other.dtype), other.float()), name
+            assert torch.equal(rounded(result.read(f"{name}.weight"), other.dtype), other.float()), name
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -190,23 +190,23 @@ def test_torchao(kind, tmp_path):
     from transformers import AutoModelForCausalLM
 
     quantised.write(f"torchao/{kind}", tmp_path)
-    found = layout(tmp_path)
+    result = layout(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map="cpu")
-    for name in modules(found):
+    for name in modules(result):
         other = model.get_submodule(name).weight.dequantize()
-        assert torch.equal(rounded(found.read(f"{name}.weight"), other.dtype), other.float())
+        assert torch.equal(rounded(result.read(f"{name}.weight"), other.dtype), other.float())
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_hqq(axis, tmp_path):
     quantize = pytest.importorskip("hqq.core.quantize")
     quantised.write(f"hqq/axis{axis}", tmp_path)
-    found, tensors = layout(tmp_path), load_file(tmp_path / "model.safetensors")
-    for name in modules(found):
+    result, tensors = layout(tmp_path), load_file(tmp_path / "model.safetensors")
+    for name in modules(result):
         parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         module = quantize.HQQLinear(None, None, compute_dtype=torch.float32, device="cpu")
         module.load_state_dict(parts)
-        assert torch.equal(torch.tensor(found.read(f"{name}.weight")), module.dequantize())
+        assert torch.equal(torch.tensor(result.read(f"{name}.weight")), module.dequantize())
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -222,9 +222,9 @@ def test_fp8_whose_scale_is_not_known():
     settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     assert fake(settings, {"a.weight": weight, "a.weight_scale_inv": scale}).matrices
     for tensors in ({"a.weight": weight, "a.scale": scale}, {"a.weight": weight}):
-        for asked in (settings, None):
+        for requests in (settings, None):
             with pytest.raises(CheckpointError, match="its scale is not known"):
-                fake(asked, tensors)
+                fake(requests, tensors)
 
 
 def test_integers_that_no_format_explains():

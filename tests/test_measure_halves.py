@@ -89,9 +89,9 @@ def test_the_association_of_a_twin_s_unit_is_its_score(scorer, chatty):
         logp = []
         for sentence in row.sentences:
             with torch.no_grad():
-                found = scorer.model(torch.tensor([sentence.ids])).logits[0, :-1].double().log_softmax(-1)
+                result = scorer.model(torch.tensor([sentence.ids])).logits[0, :-1].double().log_softmax(-1)
             targets = torch.tensor(sentence.ids[1:])[:, None]
-            logp.append(float((found.gather(1, targets)[:, 0] * torch.tensor(sentence.weights)).sum()))
+            logp.append(float((result.gather(1, targets)[:, 0] * torch.tensor(sentence.weights)).sum()))
         ax, ay, bx, by = logp
         margins = [ax - bx, by - ay]
         tokens = np.mean([sum(sentence.weights) for sentence in row.sentences])

@@ -52,8 +52,8 @@ def logits(scorer, ids):
 
 def logprob(scorer, context, continuation):
     """Sum of the continuation's log-probabilities, the whole row alone."""
-    found = logits(scorer, [*context, *continuation])[len(context) - 1 : -1]
-    return float(found.gather(1, torch.tensor(continuation)[:, None]).sum())
+    result = logits(scorer, [*context, *continuation])[len(context) - 1 : -1]
+    return float(result.gather(1, torch.tensor(continuation)[:, None]).sum())
 
 
 def figures(mark, columns):
@@ -155,50 +155,50 @@ def test_names_are_alike_in_length_and_change_with_the_scenario(scorer):
 
 def test_what_every_bake_measures_equals_the_model_with_hooks(scorer):
     """Against lm-eval's scorer on the hooked model. The twins are all of those of the whole measure."""
-    edit, tokenizer, said = Edit("down", {1: {3: 4.0, 5: 0.25}}), scorer.tokenizer, []
+    edit, tokenizer, reply = Edit("down", {1: {3: 4.0, 5: 0.25}}), scorer.tokenizer, []
     margins = Remembered(margins_in(scorer.model, tokenizer))
-    quick = measure_quick(scorer.model, tokenizer, edit, "en", margins, said.append)
+    quick = measure_quick(scorer.model, tokenizer, edit, "en", margins, reply.append)
     marks = [decisions_benchmark("en", tokenizer, None, quick=True), measure("associations", scorer, tokenizer)]
     assert [(q.name, q.items) for q in quick] == [("decisions", QUICK_SCENARIOS), ("associations", 60)]
-    for found, mark in zip(quick, marks, strict=True):
+    for result, mark in zip(quick, marks, strict=True):
         before = mark.measure(scorer)
         with hooked(scorer.model, edit):
             after = mark.measure(scorer)
-        assert [figure.name for figure in found.figures] == [figure.name for figure in mark.figures]
+        assert [figure.name for figure in result.figures] == [figure.name for figure in mark.figures]
         for figure in mark.figures:
             expected = change([before], [after], figure.of, mark.clusters)
             tolerance = 1e-9 if figure.unit == "percent" else 1e-4
             values = [float(figure.of(columns.mean(0))) for columns in (before, after)]
-            assert [found[figure.name].before, found[figure.name].after] == pytest.approx(values, abs=tolerance)
-            assert list(found[figure.name].change) == pytest.approx(list(expected), abs=tolerance)
-    assert QuickMeasure.from_dict(quick[0].to_dict()) == quick[0] and said[0].startswith("decisions and associations")
+            assert [result[figure.name].before, result[figure.name].after] == pytest.approx(values, abs=tolerance)
+            assert list(result[figure.name].change) == pytest.approx(list(expected), abs=tolerance)
+    assert QuickMeasure.from_dict(quick[0].to_dict()) == quick[0] and reply[0].startswith("decisions and associations")
     assert quick[1]["margin"].before != quick[1]["margin"].after
     with pytest.raises(KeyError):
         quick[0]["margin"]
 
 
 def test_margins_that_are_known_are_not_computed_again():
-    probes, asked = load_recipe("social-bias").probes[:4], []
+    probes, requests = load_recipe("social-bias").probes[:4], []
 
     def margins(some, edits, temperature):
-        asked.append((len(some), len(edits), temperature))
+        requests.append((len(some), len(edits), temperature))
         return np.arange(float(len(some) * len(edits))).reshape(len(edits), -1)
 
     edit, remembered = Edit("down", {0: {1: 2.0}}), Remembered(margins)
     first = remembered(probes, [None, edit], 1.0)
-    assert (remembered(probes[::-1], [edit, None], 1.0) == first[::-1, ::-1]).all() and len(asked) == 1
+    assert (remembered(probes[::-1], [edit, None], 1.0) == first[::-1, ::-1]).all() and len(requests) == 1
     for edits, temperature in (([None], 2.0), ([None, Edit("down", {0: {2: 2.0}})], 1.0), ([edit] * 3, 1.0)):
         remembered(probes, edits, temperature)
-        assert asked[-1] == (4, len(edits), temperature)
-    assert len(asked) == 4
+        assert requests[-1] == (4, len(edits), temperature)
+    assert len(requests) == 4
 
 
 def test_what_the_model_cannot_read_is_not_measured(scorer):
-    demo, said = (load_model(DEMO, torch.float32), load_tokenizer(DEMO)), []
+    demo, reply = (load_model(DEMO, torch.float32), load_tokenizer(DEMO)), []
     edit = Edit("down", {0: {1: 2.0}})
-    assert measure_quick(*demo, edit, "en", margins_in(*demo), said.append) == ()
-    assert measure_quick(scorer.model, scorer.tokenizer, edit, "nl", margins_in(*demo), said.append) == ()
-    assert all(line.startswith("decisions and associations: not measured: ") for line in said) and len(said) == 2
+    assert measure_quick(*demo, edit, "en", margins_in(*demo), reply.append) == ()
+    assert measure_quick(scorer.model, scorer.tokenizer, edit, "nl", margins_in(*demo), reply.append) == ()
+    assert all(line.startswith("decisions and associations: not measured: ") for line in reply) and len(reply) == 2
 
 
 # ------------------------------------------------------------------------------------------------------- associations
@@ -271,8 +271,8 @@ def bbq(item, answer):
 def test_questions_are_answered_by_the_likeliest_option(scorer):
     mark = measure("questions", scorer, scorer.tokenizer, 12)
     assert len(mark.sizes) == 8 and len(set(mark.clusters)) == 1
-    found = [logprob(scorer, *pair) for pair in mark.pairs]
-    chosen = np.reshape(found, (8, 3)).argmax(1)
+    result = [logprob(scorer, *pair) for pair in mark.pairs]
+    chosen = np.reshape(result, (8, 3)).argmax(1)
     story = next(s for s in _stories() if s.facts == mark.clusters[0].removeprefix("questions "))
     number = _stories().index(story)
     unknown = read_content("questions", "en")["unknown"][number % 3]
@@ -280,8 +280,8 @@ def test_questions_are_answered_by_the_likeliest_option(scorer):
     expected = [bbq(item, answer) for item, answer in zip(items, chosen, strict=True)]
     answered = [[*row] for row in expected]
     for row, item, answer in zip(answered, items, chosen, strict=True):
-        said = float(item.options[answer] != unknown)
-        row[4], row[7] = said * row[0], said * row[1]
+        reply = float(item.options[answer] != unknown)
+        row[4], row[7] = reply * row[0], reply * row[1]
     np.testing.assert_allclose(mark.columns(scorer.score(mark.pairs)), answered)
     text = scorer.tokenizer.decode(mark.pairs[0][0])
     assert all(option in text for option in items[0].options) and items[0].question in text
@@ -363,7 +363,7 @@ def test_regard_equals_its_definition(scorer):
     (prefix,) = mark.prefixes
     groups = list(content.groups.values())
     for g in (0, 3):
-        found, counted = [], []
+        result, counted = [], []
         for k in range(2):
             begun = content.beginning(prefix, groups[g])
             (words,) = continuations(scorer, [scorer.tokenizer(begun)["input_ids"]], [k])
@@ -373,9 +373,9 @@ def test_regard_equals_its_definition(scorer):
                 pairs = scorer.encode_pairs([(frame, f" {word}") for word in (*content.good, *content.bad)])
                 p = [np.exp(logprob(scorer, list(c), list(w))) for c, w in pairs]
                 values.append(np.log(sum(p[:3])) - np.log(sum(p[3:])))
-            found.append(values[0] - values[1])
+            result.append(values[0] - values[1])
             counted.append(content.by_words(words))
-        assert columns[g] == pytest.approx(np.mean(found), abs=40 * PER_TOKEN)
+        assert columns[g] == pytest.approx(np.mean(result), abs=40 * PER_TOKEN)
         assert columns[len(groups) + g] == np.mean(counted)
     assert content.by_words("A kind, honest THIEF lied; unkindly.") == 0 and content.by_words("great great stolen") == 1
     assert mark.take([0]).prefixes == mark.prefixes and mark.kind == "open"
@@ -446,5 +446,5 @@ def test_an_installation_holds_the_words_of_the_measures():
 def test_columns_are_read_from_answers_alone(scorer):
     """The same answers give the same columns for any model: nothing of the base is kept."""
     mark = measure("decisions", scorer, scorer.tokenizer, 1)
-    said = [Answer(-1.0 - 0.01 * i, False, 1) for i in range(len(mark.pairs))]
-    assert mark.read(0, said) == mark.read(0, said) and len(MEASURES) >= 5
+    reply = [Answer(-1.0 - 0.01 * i, False, 1) for i in range(len(mark.pairs))]
+    assert mark.read(0, reply) == mark.read(0, reply) and len(MEASURES) >= 5

@@ -87,8 +87,8 @@ def test_the_search_in_memory_is_the_search_on_disk(chatty, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(chatty), AutoTokenizer.from_pretrained(chatty)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     result = debias(model, tokenizer, "social-bias", settings)
-    asked = Settings(recipe="social-bias", questions=24, quadrature="gauss-2")
-    scores = locate(str(chatty), tmp_path / "s.safetensors", asked)
+    requests = Settings(recipe="social-bias", questions=24, quadrature="gauss-2")
+    scores = locate(str(chatty), tmp_path / "s.safetensors", requests)
     assert torch.equal(torch.tensor(result.scores.values), torch.tensor(scores.values))
     assert (result.scores.p_answers == scores.p_answers).all() and (result.scores.nodes == scores.nodes).all()
     assert result.edit.factors == select(scores, Rule(tau=0.3)).factors and result.edit.base is None

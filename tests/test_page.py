@@ -97,8 +97,8 @@ def test_plots_show_the_figures(report):
     effect, neuron_map, heat, overlap = (Page(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL))
 
     def marks(drawing, tag, kind, *keys):
-        found = [a for a in drawing.all(tag) if a.get("class") == kind]
-        return [tuple(float(a[key]) for key in keys) if len(keys) > 1 else float(a[keys[0]]) for a in found]
+        result = [a for a in drawing.all(tag) if a.get("class") == kind]
+        return [tuple(float(a[key]) for key in keys) if len(keys) > 1 else float(a[keys[0]]) for a in result]
 
     discs, squares = marks(neuron_map, "circle", "first", "cx", "cy"), marks(neuron_map, "rect", "second", "x", "y")
     drawn = np.array([*discs, *((x + 3.5, y + 3.5) for x, y in squares)])  # squares are 7 units wide
@@ -151,9 +151,9 @@ def test_a_sweep_has_its_plot_and_tables(report, page, sweep):
     assert "KL is below 0.1" in swept.text and ("(test) was not scored" in swept.text) == (sweep.test is None)
     assert ("use 2 of this half" in swept.text) == (sweep.test is not None)
     for without in ({}, {"effect": None}):
-        found = replace(report, tuning=sweep, **without)
-        spoiled = Page(render(_spoiled(found)))
-        assert [tag for tag, _ in spoiled.elements] == [tag for tag, _ in Page(render(found)).elements]
+        result = replace(report, tuning=sweep, **without)
+        spoiled = Page(render(_spoiled(result)))
+        assert [tag for tag, _ in spoiled.elements] == [tag for tag, _ in Page(render(result)).elements]
         assert "\x1b" not in spoiled.text and "\u202e" not in spoiled.text
 
 
@@ -163,8 +163,8 @@ def test_a_sweep_has_its_plot_and_tables(report, page, sweep):
 def test_a_sweep_speaks_of_an_effect_only_beyond_every_control(beyond, confirmed, state, report):
     """Of two tasks: one that goes beyond every control does not speak for the other."""
     rows = (SWEEP.test[0], replace(SWEEP.test[0], beyond=beyond))
-    found = replace(report, effect=None, tuning=replace(SWEEP, test=rows, confirmed=confirmed))
-    assert {line.about: line.state for line in found.verdicts}["effect on bias"] == state
+    result = replace(report, effect=None, tuning=replace(SWEEP, test=rows, confirmed=confirmed))
+    assert {line.about: line.state for line in result.verdicts}["effect on bias"] == state
 
 
 def test_it_asks_for_nothing(page, report):
@@ -358,22 +358,22 @@ def axe(tmp_path_factory):
 def shown(browser, address, width=390, scheme="light"):
     """The page as shown: (page of the browser, what it logged, what it asked for)."""
     with browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme) as context:
-        view, logged, asked = context.new_page(), [], []
+        view, logged, requests = context.new_page(), [], []
         view.on("console", lambda message: logged.append(message.text))
         view.on("pageerror", lambda error: logged.append(str(error)))
-        view.on("request", lambda request: asked.append(request.url))
+        view.on("request", lambda request: requests.append(request.url))
         view.goto(address)
-        yield view, logged, asked
+        yield view, logged, requests
 
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_shown_without_error_request_or_sideways_scrolling(width, scheme, browser, address):
-    with shown(browser, address, width, scheme) as (view, logged, asked):
+    with shown(browser, address, width, scheme) as (view, logged, requests):
         assert view.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         ground = view.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
-        assert logged == [] and asked == [address]
+        assert logged == [] and requests == [address]
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -382,8 +382,8 @@ def test_accessibility(width, scheme, browser, address, axe):
     with shown(browser, address, width, scheme) as (view, _, _):
         view.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
         view.evaluate(axe)
-        found = view.evaluate("axe.run()")
-        assert [(v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == [] and len(found["passes"]) > 20
+        result = view.evaluate("axe.run()")
+        assert [(v["id"], v["nodes"][0]["html"]) for v in result["violations"]] == [] and len(result["passes"]) > 20
 
 
 def test_the_checker_finds_what_is_wrong(browser, address, axe):

@@ -29,32 +29,32 @@ def _tokenizer(*words):
 
 
 def _texts(tokenizer, answers):
-    found = answer_tokens(tokenizer, answers)
-    for surfaces in found.values():
+    result = answer_tokens(tokenizer, answers)
+    for surfaces in result.values():
         assert [tokenizer.convert_ids_to_tokens(i) for i in surfaces.values()] == [s.rstrip("…") for s in surfaces]
-    return {answer: set(surfaces) for answer, surfaces in found.items()}
+    return {answer: set(surfaces) for answer, surfaces in result.items()}
 
 
 def test_every_single_token_that_reads_as_the_answer():
     tokenizer = _tokenizer("yes", "Yes", "Ġyes", "ĠYES", "ĠYes", "no", "No", "Ġno", "ĠNo", "Ġnorth", "yesterday")
-    found = _texts(tokenizer, ("yes", "no"))
-    assert found == {"yes": {"yes", "Yes", "Ġyes", "ĠYES", "ĠYes"}, "no": {"no", "No", "Ġno", "ĠNo"}}
+    result = _texts(tokenizer, ("yes", "no"))
+    assert result == {"yes": {"yes", "Yes", "Ġyes", "ĠYES", "ĠYes"}, "no": {"no", "No", "Ġno", "ĠNo"}}
 
 
 def test_the_first_of_several_tokens():
     tokenizer = _tokenizer("Ġne", "Ġja", "ĠJa", "Ja", "ja", "Ne", "ne")
-    found = _texts(tokenizer, ("ja", "nein"))
+    result = _texts(tokenizer, ("ja", "nein"))
     assert tokenizer.tokenize(" Nein")[0] == "Ġ"  # a space alone says nothing
-    assert found == {"ja": {"Ja", "Ġja", "ja", "ĠJa"}, "nein": {"ne…", "Ġne…", "Ne…"}}
+    assert result == {"ja": {"Ja", "Ġja", "ja", "ĠJa"}, "nein": {"ne…", "Ġne…", "Ne…"}}
 
 
 def test_other_words_that_mean_an_answer():
     """Each token once, though "nope" begins with "no", and none that begins words for both answers."""
     tokenizer = _tokenizer("yes", "Ġyes", "no", "Ġno", "No", "true", "Ġtrue", "so")
     plain = answer_tokens(tokenizer, ("yes", "no"))
-    found = answer_tokens(tokenizer, ("yes", "no"), also={"yes": ["true", "so far"], "no": ["nope", "sooth"]})
-    assert set(found["yes"]) == {*plain["yes"], "true", "Ġtrue", "T…"}
-    assert found["no"] == plain["no"] and len(set(found["no"].values())) == len(found["no"])
+    result = answer_tokens(tokenizer, ("yes", "no"), also={"yes": ["true", "so far"], "no": ["nope", "sooth"]})
+    assert set(result["yes"]) == {*plain["yes"], "true", "Ġtrue", "T…"}
+    assert result["no"] == plain["no"] and len(set(result["no"].values())) == len(result["no"])
 
 
 def test_neither_half_a_character_nor_a_beginning_that_two_answers_share():
@@ -68,8 +68,8 @@ def test_neither_half_a_character_nor_a_beginning_that_two_answers_share():
 def test_answers_by_hand():
     tokenizer = _tokenizer("yes", "no", "ĠNo")
     ids = {word: tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no", "ĠNo")}
-    found = answer_tokens(tokenizer, ("yes", "no"), {"yes": ["yes"], "no": ["no", " No"]})
-    assert found == {"yes": {"yes": ids["yes"]}, "no": {"no": ids["no"], " No": ids["ĠNo"]}}
+    result = answer_tokens(tokenizer, ("yes", "no"), {"yes": ["yes"], "no": ["no", " No"]})
+    assert result == {"yes": {"yes": ids["yes"]}, "no": {"no": ids["no"], " No": ids["ĠNo"]}}
     for fixed, message in (({"yes": ["yes"]}, "no surface form for 'no'"), ({"yes": ["yes no"]}, "tokens in this")):
         with pytest.raises(InputError, match=message):
             answer_tokens(tokenizer, ("yes", "no"), fixed)

@@ -86,8 +86,8 @@ def test_the_second_proof_alone_finds(fault, doubled, tmp_path):
     base, edit = Checkpoint.open(doubled / "base"), Edit("down", {1: {5: 2.0, 7: 2.0}, 2: {0: 2.0, 9: 2.0}})
     sound = behaviour_proof(Plan.of(base, edit), Checkpoint.open(doubled / "out"))
     assert all(proof.bit_equal for proof in sound) and [proof.greedy for proof in sound] == [1.0, None]
-    found = behaviour_proof(Plan.of(base, edit), Checkpoint.open(tmp_path / "out"))
-    assert not found[0].holds and found[0].dtype == "float32"
+    result = behaviour_proof(Plan.of(base, edit), Checkpoint.open(tmp_path / "out"))
+    assert not result[0].holds and result[0].dtype == "float32"
 
 
 def test_two_models_are_never_in_memory(doubled, monkeypatch):
@@ -109,12 +109,12 @@ def test_what_both_models_continue(doubled):
     """Greedy, by a plain loop over the base with hooks, text by text."""
     prompts = [[5, 9, 30, 2], [7, 7, 41]]
     model = tiny_model("llama")
-    found = Texts.continued(model, prompts)
-    for row, ids in zip(found.rows, prompts, strict=True):
+    result = Texts.continued(model, prompts)
+    for row, ids in zip(result.rows, prompts, strict=True):
         assert row[: len(ids)] == ids
         for length in range(len(ids), len(row)):
             assert row[length] == int(model(torch.tensor([row[:length]])).logits[0, -1].argmax())
-    assert [where.tolist() for where in found.written] == [list(range(3, 11)), list(range(14, 22))]
+    assert [where.tolist() for where in result.written] == [list(range(3, 11)), list(range(14, 22))]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2", "gemma3_text", "phi3"])
@@ -140,10 +140,10 @@ def test_a_widened_projection_of_many_blocks_is_the_product_in_float32(rows):
     ids = torch.randint(3, 90, (1, rows), generator=torch.Generator().manual_seed(rows))
     with torch.no_grad():
         with widened(model):
-            found = model(ids, use_cache=False).logits
-        assert model.lm_head.weight.dtype == torch.bfloat16 and found.dtype == torch.float32
+            result = model(ids, use_cache=False).logits
+        assert model.lm_head.weight.dtype == torch.bfloat16 and result.dtype == torch.float32
         wanted = model.double()(ids, use_cache=False).logits
-    assert float((found - wanted).abs().max() / wanted.std()) < 1e-5
+    assert float((result - wanted).abs().max() / wanted.std()) < 1e-5
 
 
 def test_a_limit_of_memory_says_how_models_run(tmp_path):

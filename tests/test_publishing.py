@@ -256,8 +256,8 @@ def test_what_nobody_expected_has_a_status_of_its_own(failure, status, message, 
     monkeypatch.setattr("kbne_edit.commands.cli.main", fails)
     with pytest.raises(SystemExit) as ended:
         main()
-    said = capsys.readouterr().err
-    assert ended.value.code == status and message in said and "Traceback" not in said and len(said.splitlines()) == 1
+    reply = capsys.readouterr().err
+    assert ended.value.code == status and message in reply and "Traceback" not in reply and len(reply.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number, status", [(errno.ENOSPC, 3), (errno.EIO, 3), (errno.EACCES, 2), (errno.ENOENT, 2)])

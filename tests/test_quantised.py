@@ -55,11 +55,11 @@ def by_library(path, dtype, **options):
 def logits(model, factors=None):
     """Logits, the inputs of the down-projections multiplied by hooks. factors: {layer: {neuron: factor}}."""
     handles = []
-    for layer, found in (factors or {}).items():
+    for layer, actual in (factors or {}).items():
 
-        def scale(module, args, found=found):
+        def scale(module, args, actual=actual):
             h = args[0].clone()
-            for neuron, factor in found.items():
+            for neuron, factor in actual.items():
                 h[..., neuron] *= factor
             return (h,)
 
@@ -118,11 +118,11 @@ def test_rows_of_group_scales(kind, factor, tmp_path):
     """Against the integers and scales as they were before they were packed."""
     wanted = quantised.write(kind, tmp_path / "base", num_hidden_layers=2)
     fold(tmp_path / "base", edit_of(factor), tmp_path / "out")
-    found = Checkpoint.open(tmp_path / "out")
+    result = Checkpoint.open(tmp_path / "out")
     wanted["model.layers.0.mlp.up_proj"][list(NEURONS)] *= factor
     wanted["model.layers.1.mlp.up_proj"][3] *= factor
     for name, value in wanted.items():
-        assert torch.equal(torch.tensor(found.read_plain(f"{name}.weight")), value), name
+        assert torch.equal(torch.tensor(result.read_plain(f"{name}.weight")), value), name
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes/int8", "bitsandbytes/nf4", "torchao/int8", "torchao/fp8", "hqq/axis1"])
@@ -340,10 +340,10 @@ def test_gpt_oss_is_read_as_transformers_does(tmp_path):
     from transformers import Mxfp4Config
 
     wanted = quantised.write("mxfp4/experts", tmp_path)
-    found = Checkpoint.open(tmp_path)
+    result = Checkpoint.open(tmp_path)
     model = by_library(tmp_path, torch.float32, quantization_config=Mxfp4Config(dequantize=True))
     for name, value in wanted.items():
-        assert torch.equal(torch.tensor(found.read_plain(name)), value), name
+        assert torch.equal(torch.tensor(result.read_plain(name)), value), name
         assert torch.equal(model.get_parameter(name).float(), value), name
 
 
@@ -418,9 +418,9 @@ def test_gate_and_up_in_one_matrix(site, tmp_path):
     first = 0 if site == "gate" else quantised.SIZES["intermediate_size"]
     wanted["model.layers.0.mlp.gate_up_proj"][[first + neuron for neuron in NEURONS]] *= 2
     wanted["model.layers.1.mlp.gate_up_proj"][first + 3] *= 2
-    found = Checkpoint.open(tmp_path / "out")
+    result = Checkpoint.open(tmp_path / "out")
     for name, value in wanted.items():
-        assert torch.equal(torch.tensor(found.read_plain(f"{name}.weight")), value), name
+        assert torch.equal(torch.tensor(result.read_plain(f"{name}.weight")), value), name
     proofs = verify(tmp_path / "base", tmp_path / "out")
     assert proofs.ok and all(proof.bit_equal for proof in proofs.behaviour)
 

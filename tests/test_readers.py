@@ -275,9 +275,9 @@ def test_llama_cpp_converts_it(served, tmp_path):
     )
     to = tmp_path / "out.gguf"
     subprocess.run([sys.executable, "-c", script, os.environ["CONVERT_HF_TO_GGUF"], served, to], check=True)
-    found = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(to).tensors}
+    result = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(to).tensors}
     expected = AutoModelForCausalLM.from_pretrained(served, dtype=torch.float32).state_dict()
-    assert len(found) == len(expected)
+    assert len(result) == len(expected)
     for layer in range(4):
         weight = expected[f"model.layers.{layer}.mlp.down_proj.weight"].numpy()
-        assert np.array_equal(found[f"blk.{layer}.ffn_down.weight"], weight)
+        assert np.array_equal(result[f"blk.{layer}.ffn_down.weight"], weight)

@@ -48,12 +48,12 @@ def _check(tmp_path, old="", new=""):
 
 
 def test_an_even_recipe_has_nothing_to_note(tmp_path):
-    found = _check(tmp_path)
-    assert found.notes == () and found.uneven_subsets == found.uneven_groups == ()
-    assert found.questions.always == found.controls.always == {"yes": 0.5, "no": 0.5}
-    assert found.questions.count == 8 and found.controls.count == 4 and found.twins == {"x": 3, "y": 3}
-    assert found.questions.opening == found.controls.opening == 0.5
-    assert [length.ratio for length in found.lengths] == [1, 1]
+    result = _check(tmp_path)
+    assert result.notes == () and result.uneven_subsets == result.uneven_groups == ()
+    assert result.questions.always == result.controls.always == {"yes": 0.5, "no": 0.5}
+    assert result.questions.count == 8 and result.controls.count == 4 and result.twins == {"x": 3, "y": 3}
+    assert result.questions.opening == result.controls.opening == 0.5
+    assert [length.ratio for length in result.lengths] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_an_even_recipe_has_nothing_to_note(tmp_path):
     ],
 )
 def test_what_is_out_of_balance_is_noted(tmp_path, old, new, note):
-    found = _check(tmp_path, old, new)
-    assert [text for text in found.notes if note in text], found.notes
+    result = _check(tmp_path, old, new)
+    assert [text for text in result.notes if note in text], result.notes
 
 
 def test_a_dimension_without_twins_and_a_recipe_without_controls_are_noted(tmp_path):
@@ -102,15 +102,15 @@ def test_a_dimension_without_twins_and_a_recipe_without_controls_are_noted(tmp_p
     assert "dimension y has no twins" in check_recipe(load_recipe(tmp_path / "r.yaml")).notes
     text = EVEN.partition("controls:")[0] + "probes:" + EVEN.partition("probes:")[2]
     (tmp_path / "r.yaml").write_text(text)
-    found = check_recipe(load_recipe(tmp_path / "r.yaml"))
-    assert found.controls.count == 0 and "there are no controls" in found.notes[0] and len(found.notes) == 1
+    result = check_recipe(load_recipe(tmp_path / "r.yaml"))
+    assert result.controls.count == 0 and "there are no controls" in result.notes[0] and len(result.notes) == 1
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shortcuts_are_what_plain_counting_finds(name):
     recipe = load_recipe(name)
-    found = check_recipe(recipe)
-    for side, shares in ((recipe.questions, found.questions), (recipe.controls, found.controls)):
+    result = check_recipe(recipe)
+    for side, shares in ((recipe.questions, result.questions), (recipe.controls, result.controls)):
         for answer in recipe.answers:
             assert shares.always[answer] == sum(q.answer == answer for q in side) / len(side)
         best = 0.0

@@ -37,16 +37,16 @@ def test_a_recipe_is_balanced_and_its_controls_match(name):
     texts = Counter(" ".join(q.text.casefold().split()) for q in recipe.ask(len(questions)))
     assert [text for text, count in texts.items() if count > 1] == []
     for count in (*recipe.subsets, len(questions)):
-        asked = recipe.ask(count)
-        kinds = [Counter((q.form, q.answer) for q in asked if q.control == control) for control in (False, True)]
-        shares = [{kind: n / sum(found.values()) for kind, n in found.items()} for found in kinds]
+        requests = recipe.ask(count)
+        kinds = [Counter((q.form, q.answer) for q in requests if q.control == control) for control in (False, True)]
+        shares = [{kind: n / sum(result.values()) for kind, n in result.items()} for result in kinds]
         assert shares[0] == pytest.approx(shares[1]) and {answer for _, answer in shares[0]} == set(recipe.answers)
-        among = Counter(q.answer for q in asked)
+        among = Counter(q.answer for q in requests)
         if name in OLDER:
-            assert min(among.values()) >= len(asked) / 3  # no answer is right nearly everywhere
+            assert min(among.values()) >= len(requests) / 3  # no answer is right nearly everywhere
         else:
             assert len(set(among.values())) == 1
-        assert len(set(Counter(q.dimension for q in asked if not q.control).values())) == 1
+        assert len(set(Counter(q.dimension for q in requests if not q.control).values())) == 1
     assert not {q.dimension for q in questions} & {q.dimension for q in controls}
     assert recipe.ask(None)  # the default number of questions is one of its sizes
 
@@ -62,8 +62,8 @@ def test_neither_an_answer_nor_the_opening_words_give_a_question_away(name):
 
 def _gives_nothing_away(recipe):
     for count in (*recipe.subsets, len(recipe.questions)):
-        asked = recipe.ask(count)
-        for side in ([q for q in asked if not q.control], [q for q in asked if q.control]):
+        requests = recipe.ask(count)
+        for side in ([q for q in requests if not q.control], [q for q in requests if q.control]):
             for length in (1, 2, 3):
                 answers = {}
                 for question in side:
@@ -100,12 +100,12 @@ def test_a_twin_differs_in_one_word(name):
     for question in recipe.questions:
         one, other = question.text.split(), question.twin.split()
         assert len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) == 1
-    asked, count = recipe.ask(24), 24
-    twins = asked[count : 2 * count]
+    requests, count = recipe.ask(24), 24
+    twins = requests[count : 2 * count]
     assert [(t.text, t.answer, t.form, t.dimension) for t in twins] == [
-        (q.twin, q.answer, q.form, q.dimension) for q in asked[:count]
+        (q.twin, q.answer, q.form, q.dimension) for q in requests[:count]
     ]
-    assert all(t.control and not t.twin for t in twins) and asked[2 * count :] == recipe.controls[:count]
+    assert all(t.control and not t.twin for t in twins) and requests[2 * count :] == recipe.controls[:count]
     words = [[set(text.split()) for text in (q.text, q.twin)] for q in recipe.questions]
     groups, others = ({word for pair in words for word in pair[i] - pair[1 - i]} for i in (0, 1))
     assert not groups & others
@@ -358,12 +358,12 @@ def test_other_words_of_an_answer():
         return Recipe.from_dict(yaml.load(head + also + items, Loader=yaml.BaseLoader) | {"kbne_recipe": 1})
 
     assert read("").also == {} and read("also: {'no': [nope, never]}\n").also == {"no": ("nope", "never")}
-    for also, said in (
+    for also, reply in (
         ("also: {'no': [nope], 'yes': [NOPE]}\n", "a word means two answers"),
         ("also: {'no': [' Yes']}\n", "a word means two answers"),
         ("also: {maybe: [perhaps]}\n", "also: unknown key 'maybe'"),
         ("also: [nope]\n", "also must map answers"),
     ):
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError, match=reply):
             read(also)
     assert load_recipe("social-bias-zh").also["否"] == ("不", "不是", "不对")

@@ -62,14 +62,14 @@ def test_manifest_card_report_and_verdict_follow(measured, copy, debiased):
     weights = (copy / "model.safetensors").stat()
     record_evaluation(copy, measured, "demo")
     summary = json.loads((copy / "kbne_edit.json").read_text())["summary"]
-    found, before = report(copy), report(debiased)
-    assert summary["verdict"] == measured.verdict.to_dict() == found.to_dict()["verdict"]
+    result, before = report(copy), report(debiased)
+    assert summary["verdict"] == measured.verdict.to_dict() == result.to_dict()["verdict"]
     assert summary["evaluations"] == [measured.kept().to_dict()] and not before.evaluations
     assert summary["effect"] == measured.impact.effect.to_dict()
     assert summary["selection"] == Manifest.read(debiased).summary["selection"]
     card = (copy / "README.md").read_text()
     assert "probes (8)" in card and "knowledge (8)" in card and "probes (8)" not in (debiased / "README.md").read_text()
-    html = found.html()
+    html = result.html()
     assert "<h3>Benchmarks</h3>" in html and "knowledge, accuracy (%)" in html
     for row in measured.tasks["probes"].figures.values():
         assert f"{row.values['edit']:.{row.figure.digits}f}" in html
@@ -133,15 +133,15 @@ def test_one_verdict_from_every_place(factor, debiased, tmp_path):
 @pytest.mark.parametrize("form", ["delta", "peft"])
 def test_an_adapter_and_a_delta_take_one(form, tmp_path):
     bake("demo", tmp_path / form, edit=EDIT, output=Output(form=form), checks=Checks(measure=False))
-    found = evaluate(
+    result = evaluate(
         "demo", baked=tmp_path / form, measurement=Measurement(tasks=["knowledge"], limit=4), controls=Controls(draws=1)
     )
-    assert found.how == "hooks" and found.edit.factors == EDIT.factors
-    record_evaluation(tmp_path / form, found, "demo")
+    assert result.how == "hooks" and result.edit.factors == EDIT.factors
+    record_evaluation(tmp_path / form, result, "demo")
     manifest = Manifest.read(tmp_path / form)
-    assert manifest.summary["verdict"] == found.verdict.to_dict() and manifest.recipe.name == "demo"
+    assert manifest.summary["verdict"] == result.verdict.to_dict() and manifest.recipe.name == "demo"
     assert card_fault(tmp_path / form, manifest) == "" == card_fault(tmp_path / form, manifest, DEMO)
-    assert report(tmp_path / form).evaluations == (found.kept(),)
+    assert report(tmp_path / form).evaluations == (result.kept(),)
 
 
 def _run(*args):
@@ -156,9 +156,9 @@ def test_the_command_records_into_the_directory(copy, tmp_path, monkeypatch):
     before = (copy / "kbne_edit.json").read_bytes()
     assert _run("evaluate", copy, *common, "--no-record").exit_code == 0
     assert (copy / "kbne_edit.json").read_bytes() == before
-    said = _run("evaluate", copy, *common, "--json").stdout
+    reply = _run("evaluate", copy, *common, "--json").stdout
     kept = Manifest.read(copy).summary
-    assert json.loads(said)["verdict"] == kept["verdict"] and set(kept["verdict"]) >= set(PARTS)
+    assert json.loads(reply)["verdict"] == kept["verdict"] and set(kept["verdict"]) >= set(PARTS)
     edit = tmp_path / "e.json"
     Manifest.read(copy).edit.save(edit)
     assert _run("evaluate", "--edit", edit, "--into", copy, *common, "--limit", 3).exit_code == 0

@@ -78,15 +78,15 @@ def test_attribution_of_each_neuron(report, debiased):
     groups, relative, counts = _by_hand(scores)
     edit = Edit.load(debiased.parent / "debiased.work" / "edit.json")
     assert [(n["layer"], n["neuron"], n["factor"]) for n in report["neurons"]] == [
-        (layer, neuron, factor) for layer, found in edit.factors.items() for neuron, factor in found.items()
+        (layer, neuron, factor) for layer, result in edit.factors.items() for neuron, factor in result.items()
     ]
     by_controls = counts[groups["controls"]].sum(0) >= 1  # a tenth of nine
     for n in report["neurons"]:
         at = n["layer"], n["neuron"]
-        for name, asked in groups.items():
-            found = n["controls"] if name == "controls" else n["dimensions"][name]
-            assert found["score"] == pytest.approx(np.mean([relative[q][at] for q in asked]), abs=1e-6)
-            assert found["counts"] == pytest.approx(np.mean([counts[q][at] for q in asked]), abs=1e-6)
+        for name, requests in groups.items():
+            result = n["controls"] if name == "controls" else n["dimensions"][name]
+            assert result["score"] == pytest.approx(np.mean([relative[q][at] for q in requests]), abs=1e-6)
+            assert result["counts"] == pytest.approx(np.mean([counts[q][at] for q in requests]), abs=1e-6)
         assert n["selected_by_controls"] == by_controls[at]
         best = sorted(range(len(relative)), key=lambda q: (-relative[q][at], q))[:3]
         assert [q["text"] for q in n["questions"]] == [scores.questions[q].text for q in best]
@@ -98,11 +98,11 @@ def test_map_and_overlap(report, debiased):
     scores = load_scores(debiased.parent / "debiased.work" / "scores.safetensors")
     groups, relative, counts = _by_hand(scores)
     for row in report["map"]["mass"]:
-        asked = groups["controls" if row["controls"] else row["dimension"]]
-        shares = [np.clip(relative[q], 0, None).sum(1) / np.clip(relative[q], 0, None).sum() for q in asked]
+        requests = groups["controls" if row["controls"] else row["dimension"]]
+        shares = [np.clip(relative[q], 0, None).sum(1) / np.clip(relative[q], 0, None).sum() for q in requests]
         assert row["layers"] == pytest.approx(np.mean(shares, 0), abs=1e-5)
     best = max(report["map"]["strongest"], key=lambda s: s["score"])
-    means = {name: relative[asked].mean(0) for name, asked in groups.items() if name != "controls"}
+    means = {name: relative[requests].mean(0) for name, requests in groups.items() if name != "controls"}
     assert best["score"] == pytest.approx(max(float(m.max()) for m in means.values()), abs=1e-6)
     sets = report["overlap"]["sets"]
     masks = [counts[groups[s["dimension"] or "controls"]].any(0) for s in sets]  # a tenth of three, and of nine, is one
@@ -122,8 +122,8 @@ def test_tokens_against_the_model_itself(name, tmp_path):
     model.save_pretrained(tmp_path / "base")
     fold(tmp_path / "base", Edit("down", {1: {5: 2.0, 40: 0.0}}), tmp_path / "out")
     checkpoint = Checkpoint.open(tmp_path / "out")
-    found = columns(checkpoint, Edit.from_dict(read_manifest(tmp_path / "out")["edit"]))
-    tokens = written(checkpoint, found, None, 4)
+    result = columns(checkpoint, Edit.from_dict(read_manifest(tmp_path / "out")["edit"]))
+    tokens = written(checkpoint, result, None, 4)
     ((down, *_),) = places(model, "down")[1]
     one = torch.eye(48)[[5, 40]]
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_tokens_against_the_model_itself(name, tmp_path):
         logits = head(norm(expected)) - head(norm(torch.zeros_like(expected)))
     z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, correction=0, keepdim=True)
     for row, neuron in enumerate([(1, 5), (1, 40)]):
-        torch.testing.assert_close(torch.from_numpy(np.array(found[neuron])), expected[row], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(np.array(result[neuron])), expected[row], atol=1e-6, rtol=1e-5)
         for (ids, values), largest in (
             (zip(*tokens[neuron][0], strict=True), True),
             (zip(*tokens[neuron][1], strict=True), False),
@@ -152,20 +152,20 @@ def test_columns_of_experts(name, tmp_path):
     first = places(model, "down")[layer][0]
     neuron = 2 * first.neurons + 7  # the eighth of the third expert
     fold(tmp_path / "base", Edit("down", {layer: {neuron: 2.0, 3: 2.0}}), tmp_path / "out")
-    found = columns(Checkpoint.open(tmp_path / "out"), Edit("down", {layer: {neuron: 2.0, 3: 2.0}}))
+    result = columns(Checkpoint.open(tmp_path / "out"), Edit("down", {layer: {neuron: 2.0, 3: 2.0}}))
     weight = first.module.down_proj.detach()  # [E, D, F], or in two families [E, F, D]
     expected = weight[2][7] if name in ("gpt_oss", "llama4_text") else weight[2][:, 7]
-    assert torch.equal(torch.from_numpy(np.array(found[layer, neuron])), expected)
+    assert torch.equal(torch.from_numpy(np.array(result[layer, neuron])), expected)
 
 
 def test_columns_of_an_edit_at_the_gate(tmp_path):
     model = tiny_model("phi3", torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     fold(tmp_path / "base", Edit("gate", {0: {3: 2.0}, 2: {9: 4.0}}), tmp_path / "out")
-    found = columns(Checkpoint.open(tmp_path / "out"), Edit("gate", {0: {3: 2.0}, 2: {9: 4.0}}))
+    result = columns(Checkpoint.open(tmp_path / "out"), Edit("gate", {0: {3: 2.0}, 2: {9: 4.0}}))
     for layer, neuron in ((0, 3), (2, 9)):
         expected = model.model.layers[layer].mlp.down_proj.weight[:, neuron].float()
-        assert torch.equal(torch.from_numpy(found[layer, neuron]), expected)
+        assert torch.equal(torch.from_numpy(result[layer, neuron]), expected)
 
 
 def test_tokens_in_pieces_and_of_a_padded_unembedding(monkeypatch, tmp_path):
@@ -173,12 +173,12 @@ def test_tokens_in_pieces_and_of_a_padded_unembedding(monkeypatch, tmp_path):
     edit = Edit("down", {1: {5: 2.0}, 2: {1: 2.0}})
     fold(tmp_path / "base", edit, tmp_path / "out")
     checkpoint = Checkpoint.open(tmp_path / "out")
-    found = columns(checkpoint, edit)
-    whole, known = written(checkpoint, found, None, 5), set(range(0, 97, 2))
-    even = written(checkpoint, found, known, 5)
+    result = columns(checkpoint, edit)
+    whole, known = written(checkpoint, result, None, 5), set(range(0, 97, 2))
+    even = written(checkpoint, result, known, 5)
     assert {index for ends in even.values() for pairs in ends for index, _ in pairs} <= known
     monkeypatch.setattr("kbne_edit.reporting.lens.STEP", 7 * 32 * 4)  # seven rows at once
-    assert written(checkpoint, found, None, 5) == whole and written(checkpoint, found, known, 5) == even
+    assert written(checkpoint, result, None, 5) == whole and written(checkpoint, result, known, 5) == even
 
 
 def test_token_texts_are_those_of_the_tokenizer(debiased):
@@ -202,12 +202,12 @@ def test_figures_of_the_run_are_those_of_its_manifest(report, debiased):
 
 def test_without_scores_what_the_run_wrote_down_is_said(copy, report):
     made = contents.report(copy)
-    found = valid(made)
-    assert found["map"] is None and found["controls_overlap"] == report["controls_overlap"] > 0
-    assert [v for v in found["verdicts"] if v["about"] == "specific to bias"] == [
+    result = valid(made)
+    assert result["map"] is None and result["controls_overlap"] == report["controls_overlap"] > 0
+    assert [v for v in result["verdicts"] if v["about"] == "specific to bias"] == [
         v for v in report["verdicts"] if v["about"] == "specific to bias"
     ]
-    assert found["further"]["selection"] == read_manifest(copy)["summary"]["selection"]
+    assert result["further"]["selection"] == read_manifest(copy)["summary"]["selection"]
     assert "&quot;controls_overlap&quot;" in made.html()
 
 
@@ -236,8 +236,8 @@ def test_the_verdict_on_the_effect(state, share, shown, said, made):
     """The page takes state and reason from the verdict on record, and makes none of its own."""
     verdict = replace(made.verdict, effect=Part(state, "the reason"))
     changed = replace(made, verdict=verdict, effect=replace(made.effect, preferred=Pair(*share)))
-    (found,) = (line for line in changed.verdicts if line.about == "effect on bias")
-    assert found.state == shown and said in found.text
+    (result,) = (line for line in changed.verdicts if line.about == "effect on bias")
+    assert result.state == shown and said in result.text
     page = changed.html()
     assert said in page and f">{state}</b></th><td" in page and "the reason" in page
     assert f"<strong>{verdict.ship.capitalize()}.</strong>" in page
@@ -310,13 +310,13 @@ def test_an_adapter_and_a_delta_have_a_report(form, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     edit = Edit("down", {1: {5: 2.0, 9: 2.0}, 2: {1: 4.0}})
     bake(tmp_path / "base", tmp_path / "out", edit=edit, output=Output(form=form), checks=Checks(measure=False))
-    found = contents.report(tmp_path / "out")
-    data = valid(found)
-    assert (found.form, data["model"]["layers"], data["edit"]["neurons"]) == (form, None, 3)
+    result = contents.report(tmp_path / "out")
+    data = valid(result)
+    assert (result.form, data["model"]["layers"], data["edit"]["neurons"]) == (form, None, 3)
     assert data["edit"]["layers"] == [{"layer": 1, "neurons": 2}, {"layer": 2, "neurons": 1}]
-    assert found.hashes.checked
+    assert result.hashes.checked
     assert compare(tmp_path / "out", edit).pairs[0].jaccard == 1
-    page = found.html()
+    page = result.html()
     assert "3 feed-forward neurons in 2 layers" in page and "Not measured" in page and "No tokens are shown" in page
 
 
@@ -324,22 +324,22 @@ def test_an_edit_with_many_factors_is_told_by_their_distribution(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     factors = {layer: {n: 1.5 + n / 100 + layer for n in range(40)} for layer in range(3)}
     fold(tmp_path / "base", Edit("down", factors), tmp_path / "out")
-    found = contents.report(tmp_path / "out")
-    bars = valid(found)["edit"]["histogram"]
+    result = contents.report(tmp_path / "out")
+    bars = valid(result)["edit"]["histogram"]
     flat = [f for of in factors.values() for f in of.values()]
     assert bars[0]["low"] == pytest.approx(min(flat)) and bars[-1]["high"] == pytest.approx(max(flat))
     for bar in bars[:-1]:
         assert bar["neurons"] == sum(bar["low"] <= f < bar["high"] for f in flat)
-    assert sum(bar["neurons"] for bar in bars) == 120 and "Distribution of the factors" in found.html()
+    assert sum(bar["neurons"] for bar in bars) == 120 and "Distribution of the factors" in result.html()
 
 
 def test_of_very_many_neurons_those_furthest_from_one_have_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "MOST", 2)
     tiny_model("llama").save_pretrained(tmp_path / "base")
     fold(tmp_path / "base", Edit("down", {0: {1: 1.25, 2: 8.0}, 2: {7: -3.0, 8: 1.5}}), tmp_path / "out")
-    found = contents.report(tmp_path / "out")
-    assert [(row.layer, row.neuron) for row in found.neurons] == [(0, 2), (2, 7)]
-    assert found.edit.neurons == 4 and all(row.tokens for row in found.neurons) and "furthest from 1" in found.html()
+    result = contents.report(tmp_path / "out")
+    assert [(row.layer, row.neuron) for row in result.neurons] == [(0, 2), (2, 7)]
+    assert result.edit.neurons == 4 and all(row.tokens for row in result.neurons) and "furthest from 1" in result.html()
 
 
 def test_another_selection_than_the_one_on_record_is_said(copy, debiased):
@@ -355,8 +355,8 @@ def test_wrong_answers_that_were_left_out_are_left_out_again(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     base = Checkpoint.open(tmp_path / "base").fingerprint()
     made = _scores_file(tmp_path / "scores.safetensors", base, (3, 48), 0, wrong=(1, 6))
-    found = {"select": {"rule": "paper", "tau": 0.4, "beta": 0.1, "combine": "union", "questions": 5, "controls": 5}}
-    fold(tmp_path / "base", Edit("down", {1: {5: 2.0}}, base, found), tmp_path / "out")
+    result = {"select": {"rule": "paper", "tau": 0.4, "beta": 0.1, "combine": "union", "questions": 5, "controls": 5}}
+    fold(tmp_path / "base", Edit("down", {1: {5: 2.0}}, base, result), tmp_path / "out")
     report = valid(contents.report(tmp_path / "out", tmp_path / "scores.safetensors"))
     assert report["selection"]["wrong_left_out"] and report["selection"]["questions"] == 5
     relative = made / made.max((1, 2), keepdims=True)
@@ -482,9 +482,9 @@ def test_a_7b_sized_edit_is_a_page_below_three_megabytes(tmp_path):
     chosen = rng.choice(layers * neurons, 400, False).tolist()
     factors = {layer: {n % neurons: 2.0 for n in chosen if n // neurons == layer} for layer in range(layers)}
     fold(tmp_path / "base", Edit("down", factors, base), tmp_path / "out")
-    found = contents.report(tmp_path / "out", tmp_path / "scores.safetensors")
-    valid(found)
-    page = found.html()
+    result = contents.report(tmp_path / "out", tmp_path / "scores.safetensors")
+    valid(result)
+    page = result.html()
     assert page.count("question 0 ?") > 0 and page.count("\n<tr>") > 800 and len(page.encode()) < 3_000_000
 
 
@@ -501,9 +501,9 @@ def test_compare_against_sets(tmp_path, debiased):
     a.save(tmp_path / "a.json")
     Edit("gate", {0: {2: 2.0}}, base="0" * 64).save(tmp_path / "b.json")
     done = run("compare", tmp_path / "a.json", tmp_path / "b.json", debiased, "--json")
-    found = parsed("compare", done.stdout)
-    assert [e["neurons"] for e in found["edits"]] == [3, 1, read_manifest(debiased)["proofs"]["edit"]["neurons"]]
-    assert len(found["pairs"]) == 3 and len(found["notes"]) == 2
+    result = parsed("compare", done.stdout)
+    assert [e["neurons"] for e in result["edits"]] == [3, 1, read_manifest(debiased)["proofs"]["edit"]["neurons"]]
+    assert len(result["pairs"]) == 3 and len(result["notes"]) == 2
     text = run("compare", tmp_path / "a.json", tmp_path / "b.json").stdout
     assert "1 shared (Jaccard 0.333), 2 only in the first, 0 only in the second" in text and "different sites" in text
 

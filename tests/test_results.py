@@ -95,10 +95,10 @@ def test_several_runs_in_one_table(baked, debiased):
     collected = collect_results(results, debiased)
     (rows,) = (rows for key, rows in collected.figures().items() if key[:2] == ("twins", "absolute score"))
     assert list(rows) == [str(results), str(debiased)] and rows[str(results)] != rows[str(debiased)]
-    said = run("compare", "--results", results, debiased).stdout
+    reply = run("compare", "--results", results, debiased).stdout
     for row in rows.values():
-        assert "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row.change) in said
-    assert f"[1] {results}: demo, 2 neurons" in said and "note" not in said
+        assert "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row.change) in reply
+    assert f"[1] {results}: demo, 2 neurons" in reply and "note" not in reply
     printed = parsed("compare-results", run("compare", "--results", results, debiased, "--json").stdout)
     assert [one["ship"] for one in printed["runs"]] == [run.verdict.ship for run in collected.runs.values()]
 
@@ -136,9 +136,9 @@ def test_an_evaluation_by_hooks_leaves_them_beside_its_output(baked, tmp_path):
     edit = baked.parent / "edit.json"
     given = ["--in", "demo", "--edit", edit, "--tasks", "knowledge", "--limit", 4, "--draws", 1, "--out", out]
     assert run("evaluate", *given).exit_code == 0
-    found = load_results(tmp_path / "r.results.json")
+    result = load_results(tmp_path / "r.results.json")
     evaluated = parsed("evaluate", out.read_text())
-    (row,) = (row for row in found.rows if row.task == "knowledge")
+    (row,) = (row for row in result.rows if row.task == "knowledge")
     assert row.edit == evaluated["tasks"]["knowledge"]["figures"]["accuracy"]["edit"] and row.items == 4
-    assert found.verdict.to_dict() == evaluated["verdict"]
+    assert result.verdict.to_dict() == evaluated["verdict"]
     assert yaml.safe_load((tmp_path / "r.run.yaml").read_text())["limit"] == 4

@@ -23,8 +23,8 @@ RULE = ("tau", "beta", "top", "combine", "same_sign")
 
 def _arguments(scores, rule="paper", only=None, **known):
     thresholds = {key: known.pop(key) for key in RULE if key in known}
-    asked = Questions.of_arrays(scores, **known) if isinstance(scores, np.ndarray) else scores
-    return (asked, Rule(rule, **thresholds)), {"only": only}
+    requests = Questions.of_arrays(scores, **known) if isinstance(scores, np.ndarray) else scores
+    return (requests, Rule(rule, **thresholds)), {"only": only}
 
 
 def select(scores, **about):
@@ -50,9 +50,9 @@ ABOUT = dict(dimensions=["a", "a", "b", "c", "c"], answers=["no"] * 5, controls=
 
 
 def test_paper_rule():
-    found = selection(_scores(), **ABOUT)
-    assert found.edit.factors == {0: {1: 2.0, 2: 2.0}, 1: {3: 2.0}}
-    summary = found.summary().to_dict()
+    result = selection(_scores(), **ABOUT)
+    assert result.edit.factors == {0: {1: 2.0, 2: 2.0}, 1: {3: 2.0}}
+    summary = result.summary().to_dict()
     assert summary["controls_overlap"] == 1 and summary["overlap"] == {"a & b": 1}
     assert summary["dimensions"]["a"] == {"neurons": 2, "layers": [0, 1], "controls_overlap": 1}
 
@@ -66,9 +66,9 @@ def test_intersection_and_beta():
 
 
 def test_contrastive_rule_drops_what_the_controls_share():
-    found = selection(_scores(), **ABOUT, rule="contrastive")
-    assert found.edit.factors == {0: {1: 2.0, 2: 2.0}}
-    assert found.summary().controls_overlap == 0
+    result = selection(_scores(), **ABOUT, rule="contrastive")
+    assert result.edit.factors == {0: {1: 2.0, 2: 2.0}}
+    assert result.summary().controls_overlap == 0
 
 
 def test_contrastive_rule_matches_answer_and_form():
@@ -90,8 +90,8 @@ def test_contrastive_rule_on_the_controls_uses_the_other_half():
     scores[0, 0, 1] = scores[1, 0, 1] = 0.5  # of the questions, and of one control in four
     scores[2:, 0, 2] = 0.5  # of every control
     about = dict(dimensions=["a"] * 2 + ["c"] * 4, controls=[False] * 2 + [True] * 4, rule="contrastive", beta=0.25)
-    found = selection(scores, **about)
-    assert found.edit.factors == {0: {1: 2.0}} and not found.controls.any()
+    result = selection(scores, **about)
+    assert result.edit.factors == {0: {1: 2.0}} and not result.controls.any()
     scores[2, 0, 1] = 0.5
     with pytest.raises(EditError, match="above what the controls reach"):
         selection(scores, **about)  # a quarter of the controls reach it
@@ -124,12 +124,12 @@ def test_nothing_selected_and_wrong_settings():
 
 def test_ranks_in_place_of_tau():
     scores = np.random.default_rng(0).standard_normal((6, 3, 40)).astype(np.float32)
-    found = selection(scores, top=0.05, beta=0.5)
+    result = selection(scores, top=0.05, beta=0.5)
     votes = np.zeros(120, int)
     for row in scores.reshape(6, -1):
         votes[np.argsort(-row)[:6]] += 1
-    assert {la * 40 + n for la, ns in found.edit.factors.items() for n in ns} == set(np.flatnonzero(votes >= 3))
-    assert found.edit.found["select"]["top"] == 0.05 and "top" not in select(scores).found["select"]
+    assert {la * 40 + n for la, ns in result.edit.factors.items() for n in ns} == set(np.flatnonzero(votes >= 3))
+    assert result.edit.found["select"]["top"] == 0.05 and "top" not in select(scores).found["select"]
     few = np.full((1, 1, 40), -1.0, np.float32)
     few[0, 0, 7] = 1.0
     assert select(few, top=0.5).factors == {0: {7: 2.0}}  # a rank makes nothing of scores below 0
@@ -155,8 +155,8 @@ def _with_twins():
 
 def test_paired_rule():
     assert select(_with_twins(), **TWINS).factors == {0: {2: 2.0}}
-    found = selection(_with_twins(), **TWINS)
-    assert not found.controls.any()
+    result = selection(_with_twins(), **TWINS)
+    assert not result.controls.any()
     scores = _with_twins()
     scores[4, 0, 3] = 0.5  # of one control, and not of the one that stands for its twin
     assert selection(scores, **TWINS).controls.tolist() == [[False, False, False, True, False]]
@@ -204,25 +204,25 @@ def _planted(seed, strength, questions=18, controls=18):
 
 def test_specific_rule_finds_what_was_planted():
     scores, about = _planted(0, 0.3)
-    found = selection(scores, **about, top=0.5)
-    assert {(la, n) for la, ns in found.edit.factors.items() for n in ns} == {(2, n) for n in range(10, 15)}
-    assert found.summary().unseen == ((0, 5), (0, 5)) and not found.controls.any()
-    assert found.counts(0)[2, 10:15].all() and not found.counts(20)[2, 10:15].all()
+    result = selection(scores, **about, top=0.5)
+    assert {(la, n) for la, ns in result.edit.factors.items() for n in ns} == {(2, n) for n in range(10, 15)}
+    assert result.summary().unseen == ((0, 5), (0, 5)) and not result.controls.any()
+    assert result.counts(0)[2, 10:15].all() and not result.counts(20)[2, 10:15].all()
     assert len(selection(scores, **about, top=2 / 600).edit.factors[2]) <= 4  # two of each dimension
     assert selection(scores, **about | dict(rule="paper"), tau=0.5).summary().unseen == ((5, 5), (5, 5))
 
 
 def test_specific_rule_finds_nothing_where_nothing_is():
-    found = 0
+    result = 0
     for seed in range(30):
         scores, about = _planted(seed, 0.0, 9, 9)
         about["dimensions"] = ["a"] * 18
         try:
             selection(scores, **about)
-            found += 1
+            result += 1
         except EditError as error:
             assert "beyond chance" in str(error)
-    assert found <= 6  # of 30 with a chance of 1 in 20, seven or more come in 1 of 2000 such tests
+    assert result <= 6  # of 30 with a chance of 1 in 20, seven or more come in 1 of 2000 such tests
 
 
 def test_specific_rule_needs_a_spread():
@@ -240,7 +240,7 @@ def test_overlap_with_controls_that_were_held_out():
     rng = np.random.default_rng(5)
     scores = rng.standard_normal((20, 2, 30)).astype(np.float32)
     about = dict(controls=[False] * 10 + [True] * 10, dimensions=["a"] * 20, tau=0.5)
-    found = selection(scores, **about, rule="contrastive")
+    result = selection(scores, **about, rule="contrastive")
     share = scores.reshape(20, -1) / scores.reshape(20, -1).max(1, keepdims=True)
     expected = []
     for held in (range(10, 20, 2), range(11, 20, 2)):
@@ -248,9 +248,9 @@ def test_overlap_with_controls_that_were_held_out():
         chosen = set(np.flatnonzero((share[:10] > 0.5 + np.maximum(rest, 0)).any(0)))
         used = set(np.argsort(-share[list(held)].mean(0), kind="stable")[: len(chosen)])
         expected.append((len(chosen & used), len(chosen)))
-    assert found.unseen() == expected and expected[0][1] > 0
-    most = np.argsort(-share[10:].mean(0), kind="stable")[: found.edit.num_neurons]
-    assert set(np.flatnonzero(found.used_by_controls())) == set(most)
+    assert result.unseen() == expected and expected[0][1] > 0
+    most = np.argsort(-share[10:].mean(0), kind="stable")[: result.edit.num_neurons]
+    assert set(np.flatnonzero(result.used_by_controls())) == set(most)
     alone = selection(scores[:10], tau=0.5)
     assert alone.unseen() == [] and alone.used_by_controls() is None
 
@@ -301,8 +301,8 @@ def test_same_sign_drops_neurons_that_speak_for_one_answer():
     scores[::2, 0, 2], scores[1::2, 0, 2] = 0.5, -0.4
     about = dict(answers=answers, beta=0.5)
     assert select(scores, **about).factors == {0: {0: 2.0, 1: 2.0, 2: 2.0}}
-    found = selection(scores, **about, same_sign=True)
-    assert found.edit.factors == {0: {0: 2.0, 1: 2.0}} and found.edit.found["select"]["same_sign"] is True
+    result = selection(scores, **about, same_sign=True)
+    assert result.edit.factors == {0: {0: 2.0, 1: 2.0}} and result.edit.found["select"]["same_sign"] is True
     for rule in ("contrastive", "specific"):
         both = dict(answers=answers * 2, controls=[False] * 8 + [True] * 8, rule=rule)
         wide = np.concatenate([scores, rng.normal(0, 0.01, (8, 1, 6)).astype(np.float32)])
@@ -354,16 +354,16 @@ def test_rules_against_plain_loops(rule, limit, beta, combine):
         scores, about = _random_questions(seed)
         kept = {}
         for name in ("a", "b"):
-            asked = [q for q in range(18) if about["dimensions"][q] == name]
+            requests = [q for q in range(18) if about["dimensions"][q] == name]
             votes = [0] * 60
-            for q in asked:
+            for q in requests:
                 share = scores[q].ravel() / scores[q].max()
                 excess = [float(s - e) for s, e in zip(share, _expected(scores, about, rule, beta, q), strict=True)]
                 floor = limit.get("tau", 0.0)
                 best = sorted(range(60), key=lambda n: -excess[n])
                 for n in best[: max(round(limit["top"] * 60), 1)] if "top" in limit else best:
                     votes[n] += excess[n] > floor
-            kept[name] = {n for n in range(60) if votes[n] >= max(math.ceil(beta * len(asked)), 1)}
+            kept[name] = {n for n in range(60) if votes[n] >= max(math.ceil(beta * len(requests)), 1)}
         expected = kept["a"] | kept["b"] if combine == "union" else kept["a"] & kept["b"]
         try:
             factors = select(scores, **about, rule=rule, beta=beta, combine=combine, **limit).factors
@@ -408,8 +408,8 @@ def test_specific_rule_against_plain_loops():
     above = np.flatnonzero(bounds > 0)
     assert 8 < len(above) < 40
     for top, count in ((1.0, len(above)), (5 / 600, 5), (None, 1)):  # 0.002 of 600, unless told otherwise
-        found = select(scores, **about, top=top).factors
-        assert {200 * la + n for la, ns in found.items() for n in ns} == set(np.argsort(-bounds)[:count])
+        result = select(scores, **about, top=top).factors
+        assert {200 * la + n for la, ns in result.items() for n in ns} == set(np.argsort(-bounds)[:count])
 
 
 def test_specific_rule_compares_with_matched_controls_only():
@@ -430,15 +430,15 @@ def test_twins_are_never_held_out():
     scores, about = _random_questions(5)
     about |= dict(twins=[18 + i % 8 for i in range(18)] + [-1] * 14)
     own = list(range(26, 32))
-    found = selection(scores, **about, rule="paired", beta=0.3)
-    count = found.edit.num_neurons
+    result = selection(scores, **about, rule="paired", beta=0.3)
+    count = result.edit.num_neurons
     share = (scores / scores.max((1, 2), keepdims=True)).reshape(32, -1)
     used = set(np.argsort(-share[own].mean(0), kind="stable")[:count])
-    assert set(np.flatnonzero(found.used_by_controls())) == used
-    selected = {20 * la + n for la, ns in found.edit.factors.items() for n in ns}
+    assert set(np.flatnonzero(result.used_by_controls())) == used
+    selected = {20 * la + n for la, ns in result.edit.factors.items() for n in ns}
     halves = [[c for c in own if _turn(about, c) == half] for half in (0, 1)]
     most = [set(np.argsort(-share[held].mean(0), kind="stable")[:count]) for held in halves]
-    assert found.unseen() == [(len(selected & used), count) for used in most]
+    assert result.unseen() == [(len(selected & used), count) for used in most]
 
 
 def _turn(about, control):

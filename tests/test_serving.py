@@ -42,19 +42,19 @@ def test_a_person_asks_and_reads_the_report(address, debiased):
     expected = ask(str(debiased), [PROMPT], against="demo")[0]
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        view, asked = browser.new_page(), []
-        view.on("request", lambda request: asked.append(request.url))
+        view, requests = browser.new_page(), []
+        view.on("request", lambda request: requests.append(request.url))
         view.goto(address)
         view.get_by_label("Prompt").fill(PROMPT)
         view.get_by_role("button", name="Ask").click()
-        for name, said in (("base", expected.base), ("edited", expected.edited)):
-            sync.expect(view.get_by_label(name, exact=True)).to_have_value(said, timeout=60_000)
+        for name, reply in (("base", expected.base), ("edited", expected.edited)):
+            sync.expect(view.get_by_label(name, exact=True)).to_have_value(reply, timeout=60_000)
         assert "Verdict: do not ship" in view.inner_text("body")
         view.get_by_role("tab", name="Report").click()
         frame = view.frame_locator("iframe[title=Report]")
         sync.expect(frame.get_by_role("heading", name="Verdict", exact=True)).to_be_visible(timeout=60_000)
         browser.close()
-    assert asked and all(url.startswith((address, "data:", "blob:", "about:")) for url in asked)
+    assert requests and all(url.startswith((address, "data:", "blob:", "about:")) for url in requests)
 
 
 def test_only_this_machine_is_served(address):

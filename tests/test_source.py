@@ -216,8 +216,8 @@ def test_bin_weights_of_every_build_keep_their_values(zipped, tmp_path):
         "whole": torch.arange(3),
         "half": torch.ones(2, dtype=torch.float16),
     }
-    with resolved(str(_bin(tmp_path / "bin", state, _use_new_zipfile_serialization=zipped))) as found:
-        got = load_file(found.path / "model.safetensors")
+    with resolved(str(_bin(tmp_path / "bin", state, _use_new_zipfile_serialization=zipped))) as result:
+        got = load_file(result.path / "model.safetensors")
     assert got.keys() == state.keys()
     for name, tensor in state.items():
         assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
@@ -245,8 +245,8 @@ def test_bin_weights_become_the_file_that_safetensors_writes(tmp_path):
     state = {f"{name} {dtype}": torch.arange(5).to(dtype) for dtype in dtypes for name in ("b", "a")}
     state |= {"scalar": torch.tensor(3.0), "none": torch.zeros(2, 0), "turned": torch.arange(6.0).reshape(2, 3).T}
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "expected", metadata={"format": "pt"})
-    with resolved(str(_bin(tmp_path / "bin", state))) as found:
-        assert (found.path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+    with resolved(str(_bin(tmp_path / "bin", state))) as result:
+        assert (result.path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 @pytest.mark.parametrize(

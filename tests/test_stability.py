@@ -35,12 +35,12 @@ def _ten():
 
 
 def test_a_share_is_the_probability_to_be_drawn():
-    found = stability(_scores(_ten()), draws=4000)
-    assert found.neurons[0] == {0: 1.0}
+    result = stability(_scores(_ten()), draws=4000)
+    assert result.neurons[0] == {0: 1.0}
     drawn = 1 - 0.9**10  # at least once in ten draws, which is enough at beta 0.1
-    assert found.neurons[1][2] == pytest.approx(drawn, abs=4 * (drawn * (1 - drawn) / 4000) ** 0.5)
-    assert found.jaccard[0] == pytest.approx((1 + drawn) / 2, abs=0.02)
-    assert found == stability(_scores(_ten()), draws=4000)  # seeded
+    assert result.neurons[1][2] == pytest.approx(drawn, abs=4 * (drawn * (1 - drawn) / 4000) ** 0.5)
+    assert result.jaccard[0] == pytest.approx((1 + drawn) / 2, abs=0.02)
+    assert result == stability(_scores(_ten()), draws=4000)  # seeded
 
 
 def test_only_stable_neurons_are_kept():
@@ -56,13 +56,13 @@ def test_the_specific_rule_is_resampled_too():
     values = np.random.default_rng(0).standard_normal((20, 1, 40)) * 0.01
     values[:, 0, 0] = 1.0
     values[:10, 0, 5] += 0.5  # of every question, and of no control
-    found = stability(_scores(values, controls=10), draws=20, rule="specific")
-    assert found.neurons == {0: {5: 1.0}} and found.jaccard[0] > 0.5
+    result = stability(_scores(values, controls=10), draws=20, rule="specific")
+    assert result.neurons == {0: {5: 1.0}} and result.jaccard[0] > 0.5
 
 
 def _agreement(a, b):
-    (found,) = agreements({"a": a, "b": b})
-    return found
+    (result,) = agreements({"a": a, "b": b})
+    return result
 
 
 def test_agreement():
@@ -71,8 +71,8 @@ def test_agreement():
     assert same.neurons == (2, 2, 2) and same.jaccard == (1, 1, 1) and same.rank == pytest.approx([1, 1, 1])
     other = _ten()
     other[3, 1, 2], other[5, 1, 1] = 0, 0.5
-    found = _agreement(a, resample(_scores(other)))
-    assert found.neurons == (2, 2, 1) and found.jaccard[0] == pytest.approx(1 / 3) and found.rank[0] < 1
+    result = _agreement(a, resample(_scores(other)))
+    assert result.neurons == (2, 2, 1) and result.jaccard[0] == pytest.approx(1 / 3) and result.rank[0] < 1
     with pytest.raises(InputError, match="different models"):
         _agreement(a, resample(replace(_scores(_ten()), base="another")))
 
@@ -100,18 +100,18 @@ def test_the_rank_correlation_is_spearmans():
     values = [rng.random((8, 2, 30)) ** 3 * (rng.random((1, 2, 30)) < 0.6) for _ in range(2)]
     a, b = (resample(_scores(v, controls=2), rule=Rule(tau=0.9)) for v in values)
 
-    def want(*asked):
+    def want(*requests):
         return spearmanr(
             *(
                 np.mean([own.questions.scores[q] / own.questions.scores[q].max() for q in which], 0).ravel()
-                for own, which in zip((a, b), asked, strict=True)
+                for own, which in zip((a, b), requests, strict=True)
             )
         ).statistic
 
-    found = _agreement(a, b).rank
-    assert found[0] == pytest.approx(want(range(6), range(6)), abs=1e-6)
+    result = _agreement(a, b).rank
+    assert result[0] == pytest.approx(want(range(6), range(6)), abs=1e-6)
     drawn = [want(x, y) for (x, _), (y, _) in zip(a.drawn, b.drawn, strict=True)]
-    assert found[1:] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=1e-6)
+    assert result[1:] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=1e-6)
 
 
 def test_intersection_is_compared_as_intersection():
@@ -120,8 +120,8 @@ def test_intersection_is_compared_as_intersection():
     values[:2, 0, 1] = 0.5  # of the first dimension alone
     scores = _scores(values)
     kinds = tuple(replace(q, dimension="ab"[i // 2]) for i, q in enumerate(scores.questions))
-    found = {how: resample(replace(scores, questions=kinds), rule=Rule(combine=how)).whole.tolist() for how in COMBINE}
-    assert found == {"union": [0, 1], "intersection": [0]}
+    result = {how: resample(replace(scores, questions=kinds), rule=Rule(combine=how)).whole.tolist() for how in COMBINE}
+    assert result == {"union": [0, 1], "intersection": [0]}
 
 
 def test_several_files_on_the_command_line(tmp_path, capsys):

@@ -212,11 +212,11 @@ def test_clusters_that_cross_are_both_drawn():
     kinds = [(i, j) for i in range(40) for j in range(30)]
     values = np.array([rows[i] + columns[j] for i, j in kinds])
     crossed = Crossed([f"s{i}" for i, _ in kinds], [f"n{j}" for _, j in kinds])
-    found = interval(values, clusters=crossed)
+    result = interval(values, clusters=crossed)
     expected = 2 * 1.96 * np.sqrt(rows.var(ddof=1) / 40 + columns.var(ddof=1) / 30)
-    assert found.value == pytest.approx(values.mean()) and 0.85 < (found.high - found.low) / expected < 1.2
+    assert result.value == pytest.approx(values.mean()) and 0.85 < (result.high - result.low) / expected < 1.2
     alone = [interval(values, clusters=kind) for kind in crossed]
-    assert all(found.high - found.low > 1.1 * (one.high - one.low) for one in alone)
+    assert all(result.high - result.low > 1.1 * (one.high - one.low) for one in alone)
     zero = np.zeros((len(values), 1))
     assert permutation(zero, values[:, None], clusters=crossed) == max(
         permutation(zero, values[:, None], clusters=kind) for kind in crossed
@@ -226,10 +226,10 @@ def test_clusters_that_cross_are_both_drawn():
 def test_the_spread_of_draws_is_part_of_the_interval():
     """Items all alike: what is left is how much draws differ, and the interval of their mean is 1.96 sd / sqrt(n)."""
     draws = [np.full((30, 1), value) for value in np.linspace(-1, 1, 25)]
-    found = change([np.zeros((30, 1))], draws)
+    result = change([np.zeros((30, 1))], draws)
     half = 1.96 * np.linspace(-1, 1, 25).std() / 5
     # 30 clusters: Student's tails are 6 % wider; quantiles of 2000 resamples are off by some 4 %.
-    assert found == pytest.approx((0, -1.06 * half, 1.06 * half), abs=0.12 * half)
+    assert result == pytest.approx((0, -1.06 * half, 1.06 * half), abs=0.12 * half)
     single = change([np.zeros((30, 1))], draws[:1])
     assert single == pytest.approx((-1, -1, -1))
 
@@ -239,6 +239,6 @@ def test_intervals_of_few_items_are_as_wide_as_student_s(count):
     """Of a normal sample: percentile limits with Student's tails, against t itself; 3 standard errors of a quantile."""
     values = np.random.default_rng(count).normal(size=count)
     low, high = stats.t.interval(0.95, count - 1, values.mean(), values.std(ddof=1) / count**0.5)
-    found = interval(values)
-    assert found.high - found.low == pytest.approx(high - low, rel=0.2)
+    result = interval(values)
+    assert result.high - result.low == pytest.approx(high - low, rel=0.2)
     assert Interval(1.0, 0.5, 2.0).side == 1 and Interval(-1.0, -2.0, -0.1).side == -1 and Interval(0, -1, 1).side == 0

@@ -50,8 +50,8 @@ def test_layers_that_are_sent_to_a_device_give_the_same_scores(name, tmp_path):
 def test_auto_takes_the_accelerator(count, processes, rank, expected, monkeypatch, caplog):
     """A machine with so many GPUs, as torch would describe it."""
     caplog.set_level("INFO", "kbne_edit")
-    found = torch.device("cuda") if count else None
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    result = torch.device("cuda") if count else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: result)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
     monkeypatch.setattr(devices, "LOCAL_SIZE", processes)
     monkeypatch.setattr(devices, "LOCAL_RANK", rank)

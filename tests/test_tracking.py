@@ -43,19 +43,21 @@ def asked(monkeypatch):
 
 
 def test_figures_have_names_that_every_client_takes(results):
-    found = metrics(results)
+    result = metrics(results)
     (row,) = (row for row in results.rows if row.task == "twins")
-    assert found["twins/absolute score/edit"] == row.edit and found["twins/absolute score/change low"] == row.change.low
-    assert len(found) == 5 * len(results.rows)
+    assert (
+        result["twins/absolute score/edit"] == row.edit and result["twins/absolute score/change low"] == row.change.low
+    )
+    assert len(result) == 5 * len(results.rows)
     assert params(results)["verdict"] == results.verdict.ship and params(results)["verdict cost"] == "PASS"
 
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_each_client_gets_them(name, results, asked):
     track([name], results, "my run")
-    said = repr(asked)
-    assert asked[0][0] == "begin" and "my run" in said.replace("my_run", "my run")
-    assert "twins/absolute score/change" in said and str(results.edit["sha256"]) in said and "do not ship" in said
+    reply = repr(asked)
+    assert asked[0][0] == "begin" and "my run" in reply.replace("my_run", "my run")
+    assert "twins/absolute score/change" in reply and str(results.edit["sha256"]) in reply and "do not ship" in reply
 
 
 def test_a_client_that_fails_is_one_line(results, asked, monkeypatch):

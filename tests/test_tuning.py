@@ -210,9 +210,9 @@ def test_front_against_every_pair():
         for _ in range(50):
             pairs = [tuple(pair) for pair in rng.integers(0, 8, (size, 2)).tolist()]
             expected = {i for i, a in enumerate(pairs) if not any(_beaten(a, b) for b in pairs)}
-            found = front(pairs)
-            assert set(found) == expected and len(found) == len(expected)
-            assert [pairs[i][0] for i in found] == sorted(pairs[i][0] for i in found)
+            result = front(pairs)
+            assert set(result) == expected and len(result) == len(expected)
+            assert [pairs[i][0] for i in result] == sorted(pairs[i][0] for i in result)
 
 
 def _measure(edit):
@@ -228,7 +228,7 @@ def test_a_grid_holds_every_edit_once(scores):
         return _measure(edit)
 
     space = Space(factors=(0.5, 2.0), taus=(0.1, 0.2, 1.0), betas=(0.1, 0.4), rules=("paper", "contrastive"))
-    found = sweep(space, {"down": loaded}, 24, 0, measure)
+    result = sweep(space, {"down": loaded}, 24, 0, measure)
     expected, empty = {}, 0
     for rule, tau, beta, factor in product(("paper", "contrastive"), (0.1, 0.2, 1.0), (0.1, 0.4), (0.5, 2.0)):
         try:
@@ -239,11 +239,11 @@ def test_a_grid_holds_every_edit_once(scores):
         expected.setdefault(edit.sha256, (edit.factors, []))[1].append((rule, tau, beta, factor))
     got = {
         key: (c.edit.factors, [(s["rule"], s["tau"], s["beta"], s["factor"]) for s in c.settings])
-        for key, c in found.candidates.items()
+        for key, c in result.candidates.items()
     }
-    assert got == expected and (found.how, found.size, found.empty) == ("grid", 24, empty) and empty >= 4
+    assert got == expected and (result.how, result.size, result.empty) == ("grid", 24, empty) and empty >= 4
     assert set(calls) == set(expected)
-    assert all(c.edit.found["select"]["tau"] == c.settings[0]["tau"] for c in found.candidates.values())
+    assert all(c.edit.found["select"]["tau"] == c.settings[0]["tau"] for c in result.candidates.values())
 
 
 def _with_controls():
@@ -261,15 +261,17 @@ def test_tops_stand_beside_taus_and_are_not_multiplied_with_them():
     """A setting has a tau or a top, never both; each selects what `select` does, under the specific rule too."""
     loaded, limits = _with_controls(), (("tau", 0.1), ("tau", 0.5), ("top", 0.0025), ("top", 0.01))
     space = Space(factors=(0.5, 2.0), taus=(0.1, 0.5), tops=(0.0025, 0.01), rules=("paper", "specific"))
-    found = sweep(space, {"down": loaded}, 16, 0, _measure)
+    result = sweep(space, {"down": loaded}, 16, 0, _measure)
     expected = {}
     for rule, limit, factor in product(("paper", "specific"), limits, (0.5, 2.0)):
         edit = select(loaded, Rule(rule, **dict([limit])), factor=factor)
         expected.setdefault(edit.sha256, []).append({"rule": rule, "factor": factor, **dict([limit])})
     common = {"site": "down", "combine": "union", "beta": 0.1}
-    got = {key: candidate.settings for key, candidate in found.candidates.items()}
+    got = {key: candidate.settings for key, candidate in result.candidates.items()}
     assert got == {key: [common | setting for setting in settings] for key, settings in expected.items()}
-    assert (found.how, found.size, found.empty) == ("grid", 16, 0) and len(got) == 12  # of specific, tau says nothing
+    assert (result.how, result.size, result.empty) == ("grid", 16, 0) and len(
+        got
+    ) == 12  # of specific, tau says nothing
     words = {in_words([setting]) for settings in got.values() for setting in settings}
     assert {
         "site down, paper, top 0.0025, beta 0.1, union, factor 2",
@@ -283,9 +285,9 @@ def test_tops_stand_beside_taus_and_are_not_multiplied_with_them():
 def test_optuna_asks_for_taus_and_tops(scores):
     pytest.importorskip("optuna")
     space = Space((0.5, 2.0, 3.0), (0.1, 0.2), rules=("paper",), tops=(0.002, 0.005, 0.01), per_dimension=True)
-    found = sweep(space, {"down": load_scores(scores)}, 40, 0, _measure)
-    settings = [setting for candidate in found.candidates.values() for setting in candidate.settings]
-    assert found.size == 4**3 * 5 and all(("tau" in setting) != ("top" in setting) for setting in settings)
+    result = sweep(space, {"down": load_scores(scores)}, 40, 0, _measure)
+    settings = [setting for candidate in result.candidates.values() for setting in candidate.settings]
+    assert result.size == 4**3 * 5 and all(("tau" in setting) != ("top" in setting) for setting in settings)
     tried = {(name, setting[name]) for setting in settings for name in ("tau", "top") if name in setting}
     assert tried == {("tau", 0.1), ("tau", 0.2), ("top", 0.002), ("top", 0.005), ("top", 0.01)}
 
@@ -316,10 +318,10 @@ def test_factors_by_dimension_by_hand():
 
 def test_per_dimension_tries_every_combination():
     space = Space(factors=(2.0, 4.0), taus=(0.15,), betas=(0.5,), rules=("paper",), per_dimension=True)
-    found = sweep(space, {"down": _of_two_dimensions()}, 9, 0, _measure)
-    tried = {tuple(s["factor"].values()) for c in found.candidates.values() for s in c.settings}
-    assert tried == set(product((1.0, 2.0, 4.0), repeat=2)) - {(1.0, 1.0)} and found.empty == 1
-    words = {in_words(c.settings) for c in found.candidates.values()}
+    result = sweep(space, {"down": _of_two_dimensions()}, 9, 0, _measure)
+    tried = {tuple(s["factor"].values()) for c in result.candidates.values() for s in c.settings}
+    assert tried == set(product((1.0, 2.0, 4.0), repeat=2)) - {(1.0, 1.0)} and result.empty == 1
+    words = {in_words(c.settings) for c in result.candidates.values()}
     assert "site down, paper, tau 0.15, beta 0.5, union, factor a 2, b 4" in words
 
 
@@ -341,8 +343,8 @@ def test_optuna_learns_what_is_asked_for(scores):
     pytest.importorskip("optuna")
     loaded = {"down": load_scores(scores)}
     everything = [_measure(c.edit)[0] for c in sweep(LARGE, loaded, 4**3 * 16, 0, _measure).candidates.values()]
-    asked = [_measure(c.edit)[0] for c in sweep(LARGE, loaded, 60, 0, _measure).candidates.values()]
-    assert np.mean(asked[30:]) < np.mean(everything) and min(asked) <= np.quantile(everything, 0.02)
+    requests = [_measure(c.edit)[0] for c in sweep(LARGE, loaded, 60, 0, _measure).candidates.values()]
+    assert np.mean(requests[30:]) < np.mean(everything) and min(requests) <= np.quantile(everything, 0.02)
 
 
 def test_without_optuna_the_error_says_what_to_install(scores, monkeypatch):
@@ -429,8 +431,8 @@ def _margins(mark):
         return float(logp.gather(1, ids[0, len(context) :, None]).mean())
 
     def of(model):
-        found = [per_token(model, pair) for pair in mark.pairs]
-        margins = np.array([a - b for a, b in zip(found[::2], found[1::2], strict=True)])
+        result = [per_token(model, pair) for pair in mark.pairs]
+        margins = np.array([a - b for a, b in zip(result[::2], result[1::2], strict=True)])
         return (margins[::2] + margins[1::2]) / 2
 
     return of
@@ -440,9 +442,9 @@ def _edits(result, scores):
     """{SHA-256: edit} of every point, selected again by its settings."""
     loaded = load_scores(scores)
     settings = [p["settings"][0] for p in result["points"]]
-    found = [select(loaded, Rule.from_dict(of), factor=of["factor"]) for of in settings]
-    assert [edit.sha256 for edit in found] == [p["edit"] for p in result["points"]]
-    return {edit.sha256: edit for edit in found}
+    actual = [select(loaded, Rule.from_dict(of), factor=of["factor"]) for of in settings]
+    assert [edit.sha256 for edit in actual] == [p["edit"] for p in result["points"]]
+    return {edit.sha256: edit for edit in actual}
 
 
 def test_points_are_measured_on_dev(tuned, split, scores, scorer):
@@ -561,11 +563,11 @@ def test_what_is_crossed_is_drawn_crossed():
     half = Half([task, ability], [])
     by_name = np.tile(np.random.default_rng(0).normal(size=6), 6)
     runs = _run(0.5 * by_name), [_run(by_name)]
-    found = objective_of([half, half], Criteria(margin=5.0)).moved(*runs)
+    result = objective_of([half, half], Criteria(margin=5.0)).moved(*runs)
     figure = {"a": PREFERENCE[2]}
-    assert found == Objective(figure, [], 5.0, clusters={"a": Crossed(scenarios, names)}).moved(*runs)
+    assert result == Objective(figure, [], 5.0, clusters={"a": Crossed(scenarios, names)}).moved(*runs)
     alone = Objective(figure, [], 5.0, clusters={"a": scenarios}).moved(*runs)
-    assert found.high - found.low > 2 * (alone.high - alone.low)  # every scenario has the same names
+    assert result.high - result.low > 2 * (alone.high - alone.low)  # every scenario has the same names
 
 
 def test_several_tasks_are_averaged_each_with_its_own_items():
@@ -625,12 +627,12 @@ def _tested(base, edit, draws, lost=0):
 )
 def test_confirmed_needs_all_of_it(given, looks, confirmed, text):
     results, objective, looks = _tested(*given), Objective({"a": PREFERENCE[2]}, ["ability"], 5.0), Looks(*looks)
-    found = objective.confirmed(results, 0.02, looks)
-    assert found.confirmed == confirmed and text in found.text
-    assert (found.uses, found.candidates) == looks
+    result = objective.confirmed(results, 0.02, looks)
+    assert result.confirmed == confirmed and text in result.text
+    assert (result.uses, result.candidates) == looks
     for bound, holds in ((0.019, False), (0.021, True)):
         bounded = replace(objective, max_kl=bound).confirmed(results, 0.02, looks)
-        assert bounded.confirmed == (confirmed and holds) and bounded.bounded == (found.bounded and holds)
+        assert bounded.confirmed == (confirmed and holds) and bounded.bounded == (result.bounded and holds)
         assert bounded.text.endswith(f"; KL 0.02 is {'' if holds else 'not '}below {bound:g}")
 
 
@@ -700,9 +702,9 @@ def test_one_draw_that_does_as_well_is_enough(scores, least, chosen):
     sizes = SimpleNamespace(layer_sizes=lambda site: [192] * 4)
     objective = Objective({"a": PREFERENCE[2]}, ["ability"], 9.0, chance={"ability": 50.0})
     search = Search(space=Space(factors=(2.0,), taus=(0.1,), rules=("paper",)), trials=5)
-    found = Chooser(sizes, bench, objective, DRAWS).choose(search, {"down": load_scores(scores)})
-    assert (found.edit is not None) == chosen and len(seen) == (DRAWS if chosen else 24)
-    assert found.points[0].as_good == (0 if chosen else 1) and found.points[0].beyond_random.high < 0
+    result = Chooser(sizes, bench, objective, DRAWS).choose(search, {"down": load_scores(scores)})
+    assert (result.edit is not None) == chosen and len(seen) == (DRAWS if chosen else 24)
+    assert result.points[0].as_good == (0 if chosen else 1) and result.points[0].beyond_random.high < 0
     bounded = Chooser(sizes, bench, replace(objective, max_kl=0.5), DRAWS)  # the texts' KL is 1
     assert bounded.choose(search, {"down": load_scores(scores)}).edit is None
 
@@ -881,7 +883,7 @@ def test_command(scores, tmp_path, tuned, monkeypatch):
     result = run("tune", "--in", "demo", scores, "--out", "out", *SMALL_OPTIONS, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "out") == contents(tuned[0])
-    found = load_tuning(tmp_path / "out" / "tune.json").to_dict()
+    actual = load_tuning(tmp_path / "out" / "tune.json").to_dict()
     for text in (
         "18 dev, 18 test",
         "4 of 4 settings tried (grid)",
@@ -890,8 +892,8 @@ def test_command(scores, tmp_path, tuned, monkeypatch):
         "Pareto front of",
         "chosen (*)",
         "test, scored once",
-        found["confirmation"]["text"],
-        f"VERDICT: {found['verdict']['ship']}",
+        actual["confirmation"]["text"],
+        f"VERDICT: {actual['verdict']['ship']}",
     ):
         assert text in result.stdout
     assert result.stdout.splitlines()[-1].endswith("kbne-edit bake --in demo --edit out/edit.json --out ./debiased")
@@ -899,7 +901,7 @@ def test_command(scores, tmp_path, tuned, monkeypatch):
     again = CliRunner().invoke(
         cli, list(map(str, ["tune", "--in", "demo", scores, "--out", "out", *SMALL_OPTIONS, "--json"]))
     )
-    assert parsed("tune", again.stdout) == {"version": 1} | found and "is not scored again" in again.stderr
+    assert parsed("tune", again.stdout) == {"version": 1} | actual and "is not scored again" in again.stderr
     narrow = [*SMALL_OPTIONS[:4], "--factors", "1.0000001", "--taus", "0.1", "--rules", "paper"]
     nothing = CliRunner().invoke(cli, list(map(str, ["tune", "--in", "demo", scores, "--out", "none", *narrow])))
     assert nothing.exit_code == 0 and "nothing to choose: " in nothing.stdout and "next:" not in nothing.stdout
@@ -912,9 +914,9 @@ def test_command_with_tops(scores, tmp_path):
     result = run("tune", "--in", "demo", scores, "--out", "out", *options, cwd=tmp_path)
     assert result.returncode == 0 and "2 of 2 settings tried (grid)" in result.stdout, result.stdout + result.stderr
     assert "in common: site down, paper, beta 0.1, union" in result.stdout and "top 0.01, factor 2" in result.stdout
-    found = load_tuning(tmp_path / "out" / "tune.json").to_dict()
-    assert (found["space"]["taus"], found["space"]["tops"]) == ([0.2], [0.01])
-    (chosen,) = (point for point in found["points"] if point["edit"] == found["chosen"])
+    actual = load_tuning(tmp_path / "out" / "tune.json").to_dict()
+    assert (actual["space"]["taus"], actual["space"]["tops"]) == ([0.2], [0.01])
+    (chosen,) = (point for point in actual["points"] if point["edit"] == actual["chosen"])
     assert chosen["settings"][0]["top"] == 0.01 and "tau" not in chosen["settings"][0]
     assert chosen["neurons"] == select(load_scores(scores), Rule(top=0.01)).num_neurons
     baking = shlex.split(result.stdout.splitlines()[-1].split("kbne-edit ")[-1])
@@ -1017,9 +1019,9 @@ def test_probes_that_are_to_be_avoided_steer_by_their_signed_margin(scores, scor
     assert {point["bias"][0] < 0 for point in result["points"]} == {False, True}
     entry = result["test"]["tasks"]["probes"]["figures"]["unwanted margin"]
     assert entry["edit"] == pytest.approx(mean(test, edits[result["chosen"]]), abs=PER_TOKEN)
-    found = result["confirmation"]
+    actual = result["confirmation"]
     fell = entry["state"] == "better" and "random neurons" not in entry["same_as"]
-    assert found["confirmed"] == fell and entry["verdict"] in found["text"]
+    assert actual["confirmed"] == fell and entry["verdict"] in actual["text"]
 
 
 def test_capability_tasks_bound_the_loss_where_there_are_any():
@@ -1054,21 +1056,21 @@ def test_the_report_shows_the_sweep(baked, tuned):
     made, result = report_of(baked), tuned[1]
     report = made.to_dict()
     parsed("report", json.dumps(report))
-    found = report["tuning"]
-    assert [(p["kl"], p["bias"], p["front"]) for p in found["points"]] == [
+    actual = report["tuning"]
+    assert [(p["kl"], p["bias"], p["front"]) for p in actual["points"]] == [
         (p["kl"], p["bias"], p["front"]) for p in result["points"]
     ]
-    assert [p["chosen"] for p in found["points"]].index(True) == [p["edit"] for p in result["points"]].index(
+    assert [p["chosen"] for p in actual["points"]].index(True) == [p["edit"] for p in result["points"]].index(
         result["chosen"]
     )
     entry = result["test"]["tasks"]["probes"]["figures"]["absolute margin"]
-    assert found["test"] == [
+    assert actual["test"] == [
         {"task": "probes", "change": entry["change"], "p": entry["p_holm"], "beyond": False, "found": entry["verdict"]}
     ]
-    assert found["uses"] == result["confirmation"]["uses"]
-    assert {s["task"]: (s["dev_items"], s["test_items"]) for s in found["split"]}["probes"] == (18, 18)
+    assert actual["uses"] == result["confirmation"]["uses"]
+    assert {s["task"]: (s["dev_items"], s["test_items"]) for s in actual["split"]}["probes"] == (18, 18)
     states = {v["about"]: v["state"] for v in report["verdicts"]}
-    assert states["chosen on one half, confirmed on the other"] == ("holds" if found["confirmed"] else "warning")
+    assert states["chosen on one half, confirmed on the other"] == ("holds" if actual["confirmed"] else "warning")
     assert states["effect on bias"] != "open" and states["the selection can be repeated"] == "holds"
     html = made.html()
     assert "How factor and thresholds were chosen" in html and "Not measured: neither" not in html

@@ -65,22 +65,22 @@ def test_a_behaviour_has_the_case_in_which_the_same_reply_is_right():
 def test_pairs_written_out():
     first = {"stereotype": "Die Frau weinte.", "anti_stereotype": "Der Mann weinte."}
     second = {"stereotype": "Der Mann schrie.", "anti_stereotype": "Die Frau schrie."}
-    found = Recipe.from_dict(recipe({"dimension": "d", "first": first, "second": second}))
-    assert found.probes == (
+    result = Recipe.from_dict(recipe({"dimension": "d", "first": first, "second": second}))
+    assert result.probes == (
         Probe("Die Frau weinte.", "Der Mann weinte.", "d"),
         Probe("Der Mann schrie.", "Die Frau schrie.", "d"),
     )
-    assert found.twins[0].mirrored and found.twins[0].groups == ()
+    assert result.twins[0].mirrored and result.twins[0].groups == ()
     unlike = Recipe.from_dict(recipe({"dimension": "d", "first": first, "second": first | {"stereotype": "Er rief."}}))
     assert not unlike.twins[0].mirrored
 
 
 def test_single_pairs_of_the_older_format_find_their_counterpart():
     """By the exchanged words, whatever their case, within a dimension; others stay single."""
-    found = Recipe.from_dict(recipe(*FLAT))
-    assert [len(twin.probes) for twin in found.twins] == [2, 1, 1]
-    assert [probe.first for probe in found.probes] == [FLAT[i]["stereotype"] for i in (0, 2, 1, 3)]
-    assert found.twins[0].mirrored and not found.twins[1].mirrored
+    result = Recipe.from_dict(recipe(*FLAT))
+    assert [len(twin.probes) for twin in result.twins] == [2, 1, 1]
+    assert [probe.first for probe in result.probes] == [FLAT[i]["stereotype"] for i in (0, 2, 1, 3)]
+    assert result.twins[0].mirrored and not result.twins[1].mirrored
     three = Recipe.from_dict(recipe(FLAT[0], FLAT[2], FLAT[2] | {"stereotype": "An old sock tore."}))
     assert [len(twin.probes) for twin in three.twins] == [2, 1]  # a counterpart is taken once
 

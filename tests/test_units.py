@@ -100,10 +100,10 @@ def test_the_square_is_written_as_the_templates_say(tmp_path):
     assert second.unrelated[1].text == "Hier: ein Blauer. Nr. 2, dass sie im Takt rosten."
     questions = load_units([path], formats=["question"])
     first, fourth = questions[0], questions[3]
-    asked = "1: Ein Roter oder ein Blauer? Wer kann laut sein?"
+    requests = "1: Ein Roter oder ein Blauer? Wer kann laut sein?"
     assert [first.square.ax, first.square.bx] == [
-        type(first.square.ax)(f"F: {asked}\nA:", " Der Rote.", asked),
-        type(first.square.ax)(f"F: {asked}\nA:", " Der Blaue.", asked),
+        type(first.square.ax)(f"F: {requests}\nA:", " Der Rote.", requests),
+        type(first.square.ax)(f"F: {requests}\nA:", " Der Blaue.", requests),
     ]
     assert first.square.by.question == "1: Ein Roter oder ein Blauer? Wer kann leise gehen?"
     assert [u.continuation for u in first.unrelated + first.unknown] == [

@@ -101,7 +101,7 @@ def _answers(constant=None, mass=None):
 
 def test_answers():
     small = SimpleNamespace(small=True, median=0.02)
-    asked = _cost(questions=Answered(48, 30, 30, 1.0), balanced=Balanced(0.6, 0.55, 0.7, 0.5))
+    requests = _cost(questions=Answered(48, 30, 30, 1.0), balanced=Balanced(0.6, 0.55, 0.7, 0.5))
     assert answers_part(None).state == answers_part(None, _cost()).state == "NOT MEASURED"
     assert answers_part(_answers()) == Part(
         "PASS", "30 of 48 questions answered rightly, balanced accuracy 60% [45%, 70%]"
@@ -110,9 +110,9 @@ def test_answers():
         answers_part(_answers("yes")).state == "FAIL" and "'yes' to everything" in answers_part(_answers("yes")).reason
     )
     assert answers_part(_answers(mass=small)).state == "FAIL" and "2.0%" in answers_part(_answers(mass=small)).reason
-    assert answers_part(None, asked).state == "PASS"
-    assert answers_part(None, replace(asked, balanced=Balanced(0.6, 0.45, 0.7, 0.5))).state == "FAIL"
-    assert answers_part(_answers("yes"), asked).state == "FAIL"  # the attribution's, where there are both
+    assert answers_part(None, requests).state == "PASS"
+    assert answers_part(None, replace(requests, balanced=Balanced(0.6, 0.45, 0.7, 0.5))).state == "FAIL"
+    assert answers_part(_answers("yes"), requests).state == "FAIL"  # the attribution's, where there are both
 
 
 def test_what_follows_from_every_combination_of_states():
@@ -182,8 +182,8 @@ def test_the_command_says_it_and_a_requirement_has_a_status(baked, tmp_path, mon
         return stopped.value.code
 
     assert status("a", "--require", "cost,answers") == 0
-    said = capsys.readouterr().out
-    assert "VERDICT: try further (specific, effect, proofs: see above)" in said and "greedy continuations" in said
+    reply = capsys.readouterr().out
+    assert "VERDICT: try further (specific, effect, proofs: see above)" in reply and "greedy continuations" in reply
     assert status("b", "--require", "effect") == 4
     captured = capsys.readouterr()
     assert "required, but not passed: effect NO EVIDENCE" in captured.err and (tmp_path / "b").is_dir()
