@@ -83,8 +83,7 @@ def used() -> str:
         value = context.meta.get(_TYPED + name, context.params.get(name))
         if value not in (None, ()) and context.get_parameter_source(name) not in _DEFAULTS:
             given[_long(param)] = _plain(value)
-    name = context.command.name
-    head = f"# kbne-edit {__version__}; to run it again: kbne-edit {name} --config FILE\n"
+    head = f"# kbne-edit {__version__}; to run it again: kbne-edit {context.command.name} --config FILE\n"
     return head + (yaml.safe_dump(given, sort_keys=False, allow_unicode=True) if given else "{}\n")
 
 

@@ -61,18 +61,18 @@ DEVICE = click.option(
 )
 
 
-def _limit_memory(context: click.Context, option: click.Parameter, value: str | None) -> None:
-    if value is not None:
+def _limit_memory(size: str | None) -> None:
+    if size is not None:
         from ..models.memory import limited
 
-        context.with_resource(limited(value))
+        click.get_current_context().with_resource(limited(size))
 
 
 MEMORY = click.option(
     "--memory",
     metavar="SIZE",
     expose_value=False,
-    callback=_limit_memory,
+    callback=converted(_limit_memory),
     help="Memory for models, e.g. 8GB. A model that does not fit is read layer by layer, or refused.  "
     "[default: most of the free memory]",
 )
