@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .disk.checkpoint import Checkpoint
 from .distributed import LOCAL_SIZE, Processes, process_group
 from .errors import InputError
+from .families import family_of
 from .files import forbid_overlap, parse_size
 from .hub.source import Source, resolved, usual_recipe
 from .models import memory
@@ -264,6 +265,7 @@ def supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
     from .attribution.gradients import Resident
     from .models.devices import SPREAD, chosen_device, device_memory
     from .models.loading import load_model
+    from .models.on_demand import on_demand
     from .models.streamed import Streamed
 
     dtype = getattr(torch, settings.dtype)
@@ -279,14 +281,16 @@ def supplier(checkpoint: Checkpoint, settings: Settings) -> Layers:
         if settings.memory:
             graphs = min(graphs, budget - memory.in_memory(checkpoint, dtype.itemsize) - memory.OVERHEAD)
         return Resident(load_model(checkpoint.path, dtype, device), max(graphs, 1.0))
-    if checkpoint.gguf is not None:
+    if not memory.can_stream(checkpoint):
         raise InputError(
-            f"{checkpoint.path} takes {need / 1e9:.1f} GB dequantised, {budget / 1e9:.1f} GB are free, and GGUF files "
-            "are not read layer by layer: pass a larger --memory, or locate on the safetensors checkpoint"
+            f"{checkpoint.path} takes {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB are free, and it cannot be read layer "
+            "by layer (layers that share a block, or a mixture of experts in GGUF): pass a larger --memory"
         )
     if settings.dtype != "float32":
         raise InputError(f"--dtype {settings.dtype} needs the model in memory ({need / 1e9:.1f} GB): use float32")
     say(f"{checkpoint.path} takes {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used: reading it layer by layer")
+    if family_of(checkpoint.config).recurrent:  # runs whole, a pass over all layers for each
+        return Resident(on_demand(checkpoint, dtype, device))
     return Streamed(checkpoint, budget, device)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from kbne_edit import Edit, hooked
 from kbne_edit.errors import EditError
-from kbne_edit.evaluation import batched
+from kbne_edit.evaluation import batched, states
 from kbne_edit.evaluation.batched import margins_of_edits, score_edits
 from kbne_edit.models.places import decoder_layers, num_neurons
 from kbne_edit.recipe import Probe
@@ -92,7 +92,7 @@ def test_a_flattening_takes_what_the_model_made_before(monkeypatch):
     edits, kept = _edits(model, np.random.default_rng(1)), {}
     wanted = score_edits(model, _pairs(), [None], temperature=1.7).logprobs
     score_edits(model, _pairs(), edits[::-1], kept=kept)
-    monkeypatch.setattr(batched, "last_states", None)  # no further pass
+    monkeypatch.setattr(states, "last_states", None)  # no further pass
     assert np.array_equal(score_edits(model, _pairs(), [None], temperature=1.7, kept=kept).logprobs, wanted)
 
 

@@ -164,6 +164,17 @@ def test_draws_end_where_no_more_can_change_what_is_said():
     assert more.random.draws == DRAWS and more.state == "more"
 
 
+def test_draws_that_were_measured_together_count_as_if_block_by_block():
+    """All of them in one call, where reading the weights costs more: the same figures."""
+    base, found = _base(), []
+    for ahead in (4, DRAWS):
+        stub = Margins(base, base * 0.99, _draws(base, 0.0, spread=0.05))
+        stub.ahead = ahead
+        found.append(measure_effect(stub, _twins(24), EDIT, SIZES))
+        assert stub.asked[-1][1] == ahead
+    assert found[0] == found[1] and found[0].random.draws < 12
+
+
 def test_draws_are_measured_on_some_of_many_twins_and_compared_on_these():
     base = _base(60)
     stub = Margins(base, base * 0.9, _draws(base, 0.0))

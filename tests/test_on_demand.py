@@ -2,17 +2,24 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from kbne_edit import Edit, fold, verify
+from kbne_edit.attribution.gradients import attributions
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError
+from kbne_edit.evaluation import batched
+from kbne_edit.evaluation.impact import impact_of
 from kbne_edit.folding.plan import Plan
+from kbne_edit.hub.source import DEMO
 from kbne_edit.models import memory
 from kbne_edit.models.loading import load_model
 from kbne_edit.models.on_demand import on_demand, supply_of
+from kbne_edit.models.places import is_recurrent
 from kbne_edit.proofs.behaviour import behaviour_proof
+from kbne_edit.recipe import load_recipe
 from tiny import tiny_model
 
 IDS = torch.tensor([[5, 17, 40, 8, 22, 31], [9, 60, 3, 7, 1, 2]])
@@ -88,6 +95,70 @@ def test_the_second_proof_of_16_bits_holds(tmp_path, no_room):
     fold(tmp_path / "base", _edit(2.0), tmp_path / "baked")
     proofs = verify(tmp_path / "base", tmp_path / "baked").behaviour
     assert [(entry.dtype, entry.bit_equal) for entry in proofs] == [("float32", True), ("bfloat16", True)]
+
+
+PAIRS = [([5, 17, 40], [8, 22]), ([5, 17, 40, 9], [3]), ([5, 17], [40, 2, 7]), ([60, 1, 2, 3, 4], [9, 31])]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mixtral", "xglm", "qwen3_5_text", "gemma3n_text"])
+def test_many_edits_are_one_read_of_the_weights(name, tmp_path, monkeypatch):
+    """Two trees under four edits: the bits of the model in memory; where a state is handed on, its numbers."""
+    monkeypatch.setattr(batched, "TREE_TOKENS", 6)
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    streamed = on_demand(checkpoint, torch.float32)
+    supply, edits = supply_of(streamed), [None, _edit(2.0), Edit("down", {1: {5: -3.0}}), Edit("gate", {2: {4: 0.5}})]
+    edits = [edit for edit in edits if name != "xglm" or not edit or edit.site == "down"]
+    before = supply.bytes_read
+    got, want = (batched.score_edits(one, PAIRS, edits) for one in (streamed, load_model(tmp_path, torch.float32)))
+    inside = sum(t.end - t.start for name, (_, t) in checkpoint.tensors.items() if ".layers." in name)
+    if is_recurrent(model):
+        np.testing.assert_allclose(got.logprobs, want.logprobs, atol=2e-5)
+    else:
+        assert np.array_equal(got.logprobs, want.logprobs)
+        assert supply.bytes_read - before == inside
+    assert np.array_equal(got.greedy, want.greedy) and (got.logprobs[1:] != got.logprobs[0]).any(1).all()
+    assert _empty(streamed)
+
+
+def test_what_does_not_fit_together_is_read_for_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(batched, "TREE_TOKENS", 6)
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    want = batched.score_edits(on_demand(Checkpoint.open(tmp_path), torch.float32), PAIRS, [None, _edit(2.0)])
+    streamed = on_demand(Checkpoint.open(tmp_path), torch.float32)
+    monkeypatch.setattr(memory, "available", lambda: 1.0)
+    before = supply_of(streamed).bytes_read
+    got = batched.score_edits(streamed, PAIRS, [None, _edit(2.0)])
+    assert np.array_equal(got.logprobs, want.logprobs)
+    layers = sum(p.numel() * p.element_size() for layer in model.model.layers for p in layer.parameters())
+    assert supply_of(streamed).bytes_read - before == 2 * layers  # one for each tree
+
+
+def test_effect_and_cost_are_those_of_the_model_in_memory(monkeypatch):
+    checkpoint, recipe = Checkpoint.open(DEMO), load_recipe("demo")
+    edit = Edit("down", {1: {3: 2.0, 7: 2.0}, 2: {5: 2.0}})
+    resident = impact_of(checkpoint, edit, recipe)
+    monkeypatch.setattr(memory, "way", lambda checkpoint, free=None: "layer by layer")
+    streamed = impact_of(checkpoint, edit, recipe)
+    assert streamed.effect == resident.effect and streamed.cost == resident.cost
+    assert streamed.measures == resident.measures and resident.effect and resident.cost
+
+
+@pytest.mark.parametrize("name", ["lfm2", "granitemoehybrid-moe", "gemma3n_text"])
+def test_attribution_where_a_state_is_handed_on(name, tmp_path):
+    """The backward pass reads each layer again, and computes it again."""
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    streamed = on_demand(Checkpoint.open(tmp_path), torch.float32)
+    both = (
+        attributions(one, [[5, 17, 40, 8]], [[11, 12]], quadrature="gauss-2", positions=2) for one in (streamed, model)
+    )
+    for got, want in zip(*both, strict=True):
+        assert (got.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()
+        assert got.p == pytest.approx(want.p, rel=1e-6) and want.scores.abs().amax(1).min() > 0
+    assert _empty(streamed)
 
 
 def test_the_way_follows_the_memory(tmp_path):

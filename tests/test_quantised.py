@@ -17,7 +17,9 @@ from kbne_edit.edit import Edit
 from kbne_edit.errors import EditError, FamilyError, InputError
 from kbne_edit.folding.plan import Plan
 from kbne_edit.hub.source import DEMO
+from kbne_edit.models import memory
 from kbne_edit.models.loading import load_model
+from kbne_edit.models.on_demand import on_demand
 from kbne_edit.models.streamed import Streamed
 from kbne_edit.proofs.behaviour import behaviour_proof
 
@@ -541,6 +543,23 @@ def test_gguf_is_loaded_as_transformers_does(checkpoints):
     assert own.config.to_dict() | {"_name_or_path": None} == other.config.to_dict() | {"_name_or_path": None}
     for (name, a), (_, b) in zip(own.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", ["gguf/Q4_0", "compressed-tensors/W4A16"])
+def test_quantised_weights_that_are_read_when_they_run(kind, checkpoints, monkeypatch, tmp_path):
+    """Layer by layer: the bits of the model in memory, and both proofs."""
+    pytest.importorskip({"compressed-tensors": "compressed_tensors", "gguf": "gguf"}[kind.split("/")[0]])
+    base = checkpoints(kind)
+    base = base / "model.gguf" if kind.startswith("gguf") else base
+    checkpoint = Checkpoint.open(base)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(logits(on_demand(checkpoint, dtype)), logits(load_model(base, dtype)))
+    fold(base, edit_of(2.0), tmp_path / "out")
+    monkeypatch.setattr(memory, "way", lambda checkpoint, free=None: "layer by layer")
+    proofs = verify(base, tmp_path / "out")
+    reader = "gguf" if kind.startswith("gguf") else "kbne-edit"
+    assert proofs.ok and {proof.how for proof in proofs.behaviour} == {f"whole model, read by {reader}, layer by layer"}
+    assert all(proof.bit_equal for proof in proofs.behaviour)
 
 
 def test_gguf_is_not_cut_anew(checkpoints, tmp_path):

@@ -165,9 +165,7 @@ def _unpacked(
     rule: Callable[[], Fixed | Adaptive],
     on_next_token: Callable[[Tensor], None] | None,
 ) -> Iterator[Attribution]:
-    """Question by question, for a model whose rows cannot be packed. Raises InputError if it is not in memory."""
-    if not layers.graphs:
-        raise InputError("a model with recurrent layers is attributed in memory only: pass a larger --memory")
+    """Question by question, for a model whose rows cannot be packed."""
     with _frozen(layers.model):
         for question in questions:
             quadrature = rule()

@@ -104,13 +104,14 @@ def _tap(gammas: Tensor | None, shift: Tensor, question: Question, h: Tensor) ->
     """
     last, length = question.positions, len(question.ids)
     used: Counter[int] = Counter()  # how many uses each slice of neurons has had
+    times = len(h) // last  # uses of a block: the backward pass may compute a layer again
 
     def tap(values: Tensor, tokens: Tensor | None, offset: int) -> Tensor:
         flat = values.reshape(-1, values.shape[-1])
         where = torch.arange(len(flat)) if tokens is None else tokens.cpu()
         entry, position = where // length, where % length - (length - last)
         rows = (position >= 0).nonzero()[:, 0]
-        entry, position = entry[rows], position[rows] + last * used[offset]
+        entry, position = entry[rows], position[rows] + last * (used[offset] % times)
         used[offset] += 1
         part = slice(offset, offset + values.shape[-1])
         if gammas is None:

@@ -97,6 +97,8 @@ def command(
     measurement = options.taken(Measurement, values)
     controls = options.taken(Controls, values)
     result = evaluate(source, edit=edit, measurement=measurement, controls=controls, **values)
+    if result is None:  # one of several processes, and not the first
+        return
     record, lines = result.to_dict(), _lines(result)
     if into:
         record_evaluation(into, result, source, measurement.recipe)

@@ -106,6 +106,8 @@ def command(
     measurement = options.taken(Measurement, values)
     search = options.taken(Search, values, space=space)
     result = tune(source, scores, out, search=search, measurement=measurement, criteria=Criteria(**values))
+    if result is None:  # one of several processes, and not the first
+        return
     keep_run(out / RUN)
     options.show(result.to_dict(), as_json, _lines(result, out))
     result.verdict.require(require)

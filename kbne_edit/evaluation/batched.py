@@ -1,33 +1,33 @@
 """Many edits of one model in one pass: shared layers are computed once, the others as a batch with an entry per edit.
 
-Texts are packed into trees (`models.trees`), so a shared prefix is stored once. A pass starts with one batch entry.
-Before the first edited layer it is repeated once per edit, and from there each entry has its own factors. So lower
-layers are computed once for all edits, and the weights of upper layers are read once. The head is computed in blocks of
-rows, so the logits of a whole pass are never held.
+Texts are packed into trees (`models.trees`), so a shared prefix is stored once, and a pass takes a tree under many
+edits (`states`). The head is computed in blocks of rows, so the logits of a whole pass are never held.
 
 Legend: E edits, N tokens of a tree, K kept positions, D hidden size, F neurons of a layer, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attribution.head import after_head, at_head, before_head, head, is_plain
+from ..attribution.head import after_head, before_head, head, is_plain
 from ..edit import Edit
 from ..errors import InputError
-from ..families import end
-from ..models.hooks import Tap, tapped
-from ..models.masks import attention_mask, longest
-from ..models.places import decoder_layers, is_recurrent, places
-from ..models.trees import Tree, cut, unpacked
+from ..models.masks import longest
+from ..models.places import is_recurrent
+from ..models.trees import Tree, cut
 from ..recipe import Probe
+from .states import states_of
+from .workers import answers, share
+
+if TYPE_CHECKING:
+    from .scoring import Scorer
 
 TREE_TOKENS = 512  # of one tree: the cost of attention grows with its square
 _BATCH_TOKENS = 4096  # of one pass, over all edits: bounds memory, and is enough to keep a matrix product busy
@@ -85,7 +85,6 @@ def margins_of_edits(
     return scored[:, ::2] - scored[:, 1::2]
 
 
-@torch.inference_mode()
 def score_edits(
     model: nn.Module,
     pairs: Sequence[Pair],
@@ -101,35 +100,114 @@ def score_edits(
     pairs done since, times edits. kept: a cache of the unedited model's outputs, so that a flattened base needs no
     second pass.
     """
-    rows, lookups = unique_rows(pairs)
-    shape = (len(edits), len(pairs))
-    total, greedy = np.zeros(shape), np.ones(shape, bool)
-    for part in cut(rows, int(min(TREE_TOKENS, longest(model)))):
+    request = _Request(pairs, edits, temperature)
+    parts = answers(request, lambda: request.run(model, update, kept))
+    return Scored(
+        np.sum([part.logprobs for part in parts], 0),  # each text is scored by one process, and 0 by the others
+        np.logical_and.reduce([part.greedy for part in parts]),
+        np.array([len(continuation) for _, continuation in pairs]),
+    )
+
+
+class Part(NamedTuple):
+    """A process's share: 0 and True for texts that another one scores. logprobs, greedy: [E, n]."""
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `score_edits` is asked."""
+
+    pairs: Sequence[Pair]
+    edits: Sequence[Edit | None]
+    temperature: float
+
+    def answer(self, scorer: Scorer) -> Part:
+        return self.run(scorer.model)
+
+    @torch.inference_mode()
+    def run(
+        self, model: nn.Module, update: Callable[[int], None] = lambda _: None, kept: BaseStates | None = None
+    ) -> Part:
+        """This process's share of the trees. update, kept: as of `score_edits`."""
+        rows, lookups = unique_rows(self.pairs)
+        shape = (len(self.edits), len(self.pairs))
+        part = Part(np.zeros(shape), np.ones(shape, bool))
+        trees = list(cut(rows, int(min(TREE_TOKENS, longest(model)))))
+        own = share(trees)
+        update(len(self.edits) * sum(len(of_row) for tree in trees if tree not in own for of_row in lookups[tree]))
+        passes = _passes(own, rows, lookups, self.edits)
+        for one, states in _with_kept(model, passes, kept):
+            lookup = one.lookup
+            logp, hits = _looked_up(model, states, lookup.index, lookup.target, self.temperature)
+            for row in range(len(one.edits)):
+                np.add.at(part.logprobs[one.first + row], lookup.pair, logp[row])
+                np.logical_and.at(part.greedy[one.first + row], lookup.pair, hits[row])
+            update(len(one.edits) * one.lookups)
+        return part
+
+
+def score_share(model: nn.Module, pairs: Sequence[Pair], temperature: float, update: Callable[[int], None]) -> Part:
+    """This process's share of what `score_edits` gives for the model as it is, [1, n]."""
+    return _Request(pairs, [None], temperature).run(model, update)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A tree under the edits from number `first` on, and what is looked up in it: so many lookups."""
+
+    tree: Tree
+    edits: Sequence[Edit | None]
+    lookup: TokenLookups
+    first: int
+    lookups: int
+
+    @property
+    def nodes(self) -> list[int]:
+        return self.lookup.nodes
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(self.tree.tokens), tuple(self.nodes)
+
+
+def _passes(
+    trees: Sequence[slice],
+    rows: Sequence[tuple[int, ...]],
+    lookups: Sequence[Sequence[Lookup]],
+    edits: Sequence[Edit | None],
+) -> Iterator[_Pass]:
+    """trees: the rows of each."""
+    for part in trees:
         tree = Tree(rows[part])
         lookup = TokenLookups.of(tree, lookups[part])
         step = max(_BATCH_TOKENS // len(tree.tokens), 1)
         for first in range(0, len(edits), step):
-            some = edits[first : first + step]
-            states = _states_at(model, tree, some, lookup.nodes, kept)
-            logp, hits = _looked_up(model, states, lookup.index, lookup.target, temperature)
-            for row in range(len(some)):
-                np.add.at(total[first + row], lookup.pair, logp[row])
-                np.logical_and.at(greedy[first + row], lookup.pair, hits[row])
-            update(len(some) * sum(map(len, lookups[part])))
-    return Scored(total, greedy, np.array([len(continuation) for _, continuation in pairs]))
+            yield _Pass(tree, edits[first : first + step], lookup, first, sum(map(len, lookups[part])))
 
 
-def _states_at(
-    model: nn.Module, tree: Tree, edits: Sequence[Edit | None], nodes: list[int], kept: BaseStates | None
-) -> Tensor:
-    """The last layer's output at some tokens of a tree, [E, K, D]."""
-    key = (tuple(tree.tokens), tuple(nodes))
-    if kept is not None and list(edits) == [None] and key in kept:
-        return kept[key][None]
-    states = last_states(model, tree, edits)[:, nodes]
-    if kept is not None and None in edits:
-        kept[key] = states[list(edits).index(None)].clone()
-    return states
+def _with_kept(model: nn.Module, passes: Iterable[_Pass], kept: BaseStates | None) -> Iterator[tuple[_Pass, Tensor]]:
+    """Each pass with the last layer's output at its kept nodes, [E, K, D]: from `kept` if it is there."""
+    if kept is None:
+        yield from states_of(model, passes)
+        return
+    known = []
+
+    def unknown() -> Iterator[_Pass]:
+        for part in passes:
+            if list(part.edits) == [None] and part.key in kept:
+                known.append(part)
+            else:
+                yield part
+
+    for part, states in states_of(model, unknown()):
+        if None in part.edits:
+            kept[part.key] = states[list(part.edits).index(None)].clone()
+        yield part, states
+    for part in known:
+        yield part, kept[part.key][None]
 
 
 class Lookup(NamedTuple):
@@ -261,144 +339,3 @@ def _by_blocks(
 def logits_of(model: nn.Module, states: Tensor) -> Tensor:
     """Logits [K, V] float32 from outputs of `last_states`, [K, D]: norm, head and what follows it."""
     return after_head(model, states) if is_recurrent(model) else head(model, states[None])
-
-
-class _Reached(Exception):
-    """Leaves a forward pass after the last layer."""
-
-    def __init__(self, hidden: Tensor):
-        self.hidden = hidden
-
-
-@torch.inference_mode()
-def last_states(model: nn.Module, tree: Tree, edits: Sequence[Edit | None]) -> Tensor:
-    """The last layer's output for a tree under each edit, [E, N, D]; what comes to the head of a model that runs whole.
-
-    Raises EditError if an edit does not fit the model.
-    """
-    if is_recurrent(model):
-        return unpacked(tree, lambda ids: _states_at_head(model, edits, ids), model)
-    device, depth = model.get_input_embeddings().weight.device, np.array(tree.depth)  # type: ignore[operator]
-    return _states(
-        model,
-        edits,
-        torch.tensor([tree.tokens], device=device),
-        position_ids=torch.tensor([tree.depth], device=device),
-        attention_mask=attention_mask(model, tree.seen, depth, depth),
-    )
-
-
-def _states(model: nn.Module, edits: Sequence[Edit | None], input_ids: Tensor, **kwargs: Any) -> Tensor:
-    """The last layer's output for tokens [1, N] under each edit, [E, N, D]. kwargs: how the model sees the tokens."""
-    layers = decoder_layers(model)
-    touched = [layer for edit in edits if edit for layer in edit.factors]
-    with ExitStack() as stack:
-        stack.enter_context(_repeated(layers[min(touched, default=len(layers) - 1) :], len(edits)))
-        stack.enter_context(_scaled(model, edits, lambda: input_ids.shape[1]))
-        stack.enter_context(_left_after(layers[-1]))
-        try:
-            model(input_ids=input_ids, use_cache=False, **kwargs)
-        except _Reached as reached:
-            return reached.hidden
-    raise AssertionError(f"{type(model).__name__} did not call its last layer")
-
-
-def _states_at_head(model: nn.Module, edits: Sequence[Edit | None], input_ids: Tensor) -> Tensor:
-    """`_states` of a model that runs whole, one step further: what it gives to its head.
-
-    Its layers may hand on more than hidden states (keys and values, streams, the embedded tokens), so all of them run
-    on every edit.
-    """
-    ids = input_ids.expand(len(edits), -1)
-    with _scaled(model, edits, lambda: input_ids.shape[1]):
-        return at_head(model, lambda: model(input_ids=ids, use_cache=False))
-
-
-@contextmanager
-def _repeated(layers: nn.ModuleList, count: int) -> Iterator[None]:
-    """What comes to the first of these layers, [1, N, D], is repeated: [count, N, D]."""
-
-    def repeat(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (args[0].repeat(count, 1, 1), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": kwargs["hidden_states"].repeat(count, 1, 1)}
-
-    # XGLM checks its size; elsewhere it would be broadcast
-    def mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(map(expanded, args)), {name: expanded(value) for name, value in kwargs.items()}
-
-    def expanded(value: Any) -> Any:
-        is_mask = isinstance(value, Tensor) and value.dim() == 4 and len(value) == 1
-        return value.expand(count, -1, -1, -1) if is_mask else value
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(mask, with_kwargs=True).remove)
-        stack.callback(layers[0].register_forward_pre_hook(repeat, with_kwargs=True).remove)
-        yield
-
-
-@contextmanager
-def _left_after(layer: nn.Module) -> Iterator[None]:
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
-
-    handle = layer.register_forward_hook(leave)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def in_one_batch(model: nn.Module, edits: Sequence[Edit | None]) -> Iterator[None]:
-    """Within the context a batch holds as many rows for each edit, one edit after the other.
-
-    Raises EditError if an edit does not fit the model.
-    """
-    size = 0
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal size
-        hidden = args[0] if args else kwargs["hidden_states"]
-        size = hidden.shape[0] * hidden.shape[1] // len(edits)
-
-    handle = decoder_layers(model)[0].register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with _scaled(model, edits, lambda: size):
-            yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _scaled(model: nn.Module, edits: Sequence[Edit | None], tokens: Callable[[], int]) -> Iterator[None]:
-    """Every edit has its own part of the batch. tokens: of one edit in the pass that runs."""
-    edit: Edit | None
-    with ExitStack() as stack:
-        for site in dict.fromkeys(edit.site for edit in edits if edit):
-            layers = places(model, site)
-            sizes = [end(layer) for layer in layers]
-            at_site = [edit if edit and edit.site == site else None for edit in edits]
-            for edit in filter(None, at_site):
-                edit.check(sizes)
-            for layer in sorted({layer for edit in at_site if edit for layer in edit.factors}):
-                factors = torch.ones(len(edits), sizes[layer])
-                for row, edit in enumerate(at_site):
-                    if edit and (neurons := edit.factors.get(layer)):
-                        factors[row, list(neurons)] = torch.tensor(list(neurons.values()))
-                stack.enter_context(tapped(layers[layer], site, _tap(factors, tokens)))
-        yield
-
-
-def _tap(factors: Tensor, tokens: Callable[[], int]) -> Tap:
-    """factors: [E, F]. The product is taken in float32 and rounded once, as in `models.hooks`."""
-
-    def tap(h: Tensor, which: Tensor | None, offset: int) -> Tensor:
-        scale = factors[:, offset : offset + h.shape[-1]].to(h.device)
-        if which is not None:  # of an expert: which of the E * N tokens these are
-            return (h * scale[which.to(scale.device) // tokens()]).to(h.dtype)
-        by_edit = h.reshape(len(scale), -1, h.shape[-1])
-        return (by_edit * scale[:, None]).to(h.dtype).view_as(h)
-
-    return tap

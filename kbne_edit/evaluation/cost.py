@@ -211,18 +211,20 @@ class NeutralRun:
 
         from ..models.masks import longest
         from ..models.trees import Tree, cut
-        from .batched import TREE_TOKENS, last_states
+        from .batched import TREE_TOKENS
+        from .states import TreePass, states_of
 
         rows = [tuple(row[:-1]) for row in text.rows]
         order = sorted(range(len(rows)), key=rows.__getitem__)
         ordered = [rows[i] for i in order]
-        states_of: dict[int, tuple[Tensor, Tensor]] = {}
-        for part in cut(ordered, int(min(TREE_TOKENS, longest(model)))):
-            tree = Tree(ordered[part])
-            states = last_states(model, tree, [None, edit]).cpu()
-            for i, path in zip(order[part], tree.paths, strict=True):
-                states_of[i] = (states[0, path], states[1, path])
-        before, after = zip(*(states_of[i] for i in range(len(rows))), strict=True)
+        result: dict[int, tuple[Tensor, Tensor]] = {}
+        trees = (Tree(ordered[part]) for part in cut(ordered, int(min(TREE_TOKENS, longest(model)))))
+        passes = (TreePass(tree, [None, edit], range(len(tree.tokens))) for tree in trees)
+        remaining = iter(order)
+        for one, states in states_of(model, passes):
+            for path, i in zip(one.tree.paths, remaining, strict=False):
+                result[i] = (states[0, path].cpu(), states[1, path].cpu())
+        before, after = zip(*(result[i] for i in range(len(rows))), strict=True)
         return cls(model, text, torch.cat(before), torch.cat(after))
 
     @cached_property
@@ -319,7 +321,7 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[str], edits: Sequen
     """Greedy, under each edit. All prompts and edits in one batch, padded on the left: a step reads all weights."""
     import torch
 
-    from .batched import in_one_batch
+    from .states import in_one_batch
 
     device = model.get_input_embeddings().weight.device
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]

@@ -30,11 +30,13 @@ from .twins import twin_scores
 if TYPE_CHECKING:
     from torch import nn
 
+    from .batched import BaseStates
+
 FEWEST = 6  # twins needed for an effect at 5 %: with five paired items of one sign, p is 1/16
 FEWEST_DRAWS = 19  # with fewer, a random edit is below all draws in more than 5 of 100 cases
 DRAWS = 39  # a random edit is below all of them in 2.5 of 100 cases
 DRAW_TWINS = 24  # twins on which draws are measured: there the spread of draws, not of items, limits the power
-_BLOCK = 4  # draws at once; if one draw is as good as the edit and one is worse, no more are needed
+DRAWS_AT_ONCE = 4  # if one draw is as good as the edit and one is worse, no more are needed
 
 State = Literal["less", "more", "none"]
 
@@ -270,14 +272,26 @@ Margins = Callable[[Sequence[Probe], Sequence["Edit | None"], float], np.ndarray
 
 def margins_in(model: nn.Module, tokenizer: Any) -> Margins:
     """Of a model in memory, by run-time hooks, which the fold equals."""
-    from .batched import BaseStates, margins_of_edits
+    return _ModelMargins(model, tokenizer)
 
-    kept: BaseStates = {}
 
-    def margins(probes: Sequence[Probe], edits: Sequence[Edit | None], temperature: float) -> np.ndarray:
-        return margins_of_edits(model, tokenizer, probes, edits, temperature=temperature, kept=kept)
+class _ModelMargins:
+    """Margins of a model. ahead: random draws to measure together, even if fewer of them may turn out to be enough.
 
-    return margins
+    Of a model that is read layer by layer that is all of them: a read of the weights costs more than the draws.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        from ..models.on_demand import supply_of
+
+        self._model, self._tokenizer = model, tokenizer
+        self._kept: BaseStates = {}
+        self.ahead = DRAWS if supply_of(model) else DRAWS_AT_ONCE
+
+    def __call__(self, probes: Sequence[Probe], edits: Sequence[Edit | None], temperature: float) -> np.ndarray:
+        from .batched import margins_of_edits
+
+        return margins_of_edits(self._model, self._tokenizer, probes, edits, temperature=temperature, kept=self._kept)
 
 
 def measure_effect(
@@ -311,7 +325,7 @@ def measure_effect(
         flattening = Flattening(None if uniform else temperature, versus)
     place = np.unique(np.linspace(0, len(twins) - 1, min(DRAW_TWINS, len(twins))).round().astype(int))
     moved = interval(measure.size(after) - measure.size(before)).side
-    edits = (random_edit(edit, neurons, seed) for seed in range(DRAWS if moved else _BLOCK))
+    edits = (random_edit(edit, neurons, seed) for seed in range(DRAWS if moved else DRAWS_AT_ONCE))
     drawn = measure.drawn([twins[i] for i in place], edits, after[place])
     return Effect(
         aim=aim,
@@ -349,11 +363,13 @@ class _Measure:
     def drawn(self, twins: Sequence[Twin], edits: Iterator[Edit], after: np.ndarray) -> np.ndarray:
         """Scores of random draws, [draws, twins], block by block. after: the edit's, [twins]."""
         size, blocks = self.size(after).mean(), []
-        while block := list(islice(edits, _BLOCK)):
-            blocks.append(self.scores(twins, block))
-            sizes = self.size(np.concatenate(blocks)).mean(1)
-            if (sizes <= size).any() and (sizes >= size).any():
-                break
+        while ahead := list(islice(edits, getattr(self.margins, "ahead", DRAWS_AT_ONCE))):
+            scores = self.scores(twins, ahead)
+            for start in range(0, len(ahead), DRAWS_AT_ONCE):
+                blocks.append(scores[start : start + DRAWS_AT_ONCE])
+                sizes = self.size(np.concatenate(blocks)).mean(1)
+                if (sizes <= size).any() and (sizes >= size).any():
+                    return np.concatenate(blocks)
         return np.concatenate(blocks)
 
     def random(self, before: np.ndarray, after: np.ndarray, drawn: np.ndarray) -> RandomDraws:

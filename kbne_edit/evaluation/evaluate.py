@@ -32,6 +32,7 @@ from .result import TaskJSON, TaskResult, neutral_of, results_of
 from .runs import Bench
 from .settings import Controls, Measurement
 from .verdict import Verdict, VerdictJSON, benchmarked, verdict_of
+from .workers import by_all
 
 if TYPE_CHECKING:
     from .scoring import Scorer
@@ -157,6 +158,7 @@ class Evaluation:
         return record
 
 
+@by_all
 def evaluate(
     source: str,
     *,
@@ -175,7 +177,8 @@ def evaluate(
     controls: what the edit is compared with (None: random neurons, the inverse factor, a flattened base).
     margin: the loss that a capability must exclude, in points of accuracy.
 
-    Effect and cost are measured where the probes are among the tasks.
+    Effect and cost are measured where the probes are among the tasks. Of several processes (`torchrun`) each scores its
+    share; all but the first one return None.
     Raises InputError or a subclass, also if lm-eval is not installed.
     """
     from .neutral import neutral_text

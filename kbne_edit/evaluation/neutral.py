@@ -128,16 +128,17 @@ def states(model: nn.Module, texts: Sequence[Sequence[int]]) -> Tensor:
     """
     from ..models.bounds import check_numbers, check_tokens
     from ..models.trees import Tree, cut, tokens_of_a_pass
-    from .batched import last_states
+    from .states import TreePass, states_of
 
     rows = [tuple(ids[:-1]) for ids in texts]
-    outputs = []
-    for part in cut(rows, tokens_of_a_pass(model)):
-        tree = Tree(rows[part])
+    trees = [Tree(rows[part]) for part in cut(rows, tokens_of_a_pass(model))]
+    for tree in trees:
         check_tokens(model, tree.tokens, tree.depth)
-        output = last_states(model, tree, [None])[0]
-        check_numbers(output, model)
-        outputs.append(output[[node for path in tree.paths for node in path]].cpu())
+    outputs = []
+    passes = (TreePass(tree, [None], [node for path in tree.paths for node in path]) for tree in trees)
+    for _, output in states_of(model, passes):
+        check_numbers(output[0], model)
+        outputs.append(output[0].cpu())
     return torch.cat(outputs)
 
 

@@ -7,14 +7,12 @@ with them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 
 from ..edit import Edit
-from ..models.hooks import hooked
 from ..progress import progress
 from .controls import Control, Kind
 
@@ -96,7 +94,7 @@ class Bench:
         """Measure one model, task by task: no figure depends on the other tasks."""
         from . import neutral
 
-        with hooked(scorer.model, edit) if edit else nullcontext():
+        with scorer.edited(edit):
             with progress(label, sum(len(task.pairs) for task in self.tasks), "request") as update:
                 columns = {task.name: task.measure(scorer, update) for task in self.tasks}
             return Measured(columns, neutral.states(scorer.model, self.texts))

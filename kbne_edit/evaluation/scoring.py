@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..edit import Edit
 from ..errors import InputError
-from ..models.loading import load_model, load_tokenizer
+from ..models.hooks import hooked
+from ..models.loading import load_tokenizer
+from ..models.on_demand import load_that_fits, supply_of
 from ..models.trees import Tree, cut, logits_at, tokens_of_a_pass
 from ..progress import say
-from .batched import Lookup, Pair, TokenLookups, shortened, unique_rows
+from .batched import Lookup, Pair, Part, TokenLookups, score_share, shortened, unique_rows
+from .workers import announce, answers, share
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -42,6 +47,7 @@ class Scorer(HFLM):
         with quiet_lm_eval():
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.temperature = 1.0
+        self._edit: Edit | None = None
         self._tokens = min(tokens_of_a_pass(self.model), self.max_length)
 
     def _create_tokenizer(self, model: Any, tokenizer: Any, **_: Any) -> None:
@@ -74,13 +80,37 @@ class Scorer(HFLM):
 
     def score(self, pairs: Sequence[Pair], update: Callable[[int], None] | None = None) -> list[tuple[float, bool]]:
         """(log-probability, is the greedy continuation) of each pair. update: called with the number of pairs since."""
-        rows, lookups = unique_rows(shortened(pairs, self.max_length))
-        total, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        for part in cut(rows, self._tokens):
-            self._score_pack(rows[part], lookups[part], total, greedy)
-            if update:
-                update(sum(map(len, lookups[part])))
+        request = _Request(pairs, self.temperature, self._edit)
+        parts = answers(request, lambda: self._share(pairs, update or (lambda _: None)))
+        total = np.sum([part.logprobs for part in parts], 0)
+        greedy = np.logical_and.reduce([part.greedy for part in parts])
         return list(zip(total.tolist(), greedy.tolist(), strict=True))
+
+    @contextmanager
+    def edited(self, edit: Edit | None) -> Iterator[None]:
+        """Within the context the model is the one with this edit, by hooks; None: as it is."""
+        with hooked(self.model, edit) if edit else nullcontext():
+            self._edit = edit
+            try:
+                yield
+            finally:
+                self._edit = None
+
+    def _share(self, pairs: Sequence[Pair], update: Callable[[int], None] = lambda _: None) -> Part:
+        """This process's share of the pairs, [n]: 0 and True for the others."""
+        pairs = shortened(pairs, self.max_length)
+        if supply_of(self.model):  # each pass would read all weights: as many together as the memory holds
+            scored = score_share(self.model, pairs, self.temperature, update)
+            return Part(scored.logprobs[0], scored.greedy[0])
+        rows, lookups = unique_rows(pairs)
+        part = Part(np.zeros(len(pairs)), np.ones(len(pairs), bool))
+        packs = list(cut(rows, self._tokens))
+        own = share(packs)
+        update(sum(len(of_row) for pack in packs if pack not in own for of_row in lookups[pack]))
+        for pack in own:
+            self._score_pack(rows[pack], lookups[pack], part.logprobs, part.greedy)
+            update(sum(map(len, lookups[pack])))
+        return part
 
     def _score_pack(
         self, rows: list[tuple[int, ...]], lookups: list[list[Lookup]], total: np.ndarray, greedy: np.ndarray
@@ -116,6 +146,20 @@ class Scorer(HFLM):
         return logits if self.temperature == 1 else logits / self.temperature
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What `Scorer.score` is asked, and of which model."""
+
+    pairs: Sequence[Pair]
+    temperature: float
+    edit: Edit | None
+
+    def answer(self, scorer: Scorer) -> Part:
+        scorer.temperature = self.temperature
+        with scorer.edited(self.edit):
+            return scorer._share(self.pairs)
+
+
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
     """Silences lm-eval's advice, which concerns its own command line."""
@@ -131,4 +175,9 @@ def quiet_lm_eval() -> Iterator[None]:
 def scorers(base: Path, device: str, dtype: str) -> Callable[[Path], Scorer]:
     """Loads the model of a directory, with the tokenizer of the base."""
     tokenizer = load_tokenizer(base)
-    return lambda path: Scorer(load_model(path, getattr(torch, dtype), device), tokenizer)
+
+    def scorer(path: Path) -> Scorer:
+        announce(path, base, device, dtype)
+        return Scorer(load_that_fits(path, getattr(torch, dtype), device), tokenizer)
+
+    return scorer

@@ -129,8 +129,10 @@ def parts(checkpoint: Checkpoint) -> Parts:
 
 
 def can_stream(checkpoint: Checkpoint) -> bool:
-    """True if the layers can be read one by one: not of GGUF, nor where layers share a block."""
-    return checkpoint.gguf is None and not owners(checkpoint.config)
+    """True if the layers can be read one by one: not where they share a block, nor of a GGUF mixture of experts."""
+    if owners(checkpoint.config):
+        return False
+    return checkpoint.gguf is None or family_of(checkpoint.config).experts is None
 
 
 def forward_by_layer(checkpoint: Checkpoint) -> float:

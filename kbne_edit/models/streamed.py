@@ -27,10 +27,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ..disk.checkpoint import Checkpoint
 from ..disk.dtypes import DTYPES
+from ..disk.refusals import gguf_file
 from ..errors import CheckpointError, InputError
 from ..families import family_of, hidden_size
 from ..progress import progress, say
 from .dequantised import plain_config
+from .gguf import GGUFTensors, gguf_config
 from .loading import foreign, load_config, model_class, quiet
 from .memory import in_memory, streamed
 from .places import decoder_layers, num_neurons
@@ -53,6 +55,9 @@ class Streamed:
         self._checkpoint, self._memory, self.bytes_read = checkpoint, memory, 0
         self.model = _skeleton(checkpoint, dtype)
         self._layers, self._path = decoder_layers(self.model), family_of(self.model.config.to_dict()).layers + "."
+        file = gguf_file(checkpoint.path)
+        self._gguf = GGUFTensors(file, self.model) if file else None
+        self._shapes = self._gguf.shapes if self._gguf else checkpoint.plain_shapes
         self._names = self._whose_tensors()
         self.load(None)
         for module in self.model.modules():  # in layers only the buffers: their parameters are not loaded yet
@@ -68,7 +73,7 @@ class Streamed:
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         result: dict[int | None, list[str]] = {}
-        for name in self._checkpoint.plain_shapes:
+        for name in self._shapes:
             target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
             if target in known:
                 layer = int(target.removeprefix(path).split(".")[0]) if target.startswith(path) else None
@@ -98,6 +103,9 @@ class Streamed:
             raise CheckpointError(f"{self._checkpoint.path} has no tensor for {name}: it cannot be read layer by layer")
 
     def _read(self, name: str) -> Tensor:
+        if self._gguf:
+            self.bytes_read += self._gguf.size(name)
+            return torch.from_numpy(self._gguf.read(name))
         if self._checkpoint.layout is not None:
             self.bytes_read += sum(self._size(part) for part in self._checkpoint.layout.names(name))
             return torch.from_numpy(self._checkpoint.read_plain(name))
@@ -130,6 +138,9 @@ class Streamed:
                 self.unload(index)
                 update(1)
 
+    def is_loaded(self, layer: int) -> bool:
+        return not any(parameter.is_meta for parameter in self._layers[layer].parameters())
+
     def unload(self, layer: int) -> None:
         """Let go of a layer's weights."""
         _empty(self._layers[layer])
@@ -137,7 +148,7 @@ class Streamed:
     def group(self, packs: Sequence[Sequence[int]], rows: Sequence[int], bare: int) -> int:
         """How many of the packs fit the budget together. Arguments as of `Layers`."""
         layer = max(
-            sum(4 * math.prod(self._checkpoint.plain_shapes[name]) for name in names)
+            sum(4 * math.prod(self._shapes[name]) for name in names)
             for layer, names in self._names.items()
             if layer is not None
         )
@@ -170,7 +181,8 @@ class _Unallocated(TorchFunctionMode):
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with foreign(checkpoint.path), _Unallocated():
-        config = plain_config(load_config(checkpoint.path))
+        file = gguf_file(checkpoint.path)
+        config = gguf_config(file) if file else plain_config(load_config(checkpoint.path))
         model = model_class(config).from_config(config, dtype=dtype, experts_implementation="eager")
         _empty(model)  # norms begin as ones, which would hide a missing weight
     return model.eval().requires_grad_(False)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..disk.checkpoint import Checkpoint
+from ..progress import say
 from . import memory
 from .hooks import replaced
 from .loading import load_model
+from .on_demand import on_demand
 from .places import decoder_layers, is_recurrent
 
 # Values of a weight that are widened at a time. With few rows the widening is most of the work, and takes half the time
@@ -60,7 +62,14 @@ def narrow_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
 
 @contextmanager
 def float32_model(checkpoint: Checkpoint) -> Iterator[Any]:
-    """The model of a checkpoint, by plain transformers, computing in float32. Raises CheckpointError."""
+    """The model of a checkpoint, by plain transformers, computing in float32; layer by layer if it does not fit.
+
+    Raises CheckpointError.
+    """
+    if memory.way(checkpoint) == "layer by layer":
+        say(f"{checkpoint.path} does not fit in memory: reading it layer by layer")
+        yield on_demand(checkpoint, torch.float32)
+        return
     narrow = narrow_dtype(checkpoint)
     model = load_model(checkpoint.path, narrow or torch.float32)
     if narrow and not can_widen(model):

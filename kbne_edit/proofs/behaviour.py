@@ -62,7 +62,8 @@ def behaviour_proof(plan: Plan, baked: Checkpoint) -> tuple[BehaviourProof, ...]
     if plan.checkpoint.quantised:
         stored = getattr(torch, own_dtype(plan.checkpoint))
         if way == "layer by layer":
-            return _layer_by_layer(plan, baked, stored, "read by kbne-edit")
+            reader = "gguf" if plan.checkpoint.gguf else "kbne-edit"
+            return _layer_by_layer(plan, baked, stored, f"read by {reader}")
         return _whole_quantised(plan, baked, stored)
     first = next(iter(plan.targets))
     stored = getattr(torch, DTYPES[plan.checkpoint.tensors[first][1].dtype].torch or "float32")

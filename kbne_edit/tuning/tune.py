@@ -31,6 +31,7 @@ from ..evaluation.effect import FEWEST_DRAWS, random_edit
 from ..evaluation.result import RANDOM, neutral_of, results_of
 from ..evaluation.runs import Bench, Run, Runs
 from ..evaluation.settings import Measurement
+from ..evaluation.workers import by_all
 from ..files import forbid_overlap, read_json, write_json, write_text
 from ..hub.source import resolved
 from ..progress import say
@@ -52,6 +53,7 @@ _BLOCK = 40  # draws at once on the test half
 RULE = "the least {} on dev, of the front's edits that do better than each draw of random neurons"
 
 
+@by_all
 def tune(
     source: str,
     scores: str | Path | Sequence[str | Path],
@@ -68,6 +70,7 @@ def tune(
     out: the folder of the run; a run with the same settings is resumed there, or returns the result in it.
     search: what to try. measurement: as of `evaluate`. criteria: of the choice and the confirmation.
 
+    Of several processes (`torchrun`) each scores its share; all but the first one return None.
     Raises InputError or a subclass.
     """
     from ..evaluation.neutral import neutral_text

@@ -157,8 +157,11 @@ def read_header(path: Path) -> Header:
         return Header(metadata, entries, data_start, reader.size, spans, frozenset(arrays), ranges, alignment)
 
 
-def without_vocabulary(header: Header, file: Path, out: Path) -> None:
-    """Copy the file without the tokenizer's arrays, which take the gguf package most of a minute to read."""
+def without_vocabulary(header: Header, file: Path, out: Path, weights: bool = True) -> None:
+    """Copy the file without the tokenizer's arrays, which take the gguf package most of a minute to read.
+
+    weights: False leaves a hole in their place.
+    """
     kept = [span for key, span in header.spans.items() if key not in header.arrays or not key.startswith("tokenizer.")]
     with open_input(file) as source, open(out, "wb") as target:
         target.write(source.read(16) + struct.pack("<Q", len(kept)))
@@ -166,6 +169,10 @@ def without_vocabulary(header: Header, file: Path, out: Path) -> None:
             source.seek(begin)
             target.write(source.read(end - begin))
         target.write(b"\0" * (-target.tell() % header.alignment))
+        size = source.seek(0, 2) - header.data_start
+        if not weights:
+            target.truncate(target.tell() + size)
+            return
         source.seek(header.data_start)
         shutil.copyfileobj(source, target, 4 << 20)
 

@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...recipe import Probe, Twin, load_recipe
 from ...statistics import Clusters, Interval, change
 from ..benchmark import Figure
-from ..effect import Margins
+from ..effect import DRAWS_AT_ONCE, Margins
 from ..figures import TWINS, twin_columns
 from ..twins import twin_scores
 from .associations import recipe_name
@@ -116,6 +116,7 @@ class Remembered:
 
     def __init__(self, margins: Margins):
         self._margins = margins
+        self.ahead = getattr(margins, "ahead", DRAWS_AT_ONCE)
         self._known: dict[tuple[str, str, str], float] = {}
 
     def __call__(self, probes: Sequence[Probe], edits: Sequence[Edit | None], temperature: float) -> np.ndarray:
