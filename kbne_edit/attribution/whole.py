@@ -70,9 +70,10 @@ def _bare(question: Question) -> Bare:
         for index, layer in enumerate(layers):
             stack.enter_context(tapped(layer, question.site, _tap(None, shifts[index], question, h[index])))
         logits = _logits(question, 1)
-    check_numbers(logits, question.model, "the base")
-    value = _value(question, logits)
-    gradients = torch.autograd.grad(value.sum(), shifts, allow_unused=True)
+        check_numbers(logits, question.model, "the base")
+        value = _value(question, logits)
+        # Within the taps: a model that is read layer by layer computes its layers again on the way back.
+        gradients = torch.autograd.grad(value.sum(), shifts, allow_unused=True)
     gradient = torch.cat([torch.zeros(1, *shape[1:]) if g is None else g for g in gradients])
     return Bare(h, gradient, float(value.detach()), logits[0].detach().softmax(-1).cpu())
 
@@ -86,7 +87,7 @@ def _nodes(question: Question, layer: int, gammas: Tensor, bare: Bare) -> NodeVa
         return NodeValues(shift.detach().flatten(1), torch.full((len(gammas),), bare.value))
     with tapped(blocks, question.site, _tap(gammas, shift, question, bare.h[layer])):
         value = _value(question, _logits(question, len(gammas)))
-    (gradient,) = torch.autograd.grad(value.sum(), [shift], allow_unused=True)
+        (gradient,) = torch.autograd.grad(value.sum(), [shift], allow_unused=True)
     gradient = torch.zeros_like(shift) if gradient is None else gradient
     return NodeValues(gradient.flatten(1), value.detach())
 
