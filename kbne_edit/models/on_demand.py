@@ -49,11 +49,11 @@ def load_that_fits(path: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     device: of torch, or "auto". Raises CheckpointError.
     """
     checkpoint, device = Checkpoint.open(path), chosen_device(device)
-    free = memory.available() / LOCAL_SIZE if device in ("cpu", SPREAD) else device_memory(device)
+    most = memory.room() / LOCAL_SIZE if device in ("cpu", SPREAD) else memory.SHARE * device_memory(device)
     need = memory.in_memory(checkpoint, dtype.itemsize)
-    if device == SPREAD or need <= memory.SHARE * free or not memory.can_stream(checkpoint):
+    if device == SPREAD or need <= most or not memory.can_stream(checkpoint):
         return load_model(path, dtype, device)
-    say(f"{path} takes {need / 1e9:.1f} GB, {memory.SHARE * free / 1e9:.1f} GB may be used: reading it layer by layer")
+    say(f"{path} takes {need / 1e9:.1f} GB, {most / 1e9:.1f} GB may be used: reading it layer by layer")
     return on_demand(checkpoint, dtype, device)
 
 
