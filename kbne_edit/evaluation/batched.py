@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from ..models.trees import Tree, cut
 from ..recipe import Probe
 from .states import states_of
 from .workers import answers, share
-
-if TYPE_CHECKING:
-    from .scoring import Scorer
 
 TREE_TOKENS = 512  # of one tree: the cost of attention grows with its square
 _BATCH_TOKENS = 4096  # of one pass, over all edits: bounds memory, and is enough to keep a matrix product busy
@@ -124,7 +121,7 @@ class _Request:
     edits: Sequence[Edit | None]
     temperature: float
 
-    def answer(self, scorer: Scorer) -> Part:
+    def answer(self, scorer: Any) -> Part:
         return self.run(scorer.model)
 
     @torch.inference_mode()

@@ -172,12 +172,25 @@ def quiet_lm_eval() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@dataclass(frozen=True)
+class _Load:
+    """Arguments of `scorers`, for another process."""
+
+    path: Path
+    base: Path
+    device: str
+    dtype: str
+
+    def load(self) -> Scorer:
+        return scorers(self.base, self.device, self.dtype)(self.path)
+
+
 def scorers(base: Path, device: str, dtype: str) -> Callable[[Path], Scorer]:
     """Loads the model of a directory, with the tokenizer of the base."""
     tokenizer = load_tokenizer(base)
 
     def scorer(path: Path) -> Scorer:
-        announce(path, base, device, dtype)
+        announce(_Load(path, base, device, dtype))
         return Scorer(load_that_fits(path, getattr(torch, dtype), device), tokenizer)
 
     return scorer

@@ -9,15 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from ..distributed import Processes, process_group
-
-if TYPE_CHECKING:
-    from .scoring import Scorer
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -28,17 +23,13 @@ _processes = _ALONE  # those that share the work while `shared` is entered
 class Request(Protocol):
     """What a process is asked to do. scorer: of the model that was loaded last."""
 
-    def answer(self, scorer: Scorer) -> Any: ...
+    def answer(self, scorer: Any) -> Any: ...
 
 
-@dataclass(frozen=True)
-class _Load:
-    """A model to load. base: whose tokenizer it has."""
+class LoadRequest(Protocol):
+    """A model to load."""
 
-    path: Path
-    base: Path
-    device: str
-    dtype: str
+    def load(self) -> Any: ...
 
 
 @contextmanager
@@ -88,23 +79,22 @@ def answers(request: Request, here: Callable[[], T]) -> list[T]:
     return results
 
 
-def announce(path: Path, base: Path, device: str, dtype: str) -> None:
+def announce(request: LoadRequest) -> None:
     """Let the other processes load a model, too."""
     if _processes.size > 1 and _processes.rank == 0:
-        _processes.broadcast(_Load(path, base, device, dtype))
+        _processes.broadcast(request)
 
 
 def _serve(processes: Processes) -> None:
-    from .scoring import scorers
-
     scorer: Any = None
+    request: Any
     while (request := processes.broadcast(None)) is not None:
-        if isinstance(request, _Load):
+        if hasattr(request, "load"):
             scorer = None  # one model is in memory at a time
-            scorer = scorers(request.base, request.device, request.dtype)(request.path)
+            scorer = request.load()
             continue
         try:
-            result = request.answer(scorer)  # type: ignore[attr-defined]
+            result = request.answer(scorer)
         except Exception as error:  # the first process raises it
             result = error
         processes.gather(result)
