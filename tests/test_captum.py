@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from kbne_edit import Integral
 from kbne_edit.attribution.gradients import attributions
 from kbne_edit.models.places import places
 from tiny import tiny_model
@@ -20,7 +21,7 @@ DENSE = ["falcon_h1", "bamba", "qwen3_5_text", "lfm2", "olmo2"]
 
 
 def _scores(model, site="down"):
-    (found,) = attributions(model, [PROMPT], [ANSWER], site=site, quadrature="gauss-16")
+    (found,) = attributions(model, [PROMPT], [ANSWER], Integral(site=site, quadrature="gauss-16"))
     return found.scores
 
 

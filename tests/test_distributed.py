@@ -9,9 +9,6 @@ import pytest
 import torch
 
 from kbne_edit import Edit, load_scores
-from kbne_edit.distributed import Processes
-from kbne_edit.errors import InputError
-from kbne_edit.evaluation import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0, "--standalone"]
@@ -48,26 +45,3 @@ def test_two_processes_evaluate_as_one(tmp_path, monkeypatch):
     two = _run(*LAUNCH, *command, cwd=tmp_path)
     assert one.returncode == two.returncode == 0, two.stderr
     assert json.loads(two.stdout) == json.loads(one.stdout)
-
-
-def test_each_process_takes_a_share_and_its_errors_are_raised(monkeypatch):
-    """The first process of two, the other one played: nobody scores what another one does."""
-
-    class Other(Processes):
-        def broadcast(self, value):
-            self.asked.append(value)
-            return value
-
-        def gather(self, value):
-            return [value, self.answer]
-
-    asked = []
-    other = Other(0, 2)
-    object.__setattr__(other, "asked", asked)
-    object.__setattr__(other, "answer", "theirs")
-    monkeypatch.setattr(workers, "_processes", other)
-    assert workers.share([1, 2, 3, 4, 5]) == [1, 3, 5]
-    assert workers.answers("request", lambda: "mine") == ["mine", "theirs"] and asked == ["request"]
-    object.__setattr__(other, "answer", InputError("their fault"))
-    with pytest.raises(InputError, match="their fault"):
-        workers.answers("request", lambda: "mine")

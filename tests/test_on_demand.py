@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kbne_edit import Edit, fold, verify
+from kbne_edit import Edit, Integral, fold, verify
 from kbne_edit.attribution.gradients import attributions
 from kbne_edit.disk.checkpoint import Checkpoint
 from kbne_edit.errors import CheckpointError
@@ -153,7 +153,8 @@ def test_attribution_where_a_state_is_handed_on(name, tmp_path):
     model.save_pretrained(tmp_path)
     streamed = on_demand(Checkpoint.open(tmp_path), torch.float32)
     both = (
-        attributions(one, [[5, 17, 40, 8]], [[11, 12]], quadrature="gauss-2", positions=2) for one in (streamed, model)
+        attributions(one, [[5, 17, 40, 8]], [[11, 12]], Integral(quadrature="gauss-2", positions=2))
+        for one in (streamed, model)
     )
     for got, want in zip(*both, strict=True):
         assert (got.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()
