@@ -152,10 +152,8 @@ def test_attribution_where_a_state_is_handed_on(name, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path)
     streamed = on_demand(Checkpoint.open(tmp_path), torch.float32)
-    both = (
-        attributions(one, [[5, 17, 40, 8]], [[11, 12]], Integral(quadrature="gauss-2", positions=2))
-        for one in (streamed, model)
-    )
+    integral = Integral(quadrature="gauss-2", positions=2)
+    both = (attributions(one, [[5, 17, 40, 8]], [[11, 12]], integral) for one in (streamed, model))
     for got, want in zip(*both, strict=True):
         assert (got.scores - want.scores).abs().max() <= 1e-6 * want.scores.abs().max()
         assert got.p == pytest.approx(want.p, rel=1e-6) and want.scores.abs().amax(1).min() > 0
