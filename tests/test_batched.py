@@ -120,8 +120,9 @@ def test_more_edits_and_texts_than_a_pass_holds(monkeypatch):
     assert (parts.greedy == whole.greedy).all() and sum(done) == len(pairs) * len(edits) and len(done) > 10
 
 
-def test_margins_and_temperature_against_a_plain_loop():
-    model, rng = tiny_model("qwen3"), np.random.default_rng(0)
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])  # with the head in blocks, and where it caps the logits
+def test_margins_and_temperature_against_a_plain_loop(name):
+    model, rng = tiny_model(name), np.random.default_rng(0)
     rows = [rng.integers(3, 60, 14).tolist() for _ in range(6)]
     pairs = [
         (row, row[:cut] + [2] + row[cut + 1 : cut + 9]) for cut, row in zip((1, 3, 5, 8, 11, 13), rows, strict=True)

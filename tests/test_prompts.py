@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,7 @@ def test_a_child_says_what_it_met():
         confined(path, lambda: len(bytearray(1 << 30)), memory=1 << 28)
     with pytest.raises(CheckpointError, match="ended its process"):
         confined(path, os._exit, 3)
+    assert confined(path, lambda: resource.getrlimit(resource.RLIMIT_CPU)[0], seconds=3) == 3
 
 
 def _raise(error):

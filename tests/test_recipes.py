@@ -367,3 +367,11 @@ def test_other_words_of_an_answer():
         with pytest.raises(RecipeError, match=reply):
             read(also)
     assert load_recipe("social-bias-zh").also["否"] == ("不", "不是", "不对")
+
+
+@pytest.mark.parametrize("answers", ["['Yes', 'yes']", "['no', ' No ']", "['yes']"])
+def test_one_word_is_not_two_answers(answers):
+    text = f"name: x\nprompt: {{chat: '{{question}}', plain: '{{question}}'}}\nanswers: {answers}\n"
+    items = "questions:\n  items: [{text: 'Is it?', answer: 'yes', form: f, dimension: d}]\n"
+    with pytest.raises(RecipeError, match="answers must list two or more different answers"):
+        Recipe.from_dict(yaml.load(text + items, Loader=yaml.BaseLoader) | {"kbne_recipe": 1})
