@@ -122,8 +122,9 @@ def hidden_size(config: dict) -> int:
 def _size(config: dict, what: str, *keys: str) -> int:
     for part in (config, text_part(config)):
         for key in keys:
-            if isinstance(part.get(key), int) and part[key] > 0:
-                return part[key]
+            size = part.get(key)
+            if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+                return size
     raise FamilyError(f"config.json names no {what} ({', '.join(keys)})")
 
 

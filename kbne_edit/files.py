@@ -103,11 +103,16 @@ def _depth(data: object) -> int:
     return depth
 
 
+def real(path: str | Path) -> Path:
+    """The path without links. Path.resolve raises a RuntimeError where links lead in a circle; this leaves them."""
+    return Path(os.path.realpath(path))
+
+
 def forbid_overlap(out: str | Path, *inputs: str | Path, option: str = "--out") -> None:
     """Raise OutputError if writing to `out`, a file or a directory, could change one of the `inputs`."""
-    target = Path(out).resolve()
+    target = real(out)
     for given in map(Path, inputs):
-        source = given.resolve()
+        source = real(given)
         if target == source or source in target.parents or target in source.parents:
             how = "is" if target == source else "is inside" if source in target.parents else "holds"
             raise OutputError(f"{option} {out} {how} {given}, which is read and never changed: choose another {option}")
@@ -120,10 +125,10 @@ def forbid_links_out(directory: str | Path, names: Iterable[str]) -> None:
     .git counts as outside, because a clone keeps addresses with tokens there. The blobs of the Hub's cache, to which
     its snapshots link, count as inside.
     """
-    root = Path(directory).resolve()
+    root = real(directory)
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     for name in names:
-        target = (root / name).resolve()
+        target = real(root / name)
         inside = target.is_relative_to(root) and ".git" not in target.relative_to(root).parts
         if not inside and target.parent != blobs:
             raise CheckpointError(

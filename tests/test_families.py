@@ -236,3 +236,9 @@ def test_layers_that_config_does_not_count_are_known(config, expected):
     base = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 4}
     assert layers_beyond(shapes, base | config) == expected
     assert layers_beyond(shapes, base | {"num_hidden_layers": 4}) == []
+
+
+@pytest.mark.parametrize("count", [True, "2", 2.0, 0, -1, None])
+def test_a_number_of_layers_that_is_none(count):
+    with pytest.raises(FamilyError, match=r"config\.json names no number of layers"):
+        slots(_stack("model.", 2), {"model_type": "llama", "num_hidden_layers": count, "hidden_size": 8}, "down")

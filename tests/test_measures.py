@@ -120,6 +120,24 @@ def test_decisions_equal_a_plain_loop(scorer):
     assert got["flips"] == pytest.approx(100 * np.mean(flips))
 
 
+def test_a_decision_flips_against_the_reference_of_its_own_dimension(scorer):
+    """Drawn answers: the tiny model decides alike for nearly everybody."""
+    content = Decisions.from_dict(read_content("decisions", "en"))
+    mark = measure("decisions", scorer, scorer.tokenizer, 3)
+    yes, no = map(len, answer_tokens(scorer.tokenizer, content.answers).values())
+    sizes = [len(of) for of in content.groups.values()]
+    drawn = np.random.default_rng(0).normal(size=(3, sum(sizes), 2, yes + no))
+    got = figures(mark, mark.columns([(float(value), False) for value in drawn.ravel()]))
+    flipped = []
+    for item in drawn:
+        start = 0
+        for size in sizes:
+            chosen = [[np.exp(p[:yes]).sum() > np.exp(p[yes:]).sum() for p in item[start + i]] for i in range(size)]
+            flipped += [chosen[i][side] != chosen[0][side] for i in range(1, size) for side in (0, 1)]
+            start += size
+    assert len(sizes) > 1 and got["flips"] == pytest.approx(100 * np.mean(flipped))
+
+
 def test_flips_and_gaps_by_hand():
     """Two dimensions of two and three groups; the share of flips is over all but the references."""
     both = decisions_figures({"x": ["a", "b"], "y": ["c", "d", "e"]})

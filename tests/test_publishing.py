@@ -14,9 +14,9 @@ from kbne_edit import Checks, Edit, Output, bake, fold, revert
 from kbne_edit.attribution.scores import ScoresWriter
 from kbne_edit.commands import main
 from kbne_edit.disk import publishing
-from kbne_edit.disk.publishing import create, staged
+from kbne_edit.disk.publishing import check_out, create, staged
 from kbne_edit.errors import OutputError
-from kbne_edit.files import write_text
+from kbne_edit.files import forbid_overlap, write_text
 from kbne_edit.recipe import Question
 from tiny import tiny_model
 
@@ -265,3 +265,11 @@ def test_a_full_disk_is_not_wrong_input(number, status, tmp_path):
     with pytest.raises(OutputError) as caught, publishing.write_errors(tmp_path):
         raise OSError(number, os.strerror(number))
     assert caught.value.exit_code == status
+
+
+def test_links_in_a_circle_are_an_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "base").mkdir()
+    forbid_overlap(tmp_path / "loop", tmp_path / "base")
+    with pytest.raises(OutputError, match="loop"):
+        check_out(tmp_path / "loop", False)

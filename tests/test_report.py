@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from kbne_edit import Checks, Edit, Output, bake, compare, fold, load_scores
 from kbne_edit.disk.checkpoint import Checkpoint
+from kbne_edit.disk.slots import readout
 from kbne_edit.errors import CheckpointError, InputError
 from kbne_edit.evaluation.effect import Change as Pair
 from kbne_edit.evaluation.verdict import Part
@@ -142,6 +143,15 @@ def test_tokens_against_the_model_itself(name, tmp_path):
             order = z[row].argsort(descending=largest)[:4]
             assert values == pytest.approx(z[row][order].tolist(), abs=0.011)  # two decimals, and the norm's epsilon
             assert z[row][list(ids)].tolist() == pytest.approx(list(values), abs=0.011)
+
+
+def test_tokens_of_a_tied_head_are_read_from_the_embedding():
+    """transformers ties, and leaves a head that is stored as well."""
+    block = {f"model.layers.0.mlp.{part}_proj.weight": (4, 4) for part in ("gate", "up", "down")}
+    shapes = block | {f"{name}.weight": (9, 4) for name in ("lm_head", "model.embed_tokens")}
+    config = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 4}
+    assert readout(shapes, config).unembedding == "lm_head.weight"
+    assert readout(shapes, config | {"tie_word_embeddings": True}).unembedding == "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -237,6 +237,8 @@ def readout(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> Reado
     norms = [name for part in _NORMS if (name := f"{prefix}{part}.weight") in shapes]
     if not (heads or tied) or (norms and shapes[norms[0]] != shapes[(heads or tied)[0]][1:]):
         return None
+    if tied and config.get("tie_word_embeddings") is True:  # a head that is stored all the same is not the model's
+        heads = []
     return Readout((heads or tied)[0], norms[0] if norms else None, float(family.one_plus), family.centred)
 
 

@@ -263,7 +263,8 @@ def unique_rows(pairs: Sequence[Pair]) -> tuple[list[tuple[int, ...]], list[list
     by_row: dict[tuple[int, ...], list[Lookup]] = {}
     for pair, (context, continuation) in enumerate(pairs):
         if not len(context) or not len(continuation):
-            raise InputError(f"request {pair}: context and continuation need a token each")
+            part = "continuation" if len(context) else "context"
+            raise InputError(f"the {part} of text {pair + 1} has no token in this model's tokenizer: leave it out")
         row = (*context, *continuation[:-1])
         by_row.setdefault(row, []).append(Lookup(pair, len(row) - len(continuation), continuation))
     rows = sorted(by_row)

@@ -20,7 +20,7 @@ from ..disk.names import INDEX, SINGLE, is_weights
 from ..disk.refusals import gguf_file, read_config
 from ..disk.tensors import header_bytes
 from ..errors import OutputError, SourceError, shown
-from ..files import forbid_links_out, read_json
+from ..files import forbid_links_out, read_json, real
 from .client import TIMEOUT, passing, talking
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -57,7 +57,7 @@ class Source:
     @property
     def label(self) -> str:
         """The id as it may be published: for a local directory only its name, not its path."""
-        return self.id if self.commit or self.id == "demo" else Path(self.id).expanduser().resolve().name
+        return self.id if self.commit or self.id == "demo" else real(os.path.expanduser(self.id)).name
 
 
 def usual_recipe(source: str) -> str:

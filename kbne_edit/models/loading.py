@@ -11,7 +11,7 @@ from ..disk.checkpoint import Checkpoint
 from ..disk.refusals import gguf_file
 from ..errors import CheckpointError, KbneError, one_line, short, shown
 from ..families import auto_class
-from ..files import open_input, read_json
+from ..files import open_input, read_json, real
 from .devices import SPREAD, chosen_device
 from .tokenizers import Tokenizer
 
@@ -263,4 +263,4 @@ def _files(path: Path) -> tuple:
         if file.is_file() and not file.name.endswith((".safetensors", ".bin")):
             status = file.stat()
             files.append((file.name, status.st_size, status.st_mtime_ns, status.st_ino))
-    return (path.resolve(), *files)
+    return (real(path), *files)
