@@ -95,10 +95,10 @@ def _ask_tab(gradio: Any, speakers: Sequence[Speaker]) -> None:
             raise gradio.Error("There is no prompt to ask.")
         sampling = Sampling(min(int(most), _MOST_TOKENS), float(heat), int(number or 0))
         try:
-            said = [s.reply([{"role": "user", "content": text[:_MOST_LETTERS]}], sampling, bare) for s in speakers]
+            replies = [s.reply([{"role": "user", "content": text[:_MOST_LETTERS]}], sampling, bare) for s in speakers]
         except KbneError as error:
             raise gradio.Error(str(error)) from None
-        return said if len(said) > 1 else said[0]
+        return replies if len(replies) > 1 else replies[0]
 
     button = gradio.Button("Ask", variant="primary")
     gradio.on([button.click, prompt.submit], reply, [prompt, tokens, temperature, seed, plain], boxes)

@@ -37,18 +37,18 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def metrics(results: Results) -> dict[str, float]:
     """{"task/figure/base", "…/edit", "…/change", "…/change low", "…/change high": value} of every figure."""
-    found = {}
+    result = {}
     for row in results.rows:
         name = re.sub(r"[^\w ./-]", "_", f"{row.task}/{row.figure}")  # what every client takes
-        found |= {f"{name}/base": row.base, f"{name}/edit": row.edit}
-        found |= dict(zip((f"{name}/change", f"{name}/change low", f"{name}/change high"), row.change, strict=True))
-    return found
+        result |= {f"{name}/base": row.base, f"{name}/edit": row.edit}
+        result |= dict(zip((f"{name}/change", f"{name}/change low", f"{name}/change high"), row.change, strict=True))
+    return result
 
 
 def params(results: Results) -> dict[str, str | int]:
     """What was edited, with which recipe, and the verdict."""
     model, edit = results.model, results.edit
-    found: dict[str, str | int] = {
+    result: dict[str, str | int] = {
         "model": str(model) if model else "",
         "base": results.base or "",
         "recipe": results.recipe.name if results.recipe else "",
@@ -59,7 +59,7 @@ def params(results: Results) -> dict[str, str | int]:
         "tool": results.tool,
         "verdict": results.verdict.ship,
     }
-    return found | {f"verdict {name}": part.state for name, part in results.verdict}
+    return result | {f"verdict {name}": part.state for name, part in results.verdict}
 
 
 def _mlflow(mlflow: ModuleType, results: Results, run: str) -> None:
