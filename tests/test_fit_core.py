@@ -1,4 +1,4 @@
-"""Gradients of the factors against finite differences of the hooked model; metric and dual against dense algebra."""
+"""Gradients of the factors against finite differences of the hooked model; the metric against dense algebra."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ from kbne_edit import Edit, hooked
 from kbne_edit.errors import InputError
 from kbne_edit.fitting.gram import Shrinkage, diagonal, direction, gram, scale
 from kbne_edit.fitting.passes import Neutral, Scored, gradients, layer_sizes, objectives
-from kbne_edit.fitting.solve import solve
 from tiny import FAMILIES, MIXTURES, tiny_model
 
 SEQUENCES = [
@@ -113,27 +112,6 @@ def test_gram_solves_the_dense_metric():
         direction([fisher, units], d, c).double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
     )
     assert np.allclose(result.changes(c), rows @ expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("kappa", [1e-3, 1e-1, 1e6])
-def test_dual_solves_the_primal(kappa):
-    """The dense normal equations at the multiplier that the bound implies; beyond it, the unbounded minimum."""
-    rng = np.random.default_rng(3)
-    a, residuals, weights = rng.normal(size=(6, 15)), rng.normal(size=6), rng.uniform(0.5, 2, 6)
-    root = rng.normal(size=(15, 15))
-    p = root @ root.T + np.eye(15)
-    inverse = np.linalg.inv(p)
-    d = -inverse @ a.T @ solve(a @ inverse @ a.T, residuals, weights, kappa)
-    cost = 0.5 * d @ p @ d
-    assert cost <= kappa * (1 + 1e-6)
-    slope = a.T @ (weights * (residuals + a @ d))
-    if kappa < 1:
-        assert cost == pytest.approx(kappa, rel=1e-6)
-        multiplier = -(slope @ d) / (d @ p @ d)
-        assert multiplier > 0
-        assert np.allclose(slope + multiplier * p @ d, 0, atol=1e-8 * np.abs(slope).max())
-    else:
-        assert np.allclose(residuals + a @ d, 0, atol=1e-5)
 
 
 def test_real_cost_and_values_are_those_of_the_hooked_model():
