@@ -87,9 +87,9 @@ def command(
     if out and not out.absolute().parent.is_dir():  # before an hour's work
         raise OutputError(f"cannot write {out}: its folder does not exist")
     if out:
-        options.check_free(out, values["overwrite"])
         model = None if source == "demo" else Path(source).expanduser()
         forbid_overlap(out, *filter(None, [model, edit_path, values["baked"], values["scores"]]))
+        options.check_free(out, values["overwrite"])
     del values["overwrite"]
     trackers = values.pop("track")
     edit = Edit.load(edit_path) if edit_path else None
