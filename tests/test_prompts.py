@@ -252,9 +252,9 @@ def test_a_fork_has_a_tokenizer_of_its_own(chatty):
     expected = tokenizer("Is it fair?")
     read, write = os.pipe()
     if (child := os.fork()) == 0:
-        os.write(write, json.dumps(tokenizer("Is it fair?")).encode())
+        os.write(write, json.dumps([tokenizer("Is it fair?"), len(_children())]).encode())
         os._exit(0)
-    assert json.loads(os.read(read, 1 << 16)) == expected
+    assert json.loads(os.read(read, 1 << 16)) == [expected, 1]
     os.waitpid(child, 0)
     os.close(read)
     os.close(write)
