@@ -61,7 +61,9 @@ class Row(NamedTuple):
         """Raises KeyError, TypeError or ValueError."""
         random = record["random"]
         return cls(
-            *(str(record[key]) for key in ("task", "figure", "unit")),
+            str(record["task"]),
+            str(record["figure"]),
+            str(record["unit"]),
             int(record["items"]),
             float(record["base"]),
             float(record["edit"]),
@@ -175,7 +177,7 @@ class Results:
             "model": self.model.id if self.model else None,
             "commit": self.model.commit if self.model else None,
             "base": self.base,
-            "recipe": self.recipe and self.recipe.to_dict(),
+            "recipe": self.recipe.to_dict() if self.recipe else None,
             "edit": self.edit,
             "verdict": self.verdict.to_dict(),
             "figures": [row.to_dict() for row in self.rows],

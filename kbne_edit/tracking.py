@@ -37,7 +37,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def metrics(results: Results) -> dict[str, float]:
     """{"task/figure/base", "…/edit", "…/change", "…/change low", "…/change high": value} of every figure."""
-    result = {}
+    result: dict[str, float] = {}
     for row in results.rows:
         name = re.sub(r"[^\w ./-]", "_", f"{row.task}/{row.figure}")  # what every client takes
         result |= {f"{name}/base": row.base, f"{name}/edit": row.edit}

@@ -26,6 +26,7 @@ COMMON = {
     "--device": "Torch device.",
     "--dtype": "Data type of the computation.",
     "--max-kl": "Bound on the KL from the base on neutral text, in nats per token.",
+    "--memory": "Memory that may be used, e.g. 8GB. A model that does not fit is read layer by layer.",
     "--dry-run": "Do everything but write or send.",
 }
 
