@@ -79,7 +79,8 @@ def states_of(model: nn.Module, passes: Iterable[P]) -> Iterator[tuple[P, Tensor
 def _groups(model: nn.Module, passes: Iterable[P]) -> Iterator[list[P]]:
     """As many passes as may be under way at once."""
     size = model.get_input_embeddings().weight.shape[-1]  # type: ignore[operator, union-attr]
-    free, group, taken = _SHARE * memory.available(), [], 0
+    group: list[Any] = []
+    free, taken = _SHARE * memory.available(), 0
     for part in passes:
         count = len(part.tree.tokens)
         bytes_ = 4 * (2 * len(part.edits) * count * size + 2 * count**2)
@@ -140,7 +141,8 @@ def _whole_rows(model: nn.Module, supply: Streamed, group: Sequence[Pass]) -> It
     """Rows of tokens as batch entries, as many as `_WHOLE_TOKENS` allows; what is filled up at the end is not seen."""
     for part in group:
         rows = [[part.tree.tokens[node] for node in path] for path in part.tree.paths]
-        width, nodes = max(map(len, rows)), {}
+        width = max(map(len, rows))
+        nodes: dict[Any, Any] = {}
         step = max(_WHOLE_TOKENS // (width * len(part.edits)), 1)
         for start in range(0, len(rows), step):
             some = rows[start : start + step]

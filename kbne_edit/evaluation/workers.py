@@ -94,7 +94,7 @@ def _serve(processes: Processes) -> None:
             scorer = request.load()
             continue
         try:
-            result = request.answer(scorer)
+            result = request.answer(scorer)  # type: ignore[attr-defined]
         except Exception as error:  # the first process raises it
             result = error
         processes.gather(result)

@@ -77,7 +77,7 @@ class GGUFTensors:
 
         header = read_header(file)
         self._file = file
-        kind = TENSOR_PROCESSORS.get(header.metadata["general.architecture"], TensorProcessor)
+        kind = TENSOR_PROCESSORS.get(str(header.metadata["general.architecture"]), TensorProcessor)
         self._processor = kind(config=model.config.to_dict())
         self._names = get_gguf_hf_weights_map(model, self._processor)
         self._entries = {self._names[entry.name]: entry for entry in header.entries if entry.name in self._names}

@@ -120,7 +120,7 @@ class _Answers:
         from transformers.utils import chat_template_utils
 
         # The only way in: values that a caller gives to a template are made text, functions too. This process is ours.
-        chat_template_utils.datetime = _Calendar  # type: ignore[attr-defined]
+        chat_template_utils.datetime = _Calendar  # type: ignore[attr-defined, misc]
         self.tokenizer = tokenizer
 
     def __call__(self, what: str, *args: Any) -> Any:

@@ -120,7 +120,9 @@ def _whole_quantised(plan: Plan, baked: Checkpoint, stored: torch.dtype) -> tupl
 
     reader, dtypes = library(plan.checkpoint), tuple(dict.fromkeys((torch.float32, stored)))
 
-    def proofs(reader: str, load: Load, loaded: torch.dtype, dtypes: tuple) -> tuple[BehaviourProof, ...]:
+    def proofs(
+        reader: str, load: Load, loaded: torch.dtype, dtypes: tuple[torch.dtype, ...]
+    ) -> tuple[BehaviourProof, ...]:
         how = f"whole model, read by {reader}"
         return _Comparison(how, plan, baked, stored, load).proofs(loaded, dtypes)
 
