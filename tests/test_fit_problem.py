@@ -111,3 +111,5 @@ def test_changes_of_the_prior_are_of_the_group_that_prejudice_is_aimed_at(units,
     known = [i for i, unit in enumerate(units) if unit.fact.aim]
     expected = [units[i].fact.aim * system.index[i, KINDS.index("prior")] for i in known]
     assert part_changes(system, "prior", np.arange(len(units)), changes).tolist() == expected
+    others = system.index[:, KINDS.index("association")].astype(float)
+    assert part_changes(system, "association", np.arange(len(units)), changes).tolist() == others.tolist()
