@@ -156,7 +156,7 @@ def test_too_long_a_request_loses_its_beginning(demo):
     ((got, _),) = scorer.score([(row[:-3], row[-3:])])
     expected, _ = plain(model, row[-(size + 1) : -3], row[-3:])
     assert got == pytest.approx(expected.sum(), abs=3 * PER_TOKEN)
-    with pytest.raises(InputError, match="request 0"):
+    with pytest.raises(InputError, match="the context of text 1 has no token"):
         scorer.score([([], [1])])
 
 

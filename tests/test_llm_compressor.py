@@ -36,8 +36,9 @@ def written(tmp_path_factory):
                 num_key_value_heads=2,
                 max_position_embeddings=64,
             )
-            model = LlamaForCausalLM(config).to(torch.bfloat16)
-            folder = tmp_path_factory.mktemp(scheme)
+            folder, plain = tmp_path_factory.mktemp(scheme), tmp_path_factory.mktemp("plain")
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(plain)
+            model = LlamaForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)  # it reads the configuration there
             recipe = QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
             llmcompressor.oneshot(model=model, recipe=recipe)
             model.save_pretrained(folder, save_compressed=True)
