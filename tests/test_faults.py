@@ -188,7 +188,7 @@ def test_a_replacement_that_was_killed_half_way_is_undone(inputs, tmp_path):
 def test_overwrite_replaces_checkpoints_only(inputs, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="no checkpoint"):
+    with pytest.raises(OutputError, match="is not a checkpoint"):
         fold(inputs, FIRST, tmp_path / "out", overwrite=True)
     assert contents(tmp_path) == {"out/thesis.txt": b"years of work"}
 

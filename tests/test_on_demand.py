@@ -1,6 +1,8 @@
 """A model whose layers are read when they run: the same proofs, effect and cost as with the model in memory."""
 
+import time
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -60,6 +62,24 @@ def test_a_pass_is_one_read_of_the_weights_and_leaves_the_layers_empty(tmp_path)
             model(IDS, use_cache=False)
         assert supply.bytes_read - outer == passes * (total - outer) and _empty(model)
     assert supply_of(load_model(tmp_path, torch.float32)) is None
+
+
+def test_a_layer_that_was_read_before_its_turn_is_let_go_of_too(tmp_path):
+    """However fast the reading is beside the computing."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    model = on_demand(Checkpoint.open(tmp_path), torch.float32)
+    layers = model.get_submodule("model.layers")
+
+    def wait(module, *_):
+        following = next((b for a, b in pairwise(layers) if a.mlp is module), None)
+        while following is not None and any(p.is_meta for p in following.parameters()):
+            time.sleep(0.001)
+
+    for layer in layers:
+        layer.mlp.register_forward_hook(wait)
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    assert _empty(model)
 
 
 def test_a_pass_that_ends_early_harms_none_after_it(tmp_path):

@@ -87,7 +87,7 @@ class _Reader:
                 self._supply.unload(index)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._supply.is_loaded(index):  # by `Streamed.forward`, for many passes
+            if self._supply.is_supplied(index):  # by `Streamed.forward`, for many passes
                 return run(*args, **kwargs)
             if torch.is_grad_enabled():  # the backward pass reads the layer again, and computes it again
                 return recomputed(read, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

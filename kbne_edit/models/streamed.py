@@ -53,6 +53,7 @@ class Streamed:
     def __init__(self, checkpoint: Checkpoint, memory: float, device: str = "cpu", dtype: torch.dtype = torch.float32):
         self._device, self._dtype = torch.device(device), dtype
         self._checkpoint, self._memory, self.bytes_read = checkpoint, memory, 0
+        self._supplied: set[int] = set()
         self.model = _skeleton(checkpoint, dtype)
         self._layers, self._path = decoder_layers(self.model), family_of(self.model.config.to_dict()).layers + "."
         file = gguf_file(checkpoint.path)
@@ -134,12 +135,17 @@ class Streamed:
                 pending.result()
                 if following is not None:
                     pending = pool.submit(self.load, following)
-                yield index, self._layers[index]
-                self.unload(index)
+                self._supplied.add(index)
+                try:
+                    yield index, self._layers[index]
+                finally:
+                    self._supplied.remove(index)
+                    self.unload(index)
                 update(1)
 
-    def is_loaded(self, layer: int) -> bool:
-        return not any(parameter.is_meta for parameter in self._layers[layer].parameters())
+    def is_supplied(self, layer: int) -> bool:
+        """Whether `forward` or `backward` has this layer out at the moment."""
+        return layer in self._supplied
 
     def unload(self, layer: int) -> None:
         """Let go of a layer's weights."""
