@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +65,8 @@ def read_json(path: str | Path, kind: type[InputError] = CheckpointError, cure: 
 
 def parse_json(raw: bytes, where: str, kind: type[InputError] = CheckpointError, cure: str = "") -> Any:
     """Parse JSON: UTF-8, limited in size and depth, without duplicate keys. Raises `kind` that names `where`."""
+    if raw.startswith(BOM_UTF8):  # transformers does not read such a file either
+        raise kind(f"{where} begins with a byte order mark: save it as UTF-8 without one")
     try:
         if raw.startswith(LFS_POINTER):
             raise ValueError("a Git LFS pointer, not the file itself: run `git lfs pull`")

@@ -257,6 +257,7 @@ def test_a_clone_that_finds_the_disk_full_is_no_reason_to_write(number, base, tm
         (b"[" + b"1," * ((4 << 20) + 1) + b"1]", "more than 4,194,304 values"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         (b"\xff", "not JSON"),
+        (b"\xef\xbb\xbf{}", "save it as UTF-8 without one"),
     ],
 )
 def test_json_is_read_within_bounds(raw, said):

@@ -241,6 +241,11 @@ def test_what_is_not_known_is_refused(settings):
         fake(settings, {"a.weight": ("BF16", (8, 8))})
 
 
+def test_a_setting_that_is_missing_is_named():
+    with pytest.raises(CheckpointError, match=r"quantization_config \(gptq\) has no '?group_size"):
+        fake({"quant_method": "gptq", "bits": 4}, {"a.weight": ("BF16", (8, 8))})
+
+
 def test_a_plain_checkpoint_has_no_layout():
     assert fake(None, {"a.weight": ("BF16", (8, 8))}) is None
 

@@ -115,7 +115,9 @@ def layout_of(config: dict[str, Any], tensors: Mapping[str, Part], read: ReadTen
         formats = _formats(method, settings)
         matrices = _matrices(tensors, formats)
         layout = Layout(method, matrices, tensors, read)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"quantization_config ({method}) has no {shown(error.args[0])}") from None
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"quantization_config ({method}) cannot be read: {shown(str(error))}") from None
     for name in layout.shapes:
         if name not in matrices and tensors[name].dtype not in _PLAIN:
