@@ -62,7 +62,7 @@ class Directions:
         d = direction(self._blocks(), self._scale(), coefficients)
         if self._columns is not None:
             d = torch.zeros(len(self.fisher)).index_copy(0, self._columns, d)
-        return Direction(d, self.system.cost(coefficients, self._counts))
+        return Direction(d, self.system.cost(self.system.gram.changes(coefficients), self._counts))
 
     def restrict(self, d: Tensor, count: int) -> None:
         """Restrict later solutions to the factors that cost most in `d`, which are the ones it uses most."""

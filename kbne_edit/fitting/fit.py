@@ -181,15 +181,11 @@ class _Run:
         controls = [measure.control(f"shuffled labels {i}", edit) for i, edit in enumerate(shuffles, 1)]
         controls += self._others(best, alike, measure, directions.fisher)
         cost = Cost(best.kl, neutral.base.perplexity, best.perplexity)
-        edit = self._edit(best.factors)
+        result = self._result(by, best, cost, measure.gains(best), controls)
         aside = "".join(map(repr, (self.every[i] for i in self.aside)))
-        uses = count_use([kept], hashlib.sha256(aside.encode()).hexdigest(), edit.sha256)
-        result = replace(
-            self._result(by, best, cost, measure.gains(best), controls),
-            edit=edit,
-            uses=uses,
-            shuffled=tuple(self._edit(control.factors) for control in shuffles),
-        )
+        uses = count_use([kept], hashlib.sha256(aside.encode()).hexdigest(), result.edit.sha256)
+        shuffled_edits = tuple(self._edit(control.factors) for control in shuffles)
+        result = replace(result, uses=uses, shuffled=shuffled_edits)
         return replace(result, edit=self._recorded(result))
 
     def _validated(self, directions: Directions) -> Validation:
@@ -203,7 +199,7 @@ class _Run:
         self, by: Validation, best: Scaled, cost: Cost, gains: tuple[Gain, ...], controls: Sequence[Control]
     ) -> Fit:
         return Fit(
-            edit=Edit(self.settings.site, {}, self.checkpoint.fingerprint()),
+            edit=self._edit(best.factors),
             parts=self.parts,
             carried=by.carried,
             fitted=int((self.fitted < len(self.units)).sum()),

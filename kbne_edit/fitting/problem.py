@@ -76,10 +76,9 @@ class System:
         weights.append(_HOLD / np.maximum(np.diag(self.gram.matrix)[last], 1e-30))
         return -self.gram.solve(aim, np.concatenate(among), np.concatenate(weights))
 
-    def cost(self, coefficients: np.ndarray, fisher: np.ndarray) -> float:
+    def cost(self, changes: np.ndarray, fisher: np.ndarray) -> float:
         """Quadratic KL per token, with weights `fisher` of the Fisher rows, [R]."""
-        changes = self.gram.changes(coefficients)[self.start : self.start + len(fisher)]
-        return 0.5 * float((fisher * changes**2).sum())
+        return 0.5 * float((fisher * changes[self.start : self.start + len(fisher)] ** 2).sum())
 
     def without(self, number: int, count: int) -> np.ndarray:
         """What each Fisher row counts, [R], without the texts of a fold."""
@@ -238,39 +237,32 @@ def validate(
     their means, sentiment took nearly all of the KL; without the first factor, a part that does not carry over at all
     takes as much as any other.
     """
-    fold, moved = folds(system.units, count), []
+    fold, folded = folds(system.units, count), []
     fell = np.zeros((2, len(parts)))  # in the facts that are fitted, and in those that are not
     for number in range(count):
         train, test = fitted[fold[fitted] != number], fitted[fold[fitted] == number]
         towards = aims(system, parts, train)
         changes = system.gram.changes(system.solve(towards, train, even, system.without(number, count)))
         fell -= (towards * changes).sum(0), (aims(system, parts, test, like=train) * changes).sum(0)
-        moved.append((test, number, changes))
+        folded.append((test, changes, system.aside(number, count)))
     fell = np.maximum(fell, 0) / count
     carried = np.divide(fell[1], fell[0], out=np.zeros(len(parts)), where=fell[0] > 0)
     # If nothing carries over, each counts the same.
     shares = carried if carried.any() else np.ones(len(parts))
     weights = np.divide(shares, np.sqrt(fell[0]), out=np.zeros(len(parts)), where=fell[0] > 0)
-    held = _held(system, parts, moved, weights, kl, count)
-    return Validation(
-        even, tuple(carried.tolist()), tuple(weights.tolist()), tuple(Held(even, *figures) for figures in held)
-    )
+    moved = []
+    for test, changes, aside in folded:
+        together = changes @ weights
+        moved.append((test, together * np.sqrt(kl / max(system.cost(together, aside), 1e-30))))
+    return Validation(even, tuple(carried.tolist()), tuple(weights.tolist()), tuple(_held(system, even, moved)))
 
 
-def _held(
-    system: System, fitted: Sequence[str], moved: list[tuple], weights: np.ndarray, kl: float, count: int
-) -> Iterator[tuple[str, float, float]]:
-    """(part, mean, standard error) of the changes of facts of every fold. moved: (facts, fold, changes [N, parts])."""
-    every = np.concatenate([facts for facts, *_ in moved])
+def _held(system: System, even: float, moved: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Held]:
+    """Of every part that is measured. moved: (facts of a fold, changes of every row, [N])."""
+    every = np.concatenate([facts for facts, _ in moved])
     for part in (part for part in MEASURED if len(telling(system, part, every)[0])):
-        values = []
-        for facts, number, changes in moved:
-            together = changes @ weights
-            aside = system.aside(number, count)
-            cost = 0.5 * float((aside * together[system.start : system.start + len(aside)] ** 2).sum())
-            values.append(part_changes(system, part, facts, together * np.sqrt(kl / max(cost, 1e-30))))
-        joined = np.concatenate(values)
-        yield part, float(joined.mean()), float(joined.std() / np.sqrt(max(len(joined), 1)))
+        values = np.concatenate([part_changes(system, part, facts, changes) for facts, changes in moved])
+        yield Held(even, part, float(values.mean()), float(values.std() / np.sqrt(max(len(values), 1))))
 
 
 def part_changes(system: System, part: str, chosen: np.ndarray, changes: np.ndarray) -> np.ndarray:
